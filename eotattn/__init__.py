@@ -1,0 +1,1 @@
+"""eotattn: an entropic optimal transport analysis toolkit for attention."""

@@ -1,0 +1,139 @@
+"""Argument checks, and the one wording in which they fail.
+
+Every error that a user can cause reads
+``<owner>: <argument> must <rule>; got <value or shape>. <what to do>.``
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "check_choice",
+    "check_floating",
+    "check_no_nan",
+    "check_positive",
+    "check_positive_int",
+    "check_same_device",
+    "check_shape",
+    "describe",
+    "require",
+]
+
+
+def require(
+    condition: bool,
+    owner: str,
+    argument: str,
+    rule: str,
+    got: Any,
+    remedy: str,
+    *,
+    error: type[Exception] = ValueError,
+) -> None:
+    """Raise ``error`` in the house's wording unless ``condition`` holds.
+
+    Args:
+        condition: What must be true.
+        owner: The function or class that checks.
+        argument: Name of the offending argument.
+        rule: What the argument must do, e.g. ``"be positive"``.
+        got: What was given; tensors are described by shape, dtype and device.
+        remedy: What the user can do, without a full stop.
+        error: Class of the exception.
+
+    Raises:
+        Exception: ``error``, if ``condition`` is false.
+
+    Example:
+        >>> require(False, "solve", "epsilon", "be positive", -1.0, "Pass a temperature above zero")
+        Traceback (most recent call last):
+        ...
+        ValueError: solve: epsilon must be positive; got -1.0. Pass a temperature above zero.
+    """
+    if not condition:
+        raise error(f"{owner}: {argument} must {rule}; got {describe(got)}. {remedy}.")
+
+
+def describe(value: Any) -> str:
+    """Say in a few words what a value is: tensors by shape, dtype and device, the rest by ``repr``.
+
+    Example:
+        >>> describe(torch.zeros(2, 3))
+        'shape (2, 3), torch.float32, cpu'
+    """
+    if isinstance(value, Tensor):
+        return f"shape {tuple(value.shape)}, {value.dtype}, {value.device}"
+    if isinstance(value, torch.Size):
+        return f"shape {tuple(value)}"
+    return repr(value)
+
+
+def check_positive_int(owner: str, argument: str, value: Any, *, minimum: int = 1) -> int:
+    """Return ``value`` as an int, or raise unless it is an integer of at least ``minimum``."""
+    is_int = isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+    require(is_int, owner, argument, "be an integer", value, f"Pass a whole number from {minimum} up", error=TypeError)
+    require(
+        value >= minimum, owner, argument, f"be at least {minimum}", value, f"Pass a whole number from {minimum} up"
+    )
+    return value
+
+
+def check_positive(
+    owner: str, argument: str, value: Any, *, allow_zero: bool = False, allow_inf: bool = False
+) -> float:
+    """Return ``value`` as a float, or raise unless it is a number in the stated range."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    require(is_number, owner, argument, "be a number", value, "Pass a Python float", error=TypeError)
+    number = float(value)
+    low = number >= 0 if allow_zero else number > 0
+    high = number <= float("inf") if allow_inf else number < float("inf")
+    rule = f"be {'non-negative' if allow_zero else 'positive'}{'' if allow_inf else ' and finite'}"
+    require(low and high, owner, argument, rule, value, "Choose a value in that range")
+    return number
+
+
+def check_choice(owner: str, argument: str, value: Any, choices: Sequence[str]) -> str:
+    """Return ``value``, or raise unless it is one of ``choices``."""
+    listed = ", ".join(repr(choice) for choice in choices)
+    require(value in choices, owner, argument, f"be one of {listed}", value, "Choose one of these names")
+    return value
+
+
+def check_floating(owner: str, argument: str, value: Any) -> Tensor:
+    """Return ``value``, or raise unless it is a tensor of a floating dtype."""
+    remedy = "Convert it, e.g. with torch.as_tensor(..., dtype=torch.float32)"
+    require(isinstance(value, Tensor), owner, argument, "be a tensor", type(value), remedy, error=TypeError)
+    require(value.is_floating_point(), owner, argument, "have a floating dtype", value, remedy, error=TypeError)
+    return value
+
+
+def check_shape(owner: str, argument: str, value: Tensor, shape: Sequence[int | None], remedy: str) -> None:
+    """Raise unless ``value`` has exactly ``shape``; ``None`` stands for any size."""
+    fits = value.dim() == len(shape) and all(want is None or want == have for want, have in zip(shape, value.shape))
+    wanted = "(" + ", ".join("any" if want is None else str(want) for want in shape) + ")"
+    require(fits, owner, argument, f"have shape {wanted}", value, remedy)
+
+
+def check_same_device(owner: str, reference: tuple[str, Tensor], **others: Tensor | None) -> None:
+    """Raise unless every given tensor lives on the device of ``reference``, a pair (name, tensor)."""
+    name, tensor = reference
+    for argument, value in others.items():
+        if value is not None:
+            rule = f"be on the device of {name} ({tensor.device})"
+            require(value.device == tensor.device, owner, argument, rule, value, f"Move it with .to({name}.device)")
+
+
+def check_no_nan(owner: str, argument: str, value: Tensor, *, allow_negative_inf: bool = False) -> None:
+    """Raise if ``value`` holds NaN or infinity; -inf passes where it means an inadmissible pair."""
+    bad = value.isnan() | (value == float("inf"))
+    if not allow_negative_inf:
+        bad = bad | (value == float("-inf"))
+    if bool(bad.any()):
+        count = int(bad.sum())
+        rule = "hold no NaN and no +inf" if allow_negative_inf else "be finite"
+        require(False, owner, argument, rule, f"{count} such entries of {value.numel()}", "Clean the input first")
