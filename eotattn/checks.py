@@ -114,7 +114,9 @@ def check_floating(owner: str, argument: str, value: Any) -> Tensor:
 
 def check_shape(owner: str, argument: str, value: Tensor, shape: Sequence[int | None], remedy: str) -> None:
     """Raise unless ``value`` has exactly ``shape``; ``None`` stands for any size."""
-    fits = value.dim() == len(shape) and all(want is None or want == have for want, have in zip(shape, value.shape))
+    fits = value.dim() == len(shape) and all(
+        want is None or want == have for want, have in zip(shape, value.shape, strict=True)
+    )
     wanted = "(" + ", ".join("any" if want is None else str(want) for want in shape) + ")"
     require(fits, owner, argument, f"have shape {wanted}", value, remedy)
 

@@ -10,7 +10,8 @@ def relative_error(actual, expected):
     """Largest absolute difference, relative to the largest entry of ``expected`` where that exceeds one."""
     actual, expected = actual.detach().double(), expected.detach().double()
     assert actual.shape == expected.shape, f"shapes differ: {tuple(actual.shape)} and {tuple(expected.shape)}"
-    assert actual.isfinite().all() and expected.isfinite().all(), "not finite"
+    assert actual.isfinite().all(), "actual is not finite"
+    assert expected.isfinite().all(), "expected is not finite"
     if expected.numel() == 0:
         return 0.0
     return float((actual - expected).abs().max() / max(1.0, float(expected.abs().max())))
