@@ -1,0 +1,30 @@
+"""Log-priors: the contract, one file a prior, and their factorisation into lanes."""
+
+from eotattn.priors.base import LogPrior, ScaledPrior, ScoreMod, SumPrior
+from eotattn.priors.fourier import FourierPrior
+from eotattn.priors.given import DensePrior
+from eotattn.priors.goat import goat_prior
+from eotattn.priors.grid import ClassTokenPrior, GridPrior, grid_positions
+from eotattn.priors.lanes import LaneFactors, Lanes
+from eotattn.priors.recency import RecencyPrior, alibi_slopes
+from eotattn.priors.sink import SinkPrior
+from eotattn.priors.table import TablePrior
+
+__all__ = [
+    "ClassTokenPrior",
+    "DensePrior",
+    "FourierPrior",
+    "GridPrior",
+    "LaneFactors",
+    "Lanes",
+    "LogPrior",
+    "RecencyPrior",
+    "ScaledPrior",
+    "ScoreMod",
+    "SinkPrior",
+    "SumPrior",
+    "TablePrior",
+    "alibi_slopes",
+    "goat_prior",
+    "grid_positions",
+]

@@ -1,0 +1,81 @@
+"""FourierPrior: a bounded relative prior with learned even and odd weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from eotattn.checks import check_positive, check_positive_int, require
+from eotattn.priors.base import LogPrior
+from eotattn.priors.frequencies import fill_geometric, phases
+from eotattn.priors.lanes import LaneFactors, computing_dtype
+
+__all__ = ["FourierPrior"]
+
+
+class FourierPrior(LogPrior):
+    """The relative part of the GOAT prior, kappa(t) = sum_r even_r cos(omega_r t) + odd_r sin(omega_r t).
+
+    t = query_position - key_position. Frequencies are fixed and geometric, weights are learned per head and may be
+    negative (repulsion). Starts neutral: exactly zero, and every weight has a gradient.
+
+    Args:
+        num_heads: Number of query heads H.
+        num_frequencies: Number of frequencies R, at least 1.
+        min_period: Shortest period, tokens; above 2, where the odd part of integer lags would vanish.
+        max_period: Longest period, tokens.
+
+    Attributes:
+        even: (H, R), nats: the symmetric part.
+        odd: (H, R), nats: the directional part.
+        frequencies: (R,) float64, radians a token.
+
+    Source:
+        Litman and Guo 2026 (arXiv 2601.15380), section 3; the trigonometric class of their appendix F.
+
+    Example:
+        >>> prior = FourierPrior(num_heads=2, num_frequencies=4, min_period=4.0, max_period=256.0)
+        >>> prior.dense(torch.arange(5), torch.arange(7)).shape
+        torch.Size([2, 5, 7])
+    """
+
+    frequencies: Tensor
+
+    def __init__(
+        self, num_heads: int, num_frequencies: int = 8, min_period: float = 4.0, max_period: float = 8192.0
+    ) -> None:
+        super().__init__(num_heads)
+        check_positive_int("FourierPrior", "num_frequencies", num_frequencies)
+        self.min_period = check_positive("FourierPrior", "min_period", min_period)
+        self.max_period = check_positive("FourierPrior", "max_period", max_period)
+        require(self.min_period > 2, "FourierPrior", "min_period", "exceed 2 tokens", min_period, "Use e.g. 4.0")
+        ordered = self.max_period >= self.min_period
+        require(ordered, "FourierPrior", "max_period", "be at least min_period", max_period, "Swap or widen the range")
+        self.even = nn.Parameter(torch.empty(num_heads, num_frequencies, dtype=torch.float32))
+        self.odd = nn.Parameter(torch.empty(num_heads, num_frequencies, dtype=torch.float32))
+        self.register_buffer("frequencies", torch.empty(num_frequencies, dtype=torch.float64))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Neutral start: zero weights."""
+        nn.init.zeros_(self.even)
+        nn.init.zeros_(self.odd)
+        fill_geometric(self.frequencies, self.min_period, self.max_period)
+
+    def evaluate(self, head: Tensor, query_position: Tensor, key_position: Tensor) -> Tensor:
+        """kappa(query_position - key_position), in nats."""
+        lag = query_position - key_position
+        total = torch.zeros_like(lag)
+        for r in range(self.frequencies.shape[0]):
+            angle = lag * self.frequencies[r].to(lag.dtype)
+            total = total + self.even[head, r] * angle.cos() + self.odd[head, r] * angle.sin()
+        return total
+
+    def factors(self, query_positions: Tensor, key_positions: Tensor, *, dtype: torch.dtype) -> tuple[LaneFactors, ...]:
+        """Two lanes a frequency: (cos, sin) of the key against the rotated weights of the query."""
+        computing = computing_dtype(dtype)
+        even, odd = self.even.to(computing)[:, None], self.odd.to(computing)[:, None]
+        cos, sin = phases(query_positions.unsqueeze(-2), self.frequencies, computing)
+        query = torch.cat([even * cos + odd * sin, even * sin - odd * cos], dim=-1)
+        key = torch.cat(phases(key_positions.unsqueeze(-2), self.frequencies, computing), dim=-1)
+        return (LaneFactors(query, key),)

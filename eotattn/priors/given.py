@@ -1,0 +1,57 @@
+"""DensePrior: a log-prior given as a matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from eotattn.checks import check_floating, check_no_nan, require
+from eotattn.priors.base import LogPrior
+
+__all__ = ["DensePrior"]
+
+
+class DensePrior(LogPrior):
+    """A given log-prior matrix, looked up by position; not trained. It has no lanes.
+
+    Args:
+        log_prior: (H, N, M), nats; -inf where a key is inadmissible. Copied, in float32 or float64.
+
+    Attributes:
+        log_prior: The matrix, a buffer that travels in the state dict.
+
+    Example:
+        >>> prior = DensePrior(torch.eye(3)[None])
+        >>> prior.dense(torch.tensor([2]), torch.tensor([0, 2]))
+        tensor([[[0., 1.]]])
+    """
+
+    log_prior: Tensor
+
+    def __init__(self, log_prior: Tensor) -> None:
+        check_floating("DensePrior", "log_prior", log_prior)
+        is_matrix = log_prior.dim() == 3 and log_prior.numel() > 0
+        require(is_matrix, "DensePrior", "log_prior", "have shape (H, N, M)", log_prior, "Add the head axis")
+        check_no_nan("DensePrior", "log_prior", log_prior, allow_negative_inf=True)
+        super().__init__(log_prior.shape[0])
+        wide = log_prior if log_prior.dtype == torch.float64 else log_prior.float()
+        self.register_buffer("log_prior", wide.detach().clone())
+
+    def dense(self, query_positions: Tensor, key_positions: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The rows and columns of the matrix at the given positions: (H, Q, K) or (B, H, Q, K), nats.
+
+        Raises:
+            ValueError: If a position lies outside the matrix.
+        """
+        _, queries, keys = self.log_prior.shape
+        self.check_positions(query_positions, key_positions)
+        given = (("query_positions", query_positions, queries), ("key_positions", key_positions, keys))
+        for name, positions, size in given:
+            inside = bool((positions >= 0).all() & (positions < size).all())
+            span = f"{positions.min().item()} to {positions.max().item()}"
+            require(inside, "DensePrior", name, f"lie in 0 to {size - 1}", span, "Give a larger matrix")
+        return super().dense(query_positions, key_positions, dtype=dtype)
+
+    def evaluate(self, head: Tensor, query_position: Tensor, key_position: Tensor) -> Tensor:
+        """The matrix's entry, in nats."""
+        return self.log_prior[head, query_position.to(torch.int64), key_position.to(torch.int64)]

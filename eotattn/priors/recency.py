@@ -1,0 +1,115 @@
+"""RecencyPrior: learnable ALiBi slopes, never negative."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eotattn.checks import check_choice
+from eotattn.priors.base import LogPrior
+from eotattn.priors.lanes import LaneFactors, computing_dtype, is_low_precision, position_digits
+
+__all__ = ["RecencyPrior", "alibi_slopes"]
+
+
+def alibi_slopes(num_heads: int) -> list[float]:
+    """ALiBi's slopes for any number of heads, nats a token.
+
+    A power of two H has the geometric sequence from 2^(-8 / H); other counts take the sequence of the next smaller
+    power of two and fill up with every other slope of the next larger one.
+
+    Source:
+        Press, Smith and Lewis 2022 (arXiv 2108.12409).
+
+    Example:
+        >>> alibi_slopes(3)
+        [0.0625, 0.00390625, 0.25]
+    """
+    whole = 2 ** int(math.log2(num_heads))
+    slopes = [2.0 ** (-8 * (h + 1) / whole) for h in range(whole)]
+    if whole == num_heads:
+        return slopes
+    return slopes + alibi_slopes(2 * whole)[0::2][: num_heads - whole]
+
+
+class RecencyPrior(LogPrior):
+    """Recency: log_prior = -slope * (query_position - key_position), one learnable slope a head, never negative.
+
+    It is directional: future keys get a *higher* log-prior, so it belongs under a causal mask, where it equals ALiBi
+    and is the maximum-entropy prior of a given mean lag. The slope is ``strength`` times the head's ALiBi slope, so
+    that one optimiser step changes all slopes by the same fraction. A strength below zero acts as zero; the gradient
+    reaches it whenever a step would raise it, so that a head that lost its recency can regain it.
+
+    Args:
+        num_heads: Number of query heads H.
+        init: ``"alibi"`` starts at ALiBi's slopes, ``"neutral"`` at exactly zero (every parameter has a gradient).
+
+    Attributes:
+        strength: (H,) dimensionless.
+        slopes: (H,) nats a token.
+
+    Source:
+        Press, Smith and Lewis 2022 (arXiv 2108.12409); Litman and Guo 2026 (arXiv 2601.15380), appendix F, theorem 3.
+
+    Example:
+        >>> RecencyPrior(8).slopes[:3].tolist()
+        [0.5, 0.25, 0.125]
+    """
+
+    unit_slopes: Tensor
+
+    def __init__(self, num_heads: int, init: str = "alibi") -> None:
+        super().__init__(num_heads)
+        self.init = check_choice("RecencyPrior", "init", init, ("alibi", "neutral"))
+        self.strength = nn.Parameter(torch.empty(num_heads, dtype=torch.float32))
+        self.register_buffer("unit_slopes", torch.empty(num_heads, dtype=torch.float64))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start at ALiBi's slopes or at zero."""
+        nn.init.constant_(self.strength, 1.0 if self.init == "alibi" else 0.0)
+        self.unit_slopes.copy_(torch.tensor(alibi_slopes(self.num_heads), dtype=torch.float64))
+
+    @property
+    def slopes(self) -> Tensor:
+        """(H,) slopes in float32, nats a token."""
+        return _ProjectedRelu.apply(self.strength) * self.unit_slopes.to(self.strength.dtype)
+
+    def evaluate(self, head: Tensor, query_position: Tensor, key_position: Tensor) -> Tensor:
+        """-slope * lag, in nats."""
+        return self.slopes[head] * (key_position - query_position)
+
+    def factors(self, query_positions: Tensor, key_positions: Tensor, *, dtype: torch.dtype) -> tuple[LaneFactors, ...]:
+        """One lane, slope against position; in 16-bit dtypes the position in exact digits."""
+        computing = computing_dtype(dtype)
+        slopes = self.slopes.to(computing)[:, None, None]
+        if is_low_precision(dtype):
+            digits, weights = position_digits(key_positions, dtype)
+            key, query = digits.to(computing), slopes * weights.to(computing)
+        else:
+            key, query = key_positions.to(computing).unsqueeze(-1), slopes
+        shape = (*query_positions.shape[:-1], self.num_heads, query_positions.shape[-1])
+        row = -slopes.squeeze(-1) * query_positions.to(computing).unsqueeze(-2)
+        return (LaneFactors(query.expand(*shape, query.shape[-1]), key.unsqueeze(-3), row=row, exact="key"),)
+
+
+class _ProjectedRelu(torch.autograd.Function):
+    """max(x, 0) whose gradient at x <= 0 is kept where a descent step would raise x."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.clamp(min=0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return torch.where((x > 0) | (grad < 0), grad, torch.zeros_like(grad))
