@@ -210,6 +210,8 @@ class SumPrior(LogPrior):
         3
     """
 
+    parts: Sequence[LogPrior]
+
     def __init__(self, *parts: LogPrior) -> None:
         require(len(parts) > 0, "SumPrior", "parts", "hold at least one prior", parts, "Pass the priors to add")
         flat = [leaf for part in parts for leaf in (part.parts if isinstance(part, SumPrior) else [part])]

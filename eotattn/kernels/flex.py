@@ -1,0 +1,76 @@
+"""FlexAttention: any prior as a score modification, compiled into one kernel, on a GPU.
+
+Legend: B batch, H query heads, Q queries, K keys, D score width, V value width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["attend", "refusal"]
+
+
+def refusal(query: Tensor, *, mask: Tensor | None, dropout_p: float) -> str | None:
+    """Why this backend cannot serve a call, or ``None`` if it can."""
+    if query.device.type != "cuda":
+        return f"it compiles for a GPU and the query is on {query.device.type}"
+    if dropout_p:
+        return "it has no dropout"
+    if mask is not None and mask.dtype != torch.bool:
+        return "it takes no additive mask; add it to the prior as a DensePrior"
+    if query.dtype == torch.float64:
+        return "it has no float64"
+    return None
+
+
+@cache
+def _compiled() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float,
+    score_mod: Callable[..., Tensor] | None = None,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    """Compute attention with ``score_mod`` inside the kernel.
+
+    Args:
+        query: (B, H, Q, D).
+        key: (B, H / G, K, D).
+        value: (B, H / G, K, V).
+        scale: Factor on the inner products.
+        score_mod: Function (score, batch, head, query_index, key_index) -> score, e.g. ``LogPrior.score_mod()``.
+        mask: Boolean, broadcastable to (B, H, Q, K); true where a query may attend.
+        is_causal: Query i sees keys 0 to i.
+
+    Returns:
+        (B, H, Q, V) in the dtype of ``query``.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    batch, heads, queries, keys = query.shape[0], query.shape[1], query.shape[2], key.shape[2]
+    full = None if mask is None else mask.expand(batch, heads, queries, keys)
+
+    def admissible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        allowed = q >= k if is_causal else q >= 0
+        return allowed if full is None else allowed & full[b, h, q, k]
+
+    block_mask = None
+    if is_causal or full is not None:
+        sizes = (None, None) if full is None else (batch, heads)
+        block_mask = create_block_mask(admissible, sizes[0], sizes[1], queries, keys, device=str(query.device))
+    grouped = query.shape[1] != key.shape[1]
+    return _compiled()(query, key, value, score_mod=score_mod, block_mask=block_mask, scale=scale, enable_gqa=grouped)
