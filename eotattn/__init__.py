@@ -1,1 +1,32 @@
 """eotattn: an entropic optimal transport analysis toolkit for attention."""
+
+from eotattn.attention import GoatAttention, PriorAttention, Rotary, prior_attention
+from eotattn.priors import (
+    ClassTokenPrior,
+    DensePrior,
+    FourierPrior,
+    GridPrior,
+    LogPrior,
+    RecencyPrior,
+    SinkPrior,
+    TablePrior,
+    goat_prior,
+    grid_positions,
+)
+
+__all__ = [
+    "ClassTokenPrior",
+    "DensePrior",
+    "FourierPrior",
+    "GoatAttention",
+    "GridPrior",
+    "LogPrior",
+    "PriorAttention",
+    "RecencyPrior",
+    "Rotary",
+    "SinkPrior",
+    "TablePrior",
+    "goat_prior",
+    "grid_positions",
+    "prior_attention",
+]
