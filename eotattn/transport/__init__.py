@@ -1,0 +1,11 @@
+"""Attention as entropic optimal transport: state a problem, solve it, read a certified solution.
+
+``TransportProblem -> solve -> TransportSolution``. The same problems can be solved by POT through
+``eotattn.transport.pot``, which is imported only by those who ask for it.
+"""
+
+from eotattn.transport.dispatch import solve
+from eotattn.transport.problem import TransportProblem
+from eotattn.transport.solution import TransportSolution
+
+__all__ = ["TransportProblem", "TransportSolution", "solve"]

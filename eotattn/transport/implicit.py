@@ -1,0 +1,162 @@
+"""Exact gradients at the optimum: the implicit function theorem for potentials, the envelope theorem for values."""
+
+# Both functions differentiate through fresh aliases of the problem's tensors. The aliases separate the direct
+# dependence on a tensor from the one that runs through the optimal potentials, and keep the backward differentiable.
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eotattn.transport.keys import solve_curvature
+from eotattn.transport.objective import dual_objective, reference_mass
+from eotattn.transport.problem import TransportProblem
+from eotattn.transport.response import respond
+
+__all__ = ["attach_key_potential", "envelope_value"]
+
+
+def attach_key_potential(problem: TransportProblem, key_potential: Tensor) -> Tensor:
+    """Give an optimal key potential its gradients, and fix the gauge.
+
+    The optimality condition ``mass(g, theta) = target(g, theta)`` of the keys, the queries answering, defines g as a
+    function of the tensors theta; its derivative is ``-H^-1`` times that of the residual. In balanced problems the
+    constant that is free is fixed by ``sum key_marginal * key_potential = 0``.
+
+    Args:
+        problem: The problem, with a key marginal.
+        key_potential: Optimal, without gradients, cost units, shape (..., m).
+
+    Returns:
+        The same numbers (shifted into the gauge), shape (..., m), with gradients to the problem's tensors.
+
+    Example:
+        >>> problem = TransportProblem(torch.zeros(1, 2), key_marginal=torch.tensor([0.5, 0.5]))
+        >>> attach_key_potential(problem, torch.tensor([1.0, 3.0]))
+        tensor([-1., 1.])
+
+    Source: original; implicit differentiation of Sinkhorn as in Luise et al. 2018.
+    """
+    attached: Tensor = _KeyPotential.apply(problem, key_potential, *problem.tensors)
+    if not problem.is_balanced:
+        return attached
+    assert problem.key_marginal is not None
+    carried = torch.where(attached.isfinite(), attached, 0.0)
+    return attached - (problem.key_marginal * carried).sum(-1, keepdim=True)
+
+
+def envelope_value(problem: TransportProblem, query_potential: Tensor, key_potential: Tensor) -> Tensor:
+    """Return the full dual value, with the gradient that it has where the potentials are optimal.
+
+    By the envelope theorem that is the partial derivative with the potentials held; none flows into them. A second
+    derivative is right too, since it follows the potentials.
+
+    Args:
+        problem: The problem.
+        query_potential: Cost units, shape (..., n).
+        key_potential: Cost units, shape (..., m).
+
+    Returns:
+        Cost units, shape of the batch.
+
+    Example:
+        >>> problem = TransportProblem(torch.zeros(1, 2))
+        >>> envelope_value(problem, torch.full((1,), -0.6931), torch.zeros(2))
+        tensor(0.3069)
+
+    Source: original.
+    """
+    value: Tensor = _EnvelopeValue.apply(problem, query_potential, key_potential, *problem.tensors)
+    return value
+
+
+def _key_residual(problem: TransportProblem, key_potential: Tensor) -> Tensor:
+    """Mass less target of the keys, by differentiable operations; zero on keys that carry nothing."""
+    assert problem.key_marginal is not None
+    response = respond(problem, key_potential)
+    row_mass = problem.query_marginal * response.log_growth.exp()
+    mass = (row_mass[..., None] * response.weights).sum(-2)
+    live = key_potential.isfinite()
+    target = problem.key_marginal * (-torch.where(live, key_potential, 0.0) / problem.key_penalty).exp()
+    return torch.where(live, mass - target, 0.0)
+
+
+def _aliases(problem: TransportProblem, tensors: tuple[Tensor | None, ...]) -> tuple[TransportProblem, list[Tensor]]:
+    """The problem over fresh aliases of its tensors, and those aliases that want a gradient."""
+    aliased = [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
+    wanted = [tensor for tensor in aliased if tensor is not None and tensor.requires_grad]
+    return problem.with_tensors(*aliased), wanted  # type: ignore[arg-type]
+
+
+def _distribute(
+    tensors: tuple[Tensor | None, ...], output: Tensor, wanted: list[Tensor], cotangent: Tensor
+) -> list[Tensor | None]:
+    """The product of ``cotangent`` with the derivative of ``output``, in the order of ``tensors``."""
+    create = torch.is_grad_enabled()
+    found = iter(torch.autograd.grad(output, wanted, cotangent, create_graph=create, allow_unused=True))
+    return [next(found) if tensor is not None and tensor.requires_grad else None for tensor in tensors]
+
+
+class _KeyPotential(torch.autograd.Function):
+    """The optimal key potential as a function of the problem's tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, problem: TransportProblem, key_potential: Tensor, *tensors: Tensor | None) -> Tensor:
+        ctx.problem = problem.with_tensors(*(None if x is None else x.detach() for x in tensors))  # type: ignore[arg-type]
+        value = key_potential.clone()
+        ctx.save_for_backward(value, *tensors)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        key_potential, *tensors = ctx.saved_tensors
+        weight = _implicit_weight(ctx.problem.with_tensors(*tensors), key_potential, cotangents[0])
+        create = torch.is_grad_enabled()
+        with torch.enable_grad():
+            problem, wanted = _aliases(ctx.problem, tuple(tensors))
+            residual = _key_residual(problem, key_potential)
+        with torch.set_grad_enabled(create):
+            gradients = _distribute(tuple(tensors), residual, wanted, -weight)
+        return None, None, *gradients
+
+
+def _implicit_weight(problem: TransportProblem, key_potential: Tensor, cotangent: Tensor) -> Tensor:
+    """Solve the curvature against a cotangent."""
+    response = respond(problem, key_potential)
+    row_mass = problem.query_marginal * response.log_growth.exp()
+    assert problem.key_marginal is not None
+    price = torch.where(key_potential.isfinite(), key_potential, 0.0)
+    target = problem.key_marginal * (-price / problem.key_penalty).exp()
+    cotangent = torch.where(key_potential.isfinite(), cotangent, 0.0)
+    solved = solve_curvature(problem, response.weights, row_mass, target, cotangent, problem.epsilon)
+    return problem.epsilon * solved
+
+
+class _EnvelopeValue(torch.autograd.Function):
+    """The dual value, differentiated with the potentials held."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, problem: TransportProblem, query_potential: Tensor, key_potential: Tensor, *tensors: Tensor | None
+    ) -> Tensor:
+        ctx.problem = problem.with_tensors(*(None if x is None else x.detach() for x in tensors))  # type: ignore[arg-type]
+        ctx.save_for_backward(query_potential, key_potential, *tensors)
+        return _full_dual(ctx.problem, query_potential, key_potential)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        query_potential, key_potential, *tensors = ctx.saved_tensors
+        create = torch.is_grad_enabled()
+        with torch.enable_grad():
+            problem, wanted = _aliases(ctx.problem, tuple(tensors))
+            value = _full_dual(problem, query_potential, key_potential)
+        with torch.set_grad_enabled(create):
+            gradients = _distribute(tuple(tensors), value, wanted, cotangents[0])
+        return None, None, None, *gradients
+
+
+def _full_dual(problem: TransportProblem, query_potential: Tensor, key_potential: Tensor) -> Tensor:
+    """The dual objective with the constant that ``dual_objective`` leaves out."""
+    return dual_objective(problem, query_potential, key_potential) + problem.epsilon * reference_mass(problem)

@@ -1,0 +1,187 @@
+"""The noun that states an entropic transport problem between queries and keys; it validates and stores."""
+
+# Legend: B batch (any leading dimensions), n queries, m keys.
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eotattn.checks import check_positive, require
+from eotattn.transport.admissibility import check_log_prior, check_marginal, check_reachability, check_score
+
+__all__ = ["TransportProblem"]
+
+_OWNER = "TransportProblem"
+
+
+@dataclass(frozen=True, eq=False, init=False, repr=False)
+class TransportProblem:
+    r"""Entropic transport of mass from queries to keys, with a hard, soft or absent constraint on either side.
+
+    The problem is, over couplings P >= 0 of shape (n, m),
+
+    ``min  <P, -score> + epsilon KL(P || R) + query_penalty KL(P 1 || query_marginal)
+    + key_penalty KL(P^T 1 || key_marginal)``
+
+    with the reference ``R_ij = query_marginal_i exp(log_prior_ij)`` and ``KL(p || q) = sum p log(p / q) - p + q``.
+    The log-prior is taken as given, not normalised: a row constant added to it changes the value, and under a finite
+    query penalty the solution too; under an infinite query penalty the solution ignores it. An infinite penalty is a
+    constraint. Without a key marginal the keys are free and, with an infinite query penalty, the rows of the solution
+    are the attention weights ``softmax(score / epsilon + log_prior)``.
+
+    All tensors share one dtype (float32 or float64) and one device, and broadcast over leading batch dimensions.
+    A marginal entry of exactly zero is structural: that query or key carries no mass, and receives zero gradient.
+
+    Args:
+        score: Affinities (the negated cost), cost units, shape (..., n, m), finite.
+        epsilon: Transport temperature, cost units, positive and finite.
+        log_prior: Log-prior in nats, shape (..., n, m) up to broadcasting of the leading dimensions; -inf forbids a
+            pair. ``None`` is the all-ones prior (log-prior zero).
+        query_marginal: Non-negative masses, shape (..., n); ``None`` is uniform, 1 / n each. Sums to one where
+            ``query_penalty`` is infinite, to anything positive where it is finite.
+        key_marginal: Non-negative masses, shape (..., m); ``None`` leaves the keys free. The same rule of mass.
+        query_penalty: Cost units, in [0, inf].
+        key_penalty: Cost units, in (0, inf]; infinite by default with a key marginal, and zero without one.
+
+    Raises:
+        TypeError: If a tensor is not float32 or float64, dtypes differ, or a number is not a number.
+        ValueError: If a shape, device or value is out of its range, an argument would have no effect, or no coupling
+            can satisfy the masks: a query without an admissible key (one with mass, if keys have masses), or, under
+            an infinite key penalty, a key with mass that no query with mass may use.
+
+    Example:
+        >>> problem = TransportProblem(torch.zeros(2, 5, 7), epsilon=0.5, key_marginal=torch.full((7,), 1 / 7))
+        >>> problem
+        TransportProblem(batch=(2,), queries=5, keys=7, epsilon=0.5, query_penalty=inf, key_penalty=inf, torch.float32)
+
+    Source: one-sided, Litman 2025, arXiv 2508.08369; prior, Litman and Guo 2026, arXiv 2601.15380, Eq. 5;
+    penalties, Chizat et al. 2018; two-sided attention, Sander et al. 2022.
+    """
+
+    score: Tensor
+    epsilon: float
+    log_prior: Tensor | None
+    query_marginal: Tensor
+    key_marginal: Tensor | None
+    query_penalty: float
+    key_penalty: float
+
+    def __init__(
+        self,
+        score: Tensor,
+        *,
+        epsilon: float = 1.0,
+        log_prior: Tensor | None = None,
+        query_marginal: Tensor | None = None,
+        key_marginal: Tensor | None = None,
+        query_penalty: float = math.inf,
+        key_penalty: float | None = None,
+    ) -> None:
+        check_score(_OWNER, score)
+        n, m = score.shape[-2:]
+        epsilon = check_positive(_OWNER, "epsilon", epsilon)
+        query_penalty = check_positive(_OWNER, "query_penalty", query_penalty, allow_zero=True, allow_inf=True)
+        key_penalty = _key_penalty(key_penalty, key_marginal)
+        check_log_prior(_OWNER, log_prior, score)
+        if query_marginal is None:
+            query_marginal = torch.full((n,), 1.0 / n, dtype=score.dtype, device=score.device)
+        else:
+            check_marginal(_OWNER, "query_marginal", query_marginal, score, n, sums_to_one=math.isinf(query_penalty))
+        if key_marginal is not None:
+            check_marginal(_OWNER, "key_marginal", key_marginal, score, m, sums_to_one=math.isinf(key_penalty))
+        self._store(score, epsilon, log_prior, query_marginal, key_marginal, query_penalty, key_penalty)
+        check_reachability(_OWNER, self.batch_shape, score, log_prior, query_marginal, key_marginal, key_penalty)
+
+    def _store(
+        self,
+        score: Tensor,
+        epsilon: float,
+        log_prior: Tensor | None,
+        query_marginal: Tensor,
+        key_marginal: Tensor | None,
+        query_penalty: float,
+        key_penalty: float,
+    ) -> None:
+        values = (score, epsilon, log_prior, query_marginal, key_marginal, query_penalty, key_penalty)
+        for name, value in zip(self.__dataclass_fields__, values, strict=True):
+            object.__setattr__(self, name, value)
+
+    def with_tensors(
+        self, score: Tensor, log_prior: Tensor | None, query_marginal: Tensor, key_marginal: Tensor | None
+    ) -> TransportProblem:
+        """Return the same problem over other tensors of the same shapes, unchecked: for detached or aliased copies.
+
+        Args:
+            score: Shape (..., n, m), cost units.
+            log_prior: Shape (..., n, m), nats, or ``None``.
+            query_marginal: Shape (..., n).
+            key_marginal: Shape (..., m), or ``None``.
+
+        Returns:
+            A problem with this one's epsilon and penalties.
+
+        Example:
+            >>> problem = TransportProblem(torch.zeros(2, 3))
+            >>> problem.with_tensors(problem.score + 1, None, problem.query_marginal, None).score.sum().item()
+            6.0
+
+        Source: original.
+        """
+        other = object.__new__(TransportProblem)
+        other._store(score, self.epsilon, log_prior, query_marginal, key_marginal, self.query_penalty, self.key_penalty)
+        return other
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """The tensors ``(score, log_prior, query_marginal, key_marginal)``, in the order of ``with_tensors``."""
+        return self.score, self.log_prior, self.query_marginal, self.key_marginal
+
+    @property
+    def num_queries(self) -> int:
+        """The number n of queries."""
+        return self.score.shape[-2]
+
+    @property
+    def num_keys(self) -> int:
+        """The number m of keys."""
+        return self.score.shape[-1]
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """The leading dimensions, broadcast over all tensors; empty for one problem."""
+        shapes = [self.score.shape[:-2], self.query_marginal.shape[:-1]]
+        if self.log_prior is not None:
+            shapes.append(self.log_prior.shape[:-2])
+        if self.key_marginal is not None:
+            shapes.append(self.key_marginal.shape[:-1])
+        return torch.broadcast_shapes(*shapes)
+
+    @property
+    def is_balanced(self) -> bool:
+        """Whether both marginals are constraints, so that the potentials have a free constant."""
+        return math.isinf(self.query_penalty) and math.isinf(self.key_penalty)
+
+    def __repr__(self) -> str:
+        return (
+            f"TransportProblem(batch={tuple(self.batch_shape)}, queries={self.num_queries}, keys={self.num_keys}, "
+            f"epsilon={self.epsilon:g}, query_penalty={self.query_penalty:g}, key_penalty={self.key_penalty:g}, "
+            f"{self.score.dtype})"
+        )
+
+
+def _key_penalty(key_penalty: float | None, key_marginal: Tensor | None) -> float:
+    """Resolve the key penalty: no key marginal means zero, a key marginal means infinite unless stated."""
+    if key_penalty is None:
+        return 0.0 if key_marginal is None else math.inf
+    value = check_positive(_OWNER, "key_penalty", key_penalty, allow_zero=True, allow_inf=True)
+    if key_marginal is None:
+        remedy = "Pass a key_marginal, or leave key_penalty out"
+        require(value == 0, _OWNER, "key_penalty", "be left out where there is no key_marginal", key_penalty, remedy)
+    else:
+        remedy = "Leave key_marginal out for free keys, or choose a penalty above zero"
+        require(value > 0, _OWNER, "key_penalty", "be positive where there is a key_marginal", key_penalty, remedy)
+    return value
