@@ -1,16 +1,18 @@
-"""Masks: what was asked for in several arguments, as one mask for a kernel.
+"""Masks: what was asked for in several arguments, in as few as kernels can use.
 
 Legend: B batch, H query heads, Q queries, K keys.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from eotattn.checks import check_floating, check_shape, require
 
-__all__ = ["combine_masks", "from_multihead_convention", "triangle_mask"]
+__all__ = ["Masks", "from_multihead_convention", "gather_masks"]
 
 
 def triangle_mask(queries: int, keys: int, device: torch.device) -> Tensor:
@@ -18,14 +20,53 @@ def triangle_mask(queries: int, keys: int, device: torch.device) -> Tensor:
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril()
 
 
-def combine_masks(
+@dataclass(frozen=True)
+class Masks:
+    """What no log-prior of finite size can express: which keys are inadmissible.
+
+    Args:
+        dense: Broadcastable to (B, H, Q, K): boolean with true where a query may attend, or floating and added, nats.
+        padding: (B, K) boolean, true where a key is padding; a lane can carry it.
+        triangle: Query index i sees key indices 0 to i; kernels do this themselves. Never together with ``dense``.
+    """
+
+    dense: Tensor | None = None
+    padding: Tensor | None = None
+    triangle: bool = False
+
+    def as_dense(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
+        """All of it as one mask, boolean or floating."""
+        boolean: list[Tensor] = [triangle_mask(queries, keys, device)] if self.triangle else []
+        if self.padding is not None:
+            boolean.append(~self.padding[:, None, None, :])
+        bias = None
+        if self.dense is not None and self.dense.dtype == torch.bool:
+            boolean.append(self.dense)
+        elif self.dense is not None:
+            bias = self.dense
+        if not boolean:
+            return bias
+        combined = boolean[0]
+        for mask in boolean[1:]:
+            combined = combined & mask
+        return combined if bias is None else torch.where(combined, bias, float("-inf"))
+
+    def has_keys(self) -> Tensor | None:
+        """Whether each query has an admissible key, (B, 1 or Q); ``None`` if more than padding and triangle decide."""
+        if self.padding is None or self.dense is not None:
+            return None
+        real = ~self.padding
+        return real.cumsum(dim=1) > 0 if self.triangle else real.any(dim=1, keepdim=True)
+
+
+def gather_masks(
     owner: str,
     shape: tuple[int, int, int, int],
     attn_mask: Tensor | None,
     key_padding_mask: Tensor | None,
     causal: Tensor | bool,
-) -> tuple[Tensor | None, bool]:
-    """Combine all masks of a call into at most one.
+) -> Masks:
+    """Check all masks of a call and bring them into as few as possible.
 
     Args:
         owner: Who asks, for errors.
@@ -33,36 +74,22 @@ def combine_masks(
         attn_mask: Broadcastable to ``shape``; boolean with true where a query may attend, or floating, added in nats.
         key_padding_mask: (B, K) boolean, true where a key is padding.
         causal: A mask of visible keys, or ``True`` for the kernel's own triangle, or ``False`` for none.
-
-    Returns:
-        ``(mask, triangle)``: the combined mask, boolean or floating, or ``None``; and whether the kernel's own causal
-        triangle is to be used, which it is only where no mask is left.
     """
-    boolean: list[Tensor] = [causal] if isinstance(causal, Tensor) else []
-    bias = None
     if key_padding_mask is not None:
         is_boolean = isinstance(key_padding_mask, Tensor) and key_padding_mask.dtype == torch.bool
         remedy = "Compare the tokens with the padding token"
         require(is_boolean, owner, "key_padding_mask", "be a boolean tensor", key_padding_mask, remedy, error=TypeError)
         check_shape(owner, "key_padding_mask", key_padding_mask, (shape[0], shape[3]), "One entry a key")
-        boolean.append(~key_padding_mask[:, None, None, :])
     if attn_mask is not None:
         _check_attn_mask(owner, attn_mask, shape)
-        if attn_mask.dtype == torch.bool:
-            boolean.append(attn_mask)
-        else:
-            bias = attn_mask
-    if causal is True:
-        if not boolean and bias is None:
-            return None, True
-        device = boolean[0].device if bias is None else bias.device
-        boolean.append(triangle_mask(shape[2], shape[3], device))
-    if not boolean:
-        return bias, False
-    combined = boolean[0]
-    for mask in boolean[1:]:
-        combined = combined & mask
-    return (combined if bias is None else torch.where(combined, bias, float("-inf"))), False
+    if isinstance(causal, Tensor) and attn_mask is None:
+        attn_mask, causal = causal, False
+    if attn_mask is None or causal is False:
+        return Masks(attn_mask, key_padding_mask, causal is True)
+    visible = causal if isinstance(causal, Tensor) else triangle_mask(shape[2], shape[3], attn_mask.device)
+    if attn_mask.dtype == torch.bool:
+        return Masks(attn_mask & visible, key_padding_mask)
+    return Masks(torch.where(visible, attn_mask, float("-inf")), key_padding_mask)
 
 
 def _check_attn_mask(owner: str, mask: Tensor, shape: tuple[int, ...]) -> None:
@@ -76,7 +103,7 @@ def _check_attn_mask(owner: str, mask: Tensor, shape: tuple[int, ...]) -> None:
 def from_multihead_convention(
     owner: str, attn_mask: Tensor | None, key_padding_mask: Tensor | None, *, batch: int, num_heads: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Translate the masks of ``nn.MultiheadAttention`` into those of :func:`combine_masks`.
+    """Translate the masks of ``nn.MultiheadAttention`` into those of :func:`gather_masks`.
 
     There a boolean ``attn_mask`` is true where a query may *not* attend, three axes mean (B * H, Q, K), and a padding
     mask may be floating (added to the score).

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from eotattn.attention.functional import BACKENDS, prior_attention
+from eotattn.attention.backends import BACKENDS
+from eotattn.attention.functional import prior_attention
 from eotattn.attention.masks import from_multihead_convention
 from eotattn.attention.positions import resolve_positions
 from eotattn.attention.rotary import Rotary
@@ -94,7 +95,7 @@ class PriorAttention(nn.Module):
         rule = f"divide num_heads ({num_heads})"
         require(num_heads % self.num_kv_heads == 0, owner, "num_kv_heads", rule, num_kv_heads, "Choose a divisor")
         require(0 <= dropout < 1, owner, "dropout", "lie in [0, 1)", dropout, "Pass a probability")
-        self.backend = check_choice(owner, "backend", backend, BACKENDS)
+        self.backend = check_choice(owner, "backend", backend, ("auto", *BACKENDS))
         self.lanes = check_choice(owner, "lanes", lanes, ("appended", "reserved"))
         if prior is not None:
             have = getattr(prior, "num_heads", prior)

@@ -5,11 +5,13 @@ Legend: B batch, H query heads, Q queries, K keys, D score width, P lanes, V val
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["attend", "kernel_width"]
+__all__ = ["attend", "kernel_width", "padding_lane"]
 
 #: Fused kernels on a GPU want head widths that are multiples of this.
 WIDTH_STEP = 8
@@ -26,21 +28,20 @@ def attend(
     value: Tensor,
     *,
     scale: float,
-    query_lanes: Tensor | None = None,
-    key_lanes: Tensor | None = None,
+    lanes: Sequence[tuple[Tensor, Tensor]] = (),
     mask: Tensor | None = None,
     is_causal: bool = False,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """Compute attention whose score is scale * (<query, key> + <query_lanes, key_lanes>).
+    """Compute attention whose score is scale * (<query, key> + sum of <query_lanes, key_lanes>).
 
     Args:
         query: (B, H, Q, D).
         key: (B, H / G, K, D); G query heads share a key head, nothing is repeated in memory.
         value: (B, H / G, K, V).
         scale: Factor on all inner products, lanes included.
-        query_lanes: Broadcastable to (B, H, Q, P), already divided by ``scale``.
-        key_lanes: Broadcastable to (B, H / G, K, P).
+        lanes: Pairs of query lanes, broadcastable to (B, H, Q, P) and already divided by ``scale``, and key lanes,
+            broadcastable to (B, H / G, K, P).
         mask: Boolean (true may attend) or additive, broadcastable to (B, H, Q, K).
         is_causal: Query i sees keys 0 to i; not together with ``mask``.
         dropout_p: Probability of dropping a weight.
@@ -48,9 +49,11 @@ def attend(
     Returns:
         (B, H, Q, V) in the dtype of ``query``.
     """
-    if query_lanes is not None and key_lanes is not None:
-        width = kernel_width(query.shape[-1] + query_lanes.shape[-1], query.device)
-        query, key = _append(query, query_lanes, width), _append(key, key_lanes, width)
+    if lanes:
+        num_lanes = sum(query_lanes.shape[-1] for query_lanes, _ in lanes)
+        width = kernel_width(query.shape[-1] + num_lanes, query.device)
+        query = _append(query, [query_lanes for query_lanes, _ in lanes], width)
+        key = _append(key, [key_lanes for _, key_lanes in lanes], width)
     value_width = value.shape[-1]
     padded = query.device.type == "cpu" and value_width < query.shape[-1]
     if padded:  # the fused CPU kernel wants equal widths; the path without it is several times slower
@@ -68,10 +71,26 @@ def attend(
     return output[..., :value_width] if padded else output
 
 
-def _append(content: Tensor, lanes: Tensor, width: int) -> Tensor:
+def padding_lane(padding: Tensor, dtype: torch.dtype, *, scale: float) -> tuple[Tensor, Tensor]:
+    """One lane that makes padding keys inadmissible: a finite number far below any score, since inf * 0 is NaN.
+
+    Args:
+        padding: (B, K) boolean, true where a key is padding.
+        dtype: The kernel's dtype.
+        scale: The kernel's factor on inner products.
+
+    Returns:
+        Query lane (1, 1, 1, 1) and key lane (B, 1, K, 1). Admissible keys are untouched: their lane is zero.
+    """
+    far = -6e4 if dtype == torch.float16 else -1e9 / scale
+    key_lane = torch.zeros(padding.shape, dtype=dtype, device=padding.device).masked_fill(padding, far)
+    return torch.ones(1, 1, 1, 1, dtype=dtype, device=padding.device), key_lane[:, None, :, None]
+
+
+def _append(content: Tensor, lanes: Sequence[Tensor], width: int) -> Tensor:
     """Content and lanes side by side, (B, H, L, width), zeros behind them."""
-    parts = [content, lanes.expand(*content.shape[:-1], lanes.shape[-1])]
-    spare = width - content.shape[-1] - lanes.shape[-1]
+    parts = [content, *(lane.expand(*content.shape[:-1], lane.shape[-1]) for lane in lanes)]
+    spare = width - sum(part.shape[-1] for part in parts)
     if spare > 0:
         parts.append(content.new_zeros(()).expand(*content.shape[:-1], spare))
     return torch.cat(parts, dim=-1)

@@ -1,0 +1,125 @@
+"""One attention call, checked: what every backend starts from.
+
+Legend: B batch, H query heads, Hk key heads, Q queries, K keys, D score width, V value width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from eotattn.attention.masks import Masks, gather_masks
+from eotattn.attention.positions import Positions, causal_mask, resolve_positions
+from eotattn.checks import check_floating, check_positive, check_same_device, check_shape, require
+from eotattn.priors import LogPrior
+
+__all__ = ["AttentionCall"]
+
+OWNER = "prior_attention"
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """Arguments of :func:`prior_attention` after every check, with defaults filled in.
+
+    Args:
+        query: (B, H, Q, D).
+        key: (B, Hk, K, D).
+        value: (B, Hk, K, V).
+        prior: Log-prior with H heads, or ``None``.
+        query_positions: Resolved positions of the queries.
+        key_positions: Resolved positions of the keys.
+        masks: Inadmissible keys.
+        scale: Factor on the inner products.
+        dropout_p: Probability of dropping a weight.
+        return_weights: Whether the weights are asked for.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    prior: LogPrior | None
+    query_positions: Positions
+    key_positions: Positions
+    masks: Masks
+    scale: float
+    dropout_p: float
+    return_weights: bool
+
+    @classmethod
+    def check(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        prior: LogPrior | None,
+        query_positions: Tensor | range | None,
+        key_positions: Tensor | range | None,
+        attn_mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+        is_causal: bool,
+        scale: float | None,
+        dropout_p: float,
+        return_weights: bool,
+    ) -> AttentionCall:
+        """Check the arguments of :func:`prior_attention`; raises what that function documents."""
+        _check_content(query, key, value)
+        _check_prior(prior, query.shape[1])
+        scale = 1 / math.sqrt(query.shape[-1]) if scale is None else check_positive(OWNER, "scale", scale)
+        require(0 <= dropout_p < 1, OWNER, "dropout_p", "lie in [0, 1)", dropout_p, "Pass a probability")
+        queries = _resolve("query_positions", query_positions, query, prior)
+        keys = _resolve("key_positions", key_positions, key, prior)
+        shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+        remedy = "Pass attn_mask for an order of cells"
+        require(not (is_causal and queries.on_grid), OWNER, "is_causal", "be false on grids", is_causal, remedy)
+        seen = causal_mask(queries, keys) if is_causal else False
+        masks = gather_masks(OWNER, shape, attn_mask, key_padding_mask, seen)
+        check_same_device(OWNER, ("query", query), attn_mask=attn_mask, key_padding_mask=key_padding_mask)
+        return cls(query, key, value, prior, queries, keys, masks, scale, dropout_p, return_weights)
+
+    @property
+    def prior_name(self) -> str:
+        """Class of the prior, for messages."""
+        return "no prior" if self.prior is None else type(self.prior).__name__
+
+    def dense_mask(self) -> Tensor | None:
+        """All masks as one, boolean or floating."""
+        return self.masks.as_dense(self.query.shape[2], self.key.shape[2], self.query.device)
+
+
+def _check_content(query: Tensor, key: Tensor, value: Tensor) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_floating(OWNER, name, tensor)
+        require(tensor.dim() == 4, OWNER, name, "have shape (B, heads, length, width)", tensor, "Split the heads first")
+        require(tensor.numel() > 0, OWNER, name, "not be empty", tensor, "Pass at least one token")
+        require(tensor.dtype == query.dtype, OWNER, name, f"have the query's dtype {query.dtype}", tensor, "Cast it")
+    check_same_device(OWNER, ("query", query), key=key, value=value)
+    batch, heads, _, width = query.shape
+    check_shape(OWNER, "key", key, (batch, None, None, width), "Match the query's batch and width")
+    check_shape(OWNER, "value", value, (batch, key.shape[1], key.shape[2], None), "Match the key's heads and length")
+    rule = f"have a number of heads that divides the query's {heads}"
+    require(heads % key.shape[1] == 0, OWNER, "key", rule, key, "Choose num_kv_heads so")
+
+
+def _check_prior(prior: LogPrior | None, num_heads: int) -> None:
+    if prior is None:
+        return
+    remedy = "See eotattn.priors"
+    require(isinstance(prior, LogPrior), OWNER, "prior", "be a LogPrior", prior, remedy, error=TypeError)
+    rule = f"have the query's {num_heads} heads"
+    require(prior.num_heads == num_heads, OWNER, "prior", rule, prior.num_heads, "Build it for query heads")
+
+
+def _resolve(argument: str, given: Tensor | range | None, content: Tensor, prior: LogPrior | None) -> Positions:
+    return resolve_positions(
+        OWNER,
+        argument,
+        given,
+        batch=content.shape[0],
+        length=content.shape[2],
+        num_coordinates=1 if prior is None else prior.num_coordinates,
+        device=content.device,
+    )
