@@ -6,20 +6,22 @@ Legend: B batch, E model width, H query heads, Hk key heads, Q queries, K keys, 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from eotattn.attention.backends import BACKENDS
+from eotattn.attention.cache import KeyValueCache
 from eotattn.attention.functional import prior_attention
 from eotattn.attention.masks import from_multihead_convention
 from eotattn.attention.positions import resolve_positions
+from eotattn.attention.projections import PackedProjection, SeparateProjections
 from eotattn.attention.rotary import Rotary
 from eotattn.checks import check_choice, check_positive_int, require
-from eotattn.priors import LogPrior, goat_prior
+from eotattn.priors import LogPrior
 
-__all__ = ["GoatAttention", "Heads", "PriorAttention"]
+__all__ = ["Heads", "PriorAttention"]
 
 
 class Heads(NamedTuple):
@@ -109,18 +111,15 @@ class PriorAttention(nn.Module):
         self.dropout, self.batch_first = dropout, batch_first
         self.kdim, self.vdim = kdim or embed_dim, vdim or embed_dim
         self.prior, self.rotary = prior, rotary
-        make = {"bias": bias, "device": device, "dtype": dtype}
-        query_width, key_width = num_heads * self.content_dim, self.num_kv_heads * self.content_dim
-        value_width = self.num_kv_heads * self.head_dim
-        self._widths = (query_width, key_width, value_width)
-        self.is_packed = kdim is None and vdim is None
-        if self.is_packed:
-            self.in_proj = nn.Linear(embed_dim, sum(self._widths), **make)  # type: ignore[arg-type]
+        make: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
+        content_widths = (num_heads * self.content_dim, self.num_kv_heads * self.content_dim)
+        widths = (*content_widths, self.num_kv_heads * self.head_dim)
+        self.in_proj: PackedProjection | SeparateProjections
+        if kdim is None and vdim is None:
+            self.in_proj = PackedProjection(embed_dim, widths, **make)
         else:
-            self.q_proj = nn.Linear(embed_dim, query_width, **make)  # type: ignore[arg-type]
-            self.k_proj = nn.Linear(self.kdim, key_width, **make)  # type: ignore[arg-type]
-            self.v_proj = nn.Linear(self.vdim, value_width, **make)  # type: ignore[arg-type]
-        self.out_proj = nn.Linear(embed_dim, embed_dim, **make)  # type: ignore[arg-type]
+            self.in_proj = SeparateProjections((embed_dim, self.kdim, self.vdim), widths, **make)
+        self.out_proj = nn.Linear(embed_dim, embed_dim, **make)
         self.reset_parameters()
 
     def _content_dim(self, prior: LogPrior | None) -> int:
@@ -136,12 +135,10 @@ class PriorAttention(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise the projections as ``nn.MultiheadAttention`` does (Xavier, zero biases); reset the prior."""
-        inputs = [self.in_proj] if self.is_packed else [self.q_proj, self.k_proj, self.v_proj]
-        for projection in inputs:
-            nn.init.xavier_uniform_(projection.weight)
-        for projection in (*inputs, self.out_proj):
-            if projection.bias is not None:
-                nn.init.zeros_(projection.bias)
+        self.in_proj.reset_parameters()
+        self.out_proj.reset_parameters()
+        if self.out_proj.bias is not None:
+            nn.init.zeros_(self.out_proj.bias)
         if self.prior is not None:
             self.prior.reset_parameters()
 
@@ -155,12 +152,7 @@ class PriorAttention(nn.Module):
         key_positions: Tensor | range | None = None,
     ) -> Heads:
         """Project (B, length, E) inputs to heads, rotary applied: what :func:`prior_attention` receives."""
-        key = query if key is None else key
-        value = key if value is None else value
-        if self.is_packed and key is query and value is query:
-            flat = list(self.in_proj(query).split(self._widths, dim=-1))
-        else:
-            flat = self._project_apart(query, key, value)
+        flat = self.in_proj(query, key, value)
         counts = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         heads = [part.unflatten(-1, (count, -1)).transpose(1, 2) for part, count in zip(flat, counts, strict=True)]
         if self.rotary is not None:
@@ -182,14 +174,6 @@ class PriorAttention(nn.Module):
         )
         return self.rotary(content, resolved.tensor) if self.rotary is not None else content
 
-    def _project_apart(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-        if not self.is_packed:
-            return [self.q_proj(query), self.k_proj(key), self.v_proj(value)]
-        weights = self.in_proj.weight.split(self._widths)
-        biases = (None,) * 3 if self.in_proj.bias is None else self.in_proj.bias.split(self._widths)
-        inputs = (query, key, value)
-        return [nn.functional.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True)]
-
     def forward(
         self,
         query: Tensor,
@@ -203,6 +187,7 @@ class PriorAttention(nn.Module):
         *,
         query_positions: Tensor | range | None = None,
         key_positions: Tensor | range | None = None,
+        cache: KeyValueCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend; the arguments up to ``is_causal`` are those of ``nn.MultiheadAttention``, in its order.
 
@@ -218,6 +203,8 @@ class PriorAttention(nn.Module):
             is_causal: Keys at later positions than the query are inadmissible.
             query_positions: (Q,) or (B, Q), tokens, or a ``range``; by default 0, 1, 2, ...
             key_positions: (K,) or (B, K), likewise; by default those of the query in self-attention.
+            cache: Earlier keys and values of this layer; the new ones are appended to it, positions follow from it, and
+                ``key_padding_mask`` speaks of the new tokens. For inference: no gradient reaches cached tensors.
 
         Returns:
             Output shaped like ``query``, and the weights (B, Q, K) or (B, H, Q, K), or ``None``.
@@ -231,7 +218,16 @@ class PriorAttention(nn.Module):
             key_positions = query_positions
         inputs = _as_batch(query, key, value, is_batched=is_batched, batch_first=self.batch_first)
         self._check_widths(*inputs)
+        if cache is not None:
+            given = query_positions is None and key_positions is None
+            require(given, owner, "query_positions", "be left to the cache", query_positions, "Drop the positions")
+            query_positions = key_positions = cache.next_positions(inputs[0].shape[1], key_padding_mask)
         content = self.project(*inputs, query_positions=query_positions, key_positions=key_positions)
+        if cache is not None:
+            cache.append(content.key, content.value, key_padding_mask)
+            content = Heads(content.query, cache.keys, cache.values)
+            key_positions, key_padding_mask = cache.positions, cache.padding
+            is_causal = is_causal and content.query.shape[2] > 1  # one query at the end sees all that is cached
         mask, padding = from_multihead_convention(
             owner, attn_mask, key_padding_mask, batch=inputs[0].shape[0], num_heads=self.num_heads
         )
@@ -262,6 +258,53 @@ class PriorAttention(nn.Module):
             fits = tensor.dim() == 3 and tensor.shape[-1] == width
             require(fits, type(self).__name__, name, f"have width {width} in its last axis", tensor, "Check the inputs")
 
+    def make_cache(self, batch_size: int, max_length: int) -> KeyValueCache:
+        """An empty :class:`KeyValueCache` for this layer, ``max_length`` tokens long."""
+        weight = self.out_proj.weight
+        widths = (self.content_dim, self.head_dim)
+        place: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
+        return KeyValueCache(batch_size, self.num_kv_heads, max_length, *widths, **place)
+
+    @classmethod
+    def from_multihead_attention(
+        cls, attention: nn.MultiheadAttention, *, prior: LogPrior | None = None, backend: str = "auto"
+    ) -> PriorAttention:
+        """A layer with the weights of ``attention``; equal to it while the prior is neutral.
+
+        Args:
+            attention: The layer to convert; not changed.
+            prior: Log-prior with as many heads, its lanes appended, so that no content is lost.
+            backend: As in :func:`prior_attention`.
+
+        Raises:
+            NotImplementedError: If the layer appends keys (``add_bias_kv``, ``add_zero_attn``), which have no position.
+        """
+        if attention.bias_k is not None or attention.add_zero_attn:
+            raise NotImplementedError(
+                f"{cls.__name__}.from_multihead_attention: appended keys have no position and so no log-prior. "
+                f"Convert a layer without add_bias_kv and add_zero_attn."
+            )
+        packed = attention._qkv_same_embed_dim
+        weight = attention.out_proj.weight
+        layer = PriorAttention(
+            attention.embed_dim,
+            attention.num_heads,
+            kdim=None if packed else attention.kdim,
+            vdim=None if packed else attention.vdim,
+            prior=prior,
+            dropout=attention.dropout,
+            bias=attention.in_proj_bias is not None,
+            batch_first=attention.batch_first,
+            backend=backend,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        layer.train(attention.training)
+        state = attention.state_dict()
+        layer.in_proj.load_multihead(state)
+        layer.out_proj.load_state_dict({k[9:]: v for k, v in state.items() if k.startswith("out_proj.")}, strict=False)
+        return layer
+
     def extra_repr(self) -> str:
         """The numbers that define the layer."""
         return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}"
@@ -281,51 +324,3 @@ def _as_batch(
         return unique[id(tensor)]
 
     return arranged(query), arranged(key), arranged(value)
-
-
-class GoatAttention(PriorAttention):
-    """The paper's layer: :class:`PriorAttention` with :func:`goat_prior`, its lanes reserved from the head width.
-
-    Args:
-        embed_dim: Model width E.
-        num_heads: Query heads H.
-        num_kv_heads: Key and value heads; by default H.
-        num_frequencies: Frequencies R of the relative part; the prior takes 2 R + 2 lanes of the head.
-        length_scale: Tokens over which u(j) varies; about the training length.
-        init: ``"alibi"`` or ``"neutral"``, as in :func:`goat_prior`.
-        dropout: Probability of dropping a weight in training.
-        bias: Whether the projections have biases.
-        batch_first: Whether inputs are (B, length, E).
-
-    Source:
-        Litman and Guo 2026 (arXiv 2601.15380), section 3.
-
-    Example:
-        >>> layer = GoatAttention(embed_dim=64, num_heads=4, num_frequencies=3)
-        >>> layer.content_dim, layer.head_dim
-        (8, 16)
-    """
-
-    def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        *,
-        num_kv_heads: int | None = None,
-        num_frequencies: int = 4,
-        length_scale: float = 2048.0,
-        init: str = "alibi",
-        dropout: float = 0.0,
-        bias: bool = True,
-        batch_first: bool = True,
-    ) -> None:
-        super().__init__(
-            embed_dim,
-            num_heads,
-            num_kv_heads=num_kv_heads,
-            prior=goat_prior(num_heads, num_frequencies=num_frequencies, length_scale=length_scale, init=init),
-            lanes="reserved",
-            dropout=dropout,
-            bias=bias,
-            batch_first=batch_first,
-        )
