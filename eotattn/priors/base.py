@@ -238,6 +238,12 @@ class SumPrior(LogPrior):
         each = (part.factors(query_positions, key_positions, dtype=dtype) for part in self.parts)
         return tuple(factor for factors in each for factor in factors)
 
+    def check_positions(self, query_positions: Tensor | None, key_positions: Tensor | None) -> None:
+        """Raise unless every part understands both positions."""
+        super().check_positions(query_positions, key_positions)
+        for part in self.parts:
+            part.check_positions(query_positions, key_positions)
+
     def reset_parameters(self) -> None:
         """Reset every part."""
         for part in self.parts:
@@ -288,6 +294,10 @@ class ScaledPrior(LogPrior):
         if part.exact == "query":
             return replace(part, key=self.factor * part.key, row=row)
         return replace(part, query=self.factor * part.query, row=row)
+
+    def check_positions(self, query_positions: Tensor | None, key_positions: Tensor | None) -> None:
+        """Raise unless the scaled prior understands both positions."""
+        self.prior.check_positions(query_positions, key_positions)
 
     def reset_parameters(self) -> None:
         """Reset the prior and restore the factor given at construction."""

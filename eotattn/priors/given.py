@@ -37,21 +37,18 @@ class DensePrior(LogPrior):
         wide = log_prior if log_prior.dtype == torch.float64 else log_prior.float()
         self.register_buffer("log_prior", wide.detach().clone())
 
-    def dense(self, query_positions: Tensor, key_positions: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The rows and columns of the matrix at the given positions: (H, Q, K) or (B, H, Q, K), nats.
-
-        Raises:
-            ValueError: If a position lies outside the matrix.
-        """
+    def check_positions(self, query_positions: Tensor | None, key_positions: Tensor | None) -> None:
+        """Raise unless both are positions that lie in the matrix; a negative one would silently count from its end."""
+        super().check_positions(query_positions, key_positions)
         _, queries, keys = self.log_prior.shape
-        self.check_positions(query_positions, key_positions)
         given = (("query_positions", query_positions, queries), ("key_positions", key_positions, keys))
         for name, positions, size in given:
-            inside = bool((positions >= 0).all() & (positions < size).all())
-            span = f"{positions.min().item()} to {positions.max().item()}"
-            require(inside, "DensePrior", name, f"lie in 0 to {size - 1}", span, "Give a larger matrix")
-        return super().dense(query_positions, key_positions, dtype=dtype)
+            if positions is not None:
+                inside = bool((positions >= 0).all() & (positions < size).all())
+                span = f"{positions.min().item()} to {positions.max().item()}"
+                require(inside, "DensePrior", name, f"lie in 0 to {size - 1}", span, "Give a larger matrix")
 
     def evaluate(self, head: Tensor, query_position: Tensor, key_position: Tensor) -> Tensor:
         """The matrix's entry, in nats."""
-        return self.log_prior[head, query_position.to(torch.int64), key_position.to(torch.int64)]
+        entry = self.log_prior[head, query_position.to(torch.int64), key_position.to(torch.int64)]
+        return entry.to(query_position.dtype)

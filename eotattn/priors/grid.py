@@ -75,6 +75,14 @@ class GridPrior(LogPrior):
         """Whether both axes have lanes."""
         return all(axis.has_lanes for axis in self.axes)
 
+    def check_positions(self, query_positions: Tensor | None, key_positions: Tensor | None) -> None:
+        """Raise unless both lie on a grid, and each axis understands its coordinate."""
+        super().check_positions(query_positions, key_positions)
+        if query_positions is not None and key_positions is not None:
+            query, key = query_positions.clamp(min=0), key_positions.clamp(min=0)
+            for c, axis in enumerate(self.axes):
+                axis.check_positions(query[..., c], key[..., c])
+
     def reset_parameters(self) -> None:
         """Reset both axes."""
         for axis in self.axes:
