@@ -1,0 +1,73 @@
+"""The one list of prior constructors: a new prior adds one line, and runs the whole contract."""
+
+import math
+
+import torch
+
+from eotattn.priors import (
+    ClassTokenPrior,
+    DensePrior,
+    FourierPrior,
+    GridPrior,
+    RecencyPrior,
+    SinkPrior,
+    TablePrior,
+    goat_prior,
+)
+
+HEADS = 3
+
+
+def off_neutral(prior, *, seed=0, size=0.7):
+    """Move every parameter away from its start by a random step; returns the prior."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in prior.parameters():
+            parameter.add_(size * torch.rand(parameter.shape, generator=generator) + 0.05)
+            flip = torch.rand(parameter.shape, generator=generator) < 0.5
+            parameter.copy_(torch.where(flip, -parameter, parameter))
+    return prior
+
+
+def recency(init="alibi"):
+    """Slopes of every kind: above, at and below zero act as themselves, zero and zero."""
+    prior = RecencyPrior(HEADS, init)
+    with torch.no_grad():
+        prior.strength.copy_(torch.tensor([1.3, 0.4, 2.2]))
+    return prior
+
+
+def matrix(*, masked=False):
+    """A given matrix with more rows and columns than the contract's positions."""
+    values = torch.randn(HEADS, 9, 11, generator=torch.Generator().manual_seed(5))
+    if masked:
+        values[:, :, 3] = -math.inf
+        values[1, 4] = -math.inf
+    return values
+
+
+def fourier(seed=0):
+    return off_neutral(FourierPrior(HEADS, 5, 3.0, 700.0), seed=seed)
+
+
+#: name -> (constructor, names of the checks that it does not claim). One line a prior.
+CASES = {
+    "fourier": (fourier, ()),
+    "recency": (recency, ()),
+    "recency neutral": (lambda: recency("neutral"), ()),
+    "sink": (lambda: off_neutral(SinkPrior(HEADS, 3, length_scale=40.0)), ()),
+    "sink without waves": (lambda: off_neutral(SinkPrior(HEADS, 0, length_scale=40.0)), ()),
+    "table": (lambda: off_neutral(TablePrior(HEADS, max_lag=3)), ()),
+    "given": (lambda: DensePrior(matrix()), ("reset",)),
+    "given with -inf": (lambda: DensePrior(matrix(masked=True)), ("reset",)),
+    "grid": (lambda: GridPrior(fourier(1), off_neutral(FourierPrior(HEADS, 2, 4.0, 30.0), seed=2)), ()),
+    "grid of recencies": (lambda: GridPrior(recency(), recency()), ()),
+    "grid of tables": (lambda: GridPrior(off_neutral(TablePrior(HEADS, 2)), fourier()), ()),
+    "class token": (lambda: off_neutral(ClassTokenPrior(HEADS)), ()),
+    "vit": (lambda: GridPrior(fourier(3), fourier(4)) + off_neutral(ClassTokenPrior(HEADS)), ()),
+    "goat": (lambda: off_neutral(goat_prior(HEADS, num_frequencies=3, length_scale=50.0)), ()),
+    "goat neutral": (lambda: off_neutral(goat_prior(HEADS, num_frequencies=3, init="neutral")), ()),
+    "multiple": (lambda: 1.7 * off_neutral(goat_prior(HEADS, num_frequencies=2)), ()),
+    "sum with a table": (lambda: recency() + off_neutral(TablePrior(HEADS, 4)), ()),
+    "sum with a given": (lambda: fourier() + DensePrior(matrix()), ("reset",)),
+}
