@@ -112,9 +112,10 @@ def dual_objective(problem: TransportProblem, query_potential: Tensor, key_poten
     Source: Chizat et al. 2018.
     """
     response = respond(problem, key_potential)
-    row_mass = problem.query_marginal * ((query_potential + response.soft_maximum) / problem.epsilon).exp()
+    growth = ((query_potential + response.soft_maximum) / problem.epsilon).exp()
     # A query without mass contributes none, even where the exponential overflows.
-    total = torch.where(problem.query_marginal > 0, row_mass, 0.0).sum(-1)
+    growth = torch.where((problem.query_marginal > 0) | growth.isfinite(), growth, 0.0)
+    total = (problem.query_marginal * growth).sum(-1)
     impossible = (key_potential == math.inf) & reachable_keys(problem.log_prior, problem.query_marginal)
     value = _concave_part(query_potential, problem.query_marginal, problem.query_penalty) - problem.epsilon * total
     key_marginal = torch.ones_like(key_potential) if problem.key_marginal is None else problem.key_marginal
@@ -126,10 +127,10 @@ def _concave_part(potential: Tensor, marginal: Tensor, penalty: float) -> Tensor
     """Minus the conjugate of a marginal penalty at minus the potential."""
     if penalty == 0:
         return torch.where(potential >= 0, 0.0, -math.inf).to(potential.dtype).sum(-1)
-    carried = marginal > 0
-    safe = torch.where(carried, potential, 0.0)
-    gain = safe if math.isinf(penalty) else -penalty * torch.expm1(-safe / penalty)
-    return torch.where(carried, marginal * gain, 0.0).sum(-1)
+    gain = potential if math.isinf(penalty) else -penalty * torch.expm1(-potential / penalty)
+    # Zero mass at an infinite price costs nothing.
+    gain = torch.where((marginal > 0) | gain.isfinite(), gain, 0.0)
+    return (marginal * gain).sum(-1)
 
 
 def _soft(mass: Tensor, marginal: Tensor) -> Tensor:

@@ -34,7 +34,8 @@ class TransportProblem:
     are the attention weights ``softmax(score / epsilon + log_prior)``.
 
     All tensors share one dtype (float32 or float64) and one device, and broadcast over leading batch dimensions.
-    A marginal entry of exactly zero is structural: that query or key carries no mass, and receives zero gradient.
+    A key marginal entry of exactly zero removes the key, and receives zero gradient; a query without mass still has a
+    potential, attention weights and its one-sided derivative.
 
     Args:
         score: Affinities (the negated cost), cost units, shape (..., n, m), finite.

@@ -1,0 +1,293 @@
+"""The same problems through POT, the independent oracle. The only file that imports it."""
+
+# Legend: n queries, m keys. POT's traps that the calls below avoid (0.9.7, each shown by a test or by its source):
+# a balanced `ot.solve` ignores the reference `c`; `reg_type="entropy"` replaces it by ones; the unbalanced value lacks
+# mass terms; an empty row, or a column whose kernel underflows, silently returns the starting point.
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import ot
+import torch
+from torch import Tensor
+
+from eotattn.transport.iteration import temperatures
+from eotattn.transport.objective import primal_objective, reference_mass
+from eotattn.transport.problem import TransportProblem
+from eotattn.transport.reduced import ReducedProblem, reduce_problem
+
+__all__ = ["PotSolution", "fixed_key_marginal", "majorization", "quasi_newton", "solve"]
+
+
+@dataclass(frozen=True, eq=False)
+class PotSolution:
+    """A coupling from POT.
+
+    Args:
+        coupling: Shape (..., n, m), on the dtype and device of the problem.
+        value: The primal objective of that coupling with all mass terms, cost units, shape of the batch. It trusts
+            hard marginals, and is computed here, because POT's own values leave terms out.
+        call: The POT function that ran.
+
+    Example:
+        >>> solve(TransportProblem(torch.zeros(1, 2))).call
+        'ot.unbalanced.sinkhorn_unbalanced'
+
+    Source: POT, Flamary et al. 2021.
+    """
+
+    coupling: Tensor
+    value: Tensor
+    call: str
+
+
+def solve(problem: TransportProblem, *, tolerance: float = 1e-15, max_iterations: int = 100_000) -> PotSolution:
+    """Solve by the POT call that is right for the problem, one problem of a batch after the other, in float64.
+
+    Two hard marginals go to ``ot.bregman.sinkhorn_log`` on ``-score - epsilon log R``, started from warmer
+    temperatures; everything else to ``ot.unbalanced.sinkhorn_unbalanced`` with the reference given.
+
+    Args:
+        problem: The problem; gradients are not followed.
+        tolerance: POT's ``stopThr``; in ``sinkhorn_log`` never below what rounding leaves, 1e-13 or one machine
+            epsilon times the largest cost / epsilon.
+        max_iterations: POT's ``numItermax``.
+
+    Returns:
+        The coupling, its value and the call.
+
+    Raises:
+        NotImplementedError: If POT's arithmetic, which is not logarithmic for soft marginals, cannot hold the problem.
+        RuntimeError: If POT did not converge.
+
+    Example:
+        >>> solve(TransportProblem(torch.zeros(1, 2))).coupling
+        tensor([[0.5000, 0.5000]])
+
+    Source: POT, Flamary et al. 2021.
+    """
+    if problem.is_balanced:
+        return _run(problem, lambda one: _hard(one, reduce_problem(one), tolerance, max_iterations)[0], _LOG)
+    return _run(problem, lambda one: _soft(one, reduce_problem(one), tolerance, max_iterations), _UNBALANCED)
+
+
+def fixed_key_marginal(problem: TransportProblem, key_marginal: Tensor) -> tuple[Tensor, Tensor]:
+    """Solve a free-key problem with its key marginal fixed: an oracle that shares nothing with the closed form.
+
+    At the key marginal of the free optimum the constraint is idle, so the key potential must be constant.
+
+    Args:
+        problem: One problem (no batch) with free keys and an infinite query penalty.
+        key_marginal: Shape (m,), e.g. the column sums of the coupling to be tested.
+
+    Returns:
+        ``(coupling, key_potential)``, shapes (n, m) and (m,), cost units; the potential is NaN on keys without mass.
+
+    Raises:
+        NotImplementedError: If the problem is a batch, has a key marginal, or a finite query penalty.
+
+    Example:
+        >>> problem = TransportProblem(torch.zeros(1, 2))
+        >>> fixed_key_marginal(problem, torch.tensor([0.5, 0.5]))[0]
+        tensor([[0.5000, 0.5000]])
+
+    Source: original, on POT's ``sinkhorn_log``.
+    """
+    _require_free(problem, "ot.bregman.sinkhorn_log", finite=False)
+    arrays = reduce_problem(problem, key_marginal)
+    coupling, potential = _hard(problem, arrays, 1e-13, 100_000)
+    full = np.full(problem.num_keys, math.nan)
+    full[arrays.columns] = potential
+    return _tensor(problem, coupling), _tensor(problem, full)
+
+
+def majorization(problem: TransportProblem, *, max_iterations: int = 20_000) -> Tensor:
+    """Solve a free-key problem with a finite query penalty by POT's multiplicative ``mm_unbalanced``.
+
+    Args:
+        problem: One problem (no batch) with free keys and a finite query penalty.
+        max_iterations: POT's ``numItermax``.
+
+    Returns:
+        The coupling, shape (n, m).
+
+    Raises:
+        NotImplementedError: If the problem is of another kind.
+
+    Example:
+        >>> problem = TransportProblem(torch.zeros(1, 2), query_penalty=1.0)
+        >>> majorization(problem)
+        tensor([[0.7071, 0.7071]])
+
+    Source: POT; Chapel et al. 2021.
+    """
+    _require_free(problem, "ot.unbalanced.mm_unbalanced", finite=True)
+    return _tensor(problem, _general(problem, ot.unbalanced.mm_unbalanced, max_iterations, {"div": "kl"}))
+
+
+def quasi_newton(problem: TransportProblem, *, max_iterations: int = 20_000) -> Tensor:
+    """Solve a free-key problem with a finite query penalty by POT's generic ``lbfgsb_unbalanced`` on the coupling.
+
+    Args:
+        problem: One problem (no batch) with free keys and a finite query penalty.
+        max_iterations: POT's ``numItermax``.
+
+    Returns:
+        The coupling, shape (n, m).
+
+    Raises:
+        NotImplementedError: If the problem is of another kind.
+
+    Example:
+        >>> problem = TransportProblem(torch.zeros(1, 2), query_penalty=1.0)
+        >>> quasi_newton(problem)
+        tensor([[0.7071, 0.7071]])
+
+    Source: POT; Blondel et al. 2018.
+    """
+    _require_free(problem, "ot.unbalanced.lbfgsb_unbalanced", finite=True)
+    kinds = {"reg_div": "kl", "regm_div": "kl"}
+    return _tensor(problem, _general(problem, ot.unbalanced.lbfgsb_unbalanced, max_iterations, kinds))
+
+
+_LOG = "ot.bregman.sinkhorn_log"
+_UNBALANCED = "ot.unbalanced.sinkhorn_unbalanced"
+
+
+def _run(problem: TransportProblem, solver: Callable[[TransportProblem], np.ndarray], call: str) -> PotSolution:
+    """Solve the problems of a batch one by one."""
+    batch, (n, m) = problem.batch_shape, problem.score.shape[-2:]
+    trailing = (n, m), (n, m), (n,), (m,)
+    flat = [
+        None if tensor is None else tensor.detach().expand(*batch, *sizes).reshape(-1, *sizes)
+        for tensor, sizes in zip(problem.tensors, trailing, strict=True)
+    ]
+    plans = [
+        _tensor(problem, solver(problem.with_tensors(*(None if x is None else x[index] for x in flat))))  # type: ignore[arg-type]
+        for index in range(math.prod(batch))
+    ]
+    coupling = torch.stack(plans).reshape(*batch, n, m)
+    with torch.no_grad():
+        value = primal_objective(problem, coupling) + problem.epsilon * reference_mass(problem)
+    return PotSolution(coupling, value, call)
+
+
+def _hard(
+    problem: TransportProblem, arrays: ReducedProblem, tolerance: float, max_iterations: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Two hard marginals: the prior enters the cost, and warmer temperatures start the cooler ones."""
+    forbidden = arrays.prior == 0
+    log_prior = np.log(np.where(forbidden, 1.0, arrays.prior))
+    tolerance = max(tolerance, 1e-13, np.finfo(float).eps * float(np.abs(arrays.cost).max()) / problem.epsilon)
+    start = None
+    for epsilon in temperatures(problem):
+        cost = np.where(forbidden, math.inf, arrays.cost - epsilon * log_prior)
+        final = epsilon == problem.epsilon
+        # Its log also holds the exponentials of the potentials, unused here, which may overflow.
+        with np.errstate(over="ignore"):
+            plan, log = ot.bregman.sinkhorn_log(
+                arrays.query_marginal,
+                arrays.key_marginal,
+                cost,
+                epsilon,
+                numItermax=max_iterations if final else 200,
+                stopThr=tolerance,
+                warn=False,
+                log=True,
+                warmstart=start,
+            )
+        start = (4 * log["log_u"], 4 * log["log_v"])
+    _require_converged(log["err"][-1], 10 * tolerance, _LOG)
+    return arrays.restore(plan), problem.epsilon * log["log_v"]
+
+
+def _soft(problem: TransportProblem, arrays: ReducedProblem, tolerance: float, max_iterations: int) -> np.ndarray:
+    """A soft or absent marginal: the reference is an argument, and free keys are a penalty of zero."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        kernel = arrays.prior * np.exp(-arrays.cost / problem.epsilon)
+    seen: np.ndarray = np.asarray(kernel.any(0))
+    if not np.isfinite(kernel).all() or (problem.key_marginal is not None and not seen.all()):
+        raise NotImplementedError(f"pot.solve: {_UNBALANCED} cannot hold {problem}; its kernel leaves the doubles.")
+    # A column that underflows would make POT stop at its starting point; its mass is below 1e-300.
+    arrays = arrays.keep_columns(seen)
+    demand = _shifted_marginal(problem, arrays)
+    with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        warnings.filterwarnings("error", message="Numerical errors at iteration")
+        try:
+            plan, log = ot.unbalanced.sinkhorn_unbalanced(
+                demand,
+                arrays.key_marginal,
+                arrays.cost,
+                problem.epsilon,
+                (problem.query_penalty, problem.key_penalty),
+                c=arrays.query_marginal[:, None] * arrays.prior,
+                numItermax=max_iterations,
+                stopThr=tolerance,
+                log=True,
+            )
+        except UserWarning as warning:
+            raise NotImplementedError(f"pot.solve: {_UNBALANCED} cannot hold {problem}; {warning}.") from warning
+    _require_converged(log["err"][-1], tolerance, _UNBALANCED)
+    return arrays.restore(plan)
+
+
+def _shifted_marginal(problem: TransportProblem, arrays: ReducedProblem) -> np.ndarray:
+    """The query marginal that undoes the shift of the rows, which a finite penalty would otherwise feel."""
+    if problem.query_penalty in (0.0, math.inf):
+        return arrays.query_marginal
+    exponent = arrays.lift / problem.query_penalty
+    if exponent.max() > 600:
+        raise NotImplementedError(f"pot.solve: {_UNBALANCED} cannot hold {problem}; the optimal mass overflows.")
+    return arrays.query_marginal * np.exp(exponent)
+
+
+def _general(
+    problem: TransportProblem, function: Callable[..., np.ndarray], max_iterations: int, kinds: dict[str, str]
+) -> np.ndarray:
+    """Free keys and a finite query penalty, by one of POT's solvers that work on the coupling itself."""
+    arrays = reduce_problem(problem)
+    reference = arrays.query_marginal[:, None] * arrays.prior
+    cost = arrays.cost - arrays.lift[:, None]
+    # The lift restores the problem itself, so that nothing of the shift is shared with what is tested.
+    with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
+        # POT hands SciPy an option that SciPy is about to drop.
+        warnings.filterwarnings("ignore", message=".*`disp` and `iprint`", category=DeprecationWarning)
+        plan = function(
+            arrays.query_marginal,
+            arrays.key_marginal,
+            cost,
+            reg=problem.epsilon,
+            reg_m=(problem.query_penalty, 0.0),
+            c=reference,
+            G0=reference,
+            numItermax=max_iterations,
+            stopThr=1e-16,
+            **kinds,
+        )
+    return arrays.restore(plan)
+
+
+def _require_free(problem: TransportProblem, call: str, *, finite: bool) -> None:
+    """Raise unless the problem is single, with free keys and a query penalty of the right kind."""
+    fits = problem.key_marginal is None and not problem.batch_shape
+    kind = "a finite positive" if finite else "an infinite"
+    if not (fits and (0 < problem.query_penalty < math.inf if finite else math.isinf(problem.query_penalty))):
+        raise NotImplementedError(
+            f"pot: {call} as an oracle serves one problem with free keys and {kind} query_penalty; got {problem}."
+        )
+
+
+def _require_converged(error: float, tolerance: float, call: str) -> None:
+    """Raise unless POT met its tolerance."""
+    if not error <= tolerance:
+        raise RuntimeError(f"pot: {call} must converge; got an error of {error:.1e}. Raise max_iterations or epsilon.")
+
+
+def _tensor(problem: TransportProblem, array: np.ndarray) -> Tensor:
+    """A tensor like the score."""
+    return torch.as_tensor(array, dtype=problem.score.dtype, device=problem.score.device)
