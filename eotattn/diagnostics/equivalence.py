@@ -1,0 +1,258 @@
+"""The equivalences that the package rests on, measured on this machine.
+
+Every row compares two independent computations of the same thing and states the bound within which they must agree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from eotattn.attention import prior_attention
+from eotattn.priors import (
+    ClassTokenPrior,
+    FourierPrior,
+    GridPrior,
+    LogPrior,
+    RecencyPrior,
+    SinkPrior,
+    goat_prior,
+    grid_positions,
+)
+from eotattn.transport import TransportProblem, solve
+
+__all__ = ["Equivalence", "EquivalenceReport", "measure_equivalences"]
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """One statement with its measured error.
+
+    Args:
+        statement: What equals what.
+        error: Largest deviation found, relative to max(1, size).
+        bound: Largest admissible deviation.
+    """
+
+    statement: str
+    error: float
+    bound: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the error is a number within the bound."""
+        return self.error <= self.bound
+
+
+@dataclass(frozen=True)
+class EquivalenceReport:
+    """All statements; prints as a table.
+
+    Args:
+        rows: The statements in the order of measurement.
+        device: Where they were measured.
+    """
+
+    rows: tuple[Equivalence, ...]
+    device: str
+
+    @property
+    def holds(self) -> bool:
+        """Whether every statement holds."""
+        return all(row.holds for row in self.rows)
+
+    def to_dict(self) -> dict[str, list[object]]:
+        """Columns ``statement``, ``error``, ``bound`` and ``holds``."""
+        names = ("statement", "error", "bound")
+        columns: dict[str, list[object]] = {name: [asdict(row)[name] for row in self.rows] for name in names}
+        return {**columns, "holds": [row.holds for row in self.rows]}
+
+    def __str__(self) -> str:
+        width = max(len(row.statement) for row in self.rows)
+        lines = [f"{'equivalence':<{width}}  {'error':>8}  {'bound':>8}  holds"]
+        for row in self.rows:
+            answer = "yes" if row.holds else "NO"
+            lines.append(f"{row.statement:<{width}}  {row.error:8.1e}  {row.bound:8.0e}  {answer}")
+        count = sum(row.holds for row in self.rows)
+        return "\n".join([*lines, f"{count} of {len(self.rows)} hold (torch {torch.__version__}, {self.device})"])
+
+
+def measure_equivalences(*, seed: int = 0, device: torch.device | str = "cpu") -> EquivalenceReport:
+    """Measure every equivalence: transport against POT, attention against transport, lanes against dense, gradients.
+
+    Args:
+        seed: Seed of the random problems.
+        device: Where attention runs; POT always runs on the CPU in float64.
+
+    Returns:
+        A report that prints as a table. Statements about POT are left out where POT is not installed.
+
+    Example:
+        >>> measure_equivalences().holds
+        True
+    """
+    generator = torch.Generator().manual_seed(seed)
+    place = torch.device(device)
+    parts: tuple[Callable[[torch.Generator, torch.device], Iterator[Equivalence]], ...] = (
+        _transport_against_pot,
+        _certificates,
+        _attention_against_transport,
+        _lanes_against_dense,
+        _gradients,
+    )
+    rows = tuple(row for part in parts for row in part(generator, place))
+    return EquivalenceReport(rows, str(place))
+
+
+def _error(actual: Tensor, expected: Tensor) -> float:
+    """Largest deviation relative to max(1, size)."""
+    expected = expected.detach().double().cpu()
+    deviation = (actual.detach().double().cpu() - expected).abs().max()
+    return float(deviation / expected.abs().max().clamp(min=1.0))
+
+
+def _uniform(generator: torch.Generator, low: float, high: float) -> float:
+    return low + (high - low) * float(torch.rand((), generator=generator))
+
+
+def _random_problem(generator: torch.Generator, low: float = -1.0) -> TransportProblem:
+    """Uneven sizes, a mask, epsilon from 10^low to 10, a log-prior of a few nats."""
+    n, m = (int(size) for size in torch.randint(3, 14, (2,), generator=generator))
+    log_prior = 2 * torch.randn(n, m, generator=generator, dtype=torch.float64)
+    masked = torch.rand(n, m, generator=generator) < 0.1
+    masked[:, 0] = False
+    epsilon = 10 ** _uniform(generator, low, 1)
+    score = 3 * torch.randn(n, m, generator=generator, dtype=torch.float64)
+    log_prior = log_prior.masked_fill(masked, -math.inf)
+    return TransportProblem(score, epsilon=epsilon, log_prior=log_prior)
+
+
+def _marginal(generator: torch.Generator, size: int) -> Tensor:
+    return torch.softmax(torch.randn(size, generator=generator, dtype=torch.float64), dim=0)
+
+
+def _transport_against_pot(generator: torch.Generator, _: torch.device) -> Iterator[Equivalence]:
+    try:
+        from eotattn.transport import pot
+    except ModuleNotFoundError:
+        return
+    one_sided, independent, two_sided, unbalanced = 0.0, 0.0, 0.0, 0.0
+    for _index in range(20):
+        free = _random_problem(generator)
+        one_sided = max(one_sided, _error(solve(free).coupling, pot.solve(free).coupling))
+        free = _random_problem(generator, low=0.3)  # Sinkhorn, POT's or ours, slows down at low temperatures
+        coupling = solve(free).coupling
+        independent = max(independent, _error(coupling, pot.fixed_key_marginal(free, coupling.sum(-2))[0]))
+        n, m = free.score.shape
+        balanced = TransportProblem(
+            free.score,
+            epsilon=free.epsilon,
+            query_marginal=_marginal(generator, n),
+            key_marginal=_marginal(generator, m),
+        )
+        two_sided = max(two_sided, _error(solve(balanced).coupling, pot.solve(balanced).coupling))
+        soft = TransportProblem(
+            free.score,
+            epsilon=free.epsilon,
+            log_prior=free.log_prior,
+            query_marginal=_marginal(generator, n),
+            key_marginal=_marginal(generator, m),
+            query_penalty=_uniform(generator, 0.5, 2),
+            key_penalty=_uniform(generator, 2, 5),
+        )
+        unbalanced = max(unbalanced, _error(solve(soft).coupling, pot.solve(soft).coupling))
+    yield Equivalence("one-sided: closed form = POT, semi-relaxed solver", one_sided, 1e-12)
+    yield Equivalence("one-sided: closed form = POT, Sinkhorn at its own key marginal", independent, 1e-10)
+    yield Equivalence("two-sided: Sinkhorn = POT", two_sided, 1e-10)
+    yield Equivalence("unbalanced, unequal penalties: Sinkhorn = POT", unbalanced, 1e-10)
+
+
+def _certificates(generator: torch.Generator, _: torch.device) -> Iterator[Equivalence]:
+    one_sided, two_sided = 0.0, 0.0
+    for _index in range(20):
+        free = _random_problem(generator)
+        one_sided = max(one_sided, abs(float(solve(free).gap)))
+        balanced = TransportProblem(free.score, key_marginal=_marginal(generator, free.score.shape[1]))
+        two_sided = max(two_sided, abs(float(solve(balanced).gap)))
+    yield Equivalence("one-sided: duality gap of the closed form = 0", one_sided, 1e-12)
+    yield Equivalence("two-sided: duality gap of Sinkhorn = 0", two_sided, 1e-10)
+
+
+def _randomised(prior: LogPrior, generator: torch.Generator) -> LogPrior:
+    """A prior away from its neutral start."""
+    with torch.no_grad():
+        for parameter in prior.parameters():
+            parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator))
+    return prior
+
+
+def _content(generator: torch.Generator, heads: int, queries: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = ((2, heads, queries, 8), (2, heads, keys, 8), (2, heads, keys, 8))
+    query, key, value = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    return query, key, value
+
+
+def _attention_against_transport(generator: torch.Generator, device: torch.device) -> Iterator[Equivalence]:
+    query, key, value = _content(generator, 3, 7, 7)
+    prior = _randomised(goat_prior(3, num_frequencies=3, length_scale=16.0), generator).to(device)
+    positions = torch.arange(7)
+    log_prior = prior.dense(positions.to(device), positions.to(device), dtype=torch.float64).cpu()
+    log_prior = log_prior.masked_fill(positions > positions[:, None], -math.inf)
+    problem = TransportProblem(query @ key.transpose(-1, -2), epsilon=math.sqrt(8), log_prior=log_prior)
+    expected = solve(problem).attention_weights @ value
+    for backend in ("reference", "sdpa"):
+        for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+            moved = (tensor.to(device, dtype) for tensor in (query, key, value))
+            output = prior_attention(*moved, prior=prior, is_causal=True, backend=backend)
+            assert isinstance(output, Tensor)
+            name = str(dtype).removeprefix("torch.")
+            yield Equivalence(f"attention = transport: {backend}, {name}", _error(output, expected), bound)
+
+
+def _lanes_against_dense(generator: torch.Generator, device: torch.device) -> Iterator[Equivalence]:
+    fourier, axis = FourierPrior(3, 4, 3.0, 64.0), FourierPrior(3, 2, 3.0, 8.0)
+    cases: dict[str, LogPrior] = {
+        "FourierPrior": fourier,
+        "RecencyPrior": RecencyPrior(3),
+        "SinkPrior": SinkPrior(3, length_scale=64.0),
+        "goat_prior": goat_prior(3, num_frequencies=3),
+        "GridPrior with class token": GridPrior(axis, FourierPrior(3, 2, 3.0, 8.0)) + ClassTokenPrior(3),
+    }
+    for name, prior in cases.items():
+        moved = _randomised(prior, generator).to(device)
+        on_grid = prior.num_coordinates == 2
+        positions = (
+            grid_positions(5, 8, class_token=True, device=device) if on_grid else torch.arange(41, device=device)
+        )
+        dense = moved.dense(positions, positions, dtype=torch.float64)
+        for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-3)):
+            lanes = moved.lanes(positions, positions, dtype=dtype)
+            difference = lanes.dense().double() - dense
+            centred = difference - difference.mean(dim=-1, keepdim=True)
+            error = _error(centred, torch.zeros_like(centred))
+            yield Equivalence(f"lanes = dense: {name}, {str(dtype).removeprefix('torch.')}", error, bound)
+
+
+def _gradients(generator: torch.Generator, device: torch.device) -> Iterator[Equivalence]:
+    query, key, value = (tensor.to(device) for tensor in _content(generator, 2, 5, 7))
+    target = torch.randn(2, 2, 5, 8, generator=generator, dtype=torch.float64).to(device)
+    scale = 1 / math.sqrt(8)
+    query.requires_grad_()
+    result = prior_attention(query, key, value, return_weights=True)
+    output, weights = result
+    (measured,) = torch.autograd.grad((output * target).sum(), query)
+    reward = target @ value.transpose(-1, -2)
+    advantage = weights * (reward - (weights * reward).sum(dim=-1, keepdim=True))
+    yield Equivalence("gradient = advantage: reference, float64", _error(measured, scale * advantage @ key), 1e-12)
+    fused = prior_attention(query, key, value, backend="sdpa")
+    assert isinstance(fused, Tensor)
+    (measured,) = torch.autograd.grad((fused * target).sum(), query)
+    yield Equivalence("gradient = advantage: sdpa, float64", _error(measured, scale * advantage @ key), 1e-12)
+    problem = TransportProblem((query @ key.transpose(-1, -2)).detach().requires_grad_(), epsilon=1.5)
+    value_gradient = torch.autograd.grad(solve(problem).primal.sum(), problem.score)[0]
+    coupling = solve(problem).coupling
+    yield Equivalence("gradient of the optimal value = -coupling", _error(value_gradient, -coupling), 1e-12)

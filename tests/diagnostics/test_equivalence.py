@@ -1,0 +1,45 @@
+"""The table of equivalences holds, and it can fail."""
+
+import pytest
+import torch
+
+from eotattn.diagnostics.equivalence import Equivalence, EquivalenceReport, measure_equivalences
+from eotattn.priors import SinkPrior
+
+
+@pytest.fixture(scope="module")
+def report():
+    return measure_equivalences(seed=3)
+
+
+def test_every_equivalence_holds(report):
+    broken = [row for row in report.rows if not row.holds]
+    assert not broken
+
+
+def test_every_kind_of_statement_is_there(report):
+    statements = " ".join(row.statement for row in report.rows)
+    for kind in ("POT", "closed form", "two-sided", "unbalanced", "lanes = dense", "gradient = advantage", "sdpa"):
+        assert kind in statements
+
+
+def test_a_wrong_lane_is_noticed(monkeypatch):
+    honest = SinkPrior.key_only
+    monkeypatch.setattr(SinkPrior, "key_only", lambda self, positions, **kw: 1.001 * honest(self, positions, **kw))
+    wrong = {row.statement for row in measure_equivalences().rows if not row.holds}
+    assert any("SinkPrior" in statement for statement in wrong)
+    assert any("sdpa" in statement for statement in wrong)
+
+
+@pytest.mark.parametrize(("error", "holds"), [(1e-13, True), (1e-11, False), (float("nan"), False)])
+def test_an_error_must_be_a_number_within_the_bound(error, holds):
+    report = EquivalenceReport((Equivalence("left = right", error, 1e-12),), "cpu")
+    assert report.holds is holds
+    assert ("NO" not in str(report)) is holds
+    assert report.to_dict()["holds"] == [holds]
+
+
+def test_another_seed_gives_other_errors(report):
+    other = measure_equivalences(seed=4)
+    assert [row.error for row in other.rows] != [row.error for row in report.rows]
+    assert torch.get_default_dtype() == torch.float32
