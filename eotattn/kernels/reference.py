@@ -49,7 +49,7 @@ def attend(
         score = score + log_prior.to(computing)
     if mask is not None:
         score = score.masked_fill(~mask, float("-inf"))
-    admissible = (score > float("-inf")).any(-1, keepdim=True)
+    admissible = (score != float("-inf")).any(-1, keepdim=True)  # NaN is not "inadmissible": it must stay visible
     weights = torch.softmax(torch.where(admissible, score, 0.0), dim=-1)
     weights = torch.where(admissible, weights, 0.0)
     dropped = functional.dropout(weights, dropout_p) if dropout_p else weights
