@@ -1,0 +1,53 @@
+"""The command line: parse, call one function, print.
+
+A subcommand is one function that adds its parser and names what it calls; :data:`SUBCOMMANDS` lists them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+__all__ = ["main"]
+
+
+def _add_reproduce(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "reproduce", help="run the notebooks behind the figures", description="Run the notebooks behind the figures."
+    )
+    parser.add_argument(
+        "--figure", type=int, nargs="+", action="extend", metavar="N", help="figures by number (default: all)"
+    )
+    parser.add_argument("--scale", default="laptop", help="smoke, laptop, h200 or paper (default: laptop)")
+    parser.add_argument("--out", default="figures", metavar="DIR", help="folder of results (default: figures)")
+    parser.set_defaults(run=_reproduce)
+
+
+def _reproduce(arguments: argparse.Namespace) -> int:
+    from eotattn.experiments.reproduce import reproduce
+
+    reproduce(arguments.figure, scale=arguments.scale, out=arguments.out)
+    return 0
+
+
+#: One function a subcommand.
+SUBCOMMANDS: tuple[Callable[[argparse._SubParsersAction[argparse.ArgumentParser]], None], ...] = (_add_reproduce,)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``eotattn`` and return its exit status: 0, or 2 where the arguments were wrong.
+
+    Args:
+        argv: Arguments without the program's name; those of the process by default.
+    """
+    parser = argparse.ArgumentParser(prog="eotattn", description="Entropic optimal transport analysis of attention.")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in SUBCOMMANDS:
+        add(subparsers)
+    arguments = parser.parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except ValueError as error:
+        print(f"eotattn: error: {error}", file=sys.stderr)
+        return 2

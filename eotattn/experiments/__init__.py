@@ -1,0 +1,1 @@
+"""Experiments: tasks (data), networks, recipes (frozen configurations), training, studies and results."""

@@ -1,0 +1,131 @@
+"""What is measured on a trained decoder: bits per byte against context length, and the statistics of its sinks.
+
+Legend: B batch, H heads, L tokens, T target tokens, W window.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from eotattn.attention import PriorAttention
+from eotattn.checks import check_positive_int, require
+from eotattn.diagnostics import score_range, sink_mass
+from eotattn.experiments.networks import Decoder
+from eotattn.experiments.training import Row
+
+__all__ = ["SinkObservations", "length_curve", "sink_observations", "target_bits"]
+
+
+@torch.no_grad()
+def target_bits(
+    network: Decoder, windows: Tensor, *, length: int, num_targets: int, batch_tokens: int = 16_384
+) -> Tensor:
+    """Bits per byte of the *last* tokens of every window, read with a context of ``length`` tokens.
+
+    The scored bytes are the same whatever the length, and positions always start at zero, so lengths compare.
+
+    Args:
+        network: Predicts the next byte.
+        windows: (N, W + 1) int64 held-out bytes.
+        length: Tokens given to the network, ``num_targets`` to W.
+        num_targets: Bytes T scored a window.
+        batch_tokens: Tokens a forward pass, for memory.
+
+    Returns:
+        (N,) float64, mean bits per byte of each window's T targets.
+    """
+    check_positive_int("target_bits", "num_targets", num_targets)
+    longest = windows.shape[1] - 1
+    rule = f"lie between num_targets = {num_targets} and the window's {longest} tokens"
+    require(num_targets <= length <= longest, "target_bits", "length", rule, length, "Use longer windows")
+    device = next(network.parameters()).device
+    bits = []
+    for rows in windows.split(max(1, batch_tokens // length)):
+        tokens = rows[:, -(length + 1) :].to(device)
+        logits = network(tokens[:, :-1], num_targets=num_targets).float()
+        losses = functional.cross_entropy(logits.transpose(1, 2), tokens[:, -num_targets:], reduction="none")
+        bits.append(losses.double().mean(-1).cpu() / math.log(2))
+    return torch.cat(bits)
+
+
+def length_curve(network: Decoder, windows: Tensor, *, lengths: Sequence[int], num_targets: int) -> list[Row]:
+    """Bits per byte against context length, the same target bytes at every length.
+
+    Args:
+        network: Predicts the next byte.
+        windows: (N, W + 1) int64 held-out bytes, W at least the longest length, N at least 2.
+        lengths: Contexts in tokens.
+        num_targets: Bytes scored a window.
+
+    Returns:
+        One row a length: length, bits_per_byte, standard_error (over windows), perplexity (per byte), windows.
+    """
+    rows = []
+    for length in lengths:
+        bits = target_bits(network, windows, length=length, num_targets=num_targets)
+        mean = float(bits.mean())
+        error = float(bits.std() / math.sqrt(bits.numel()))
+        rows.append(
+            {
+                "length": length,
+                "bits_per_byte": mean,
+                "standard_error": error,
+                "perplexity": 2.0**mean,
+                "windows": bits.numel(),
+            }
+        )
+    return rows
+
+
+@dataclass(frozen=True, eq=False)
+class SinkObservations:
+    """One block's signal strength and mass on the first token, head by head.
+
+    Attributes:
+        score_range: (B, H, Q) omega, nats.
+        sink_mass: (B, H, Q), in [0, 1].
+    """
+
+    score_range: Tensor
+    sink_mass: Tensor
+
+
+@torch.no_grad()
+def sink_observations(network: Decoder, tokens: Tensor, *, first_query: int = 1) -> Iterator[SinkObservations]:
+    """Signal strength and first-token mass of every query of every block.
+
+    Args:
+        network: The decoder to look into.
+        tokens: (B, L) int64.
+        first_query: Queries before this position are left out: they have few keys, so the first one gets mass for free.
+
+    Yields:
+        One :class:`SinkObservations` a block.
+    """
+    length = tokens.shape[1]
+    rule = f"lie between 1 and the last position {length - 1}"
+    require(1 <= first_query < length, "sink_observations", "first_query", rule, first_query, "Use longer windows")
+    tokens = tokens.to(next(network.parameters()).device)
+    admissible = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()
+    for block, hidden in zip(network.blocks, network.attention_inputs(tokens), strict=True):
+        scores, log_prior = _scores(block.attention, hidden, network.positions(length, tokens.device))
+        weights = (scores + log_prior).masked_fill(~admissible, -math.inf).softmax(-1)
+        yield SinkObservations(
+            score_range(scores, admissible)[..., first_query:].cpu(), sink_mass(weights)[..., first_query:].cpu()
+        )
+
+
+def _scores(attention: PriorAttention, hidden: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Content scores (B, H, L, L), nats, and the log-prior that is added to them."""
+    heads = attention.project(hidden, query_positions=positions, key_positions=positions)
+    scores = attention.scale * heads.query @ heads.key.transpose(-2, -1)
+    if attention.prior is None:
+        return scores, torch.zeros((), device=scores.device)
+    at = torch.arange(hidden.shape[1], device=hidden.device) if positions is None else positions
+    return scores, attention.prior.dense(at, at)

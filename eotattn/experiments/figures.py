@@ -1,0 +1,80 @@
+"""The figures as printed: panels put together from studies with the plots of :mod:`eotattn.plotting`."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from eotattn.experiments.prior_parts import centre_rows
+from eotattn.experiments.studies.copy_mixture import CopyMixtureStudy
+from eotattn.experiments.studies.language import LanguageStudy
+from eotattn.plotting import (
+    plot_causal_prior,
+    plot_key_only,
+    plot_length_curves,
+    plot_relative,
+    plot_row_centred,
+    plot_sink_mass,
+)
+
+__all__ = ["VARIANT_NAMES", "draw_copy_mixture", "draw_language"]
+
+#: Names in legends.
+VARIANT_NAMES = {
+    "rope": "RoPE",
+    "interpolated_rope": "RoPE, interpolated",
+    "alibi": "ALiBi",
+    "goat": "GOAT",
+    "sinusoidal": "sinusoidal",
+    "none": "no positions",
+}
+
+
+def draw_copy_mixture(study: CopyMixtureStudy, head: int = 0) -> Figure:
+    """Figure 1: (a) key-only part, (b) relative part, (c) row-centred sum, (d) induced causal prior of one head."""
+    figure, grid = plt.subplots(2, 2, figsize=(9.2, 7.4), layout="constrained")
+    parts = study.parts
+    plot_key_only(parts.key_only[head : head + 1].numpy(), axes=grid[0, 0])
+    lags = np.arange(1, parts.relative.shape[-1] + 1)
+    plot_relative(parts.relative[head : head + 1].numpy(), lags=lags, axes=grid[0, 1])
+    grid[0, 1].set_xlabel("lag to the predicted token, i + 1 − j (tokens)")
+    _mark(grid[0, 0], 0, float(parts.key_only[head, 0]), "first token")
+    _mark(grid[0, 1], 1, float(parts.relative[head, 0]), "lag one")
+    plot_row_centred(centre_rows(parts.total[head]).numpy(), axes=grid[1, 0])
+    plot_causal_prior(parts.total[head].softmax(-1).numpy(), axes=grid[1, 1])
+    _title(grid.flat, ("key-only part", "relative part", "row-centred log-prior", "induced causal prior"))
+    return figure
+
+
+def draw_language(study: LanguageStudy) -> Figure:
+    """Figure 2: (a) bits per byte against context length, (b) learned u(j), (c) sink mass against signal strength."""
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13.5, 4.1), layout="constrained")
+    recipe = study.recipe
+    names = [decoder.attention for decoder in recipe.variants]
+    curves = {VARIANT_NAMES[name]: list(study.bits_per_byte(name).values()) for name in names}
+    plot_length_curves(recipe.lengths, curves, train_length=recipe.train_length, axes=left)
+    _draw_key_only(study, middle)
+    contrast = [name for name in names if name in ("rope", "goat")]
+    plot_sink_mass({VARIANT_NAMES[name]: study.of(name)[0].sinks for name in contrast}, order=list(curves), axes=right)
+    _title((left, middle, right), ("length extrapolation", "learned key-only part", "sink mass"))
+    return figure
+
+
+def _draw_key_only(study: LanguageStudy, axes: Axes) -> None:
+    """u(j) of every block of the first seed's GOAT decoder, averaged over heads, out to twice the training length."""
+    key_only = study.of("goat")[0].key_only
+    assert key_only is not None
+    shown = key_only[:, :, : 2 * study.recipe.train_length].mean(1)
+    labels = [f"block {b + 1}" for b in range(shown.shape[0])]
+    plot_key_only(shown.numpy(), labels=labels, train_length=study.recipe.train_length, axes=axes)
+
+
+def _mark(axes: Axes, x: float, y: float, text: str) -> None:
+    axes.annotate(text, (x, y), xytext=(14, -4), textcoords="offset points", fontsize=9, va="center")
+
+
+def _title(axes: object, titles: tuple[str, ...]) -> None:
+    for letter, panel, title in zip("abcd", axes, titles, strict=False):  # type: ignore[call-overload]
+        panel.set_title(f"({letter}) {title}", loc="left", fontsize=10.5)

@@ -1,0 +1,273 @@
+"""Networks of the experiments: a decoder whose attention is chosen by name, and a one-layer reader.
+
+Legend: B batch, L tokens, E embedding width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from eotattn.attention import PriorAttention, Rotary
+from eotattn.checks import check_choice, check_positive_int, require
+from eotattn.priors import LogPrior, RecencyPrior, SumPrior, goat_prior
+
+__all__ = ["ATTENTION_KINDS", "AttentionKind", "CopyReader", "CopyReaderConfig", "Decoder", "DecoderConfig"]
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes of a decoder and the name of its attention; the names share every size.
+
+    Args:
+        attention: A name in :data:`ATTENTION_KINDS`.
+        vocabulary_size: Number of tokens V.
+        num_layers: Blocks.
+        embed_dim: Width E.
+        num_heads: Heads of every block; divides ``embed_dim``.
+        train_length: Tokens of a training window; the length scale of u(j) and of interpolated rotary positions.
+        num_frequencies: Frequencies of the relative part of ``"goat"``.
+        min_period: Their shortest period, tokens.
+        max_period: Their longest period, tokens.
+
+    Example:
+        >>> DecoderConfig("goat", num_layers=1, embed_dim=16, num_heads=2, train_length=8).attention
+        'goat'
+    """
+
+    attention: str
+    vocabulary_size: int = 256
+    num_layers: int = 2
+    embed_dim: int = 64
+    num_heads: int = 4
+    train_length: int = 64
+    num_frequencies: int = 4
+    min_period: float = 2 * math.pi
+    max_period: float = 2 * math.pi * 10_000
+
+    def __post_init__(self) -> None:
+        check_choice("DecoderConfig", "attention", self.attention, tuple(ATTENTION_KINDS))
+        for name in ("vocabulary_size", "num_layers", "embed_dim", "num_heads", "train_length", "num_frequencies"):
+            check_positive_int("DecoderConfig", name, getattr(self, name))
+        divides = self.embed_dim % (2 * self.num_heads) == 0
+        rule = f"be a multiple of 2 * num_heads = {2 * self.num_heads}"
+        require(divides, "DecoderConfig", "embed_dim", rule, self.embed_dim, "Heads need an even width")
+
+
+def _interpolated_positions(length: int, config: DecoderConfig) -> Tensor:
+    """(L,) positions squeezed into the training window where the sequence is longer than it, tokens."""
+    return torch.arange(length) * min(1.0, config.train_length / length)
+
+
+def _sinusoids(length: int, width: int) -> Tensor:
+    """(L, E) sine and cosine waves of geometric frequencies, base 10 000 (Vaswani et al. 2017, section 3.5)."""
+    angle = torch.arange(length)[:, None] * 10_000.0 ** (-torch.arange(0, width, 2) / width)
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)
+
+
+def _attention(config: DecoderConfig, *, prior: LogPrior | None = None, rotary: Rotary | None = None) -> PriorAttention:
+    """The attention layer that all kinds share; they differ in the prior and the rotation."""
+    return PriorAttention(config.embed_dim, config.num_heads, prior=prior, rotary=rotary)
+
+
+def _goat(config: DecoderConfig) -> PriorAttention:
+    prior = goat_prior(
+        config.num_heads,
+        num_frequencies=config.num_frequencies,
+        min_period=config.min_period,
+        max_period=config.max_period,
+        length_scale=float(config.train_length),
+    )
+    return _attention(config, prior=prior)
+
+
+def _alibi(config: DecoderConfig) -> PriorAttention:
+    return _attention(config, prior=RecencyPrior(config.num_heads).freeze())
+
+
+def _rope(config: DecoderConfig) -> PriorAttention:
+    return _attention(config, rotary=Rotary(config.embed_dim // config.num_heads))
+
+
+@dataclass(frozen=True)
+class AttentionKind:
+    """How one kind of attention knows positions.
+
+    Args:
+        build: Makes the layer of one block.
+        positions: (length, config) -> (L,) positions handed to every layer, tokens; None stands for 0 ... L - 1.
+        embed: (length, width) -> (L, E) added to the token embedding; None adds nothing.
+    """
+
+    build: Callable[[DecoderConfig], PriorAttention]
+    positions: Callable[[int, DecoderConfig], Tensor] | None = None
+    embed: Callable[[int, int], Tensor] | None = None
+
+
+#: Every attention that an experiment can name. A new one is one entry.
+ATTENTION_KINDS = {
+    "goat": AttentionKind(_goat),
+    "alibi": AttentionKind(_alibi),
+    "rope": AttentionKind(_rope),
+    "interpolated_rope": AttentionKind(_rope, positions=_interpolated_positions),
+    "sinusoidal": AttentionKind(_attention, embed=_sinusoids),
+    "none": AttentionKind(_attention),
+}
+
+
+class Block(nn.Module):
+    """One pre-norm block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        width = config.embed_dim
+        self.attention_norm = nn.LayerNorm(width)
+        self.attention = ATTENTION_KINDS[config.attention].build(config)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, hidden: Tensor, positions: Tensor | None) -> Tensor:
+        """Map (B, L, E) hidden states at (L,) positions to (B, L, E)."""
+        normed = self.attention_norm(hidden)
+        attended, _ = self.attention(normed, need_weights=False, is_causal=True, query_positions=positions)
+        hidden = hidden + attended
+        return hidden + self.mlp(self.mlp_norm(hidden))
+
+
+class Decoder(nn.Module):
+    """A decoder-only transformer: tokens in, logits of the next token out.
+
+    All kinds of attention have the same content path and the same parameters, apart from the prior's own.
+
+    Args:
+        config: Sizes and the name of the attention.
+
+    Example:
+        >>> network = Decoder(DecoderConfig("alibi", num_layers=1, embed_dim=16, num_heads=2, train_length=8))
+        >>> network(torch.zeros(1, 5, dtype=torch.long)).shape
+        torch.Size([1, 5, 256])
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.kind = ATTENTION_KINDS[config.attention]
+        self.embedding = nn.Embedding(config.vocabulary_size, config.embed_dim)
+        blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = cast("Sequence[Block]", blocks)
+        self.norm = nn.LayerNorm(config.embed_dim)
+        self.readout = nn.Linear(config.embed_dim, config.vocabulary_size, bias=False)
+        nn.init.normal_(self.embedding.weight, std=0.1)
+        nn.init.normal_(self.readout.weight, std=config.embed_dim**-0.5 / 4)
+
+    def forward(self, tokens: Tensor, *, num_targets: int | None = None) -> Tensor:
+        """Predict the token after every token.
+
+        Args:
+            tokens: (B, L) int64.
+            num_targets: How many of the last positions to read out; all of them by default.
+
+        Returns:
+            (B, L, V) logits, or (B, num_targets, V).
+        """
+        hidden, positions = self._embed(tokens)
+        for block in self.blocks:
+            hidden = block(hidden, positions)
+        if num_targets is not None:
+            hidden = hidden[:, -num_targets:]
+        return self.readout(self.norm(hidden))
+
+    def attention_inputs(self, tokens: Tensor) -> list[Tensor]:
+        """What every block's attention reads, (B, L, E) a block: the door through which diagnostics look."""
+        hidden, positions = self._embed(tokens)
+        inputs = []
+        for block in self.blocks:
+            inputs.append(block.attention_norm(hidden))
+            hidden = block(hidden, positions)
+        return inputs
+
+    def positions(self, length: int, device: torch.device) -> Tensor | None:
+        """(L,) positions that every layer gets, tokens; None stands for 0 ... L - 1."""
+        return None if self.kind.positions is None else self.kind.positions(length, self.config).to(device)
+
+    def _embed(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        hidden = self.embedding(tokens)
+        if self.kind.embed is not None:
+            hidden = hidden + self.kind.embed(tokens.shape[1], self.config.embed_dim).to(hidden.device)
+        return hidden, self.positions(tokens.shape[1], tokens.device)
+
+
+@dataclass(frozen=True)
+class CopyReaderConfig:
+    """Sizes of a :class:`CopyReader`.
+
+    Args:
+        vocabulary_size: Number of tokens V.
+        embed_dim: Width E.
+        num_heads: Heads.
+        num_frequencies: Frequencies of the relative part.
+        min_period: Their shortest period, tokens.
+        max_period: Their longest period, tokens.
+        length_scale: Tokens over which u(j) varies.
+
+    Example:
+        >>> CopyReaderConfig(embed_dim=16).num_heads
+        1
+    """
+
+    vocabulary_size: int = 16
+    embed_dim: int = 32
+    num_heads: int = 1
+    num_frequencies: int = 8
+    min_period: float = 2.5
+    max_period: float = 64.0
+    length_scale: float = 32.0
+
+
+class CopyReader(nn.Module):
+    """One attention layer with a GOAT prior between an embedding and a readout: a causal language model without skips.
+
+    There is no residual connection around the attention: it would hand the current token, which is the previous one
+    of the token to predict, to the readout without any attention. The prior starts neutral, at exactly zero, so that
+    whatever it shows in the end was learned.
+
+    Args:
+        config: Sizes.
+
+    Example:
+        >>> CopyReader(CopyReaderConfig())(torch.zeros(2, 5, dtype=torch.long)).shape
+        torch.Size([2, 5, 16])
+    """
+
+    def __init__(self, config: CopyReaderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocabulary_size, config.embed_dim)
+        prior = goat_prior(
+            config.num_heads,
+            num_frequencies=config.num_frequencies,
+            min_period=config.min_period,
+            max_period=config.max_period,
+            length_scale=config.length_scale,
+            init="neutral",
+        )
+        self.attention = PriorAttention(config.embed_dim, config.num_heads, prior=prior)
+        self.norm = nn.LayerNorm(config.embed_dim)
+        self.readout = nn.Linear(config.embed_dim, config.vocabulary_size)
+
+    @property
+    def prior(self) -> SumPrior:
+        """The learned log-prior; its parts are the relative waves, the recency and the key-only part."""
+        prior = self.attention.prior
+        assert isinstance(prior, SumPrior)
+        return prior
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map (B, L) int64 tokens to (B, L, V) logits of the next token."""
+        attended, _ = self.attention(self.embedding(tokens), need_weights=False, is_causal=True)
+        return self.readout(self.norm(attended))

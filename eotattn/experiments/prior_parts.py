@@ -1,0 +1,110 @@
+"""A GOAT log-prior split into what the paper's figures show: a key-only part, a relative part, and their sum.
+
+Legend: H heads, L tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eotattn.checks import check_positive_int, require
+from eotattn.priors import SumPrior
+
+__all__ = ["PriorParts", "centre_rows", "key_only_part", "split_prior"]
+
+
+@dataclass(frozen=True, eq=False)
+class PriorParts:
+    """A causal log-prior K_ij = relative(i - j) + key_only(j) on positions 0 ... L - 1, nats, float64.
+
+    Attributes:
+        key_only: (H, L) u(j).
+        relative: (H, L) kappa(t) at the lags t = 0 ... L - 1, recency included.
+        total: (H, L, L) the log-prior as attention adds it, -inf above the diagonal.
+    """
+
+    key_only: Tensor
+    relative: Tensor
+    total: Tensor
+
+    def without_key_slope(self) -> PriorParts:
+        """The same log-prior in the gauge in which u(j) has no linear trend over the keys after the first.
+
+        Adding c t to the relative part and c j to the key-only part adds c i to row i, which softmax cannot see. The
+        data say nothing about c, then, and this convention gives every linear trend (an ALiBi slope too) to the lag.
+        """
+        length = self.key_only.shape[-1]
+        require(length >= 3, "PriorParts", "the length", "be at least 3 to fit a line", length, "Split a longer window")
+        position = torch.arange(length, dtype=torch.float64)
+        centred = position[1:] - position[1:].mean()
+        slope = (self.key_only[:, 1:] * centred).sum(-1, keepdim=True) / centred.square().sum()
+        row = slope[..., None] * position[:, None]
+        return PriorParts(self.key_only - slope * position, self.relative - slope * position, self.total - row)
+
+
+@torch.no_grad()
+def key_only_part(prior: SumPrior, length: int) -> Tensor:
+    """u(j) of a prior made by :func:`eotattn.priors.goat_prior`, as it is parametrised, without the recency slope.
+
+    Args:
+        prior: Sum of waves, recency and key-only part, in this order.
+        length: Positions L.
+
+    Returns:
+        (H, L) float64, nats.
+    """
+    positions, zero = _positions(prior, length)
+    return prior.parts[2].dense(zero, positions, dtype=torch.float64)[:, 0].cpu()
+
+
+@torch.no_grad()
+def split_prior(prior: SumPrior, length: int) -> PriorParts:
+    """Split a prior made by :func:`eotattn.priors.goat_prior`; the recency goes with the relative part.
+
+    Args:
+        prior: Sum of waves, recency and key-only part, in this order.
+        length: Positions L.
+
+    Example:
+        >>> from eotattn.priors import goat_prior
+        >>> parts = split_prior(goat_prior(2, init="neutral"), 5)
+        >>> parts.relative.shape, float(parts.key_only.abs().max())
+        (torch.Size([2, 5]), 0.0)
+    """
+    positions, zero = _positions(prior, length)
+    relative = sum(part.dense(positions, zero, dtype=torch.float64)[..., 0] for part in prior.parts[:2])
+    assert isinstance(relative, Tensor)
+    future = torch.ones(length, length, dtype=torch.bool).triu(1)
+    total = prior.dense(positions, positions, dtype=torch.float64).cpu().masked_fill(future, -math.inf)
+    return PriorParts(key_only_part(prior, length), relative.cpu(), total)
+
+
+def _positions(prior: SumPrior, length: int) -> tuple[Tensor, Tensor]:
+    """Positions 0 ... L - 1 and position 0, on the prior's device."""
+    check_positive_int("split_prior", "length", length)
+    require(len(prior.parts) == 3, "split_prior", "prior", "have three parts", len(prior.parts), "Use goat_prior")
+    device = next(prior.parameters()).device
+    return torch.arange(length, device=device), torch.zeros(1, dtype=torch.long, device=device)
+
+
+def centre_rows(log_prior: Tensor) -> Tensor:
+    """Remove from every row what softmax cannot see: its mean over the admissible keys.
+
+    Args:
+        log_prior: (..., Q, K), nats, -inf where a key is inadmissible.
+
+    Returns:
+        The same shape; every row with an admissible key has mean zero over them.
+
+    Example:
+        >>> centre_rows(torch.tensor([[1.0, -math.inf], [1.0, 3.0]]))
+        tensor([[0., -inf],
+                [-1., 1.]])
+    """
+    seen = log_prior > -math.inf
+    total = log_prior.masked_fill(~seen, 0.0).sum(-1, keepdim=True)
+    return log_prior - total / seen.sum(-1, keepdim=True).clamp(min=1)

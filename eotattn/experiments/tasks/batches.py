@@ -1,0 +1,37 @@
+"""What a task hands to training: a batch that depends on nothing but a seed and a step.
+
+Because a batch carries no hidden state, a run that resumes at step n sees exactly the batches that it would have seen.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Batch", "step_generator"]
+
+
+class Batch(NamedTuple):
+    """Tokens and what should follow each of them.
+
+    Attributes:
+        inputs: (B, L) int64 tokens.
+        targets: (B, L) int64; ``targets[:, i]`` is the token after ``inputs[:, i]``.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """A CPU generator that depends only on ``seed`` and ``step``, both from 0 to 2**31 - 1.
+
+    Example:
+        >>> int(torch.randint(100, (), generator=step_generator(0, 7)))
+        29
+        >>> int(torch.randint(100, (), generator=step_generator(0, 7)))
+        29
+    """
+    return torch.Generator().manual_seed((seed << 31) + step)

@@ -1,0 +1,22 @@
+"""Plots: arrays in, matplotlib Axes out. Importing this room imports matplotlib; importing ``eotattn`` does not."""
+
+from eotattn.plotting.curves import plot_length_curves
+from eotattn.plotting.priors import (
+    plot_causal_prior,
+    plot_key_only,
+    plot_relative,
+    plot_row_centred,
+)
+from eotattn.plotting.sinks import plot_sink_mass
+from eotattn.plotting.style import OKABE_ITO, resolve_axes
+
+__all__ = [
+    "OKABE_ITO",
+    "plot_causal_prior",
+    "plot_key_only",
+    "plot_length_curves",
+    "plot_relative",
+    "plot_row_centred",
+    "plot_sink_mass",
+    "resolve_axes",
+]

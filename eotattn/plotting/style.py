@@ -1,0 +1,70 @@
+"""What all plots share: colours that colour-blind readers can tell apart, and arrays that are checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from numpy.typing import ArrayLike, NDArray
+
+from eotattn.checks import require
+
+__all__ = ["OKABE_ITO", "line_styles", "resolve_axes", "to_array"]
+
+#: Okabe and Ito's qualitative palette without yellow, which is too light for lines on white.
+OKABE_ITO = {
+    "blue": "#0072B2",
+    "vermillion": "#D55E00",
+    "green": "#009E73",
+    "purple": "#CC79A7",
+    "orange": "#E69F00",
+    "sky": "#56B4E9",
+    "black": "#000000",
+}
+
+#: Markers in the order of the palette, so that lines differ without colour as well.
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+def line_styles(names: Sequence[str], order: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
+    """Colour and marker of every line.
+
+    Args:
+        names: Names of the lines.
+        order: All names of the figure, so that one name looks the same in all of its panels; ``names`` by default.
+
+    Example:
+        >>> line_styles(["b"], order=["a", "b"])["b"]["marker"]
+        's'
+    """
+    order = list(names) if order is None else list(order)
+    missing = [name for name in names if name not in order]
+    require(not missing, "line_styles", "order", "contain every name", missing, "Add the missing names")
+    colours = list(OKABE_ITO.values())
+    places = {name: order.index(name) for name in names}
+    return {
+        name: {
+            "color": colours[place % len(colours)],
+            "marker": _MARKERS[place % len(_MARKERS)],
+            "markersize": 5,
+            "linewidth": 1.6,
+        }
+        for name, place in places.items()
+    }
+
+
+def resolve_axes(axes: Axes | None) -> Axes:
+    """Return ``axes``, or those of a new figure of a notebook's width."""
+    return plt.subplots(figsize=(4.6, 3.2), layout="constrained")[1] if axes is None else axes
+
+
+def to_array(owner: str, argument: str, values: ArrayLike, *, num_axes: int) -> NDArray[np.float64]:
+    """Return a float64 array of ``num_axes`` axes, or raise in the house's wording."""
+    array = np.asarray(values, dtype=np.float64)
+    got = f"shape {array.shape}"
+    require(array.ndim == num_axes, owner, argument, f"have {num_axes} axes", got, "Select one head, or add an axis")
+    require(array.size > 0, owner, argument, "not be empty", got, "Pass at least one value")
+    return array
