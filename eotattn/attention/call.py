@@ -6,8 +6,11 @@ Legend: B batch, H query heads, Hk key heads, Q queries, K keys, D score width, 
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from eotattn.attention.masks import Masks, gather_masks
@@ -15,7 +18,7 @@ from eotattn.attention.positions import Positions, causal_mask, resolve_position
 from eotattn.checks import check_floating, check_positive, check_same_device, check_shape, require
 from eotattn.priors import LogPrior
 
-__all__ = ["AttentionCall"]
+__all__ = ["AttentionCall", "without_autocast"]
 
 OWNER = "prior_attention"
 
@@ -66,6 +69,7 @@ class AttentionCall:
         return_weights: bool,
     ) -> AttentionCall:
         """Check the arguments of :func:`prior_attention`; raises what that function documents."""
+        query, key, value = _as_autocast(query, key, value)
         _check_content(query, key, value)
         _check_prior(prior, query.shape[1])
         scale = 1 / math.sqrt(query.shape[-1]) if scale is None else check_positive(OWNER, "scale", scale)
@@ -88,6 +92,26 @@ class AttentionCall:
     def dense_mask(self) -> Tensor | None:
         """All masks as one, boolean or floating."""
         return self.masks.as_dense(self.query.shape[2], self.key.shape[2], self.query.device)
+
+
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype in which autocast runs fused calls on ``device``, or ``None`` outside autocast."""
+    active = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if active else None
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which tensors keep the dtype they have."""
+    return nullcontext() if _autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)
+
+
+def _as_autocast(*content: Tensor) -> tuple[Tensor, ...]:
+    """What autocast would make of a fused call's arguments, done before lanes are written in their dtype."""
+    if not all(isinstance(tensor, Tensor) for tensor in content):
+        return content
+    dtype = _autocast_dtype(content[0].device)
+    narrow = (torch.float32, torch.bfloat16, torch.float16)  # as autocast itself: float64 stays
+    return tuple(tensor if dtype is None or tensor.dtype not in narrow else tensor.to(dtype) for tensor in content)
 
 
 def _check_content(query: Tensor, key: Tensor, value: Tensor) -> None:

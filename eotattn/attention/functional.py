@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from eotattn.attention.backends import BACKENDS, choose, refusal, run
-from eotattn.attention.call import AttentionCall
+from eotattn.attention.call import AttentionCall, without_autocast
 from eotattn.checks import check_choice
 from eotattn.priors import LogPrior
 
@@ -56,7 +56,8 @@ def prior_attention(
             ``"reference"``.
 
     Returns:
-        (B, H, Q, V) in the dtype of ``query``; with ``return_weights`` also (B, H, Q, K), rows sum to one.
+        (B, H, Q, V) in the dtype of ``query``, under autocast in autocast's; with ``return_weights`` also (B, H, Q, K),
+        rows sum to one.
 
     Raises:
         ValueError: For shapes, devices, positions or values that do not fit.
@@ -67,7 +68,7 @@ def prior_attention(
         Litman and Guo 2026 (arXiv 2601.15380), proposition 3.1; Litman 2025 (arXiv 2508.08369).
 
     Example:
-                >>> import torch
+        >>> import torch
         >>> from eotattn.priors import RecencyPrior
         >>> query = key = value = torch.ones(1, 2, 5, 8)
         >>> prior_attention(query, key, value, prior=RecencyPrior(2), is_causal=True).shape
@@ -93,5 +94,6 @@ def prior_attention(
         raise NotImplementedError(
             f"prior_attention: backend {chosen!r} cannot serve this call with {call.prior_name}: {reason}."
         )
-    output, weights = run(chosen, call)
+    with without_autocast(call.query.device):
+        output, weights = run(chosen, call)
     return (output, weights) if return_weights and weights is not None else output
