@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eotattn.checks import check_floating, check_shape, require
+from eotattn.checks import check_floating, check_shape, fail, require
 
 __all__ = ["Masks", "from_multihead_convention", "gather_masks"]
 
@@ -82,6 +82,7 @@ def gather_masks(
         check_shape(owner, "key_padding_mask", key_padding_mask, (shape[0], shape[3]), "One entry a key")
     if attn_mask is not None:
         _check_attn_mask(owner, attn_mask, shape)
+        attn_mask = torch.atleast_2d(attn_mask)  # fused calls want the two last axes to be there
     if isinstance(causal, Tensor) and attn_mask is None:
         attn_mask, causal = causal, False
     if attn_mask is None or causal is False:
@@ -97,7 +98,8 @@ def _check_attn_mask(owner: str, mask: Tensor, shape: tuple[int, ...]) -> None:
         check_floating(owner, "attn_mask (boolean where true may attend, or floating and added)", mask)
     padded = (1,) * (4 - mask.dim()) + tuple(mask.shape)
     fits = mask.dim() <= 4 and all(have in (1, want) for have, want in zip(padded, shape, strict=True))
-    require(fits, owner, "attn_mask", f"broadcast to {shape}", mask, "Add or drop axes")
+    if not fits:
+        fail(owner, "attn_mask", f"broadcast to {shape}", mask, "Add or drop axes")
 
 
 def from_multihead_convention(
@@ -114,8 +116,8 @@ def from_multihead_convention(
         rule = "be boolean (true may not attend) or floating (added to the score)"
         require(typed, owner, "attn_mask", rule, mask, "Cast it", error=TypeError)
         if mask.dim() == 3:
-            rule = f"have {batch} * {num_heads} matrices"
-            require(mask.shape[0] == batch * num_heads, owner, "attn_mask", rule, mask, "Use (B, H, Q, K) otherwise")
+            if mask.shape[0] != batch * num_heads:
+                fail(owner, "attn_mask", f"have {batch} * {num_heads} matrices", mask, "Use (B, H, Q, K) otherwise")
             mask = mask.unflatten(0, (batch, num_heads))
         mask = ~mask if mask.dtype == torch.bool else mask
     if padding is not None and padding.dim() == 1:
