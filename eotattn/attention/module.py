@@ -91,7 +91,8 @@ class PriorAttention(nn.Module):
         owner = type(self).__name__
         self.embed_dim = check_positive_int(owner, "embed_dim", embed_dim)
         self.num_heads = check_positive_int(owner, "num_heads", num_heads)
-        self.num_kv_heads = check_positive_int(owner, "num_kv_heads", num_kv_heads or num_heads)
+        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.num_kv_heads = check_positive_int(owner, "num_kv_heads", kv_heads)
         divides = embed_dim % num_heads == 0
         require(divides, owner, "embed_dim", f"be a multiple of num_heads ({num_heads})", embed_dim, "Change one")
         rule = f"divide num_heads ({num_heads})"
@@ -109,7 +110,8 @@ class PriorAttention(nn.Module):
             require(rotary.width == self.content_dim, owner, "rotary", rule, rotary.width, "Rebuild it for the content")
         self.scale = 1 / math.sqrt(self.content_dim)
         self.dropout, self.batch_first = dropout, batch_first
-        self.kdim, self.vdim = kdim or embed_dim, vdim or embed_dim
+        self.kdim = embed_dim if kdim is None else check_positive_int(owner, "kdim", kdim)
+        self.vdim = embed_dim if vdim is None else check_positive_int(owner, "vdim", vdim)
         self.prior, self.rotary = prior, rotary
         make: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
         content_widths = (num_heads * self.content_dim, self.num_kv_heads * self.content_dim)
@@ -120,7 +122,7 @@ class PriorAttention(nn.Module):
         else:
             self.in_proj = SeparateProjections((embed_dim, self.kdim, self.vdim), widths, **make)
         self.out_proj = nn.Linear(embed_dim, embed_dim, **make)
-        self.reset_parameters()
+        self._reset_projections()  # not the prior: it may come trained
 
     def _content_dim(self, prior: LogPrior | None) -> int:
         if self.lanes == "appended" or prior is None:
@@ -135,12 +137,15 @@ class PriorAttention(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise the projections as ``nn.MultiheadAttention`` does (Xavier, zero biases); reset the prior."""
+        self._reset_projections()
+        if self.prior is not None:
+            self.prior.reset_parameters()
+
+    def _reset_projections(self) -> None:
         self.in_proj.reset_parameters()
         self.out_proj.reset_parameters()
         if self.out_proj.bias is not None:
             nn.init.zeros_(self.out_proj.bias)
-        if self.prior is not None:
-            self.prior.reset_parameters()
 
     def project(
         self,
