@@ -7,7 +7,7 @@ Every error that a user can cause reads
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ __all__ = [
     "check_same_device",
     "check_shape",
     "describe",
+    "fail",
     "require",
 ]
 
@@ -56,7 +57,21 @@ def require(
         ValueError: solve: epsilon must be positive; got -1.0. Pass a temperature above zero.
     """
     if not condition:
-        raise error(f"{owner}: {argument} must {rule}; got {describe(got)}. {remedy}.")
+        fail(owner, argument, rule, got, remedy, error=error)
+
+
+def fail(
+    owner: str, argument: str, rule: str, got: Any, remedy: str, *, error: type[Exception] = ValueError
+) -> NoReturn:
+    """Raise ``error`` in the house's wording; for checks whose message is costly or sizes symbolic.
+
+    Example:
+        >>> fail("solve", "epsilon", "be positive", -1.0, "Pass a temperature above zero")
+        Traceback (most recent call last):
+        ...
+        ValueError: solve: epsilon must be positive; got -1.0. Pass a temperature above zero.
+    """
+    raise error(f"{owner}: {argument} must {rule}; got {describe(got)}. {remedy}.")
 
 
 def describe(value: Any) -> str:
@@ -117,8 +132,9 @@ def check_shape(owner: str, argument: str, value: Tensor, shape: Sequence[int | 
     fits = value.dim() == len(shape) and all(
         want is None or want == have for want, have in zip(shape, value.shape, strict=True)
     )
-    wanted = "(" + ", ".join("any" if want is None else str(want) for want in shape) + ")"
-    require(fits, owner, argument, f"have shape {wanted}", value, remedy)
+    if not fits:
+        wanted = "(" + ", ".join("any" if want is None else str(want) for want in shape) + ")"
+        fail(owner, argument, f"have shape {wanted}", value, remedy)
 
 
 def check_same_device(owner: str, reference: tuple[str, Tensor], **others: Tensor | None) -> None:
@@ -126,8 +142,9 @@ def check_same_device(owner: str, reference: tuple[str, Tensor], **others: Tenso
     name, tensor = reference
     for argument, value in others.items():
         if value is not None:
-            rule = f"be on the device of {name} ({tensor.device})"
-            require(value.device == tensor.device, owner, argument, rule, value, f"Move it with .to({name}.device)")
+            if value.device != tensor.device:
+                rule = f"be on the device of {name} ({tensor.device})"
+                fail(owner, argument, rule, value, f"Move it with .to({name}.device)")
 
 
 def check_no_nan(owner: str, argument: str, value: Tensor, *, allow_negative_inf: bool = False) -> None:

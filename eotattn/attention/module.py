@@ -319,13 +319,12 @@ def _as_batch(
     query: Tensor, key: Tensor, value: Tensor, *, is_batched: bool, batch_first: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs as (B, length, width), keeping identities, so that self-attention is still seen as such."""
-    unique: dict[int, Tensor] = {}
 
     def arranged(tensor: Tensor) -> Tensor:
-        if id(tensor) not in unique:
-            batched = tensor if is_batched else tensor.unsqueeze(0)
-            swap = is_batched and not batch_first and tensor.dim() == 3
-            unique[id(tensor)] = batched.transpose(0, 1) if swap else batched
-        return unique[id(tensor)]
+        if not is_batched:
+            return tensor.unsqueeze(0)
+        return tensor if batch_first or tensor.dim() != 3 else tensor.transpose(0, 1)
 
-    return arranged(query), arranged(key), arranged(value)
+    first = arranged(query)
+    second = first if key is query else arranged(key)
+    return first, second, second if value is key else arranged(value)

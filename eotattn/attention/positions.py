@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eotattn.checks import require
+from eotattn.checks import fail, require
 
 __all__ = ["Positions", "causal_mask", "resolve_positions"]
 
@@ -53,18 +53,22 @@ def resolve_positions(
     if given is None or isinstance(given, range):
         rule = "be given explicitly to a prior on grids"
         require(not on_grid, owner, argument, rule, given, "Pass grid_positions(height, width)")
-        span = range(length) if given is None else given
-        require(span.step == 1, owner, argument, "be a range of step one", given, "Pass a tensor instead")
-        require(len(span) == length, owner, argument, f"have length {length}", given, "One position a token")
-        return Positions(torch.arange(span.start, span.start + length, device=device), span.start)
+        first = 0
+        if isinstance(given, range):
+            first = given.start
+            require(given.step == 1, owner, argument, "be a range of step one", given, "Pass a tensor instead")
+            if given.stop - first != length:
+                fail(owner, argument, f"have length {length}", given, "One position a token")
+        return Positions(torch.arange(first, first + length, device=device), first)
     remedy = "Pass a tensor, a range, or nothing for 0, 1, 2, ..."
     require(isinstance(given, Tensor), owner, argument, "be a tensor or a range", given, remedy, error=TypeError)
     tail = (num_coordinates,) if on_grid else ()
-    allowed = {(length, *tail), (1, length, *tail), (batch, length, *tail)}
-    wanted = " or ".join(str(shape) for shape in sorted(allowed, key=len))
-    require(tuple(given.shape) in allowed, owner, argument, f"have shape {wanted}", given, "One position a token")
-    same = given.device == device
-    require(same, owner, argument, f"be on {device}", given, "Move it to the query's device")
+    shape = tuple(given.shape)
+    if shape not in [(length, *tail), (1, length, *tail), (batch, length, *tail)]:
+        wanted = f"{(length, *tail)} or {(batch, length, *tail)}"
+        fail(owner, argument, f"have shape {wanted}", given, "One position a token")
+    if given.device != device:
+        fail(owner, argument, f"be on {device}", given, "Move it to the query's device")
     return Positions(given, None, on_grid)
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -40,8 +38,8 @@ class RecencyPrior(LogPrior):
 
     It is directional: future keys get a *higher* log-prior, so it belongs under a causal mask, where it equals ALiBi
     and is the maximum-entropy prior of a given mean lag. The slope is ``strength`` times the head's ALiBi slope, so
-    that one optimiser step changes all slopes by the same fraction. A strength below zero acts as zero; the gradient
-    reaches it whenever a step would raise it, so that a head that lost its recency can regain it.
+    that one optimiser step changes all slopes by the same fraction. The slope depends on the size of the strength, not
+    on its sign, and has a gradient at zero too, so that a head without recency can gain it.
 
     Args:
         num_heads: Number of query heads H.
@@ -76,7 +74,8 @@ class RecencyPrior(LogPrior):
     @property
     def slopes(self) -> Tensor:
         """(H,) slopes in float32, nats a token."""
-        return _ProjectedRelu.apply(self.strength) * self.unit_slopes.to(self.strength.dtype)
+        size = torch.where(self.strength >= 0, self.strength, -self.strength)  # unlike abs, has a gradient at zero
+        return size * self.unit_slopes.to(self.strength.dtype)
 
     def evaluate(self, head: Tensor, query_position: Tensor, key_position: Tensor) -> Tensor:
         """-slope * lag, in nats."""
@@ -94,22 +93,3 @@ class RecencyPrior(LogPrior):
         shape = (*query_positions.shape[:-1], self.num_heads, query_positions.shape[-1])
         row = -slopes.squeeze(-1) * query_positions.to(computing).unsqueeze(-2)
         return (LaneFactors(query.expand(*shape, query.shape[-1]), key.unsqueeze(-3), row=row, exact="key"),)
-
-
-class _ProjectedRelu(torch.autograd.Function):
-    """max(x, 0) whose gradient at x <= 0 is kept where a descent step would raise x."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.clamp(min=0)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return torch.where((x > 0) | (grad < 0), grad, torch.zeros_like(grad))
