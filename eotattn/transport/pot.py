@@ -130,8 +130,8 @@ def majorization(problem: TransportProblem, *, max_iterations: int = 20_000) -> 
     return _tensor(problem, _general(problem, ot.unbalanced.mm_unbalanced, max_iterations, {"div": "kl"}))
 
 
-def quasi_newton(problem: TransportProblem, *, max_iterations: int = 20_000) -> Tensor:
-    """Solve a free-key problem with a finite query penalty by POT's generic ``lbfgsb_unbalanced`` on the coupling.
+def quasi_newton(problem: TransportProblem, *, max_iterations: int = 2_000) -> Tensor:
+    """Solve a free-key problem with a finite query penalty by POT's generic ``lbfgsb_unbalanced``; about 1e-6 accurate.
 
     Args:
         problem: One problem (no batch) with free keys and a finite query penalty.
@@ -141,7 +141,7 @@ def quasi_newton(problem: TransportProblem, *, max_iterations: int = 20_000) -> 
         The coupling, shape (n, m).
 
     Raises:
-        NotImplementedError: If the problem is of another kind.
+        NotImplementedError: If the problem is of another kind, or forbids pairs.
 
     Example:
         >>> problem = TransportProblem(torch.zeros(1, 2), query_penalty=1.0)
@@ -151,6 +151,8 @@ def quasi_newton(problem: TransportProblem, *, max_iterations: int = 20_000) -> 
     Source: POT; Blondel et al. 2018.
     """
     _require_free(problem, "ot.unbalanced.lbfgsb_unbalanced", finite=True)
+    if problem.log_prior is not None and bool((problem.log_prior == -math.inf).any()):
+        raise NotImplementedError(f"pot: ot.unbalanced.lbfgsb_unbalanced fails on forbidden pairs; got {problem}.")
     kinds = {"reg_div": "kl", "regm_div": "kl"}
     return _tensor(problem, _general(problem, ot.unbalanced.lbfgsb_unbalanced, max_iterations, kinds))
 

@@ -97,7 +97,8 @@ class TransportSolution:
         that is normalised, free keys and an infinite query penalty it is ``sum query_marginal * query_potential``.
         """
         number = self._primal_less_constant + self.problem.epsilon * reference_mass(self.problem).detach()
-        return number + (self.dual - self.dual.detach())
+        dual = self.dual
+        return number + torch.where(dual.isfinite(), dual - dual.detach(), 0.0)
 
     @property
     def dual(self) -> Tensor:
