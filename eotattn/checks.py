@@ -141,10 +141,9 @@ def check_same_device(owner: str, reference: tuple[str, Tensor], **others: Tenso
     """Raise unless every given tensor lives on the device of ``reference``, a pair (name, tensor)."""
     name, tensor = reference
     for argument, value in others.items():
-        if value is not None:
-            if value.device != tensor.device:
-                rule = f"be on the device of {name} ({tensor.device})"
-                fail(owner, argument, rule, value, f"Move it with .to({name}.device)")
+        if value is not None and value.device != tensor.device:
+            rule = f"be on the device of {name} ({tensor.device})"
+            fail(owner, argument, rule, value, f"Move it with .to({name}.device)")
 
 
 def check_no_nan(owner: str, argument: str, value: Tensor, *, allow_negative_inf: bool = False) -> None:
