@@ -14,6 +14,7 @@ from torch import Tensor
 
 __all__ = [
     "check_choice",
+    "check_device",
     "check_floating",
     "check_no_nan",
     "check_positive",
@@ -144,6 +145,22 @@ def check_same_device(owner: str, reference: tuple[str, Tensor], **others: Tenso
         if value is not None and value.device != tensor.device:
             rule = f"be on the device of {name} ({tensor.device})"
             fail(owner, argument, rule, value, f"Move it with .to({name}.device)")
+
+
+def check_device(owner: str, argument: str, value: torch.device | str) -> torch.device:
+    """Return ``value`` as a device, or raise unless this machine has it.
+
+    Example:
+        >>> check_device("capture", "device", "cpu")
+        device(type='cpu')
+    """
+    remedy = "Pass e.g. 'cpu' or, where there is a GPU, 'cuda'"
+    try:
+        device = torch.device(value)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        fail(owner, argument, "be a device of this machine", str(value), remedy)
+    return device
 
 
 def check_no_nan(owner: str, argument: str, value: Tensor, *, allow_negative_inf: bool = False) -> None:

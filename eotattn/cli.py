@@ -31,8 +31,27 @@ def _reproduce(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _add_verify(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "measure every equivalence with transport on this machine; exit status 1 if one does not hold"
+    parser = subparsers.add_parser("verify", help=text, description=text)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random problems (default: 0)")
+    parser.add_argument("--device", default="cpu", help="where attention runs (default: cpu)")
+    parser.set_defaults(run=_verify)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from eotattn.diagnostics.equivalence import measure_equivalences
+
+    report = measure_equivalences(seed=arguments.seed, device=arguments.device)
+    print(report)
+    return 0 if report.holds else 1
+
+
 #: One function a subcommand.
-SUBCOMMANDS: tuple[Callable[[argparse._SubParsersAction[argparse.ArgumentParser]], None], ...] = (_add_reproduce,)
+SUBCOMMANDS: tuple[Callable[[argparse._SubParsersAction[argparse.ArgumentParser]], None], ...] = (
+    _add_reproduce,
+    _add_verify,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

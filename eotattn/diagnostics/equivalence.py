@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from eotattn.attention import prior_attention
+from eotattn.checks import check_device
 from eotattn.priors import (
     ClassTokenPrior,
     FourierPrior,
@@ -91,12 +92,15 @@ def measure_equivalences(*, seed: int = 0, device: torch.device | str = "cpu") -
     Returns:
         A report that prints as a table. Statements about POT are left out where POT is not installed.
 
+    Raises:
+        ValueError: If this machine lacks the device.
+
     Example:
         >>> measure_equivalences().holds
         True
     """
     generator = torch.Generator().manual_seed(seed)
-    place = torch.device(device)
+    place = check_device("measure_equivalences", "device", device)
     parts: tuple[Callable[[torch.Generator, torch.device], Iterator[Equivalence]], ...] = (
         _transport_against_pot,
         _certificates,

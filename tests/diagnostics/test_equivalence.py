@@ -39,6 +39,12 @@ def test_an_error_must_be_a_number_within_the_bound(error, holds):
     assert report.to_dict()["holds"] == [holds]
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "nonsense"])
+def test_a_device_that_is_not_there_is_refused(device):
+    with pytest.raises(ValueError, match="device must be a device of this machine"):
+        measure_equivalences(device=device)
+
+
 def test_another_seed_gives_other_errors(report):
     other = measure_equivalences(seed=4)
     assert [row.error for row in other.rows] != [row.error for row in report.rows]
