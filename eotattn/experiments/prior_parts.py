@@ -102,8 +102,8 @@ def centre_rows(log_prior: Tensor) -> Tensor:
 
     Example:
         >>> centre_rows(torch.tensor([[1.0, -math.inf], [1.0, 3.0]]))
-        tensor([[0., -inf],
-                [-1., 1.]])
+        tensor([[ 0., -inf],
+                [-1.,  1.]])
     """
     seen = log_prior > -math.inf
     total = log_prior.masked_fill(~seen, 0.0).sum(-1, keepdim=True)

@@ -64,7 +64,7 @@ def split_by_file(texts: Iterable[Path], *, held_out_percent: int = 5) -> TextSp
     Example:
         >>> split = split_by_file([Path("ast.py"), Path("json/decoder.py"), Path("heapq.py")], held_out_percent=40)
         >>> [path.name for path in split.held_out]
-        ['ast.py']
+        ['heapq.py']
     """
     check_positive_int("split_by_file", "held_out_percent", held_out_percent)
     require(held_out_percent < 100, "split_by_file", "held_out_percent", "be below 100", held_out_percent, "Use e.g. 5")

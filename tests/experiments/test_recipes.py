@@ -1,0 +1,44 @@
+"""Recipes: frozen, complete for every scale, and what the text says of them."""
+
+from dataclasses import FrozenInstanceError, asdict, fields
+
+import pytest
+
+from eotattn.experiments import recipes
+from eotattn.experiments.scales import SCALES
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("recipe", [recipes.copy_mixture, recipes.language])
+def test_every_figure_has_every_scale_and_is_frozen(recipe, scale):
+    found = recipe(scale)
+    assert found.scale == scale
+    for field in fields(found):
+        with pytest.raises(FrozenInstanceError):
+            setattr(found, field.name, None)
+    assert hash(found) == hash(recipe(scale))  # frozen to the leaves
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_language_variants_differ_in_attention_alone_and_reach_sixteen_fold(scale):
+    recipe = recipes.language(scale)
+    sizes = [{k: v for k, v in asdict(decoder).items() if k != "attention"} for decoder in recipe.variants]
+    assert all(size == sizes[0] for size in sizes)
+    assert [decoder.attention for decoder in recipe.variants] == ["rope", "alibi", "goat"]
+    assert recipe.lengths[0] == recipe.train_length
+    assert recipe.lengths[-1] == 16 * recipe.train_length
+
+
+def test_paper_scale_has_the_papers_numbers():
+    recipe = recipes.language("paper")
+    decoder = recipe.variants[0]
+    assert (decoder.num_layers, decoder.num_heads, decoder.embed_dim, decoder.train_length) == (12, 12, 768, 2048)
+    tokens = recipe.training.steps * recipe.training.batch_size * recipe.train_length
+    assert tokens == pytest.approx(4e9, rel=1e-3)
+    assert recipe.training.precision == "bf16"
+
+
+@pytest.mark.parametrize("recipe", [recipes.copy_mixture, recipes.language])
+def test_unknown_scales_are_refused(recipe):
+    with pytest.raises(ValueError, match="scale must be one of"):
+        recipe("desktop")
