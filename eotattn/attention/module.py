@@ -101,7 +101,9 @@ class PriorAttention(nn.Module):
         self.backend = check_choice(owner, "backend", backend, ("auto", *BACKENDS))
         self.lanes = check_choice(owner, "lanes", lanes, ("appended", "reserved"))
         if prior is not None:
-            have = getattr(prior, "num_heads", prior)
+            remedy = "See eotattn.priors"
+            require(isinstance(prior, LogPrior), owner, "prior", "be a LogPrior", prior, remedy, error=TypeError)
+            have = prior.num_heads
             require(have == num_heads, owner, "prior", f"have {num_heads} heads", have, "Build it for query heads")
         self.head_dim = embed_dim // num_heads
         self.content_dim = self._content_dim(prior)
