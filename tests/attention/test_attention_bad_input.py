@@ -1,0 +1,302 @@
+"""Bad input to attention: a clear error before any work starts. One table."""
+
+import math
+
+import pytest
+import torch
+from attention.oracles import normal
+from torch import nn
+
+from eotattn.attention import GoatAttention, KeyValueCache, PriorAttention, Rotary, prior_attention
+from eotattn.priors import (
+    ClassTokenPrior,
+    DensePrior,
+    FourierPrior,
+    RecencyPrior,
+    TablePrior,
+    goat_prior,
+    grid_positions,
+)
+
+B, H, Q, K, D, V = 2, 6, 5, 7, 8, 4
+QUERY, KEY, VALUE = normal(B, H, Q, D).float(), normal(B, 3, K, D).float(), normal(B, 3, K, V).float()
+RECENCY = RecencyPrior(H)
+CELLS = grid_positions(1, Q)
+
+
+def call(query=QUERY, key=KEY, value=VALUE, **arguments):
+    return lambda: prior_attention(query, key, value, **arguments)
+
+
+FUNCTIONAL = {
+    "query no tensor": (call(query=[[1.0]]), TypeError, "prior_attention: query must be a tensor"),
+    "integer query": (call(query=QUERY.long()), TypeError, "query must have a floating dtype; got shape"),
+    "complex key": (call(key=KEY.to(torch.complex64)), TypeError, "key must have a floating dtype"),
+    "three axes": (
+        call(query=QUERY[0]),
+        ValueError,
+        r"query must have shape \(B, heads, length, width\); got shape \(6,",
+    ),
+    "five axes": (call(value=VALUE[None]), ValueError, "value must have shape"),
+    "no queries": (call(query=QUERY[:, :, :0]), ValueError, "query must not be empty"),
+    "no keys": (call(key=KEY[:, :, :0], value=VALUE[:, :, :0]), ValueError, "key must not be empty"),
+    "no samples": (call(query=QUERY[:0]), ValueError, "query must not be empty"),
+    "mixed dtypes": (call(key=KEY.double()), ValueError, "key must have the query's dtype torch.float32"),
+    "key elsewhere": (call(key=KEY.to("meta")), ValueError, r"key must be on the device of query \(cpu\)"),
+    "value elsewhere": (call(value=VALUE.to("meta")), ValueError, "value must be on the device of query"),
+    "mask elsewhere": (
+        call(attn_mask=torch.ones(Q, K, dtype=torch.bool, device="meta")),
+        ValueError,
+        "attn_mask must be on the device of query",
+    ),
+    "padding elsewhere": (
+        call(key_padding_mask=torch.ones(B, K, dtype=torch.bool, device="meta")),
+        ValueError,
+        "key_padding_mask must be on the device of query",
+    ),
+    "positions elsewhere": (
+        call(prior=RECENCY, key_positions=torch.arange(K, device="meta")),
+        ValueError,
+        "key_positions must be on cpu",
+    ),
+    "other batch": (call(key=KEY[:1]), ValueError, r"key must have shape \(2, any, any, 8\); got shape \(1, 3, 7, 8\)"),
+    "other width": (call(key=KEY[..., :7]), ValueError, "key must have shape"),
+    "value of other heads": (call(value=VALUE[:, :1]), ValueError, r"value must have shape \(2, 3, 7, any\)"),
+    "value of other length": (call(value=VALUE[:, :, 1:]), ValueError, "value must have shape"),
+    "heads that do not divide": (
+        call(key=normal(B, 4, K, D).float(), value=normal(B, 4, K, V).float()),
+        ValueError,
+        "key must have a number of heads that divides the query's 6",
+    ),
+    "prior of key heads": (call(prior=RecencyPrior(3)), ValueError, "prior must have the query's 6 heads; got 3"),
+    "prior no prior": (call(prior=torch.zeros(H, Q, K)), TypeError, "prior must be a LogPrior"),
+    "grid prior without positions": (
+        call(prior=ClassTokenPrior(H)),
+        ValueError,
+        "query_positions must be given explicitly to a prior on grids",
+    ),
+    "grid prior with a range": (
+        call(prior=ClassTokenPrior(H), query_positions=range(Q)),
+        ValueError,
+        "query_positions must be given explicitly",
+    ),
+    "causal on a grid": (
+        call(
+            *(QUERY, KEY[:, :, :Q], VALUE[:, :, :Q]),
+            prior=ClassTokenPrior(H),
+            query_positions=CELLS,
+            key_positions=CELLS,
+            is_causal=True,
+        ),
+        ValueError,
+        "is_causal must be false on grids",
+    ),
+    "too few positions": (call(query_positions=torch.arange(4)), ValueError, r"query_positions must have shape \(5,\)"),
+    "range too long": (call(key_positions=range(8)), ValueError, "key_positions must have length 7"),
+    "range with steps": (call(query_positions=range(0, 10, 2)), ValueError, "be a range of step one"),
+    "positions of a third batch": (
+        call(query_positions=torch.zeros(3, Q)),
+        ValueError,
+        "query_positions must have shape",
+    ),
+    "positions in a list": (call(query_positions=[0, 1, 2, 3, 4]), TypeError, "must be a tensor or a range"),
+    "boolean positions": (
+        call(prior=RECENCY, query_positions=torch.ones(Q, dtype=torch.bool)),
+        TypeError,
+        "query_positions must hold real numbers",
+    ),
+    "given matrix too small": (
+        call(prior=DensePrior(torch.zeros(H, Q, K - 1))),
+        ValueError,
+        "DensePrior: key_positions must lie in 0 to 5",
+    ),
+    "scale zero": (call(scale=0.0), ValueError, "scale must be positive and finite; got 0.0"),
+    "scale negative": (call(scale=-1.0), ValueError, "scale must be positive"),
+    "scale NaN": (call(scale=math.nan), ValueError, "scale must be positive"),
+    "scale infinite": (call(scale=math.inf), ValueError, "scale must be positive and finite"),
+    "scale no number": (call(scale="auto"), TypeError, "scale must be a number"),
+    "dropout one": (call(dropout_p=1.0), ValueError, r"dropout_p must lie in \[0, 1\)"),
+    "dropout negative": (call(dropout_p=-0.1), ValueError, r"dropout_p must lie in \[0, 1\)"),
+    "dropout NaN": (call(dropout_p=math.nan), ValueError, r"dropout_p must lie in \[0, 1\)"),
+    "mask too large": (
+        call(attn_mask=torch.ones(Q, K + 1, dtype=torch.bool)),
+        ValueError,
+        r"attn_mask must broadcast to \(2, 6, 5, 7\); got shape \(5, 8\)",
+    ),
+    "mask of key heads": (call(attn_mask=torch.zeros(3, Q, K)), ValueError, "attn_mask must broadcast"),
+    "mask of five axes": (call(attn_mask=torch.zeros(1, 1, 1, 1, K)), ValueError, "attn_mask must broadcast"),
+    "integer mask": (call(attn_mask=torch.ones(Q, K, dtype=torch.int64)), TypeError, "attn_mask .* floating dtype"),
+    "integer padding": (
+        call(key_padding_mask=torch.ones(B, K, dtype=torch.int64)),
+        TypeError,
+        "key_padding_mask must be a boolean tensor",
+    ),
+    "padding of queries": (
+        call(key_padding_mask=torch.ones(B, Q, dtype=torch.bool)),
+        ValueError,
+        r"key_padding_mask must have shape \(2, 7\)",
+    ),
+    "unknown backend": (
+        call(backend="flash"),
+        ValueError,
+        "backend must be one of 'auto', 'sdpa', 'flex', 'reference'",
+    ),
+    "misspelled keyword": (call(causal=True), TypeError, "unexpected keyword argument 'causal'"),
+    "positional prior": (lambda: prior_attention(QUERY, KEY, VALUE, RECENCY), TypeError, "positional"),
+    "sdpa without lanes": (
+        call(prior=TablePrior(H, 3), backend="sdpa"),
+        NotImplementedError,
+        "backend 'sdpa' cannot serve this call with TablePrior: this prior has no lanes",
+    ),
+    "sdpa with a sum without lanes": (
+        call(prior=RECENCY + TablePrior(H, 3), backend="sdpa"),
+        NotImplementedError,
+        "backend 'sdpa' cannot serve this call with SumPrior",
+    ),
+    "sdpa with weights": (
+        call(return_weights=True, backend="sdpa"),
+        NotImplementedError,
+        "backend 'sdpa' cannot serve this call with no prior: fused kernels do not return weights",
+    ),
+    "flex with weights": (
+        call(return_weights=True, backend="flex"),
+        NotImplementedError,
+        "backend 'flex' cannot serve",
+    ),
+    "flex on the CPU": (
+        call(prior=RECENCY, backend="flex"),
+        NotImplementedError,
+        "backend 'flex' cannot serve this call with RecencyPrior: it compiles for a GPU and the query is on cpu",
+    ),
+    "fractional positions in 16 bits": (
+        call(
+            *(x.bfloat16() for x in (QUERY, KEY, VALUE)),
+            prior=RECENCY,
+            key_positions=torch.arange(K) / 2,
+            backend="sdpa",
+        ),
+        TypeError,
+        "position_digits: positions must have an integer dtype in a 16-bit kernel",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONAL)
+def test_functional(name):
+    build, error, message = FUNCTIONAL[name]
+    with pytest.raises(error, match=message):
+        build()
+
+
+LAYER = PriorAttention(24, 4, prior=RecencyPrior(4))
+APART = PriorAttention(24, 4, kdim=10, vdim=13)
+X = normal(B, Q, 24).float()
+
+
+def layer(*arguments, **named):
+    return lambda: PriorAttention(*arguments, **named)
+
+
+MODULE = {
+    "width no multiple": (layer(25, 4), ValueError, r"PriorAttention: embed_dim must be a multiple of num_heads \(4\)"),
+    "no heads": (layer(24, 0), ValueError, "num_heads must be at least 1"),
+    "fractional heads": (layer(24, 4.0), TypeError, "num_heads must be an integer"),
+    "key heads that do not divide": (layer(24, 4, num_kv_heads=3), ValueError, r"num_kv_heads must divide num_heads"),
+    "no key heads": (layer(24, 4, num_kv_heads=0), ValueError, "num_kv_heads must be at least 1; got 0"),
+    "no key width": (layer(24, 4, kdim=0), ValueError, "kdim must be at least 1; got 0"),
+    "no value width": (layer(24, 4, vdim=0), ValueError, "vdim must be at least 1; got 0"),
+    "prior of other heads": (layer(24, 4, prior=RecencyPrior(2)), ValueError, "prior must have 4 heads; got 2"),
+    "prior no prior": (layer(24, 4, prior=torch.zeros(4)), TypeError, "prior must be a LogPrior"),
+    "dropout one": (layer(24, 4, dropout=1.0), ValueError, r"dropout must lie in \[0, 1\)"),
+    "unknown backend": (layer(24, 4, backend="math"), ValueError, "backend must be one of"),
+    "unknown lanes": (layer(24, 4, lanes="none"), ValueError, "lanes must be one of 'appended', 'reserved'"),
+    "misspelled keyword": (layer(24, 4, num_kv_head=2), TypeError, "unexpected keyword argument"),
+    "positional options": (layer(24, 4, 0.1), TypeError, "positional"),
+    "reserving without lanes": (
+        layer(24, 4, prior=TablePrior(4, 3), lanes="reserved"),
+        ValueError,
+        "prior must have lanes to reserve; got 'TablePrior'",
+    ),
+    "reserving the whole head": (
+        layer(24, 4, prior=FourierPrior(4, 3), lanes="reserved"),
+        ValueError,
+        "prior must leave content in a head of width 6; got '6 lanes'",
+    ),
+    "rotary of another width": (
+        layer(24, 4, rotary=Rotary(6), prior=RecencyPrior(4), lanes="reserved"),
+        ValueError,
+        "rotary must have width 5; got 6",
+    ),
+    "goat in a narrow head": (lambda: GoatAttention(32, 4), ValueError, "GoatAttention: prior must leave content"),
+    "input of another width": (lambda: LAYER(X[..., :23]), ValueError, "query must have width 24 in its last axis"),
+    "key of another width": (lambda: APART(X, X, X), ValueError, "key must have width 10"),
+    "four axes": (lambda: LAYER(X[None]), ValueError, "query must have two or three axes"),
+    "batch beside no batch": (lambda: LAYER(X[0], X), ValueError, "key must have width 24"),
+    "one axis": (lambda: LAYER(X[0, 0]), ValueError, "query must have two or three axes"),
+    "misspelled argument": (lambda: LAYER(X, causal=True), TypeError, "unexpected keyword argument"),
+    "integer mask": (
+        lambda: LAYER(X, attn_mask=torch.ones(Q, Q).long()),
+        TypeError,
+        "attn_mask must be boolean .* or float",
+    ),
+    "mask of samples alone": (
+        lambda: LAYER(X, attn_mask=torch.zeros(B, Q, Q)),
+        ValueError,
+        r"attn_mask must have 2 \* 4 matrices",
+    ),
+    "mask of another size": (lambda: LAYER(X, attn_mask=torch.zeros(Q, K)), ValueError, "attn_mask must broadcast"),
+    "integer padding": (
+        lambda: LAYER(X, key_padding_mask=torch.ones(B, Q).long()),
+        TypeError,
+        "key_padding_mask must be a boolean tensor",
+    ),
+    "empty sequence": (lambda: LAYER(X[:, :0]), ValueError, "query must not be empty"),
+    "weights from sdpa": (
+        lambda: PriorAttention(24, 4, backend="sdpa")(X),
+        NotImplementedError,
+        "backend 'sdpa' cannot serve",
+    ),
+    "positions beside a cache": (
+        lambda: LAYER(X, cache=LAYER.make_cache(B, Q), query_positions=range(Q)),
+        ValueError,
+        "query_positions must be left to the cache",
+    ),
+    "cache too short": (
+        lambda: LAYER(X, cache=LAYER.make_cache(B, Q - 1)),
+        ValueError,
+        "KeyValueCache: key must leave room in 4 slots; got '5 tokens'",
+    ),
+    "cache of another batch": (
+        lambda: LAYER(X, cache=LAYER.make_cache(B + 1, Q)),
+        ValueError,
+        r"KeyValueCache: key must have shape \(3, 4, 5, 6\)",
+    ),
+    "empty cache": (lambda: KeyValueCache(1, 2, 0, 4, 4), ValueError, "max_length must be at least 1"),
+    "converting appended keys": (
+        lambda: PriorAttention.from_multihead_attention(nn.MultiheadAttention(24, 4, add_zero_attn=True)),
+        NotImplementedError,
+        "appended keys have no position",
+    ),
+    "goat prior misspelled": (lambda: goat_prior(4, frequencies=3), TypeError, "unexpected keyword"),
+}
+
+
+@pytest.mark.parametrize("name", MODULE)
+def test_module(name):
+    build, error, message = MODULE[name]
+    with pytest.raises(error, match=message):
+        build()
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "flex"])
+def test_a_backend_asked_for_by_name_never_falls_back(backend, monkeypatch):
+    """It is refused even though the reference could serve the call; nothing else is called in its place."""
+
+    def never(*arguments, **named):
+        raise AssertionError("a backend that was not asked for was called")
+
+    monkeypatch.setattr("eotattn.kernels.reference.attend", never)
+    monkeypatch.setattr("eotattn.kernels.flex.attend", never)
+    monkeypatch.setattr("eotattn.kernels.sdpa.attend", never)
+    with pytest.raises(NotImplementedError, match=f"backend '{backend}' cannot serve this call with TablePrior"):
+        prior_attention(QUERY, KEY, VALUE, prior=TablePrior(H, 3), backend=backend)
