@@ -1,0 +1,128 @@
+"""Two processes give what one gives: data parallel, fully sharded, and a sequence shared between them (gloo, CPU)."""
+
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from tolerances import assert_close
+from torch import nn
+
+from eotattn import PriorAttention, goat_prior, prior_attention
+
+WORLD, LENGTH, WIDTH, H = 2, 14, 32, 4
+
+
+def make_layer():
+    generator = torch.Generator().manual_seed(0)
+    layer = PriorAttention(WIDTH, H, num_kv_heads=2, prior=goat_prior(H, num_frequencies=2, length_scale=16.0))
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return layer
+
+
+def make_input(batch):
+    return torch.randn(batch, LENGTH, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+def loss_of(layer, x):
+    return layer(x, is_causal=True, need_weights=False)[0].square().mean()
+
+
+def gradients_alone(batch):
+    layer = make_layer()
+    loss_of(layer, make_input(batch)).backward()
+    return {name: parameter.grad for name, parameter in layer.named_parameters()}
+
+
+def data_parallel(rank):
+    model = nn.parallel.DistributedDataParallel(make_layer())
+    for _ in range(2):  # a second step fails if the first left a parameter unused
+        model.zero_grad()
+        model(make_input(WORLD)[rank : rank + 1], is_causal=True, need_weights=False)[0].square().mean().backward()
+    expected = gradients_alone(WORLD)
+    for name, parameter in model.module.named_parameters():
+        assert_close(parameter.grad, expected[name])
+
+
+def fully_sharded(rank):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    layer, mesh = make_layer(), init_device_mesh("cpu", (WORLD,))
+    fully_shard(layer, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    loss_of(layer, make_input(WORLD)[rank : rank + 1]).backward()
+    expected = gradients_alone(WORLD)
+    for name, parameter in layer.named_parameters():
+        assert parameter.dtype == torch.float32
+        gradient = parameter.grad.full_tensor()
+        scale = expected[name].abs().max()
+        # bfloat16 projections: each gradient sums products of numbers that are off by up to 2^-9
+        assert_close(gradient / scale, expected[name] / scale, tolerance=0.05)
+
+
+def shared_sequence(rank):
+    """Each process holds half of the tokens and all keys, gathered; positions are global."""
+    layer, x = make_layer(), make_input(2)
+    half = LENGTH // WORLD
+    mine = range(rank * half, (rank + 1) * half)
+    content = layer.project(x[:, mine.start : mine.stop])
+    key, value = Gather.apply(content.key), Gather.apply(content.value)
+    heads = prior_attention(
+        content.query, key, value, prior=layer.prior, query_positions=mine, is_causal=True, scale=layer.scale
+    )
+    output = layer.out_proj(heads.transpose(1, 2).flatten(2))
+    whole = layer(x, is_causal=True, need_weights=False)[0]
+    assert_close(output, whole[:, mine.start : mine.stop])
+    (output.square().sum() / whole.numel()).backward()
+    expected = gradients_alone(2)
+    for name, parameter in layer.named_parameters():
+        dist.all_reduce(parameter.grad)
+        assert_close(parameter.grad, expected[name])
+
+
+class Gather(torch.autograd.Function):
+    """Concatenate the tokens of all processes; every process adds to the gradient of each."""
+
+    @staticmethod
+    def forward(ctx, part):
+        parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(WORLD)]
+        dist.all_gather(parts, part.contiguous())
+        return torch.cat(parts, dim=2)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(WORLD, dim=2)[dist.get_rank()]
+
+
+CASES = (data_parallel, fully_sharded, shared_sequence)
+
+
+def worker(rank, folder):
+    """Run every case and leave the traceback of those that fail."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    torch.set_num_threads(1)
+    for case in CASES:
+        try:
+            case(rank)
+        except Exception:
+            Path(folder, f"{case.__name__}.{rank}").write_text(traceback.format_exc())
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    mp.spawn(worker, args=(str(folder),), nprocs=WORLD)
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_agree_with_one(failures, case):
+    for report in failures.glob(f"{case.__name__}.*"):
+        pytest.fail(report.read_text())
