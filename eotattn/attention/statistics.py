@@ -1,0 +1,295 @@
+"""Statistics of attention rows and columns, streamed over blocks of rows: O(L d) memory, never an L x L tensor.
+
+Legend: B batch, H query heads, Hk key heads, Q queries, K keys, D score width, V value width, N chosen keys, T lags.
+
+With logits z_ij = s_ij + K_ij (content and prior, nats) and weights p_ij = exp(z_ij - lse_i). An explicit sink is one
+further outcome of every row, with logit b and no value: lse_i includes it, and so does the entropy.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from eotattn.attention.block_statistics import block_statistics
+from eotattn.attention.column_sums import ColumnSums
+from eotattn.attention.score_rows import RowSource, ScoreRows, ScoreSource, WeightRows, block_spans
+from eotattn.checks import check_floating, check_positive, check_positive_int, check_same_device, check_shape, require
+
+__all__ = ["AttentionStatistics", "row_statistics", "source_statistics", "weight_statistics"]
+
+OWNER = "row_statistics"
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionStatistics:
+    """What one attention call did, without its weights. Rows without admissible keys hold zeros (lse: -inf).
+
+    Attributes:
+        log_sum_exp: (B, H, Q) nats.
+        entropy: (B, H, Q) -sum p ln p, nats, in [0, ln(num_keys)] (one outcome more with an explicit sink).
+        participation: (B, H, Q) sum of squared weights, in [1 / num_keys, 1]; its inverse counts keys.
+        num_keys: (B, H, Q) admissible keys.
+        score_min: (B, H, Q) smallest admissible content score, nats.
+        score_max: (B, H, Q) largest admissible content score, nats; the difference is omega.
+        expected_score: (B, H, Q) sum_j p_ij s_ij, nats.
+        prior_log_sum_exp: (B, H, Q) ln sum_j exp(K_ij) over admissible keys, nats; ln(num_keys) without prior.
+        key_mass: (B, H, Q, N) weight on the chosen keys.
+        explicit_sink_mass: (B, H, Q) weight on the explicit sink; zero without one.
+        margin: (B, H, Q) z_ij* - max_{k != j*} z_ik of the first chosen key j*, nats; NaN without competitor.
+        content_margin: (B, H, Q) the content part of that difference, nats.
+        prior_margin: (B, H, Q) its prior part, nats.
+        column_mass: (B, H, K) sum of weights over the queries that count, keys in order of the sequence.
+        column_count: (B, H, K) queries that count and admit the key.
+        lag_mass: (B, H, Q + K - 1) sum of weights of the queries that count, by lag.
+        first_lag: Lag of the first entry of ``lag_mass``: query position - key position, tokens.
+        counted: (B, Q) queries that count: not padding.
+        output: (B, H, Q, V) attention output, or ``None`` where no value was given.
+    """
+
+    log_sum_exp: Tensor
+    entropy: Tensor
+    participation: Tensor
+    num_keys: Tensor
+    score_min: Tensor
+    score_max: Tensor
+    expected_score: Tensor
+    prior_log_sum_exp: Tensor
+    key_mass: Tensor
+    explicit_sink_mass: Tensor
+    margin: Tensor
+    content_margin: Tensor
+    prior_margin: Tensor
+    column_mass: Tensor
+    column_count: Tensor
+    lag_mass: Tensor
+    first_lag: int
+    counted: Tensor
+    output: Tensor | None = None
+
+    @property
+    def score_range(self) -> Tensor:
+        """(B, H, Q) omega_i = max_j s_ij - min_j s_ij, nats."""
+        return self.score_max - self.score_min
+
+    @property
+    def context_sensitivity(self) -> Tensor:
+        """(B, H, Q) Psi_i = sum_{k != j*} p_ik: the weight on other keys than the first chosen one."""
+        held = (self.num_keys > 0).to(self.entropy.dtype)
+        return (held - self.key_mass[..., 0] - self.explicit_sink_mass).clamp(min=0)
+
+    @property
+    def context_sensitivity_bound(self) -> Tensor:
+        """(B, H, Q) (n - 1) / (exp(margin) + n - 1), at least Psi, over n admissible keys; one without a margin."""
+        others = (self.num_keys - 1).clamp(min=0)
+        bound = torch.sigmoid(others.log() - self.margin)
+        return torch.where(self.margin.isnan(), 1.0, bound)
+
+
+@torch.no_grad()
+def row_statistics(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    log_prior: Tensor | RowSource | None = None,
+    mask: Tensor | RowSource | None = None,
+    is_causal: bool = False,
+    window: int | None = None,
+    sink_logits: Tensor | None = None,
+    query_start: int = 0,
+    key_start: int = 0,
+    sequence_start: Tensor | None = None,
+    counted: Tensor | None = None,
+    keys: tuple[int, ...] = (0,),
+    block_elements: int | None = None,
+) -> AttentionStatistics:
+    """Compute all statistics of softmax(softcap(scale * <query, key>) + log_prior) in one pass over blocks of rows.
+
+    16-bit inputs are computed in float32; columns and lags are summed in float64.
+
+    Args:
+        query: (B, H, Q, D), floating.
+        key: (B, Hk, K, D); Hk divides H (grouped-query attention), no head is repeated in memory.
+        value: (B, Hk, K, V); give it to get the output as well.
+        scale: Factor on the inner products, default 1 / sqrt(D).
+        softcap: c of c tanh(score / c), nats, positive; ``None`` for none.
+        log_prior: Broadcastable to (B, H, Q, K), nats, or a function (start, stop) -> those rows; the prior part.
+        mask: Likewise; boolean with true where a query may attend, or floating and added to the prior part, with -inf
+            or the dtype's lowest number at inadmissible keys.
+        is_causal: Keys at later positions than the query are inadmissible.
+        window: Keys ``window`` or more tokens before the query are inadmissible.
+        sink_logits: (H,) logit of an explicit sink, nats.
+        query_start: Position of the first query, tokens; with a cache, the number of earlier tokens.
+        key_start: Position of the first key, tokens.
+        sequence_start: (B,) position of the first token that is not padding; chosen keys and columns count from it.
+        counted: (B, Q) boolean, false where a query is padding; all by default.
+        keys: Chosen keys, counted from the start of the sequence; the first one is j* of the margin.
+        block_elements: Entries of a block of logits, default 2^20 on a CPU and 2^25 on a GPU; memory is about six such
+            blocks.
+
+    Returns:
+        :class:`AttentionStatistics`.
+
+    Raises:
+        ValueError: For shapes, devices or values that do not fit.
+        TypeError: For dtypes that do not fit.
+
+    Source:
+        Definitions: Litman and Guo 2026 (arXiv 2601.15380), theorem 5.1 and definitions 5.2 and 5.3; Gu et al. 2024
+        (arXiv 2410.10781) for the sink mass.
+
+    Example:
+        >>> query = key = torch.zeros(1, 2, 4, 8)
+        >>> row_statistics(query, key, is_causal=True).key_mass[0, 0, :, 0]
+        tensor([1.0000, 0.5000, 0.3333, 0.2500])
+    """
+    _check_content(query, key, value, sink_logits)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else check_positive(OWNER, "scale", scale)
+    softcap = None if softcap is None else check_positive(OWNER, "softcap", softcap)
+    window = None if window is None else check_positive_int(OWNER, "window", window)
+    shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    rows = ScoreRows(
+        query.to(dtype),
+        key.to(dtype),
+        scale,
+        softcap=softcap,
+        log_prior=_as_rows("log_prior", log_prior, shape),
+        mask=_as_rows("mask", mask, shape),
+        is_causal=is_causal,
+        window=window,
+        query_start=query_start,
+        key_start=key_start,
+    )
+    return source_statistics(
+        rows,
+        value=None if value is None else value.to(dtype),
+        sink_logits=None if sink_logits is None else sink_logits.to(dtype),
+        sequence_start=sequence_start,
+        counted=counted,
+        keys=keys,
+        block_elements=block_elements,
+    )
+
+
+@torch.no_grad()
+def weight_statistics(
+    weights: Tensor,
+    *,
+    query_start: int = 0,
+    key_start: int = 0,
+    sequence_start: Tensor | None = None,
+    counted: Tensor | None = None,
+    keys: tuple[int, ...] = (0,),
+) -> AttentionStatistics:
+    """Compute the same statistics from stored attention maps: logits are ln p, so that lse is zero.
+
+    Entropy, masses, profiles and margins are those of the model. A map does not tell content from prior: omega and the
+    content margin are those of the whole logit, against a uniform prior; keys of weight zero count as inadmissible.
+
+    Args:
+        weights: (B, H, Q, K), rows sum to one, or to zero where no key is admissible.
+        query_start: Position of the first query, tokens.
+        key_start: Position of the first key, tokens.
+        sequence_start: (B,) position of the first token that is not padding.
+        counted: (B, Q) boolean, false where a query is padding.
+        keys: Chosen keys, counted from the start of the sequence.
+
+    Returns:
+        :class:`AttentionStatistics`.
+
+    Example:
+        >>> weight_statistics(torch.full((1, 1, 2, 2), 0.5)).entropy
+        tensor([[[0.6931, 0.6931]]])
+    """
+    check_floating("weight_statistics", "weights", weights)
+    remedy = "Add batch and head axes"
+    require(weights.dim() == 4, "weight_statistics", "weights", "have shape (B, H, Q, K)", weights, remedy)
+    source = WeightRows(weights, query_start, key_start)
+    return source_statistics(source, sequence_start=sequence_start, counted=counted, keys=keys)
+
+
+@torch.no_grad()
+def source_statistics(
+    source: ScoreSource,
+    *,
+    value: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+    sequence_start: Tensor | None = None,
+    counted: Tensor | None = None,
+    keys: tuple[int, ...] = (0,),
+    block_elements: int | None = None,
+) -> AttentionStatistics:
+    """The statistics of any source of blocks of logits; arguments as in :func:`row_statistics`."""
+    batch, _, queries, num_keys = source.shape
+    starts = torch.zeros(batch, dtype=torch.int64) if sequence_start is None else sequence_start
+    counted = torch.ones(batch, queries, dtype=torch.bool) if counted is None else counted
+    check_shape(OWNER, "sequence_start", starts, (batch,), "One index a sequence")
+    check_shape(OWNER, "counted", counted, (batch, queries), "One entry a query")
+    known = len(keys) > 0 and all(isinstance(key, int) and key >= 0 for key in keys)
+    require(known, OWNER, "keys", "name at least one key, from 0 up", keys, "Count from the first token")
+    starts, counted = starts.to(source.device), counted.to(source.device)
+    columns = ColumnSums.empty(source)
+    parts = []
+    chosen = starts[:, None] + torch.tensor(keys, device=source.device) - source.key_start  # (B, N)
+    for start, stop in block_spans(source, block_elements):
+        block = source.block(start, stop)
+        weights, rows = block_statistics(block, chosen, sink_logits, value)
+        columns.add(weights, block, counted[:, start:stop])
+        parts.append(rows)
+    joined = {name: torch.cat([part[name] for part in parts], dim=2) for name in parts[0]}
+    statistics = AttentionStatistics(
+        **joined,
+        column_mass=columns.mass,
+        column_count=columns.count,
+        lag_mass=columns.lags,
+        first_lag=source.query_start - source.key_start - num_keys + 1,
+        counted=counted & (joined["num_keys"][:, 0] > 0),
+    )
+    moved = sequence_start is not None or source.key_start > 0
+    return _aligned(statistics, starts, source.key_start) if moved else statistics
+
+
+def _aligned(statistics: AttentionStatistics, starts: Tensor, key_start: int) -> AttentionStatistics:
+    """Columns counted from the start of each sequence; what precedes it is dropped, zeros follow at the end."""
+    width = statistics.column_mass.shape[-1]
+    index = torch.arange(width + key_start, device=starts.device) + starts[:, None] - key_start
+    inside = ((index >= 0) & (index < width))[:, None, :]
+    at = index.clamp(0, width - 1)[:, None, :].expand(-1, statistics.column_mass.shape[1], -1)
+    mass, count = (x.gather(-1, at) * inside for x in (statistics.column_mass, statistics.column_count))
+    return replace(statistics, column_mass=mass, column_count=count)
+
+
+def _as_rows(name: str, table: Tensor | RowSource | None, shape: tuple[int, ...]) -> RowSource | None:
+    if table is None or not isinstance(table, Tensor):
+        return table
+    padded = (1,) * (4 - table.dim()) + tuple(table.shape)
+    fits = table.dim() <= 4 and all(have in (1, want) for have, want in zip(padded, shape, strict=True))
+    require(fits, OWNER, name, f"broadcast to {shape}", table, "Add or drop axes")
+    return lambda start, stop: table[..., start:stop, :] if padded[2] > 1 else table
+
+
+def _check_content(query: Tensor, key: Tensor, value: Tensor | None, sink: Tensor | None) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor is not None:
+            check_floating(OWNER, name, tensor)
+            remedy = "Split the heads first"
+            require(tensor.dim() == 4, OWNER, name, "have shape (B, heads, length, width)", tensor, remedy)
+            require(tensor.numel() > 0, OWNER, name, "not be empty", tensor, "Pass at least one token")
+    batch, heads, _, width = query.shape
+    check_shape(OWNER, "key", key, (batch, None, None, width), "Match the query's batch and width")
+    rule = f"have a number of heads that divides the query's {heads}"
+    require(heads % key.shape[1] == 0, OWNER, "key", rule, key, "Choose num_kv_heads so")
+    if value is not None:
+        check_shape(
+            OWNER, "value", value, (batch, key.shape[1], key.shape[2], None), "Match the key's heads and length"
+        )
+    if sink is not None:
+        check_shape(OWNER, "sink_logits", sink, (heads,), "One logit a head")
+    check_same_device(OWNER, ("query", query), key=key, value=value, sink_logits=sink)
