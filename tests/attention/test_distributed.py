@@ -1,6 +1,7 @@
 """Two processes give what one gives: data parallel, fully sharded, and a sequence shared between them (gloo, CPU)."""
 
 import traceback
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -105,13 +106,15 @@ CASES = (data_parallel, fully_sharded, shared_sequence)
 
 def worker(rank, folder):
     """Run every case and leave the traceback of those that fail."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    patience = timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=patience)
     torch.set_num_threads(1)
     for case in CASES:
         try:
             case(rank)
-        except Exception:
+        except Exception:  # noqa: PERF203
             Path(folder, f"{case.__name__}.{rank}").write_text(traceback.format_exc())
+    dist.barrier()  # a process that leaves early would abort the other
     dist.destroy_process_group()
 
 
