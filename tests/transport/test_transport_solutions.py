@@ -154,6 +154,18 @@ def test_problems_of_a_batch_stop_on_their_own():
     assert solution.num_iterations.tolist() == [0, 3]
 
 
+def test_a_converged_problem_is_left_where_it_would_have_stopped_alone():
+    easy, hard = random_problem(1, (INF, INF), epsilon=0.5), random_problem(2, (INF, INF), epsilon=0.5)
+    stacked = [
+        torch.stack([4 * b if i == 0 else b, a])
+        for i, (a, b) in enumerate(zip(easy.tensors, hard.tensors, strict=True))
+    ]
+    options = {"method": "sinkhorn", "tolerance": 1e-3}
+    together, alone = solve(easy.with_tensors(*stacked), **options), solve(easy, **options)
+    assert together.num_iterations[0] > together.num_iterations[1] == alone.num_iterations
+    assert_close(together.coupling[1], alone.coupling)
+
+
 @pytest.mark.parametrize("penalties", [(INF, None), (INF, INF), (INF, 2.0)])
 def test_row_constants_change_nothing_under_a_hard_query_marginal(penalties):
     problem = random_problem(5, penalties)
