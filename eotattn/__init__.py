@@ -13,6 +13,7 @@ from eotattn.priors import (
     goat_prior,
     grid_positions,
 )
+from eotattn.transport import TransportProblem, TransportSolution, solve
 
 __all__ = [
     "ClassTokenPrior",
@@ -26,7 +27,10 @@ __all__ = [
     "Rotary",
     "SinkPrior",
     "TablePrior",
+    "TransportProblem",
+    "TransportSolution",
     "goat_prior",
     "grid_positions",
     "prior_attention",
+    "solve",
 ]
