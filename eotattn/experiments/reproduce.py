@@ -66,7 +66,8 @@ def reproduce(
     require(not unknown, "reproduce", "figures", rule, unknown, "Choose one of these numbers")
     absent = [name for name in REQUIREMENTS if importlib.util.find_spec(name) is None]
     remedy = "pip install 'eotattn[experiments]'"
-    require(not absent, "reproduce", "the environment", "have " + ", ".join(REQUIREMENTS), "without " + ", ".join(absent), remedy)
+    got = "without " + ", ".join(absent)
+    require(not absent, "reproduce", "the environment", "have " + ", ".join(REQUIREMENTS), got, remedy)
     folder = find_notebooks()
     targets = [ResultFolder(out, scale, FIGURES[number]) for number in numbers]
     executed = []

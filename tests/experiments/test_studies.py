@@ -119,6 +119,15 @@ def test_language_study_saves_and_draws(small_language, tmp_path):
     assert "2 seeds" in small_language.verdict()
 
 
+def test_language_study_continues_from_its_checkpoints(tmp_path):
+    recipe = recipes.language("smoke")
+    training = replace(recipe.training, steps=2, warmup_steps=1, log_every=1)
+    recipe = replace(recipe, training=training, curve_windows=2, variants=recipe.variants[-1:])
+    first, again = (language.run(recipe, report=lambda line: None, checkpoints=tmp_path) for _ in range(2))
+    assert [path.name for path in tmp_path.iterdir()] == ["goat_seed0.pt"]
+    assert first.bits_per_byte("goat") == again.bits_per_byte("goat")
+
+
 def test_verdict_says_no_when_a_claim_fails(small_language):
     """Four steps teach nothing, so RoPE has nothing to lose beyond its training length."""
     assert "RoPE diverges: did NOT hold" in small_language.verdict()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -128,12 +129,15 @@ class LanguageStudy:
         return "\n".join(lines)
 
 
-def run(recipe: LanguageRecipe, *, report: Callable[[str], None] = print) -> LanguageStudy:
+def run(
+    recipe: LanguageRecipe, *, report: Callable[[str], None] = print, checkpoints: Path | None = None
+) -> LanguageStudy:
     """Train every variant with every seed on the same batches, and measure them on the same held-out bytes.
 
     Args:
         recipe: From :func:`eotattn.experiments.recipes.language`.
         report: Receives one line a finished decoder.
+        checkpoints: Folder for one checkpoint a decoder, from which an interrupted call continues; it must exist.
     """
     started = time.perf_counter()
     task = LanguageTask.from_corpus(recipe.corpus, length=recipe.train_length)
@@ -141,7 +145,7 @@ def run(recipe: LanguageRecipe, *, report: Callable[[str], None] = print) -> Lan
     results = []
     for seed in recipe.seeds:
         for decoder in recipe.variants:
-            result = _run_variant(recipe, decoder, seed, task, windows)
+            result = _run_variant(recipe, decoder, seed, task, windows, checkpoints)
             results.append(result)
             curve = ", ".join(f"{row['bits_per_byte']:.3f}" for row in result.curve)
             seconds = result.training.wall_seconds
@@ -150,13 +154,19 @@ def run(recipe: LanguageRecipe, *, report: Callable[[str], None] = print) -> Lan
 
 
 def _run_variant(
-    recipe: LanguageRecipe, config: DecoderConfig, seed: int, task: LanguageTask, windows: Tensor
+    recipe: LanguageRecipe,
+    config: DecoderConfig,
+    seed: int,
+    task: LanguageTask,
+    windows: Tensor,
+    checkpoints: Path | None,
 ) -> VariantResult:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = Decoder(config)
     label = f"{config.attention}, seed {seed}"
-    training = train(network, task, replace(recipe.training, seed=seed), label=label)
+    checkpoint = None if checkpoints is None else checkpoints / f"{config.attention}_seed{seed}.pt"
+    training = train(network, task, replace(recipe.training, seed=seed), label=label, checkpoint=checkpoint)
     network.eval()
     curve = length_curve(network, windows, lengths=recipe.lengths, num_targets=recipe.train_length)
     return VariantResult(
