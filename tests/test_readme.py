@@ -1,5 +1,6 @@
 """What the README shows is run, and what the package ships is complete."""
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -17,9 +18,12 @@ def test_readme_has_an_example_for_each_of_the_three_users():
 
 
 @pytest.mark.parametrize("source", EXAMPLES, ids=range(len(EXAMPLES)))
-def test_readme_example_runs(source, tmp_path, monkeypatch):
+def test_readme_example_runs(source, request, tmp_path, monkeypatch):
+    module = f"readme_example_{request.node.callspec.id}"
+    (tmp_path / f"{module}.py").write_text(source)
     monkeypatch.chdir(tmp_path)
-    exec(compile(source, "README.md", "exec"), {})
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module(module)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
