@@ -26,7 +26,7 @@ FLOORS = {
 #: The contract checks stand beside the house: they see these rooms, and no room sees them.
 SEEN_BY_TESTING = {"priors", "checks"}
 #: Libraries that one place alone may import.
-OWNERS = {"ot": "eotattn.transport.pot", "matplotlib": "eotattn.plotting"}
+OWNERS = {"ot": "eotattn.transport.pot", "matplotlib": "eotattn.plotting", "triton": "eotattn.kernels.join_triton"}
 #: The command line imports what a command needs when it runs; the owners of slow libraries may be imported late too.
 LATE_IMPORTERS = {"cli"}
 #: Modules that break the plan today, and why; each is to be mended, and then leaves this list.
