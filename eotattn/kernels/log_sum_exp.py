@@ -1,0 +1,244 @@
+"""One fused attention call that also returns the log-sum-exp of its rows, differentiable in both.
+
+Legend: B batch, H heads, Q queries, K keys, D score width, V value width.
+
+The row log-sum-exp is what transport needs of attention: it is a half-step of Sinkhorn's algorithm, and the call with
+queries and keys exchanged is the other half.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from eotattn.kernels.sdpa import WIDTH_STEP
+
+__all__ = ["attend", "route"]
+
+_ATEN = torch.ops.aten
+#: Elements of one block of logits where no fused operator serves.
+_BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
+#: The widest score that cuDNN's attention takes.
+_CUDNN_WIDTH = 128
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor | None = None, *, scale: float, is_causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Compute ``softmax(scale <query, key>) value`` and ``log sum_k exp(scale <query, key_k>)``.
+
+    One fused operator: the CPU's flash attention; on CUDA cuDNN's in 16 bits and the memory-efficient one in float32
+    and wherever gradients are followed; blocks of rows elsewhere (float64 on CUDA). Never Q x K numbers. Gradients
+    are those of both outputs, once.
+
+    Args:
+        query: (B, H, Q, D), finite.
+        key: (B, H, K, D), finite.
+        value: (B, H, K, V) in the dtype of ``query``; ``None`` where only the log-sum-exp is wanted.
+        scale: Factor on the inner products, positive.
+        is_causal: Query i sees keys 0 to i.
+
+    Returns:
+        ``(output, log_sum_exp)``: (B, H, Q, V) in the dtype of ``query`` (V = 0 without a value), and (B, H, Q) in
+        nats, float64 for float64 and float32 otherwise.
+
+    Example:
+        >>> attend(torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 2, 4), scale=1.0)[1]
+        tensor([[[0.6931]]])
+
+    Source: the operators of PyTorch's ``scaled_dot_product_attention``.
+    """
+    width = 0 if value is None else value.shape[-1]
+    value = key.new_zeros((*key.shape[:-1], WIDTH_STEP)) if value is None else value
+    operands = (query, key, value)
+    if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
+        output, log_sum_exp = _Differentiable.apply(*operands, scale, is_causal)
+    else:
+        output, log_sum_exp = _forward(*operands, scale, is_causal, route(query, value))
+    return output[..., :width], log_sum_exp
+
+
+def route(query: Tensor, value: Tensor, *, with_gradient: bool = False) -> str:
+    """Name the operator that serves a call: ``"cpu"``, ``"cudnn"``, ``"efficient"`` or ``"blocks"``.
+
+    Args:
+        query: (B, H, Q, D).
+        value: (B, H, K, V).
+        with_gradient: Whether gradients will be followed.
+
+    Example:
+        >>> route(torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1, 4))
+        'cpu'
+    """
+    if query.device.type == "cpu":
+        return "cpu" if query.dtype in (torch.float64, torch.float32, torch.bfloat16) else "blocks"
+    if query.device.type != "cuda" or query.dtype == torch.float64:
+        return "blocks"
+    narrow = max(_padded(query.shape[-1]), _padded(value.shape[-1])) <= _CUDNN_WIDTH
+    if query.dtype == torch.float32 or with_gradient or not narrow or not torch.backends.cuda.cudnn_sdp_enabled():
+        return "efficient"
+    return "cudnn"
+
+
+def _padded(width: int) -> int:
+    return -(-width // WIDTH_STEP) * WIDTH_STEP
+
+
+def _widened(tensor: Tensor, width: int) -> Tensor:
+    """The tensor with zeros behind its last axis up to ``width``, contiguous."""
+    spare = width - tensor.shape[-1]
+    return functional.pad(tensor, (0, spare)) if spare else tensor.contiguous()
+
+
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, is_causal: bool, name: str
+) -> tuple[Tensor, Tensor]:
+    if name == "blocks":
+        return _blocks_forward(query, key, value, scale, is_causal)
+    width = value.shape[-1]
+    output, log_sum_exp, _ = _fused_forward(*_fused_operands(query, key, value, name), scale, is_causal, name)
+    return output[..., :width], log_sum_exp
+
+
+def _fused_operands(query: Tensor, key: Tensor, value: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The operands at widths that the operator takes: one width on the CPU, multiples of eight on a GPU."""
+    score_width, value_width = query.shape[-1], value.shape[-1]
+    if name == "cpu":
+        score_width = value_width = max(score_width, value_width)
+    else:
+        score_width, value_width = _padded(score_width), _padded(value_width)
+    return _widened(query, score_width), _widened(key, score_width), _widened(value, value_width)
+
+
+def _fused_forward(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, is_causal: bool, name: str
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """The output, the log-sum-exp, and what the backward operator wants besides."""
+    if name == "cpu":
+        output, log_sum_exp = _ATEN._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, is_causal, scale=scale
+        )
+        return output, log_sum_exp, (log_sum_exp,)
+    if name == "cudnn":
+        output, log_sum_exp, *_ = _ATEN._scaled_dot_product_cudnn_attention(
+            query, key, value, None, True, 0.0, is_causal, False, scale=scale
+        )
+        return output, log_sum_exp.reshape(query.shape[:-1]), ()
+    output, padded, seed, offset = _ATEN._scaled_dot_product_efficient_attention(
+        query, key, value, None, True, 0.0, is_causal, scale=scale
+    )
+    return output, padded[..., : query.shape[-2]], (padded, seed, offset)
+
+
+class _Differentiable(torch.autograd.Function):
+    """The call with the gradients of both outputs.
+
+    With P the softmax the gradient of a logit is ``P_ij (<dO_i, v_j> - <dO_i, O_i> + dL_i)``. Operators compute the
+    first two terms; the third is theirs too if one more column holds 0 in v, dL_i in dO and -1 in O.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, is_causal: bool
+    ) -> tuple[Tensor, Tensor]:
+        name = route(query, value, with_gradient=True)
+        ctx.options = (scale, is_causal, name, query.shape[-1], value.shape[-1])
+        if name == "blocks":
+            output, log_sum_exp = _blocks_forward(query, key, value, scale, is_causal)
+            ctx.save_for_backward(query, key, value, output, log_sum_exp)
+            return output, log_sum_exp
+        width = value.shape[-1]
+        operands = _fused_operands(query, key, _widened(value, width + 1), name)
+        output, log_sum_exp, rest = _fused_forward(*operands, scale, is_causal, name)
+        ctx.save_for_backward(*operands, output, *rest)
+        return output[..., :width], log_sum_exp.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor, grad_log_sum_exp: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "log_sum_exp.attend: fused operators have first derivatives only; got create_graph=True. "
+                "State a dense problem for second derivatives."
+            )
+        scale, is_causal, name, score_width, width = ctx.options
+        query, key, value, output, *rest = ctx.saved_tensors
+        if name == "blocks":
+            grads = _blocks_backward(
+                query, key, value, output, rest[0], grad_output, grad_log_sum_exp, scale, is_causal
+            )
+            return (*grads, None, None)
+        grad = grad_output.new_zeros(output.shape)
+        grad[..., :width] = grad_output
+        grad[..., width] = grad_log_sum_exp
+        # The operators read strides from the output, so the copy keeps its layout.
+        output = output.clone()
+        output[..., width] = -1.0
+        if name == "cpu":
+            grads = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad, query, key, value, output, rest[0], 0.0, is_causal, scale=scale
+            )
+        else:
+            grads = _ATEN._scaled_dot_product_efficient_attention_backward(
+                grad, query, key, value, None, output, *rest, 0.0, [True, True, True, False], is_causal, scale=scale
+            )
+        return grads[0][..., :score_width], grads[1][..., :score_width], grads[2][..., :width], None, None
+
+
+def _computing(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _spans(query: Tensor, key: Tensor) -> list[slice]:
+    """Blocks of rows whose logits fit the memory set aside."""
+    each = query.shape[0] * query.shape[1] * key.shape[-2]
+    rows = max(1, _BLOCK_ELEMENTS.get(query.device.type, _BLOCK_ELEMENTS["cpu"]) // each)
+    return [slice(start, min(start + rows, query.shape[-2])) for start in range(0, query.shape[-2], rows)]
+
+
+def _logits(query: Tensor, key: Tensor, rows: slice, scale: float, is_causal: bool) -> Tensor:
+    logits = scale * (query[..., rows, :].to(key.dtype) @ key.mT)
+    if is_causal:
+        position = torch.arange(rows.start, rows.stop, device=key.device)[:, None]
+        logits = logits.masked_fill(torch.arange(key.shape[-2], device=key.device) > position, float("-inf"))
+    return logits
+
+
+def _blocks_forward(query: Tensor, key: Tensor, value: Tensor, scale: float, is_causal: bool) -> tuple[Tensor, Tensor]:
+    dtype = _computing(query.dtype)
+    wide_key, wide_value = key.to(dtype), value.to(dtype)
+    output = query.new_empty((*query.shape[:-1], value.shape[-1]))
+    log_sum_exp = query.new_empty(query.shape[:-1], dtype=dtype)
+    for rows in _spans(query, key):
+        logits = _logits(query, wide_key, rows, scale, is_causal)
+        log_sum_exp[..., rows] = logits.logsumexp(-1)
+        output[..., rows, :] = (logits.softmax(-1) @ wide_value).to(query.dtype)
+    return output, log_sum_exp
+
+
+def _blocks_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    log_sum_exp: Tensor,
+    grad_output: Tensor,
+    grad_log_sum_exp: Tensor,
+    scale: float,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = log_sum_exp.dtype
+    wide_key, wide_value, upstream = key.to(dtype), value.to(dtype), grad_output.to(dtype)
+    shift = grad_log_sum_exp - (upstream * output.to(dtype)).sum(-1)
+    grad_query = query.new_empty(query.shape)
+    grad_key, grad_value = torch.zeros_like(wide_key), torch.zeros_like(wide_value)
+    for rows in _spans(query, key):
+        weights = (_logits(query, wide_key, rows, scale, is_causal) - log_sum_exp[..., rows, None]).exp()
+        above = upstream[..., rows, :]
+        grad_logits = scale * weights * (above @ wide_value.mT + shift[..., rows, None])
+        grad_query[..., rows, :] = (grad_logits @ wide_key).to(query.dtype)
+        grad_key += grad_logits.mT @ query[..., rows, :].to(dtype)
+        grad_value += weights.mT @ above
+    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)

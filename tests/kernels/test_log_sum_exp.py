@@ -1,0 +1,111 @@
+"""The call that returns output and log-sum-exp against its definition, forward and backward, on every route."""
+
+import pytest
+import torch
+from tolerances import assert_close
+
+from eotattn.kernels import log_sum_exp
+
+SHAPES = [(5, 7, 3, 4), (7, 5, 6, 2), (33, 33, 8, 9), (1, 1, 1, 1)]
+ROUTES = ["cpu", "blocks"]
+
+
+def operands(sizes, dtype=torch.float64):
+    queries, keys, width, value_width = sizes
+    generator = torch.Generator().manual_seed(sum(sizes))
+    shapes = (queries, width), (keys, width), (keys, value_width)
+    return [torch.randn(2, 3, *shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def definition(query, key, value, scale, is_causal):
+    logits = scale * torch.einsum("bhqd,bhkd->bhqk", query, key)
+    if is_causal:
+        logits = logits.masked_fill(torch.ones(logits.shape[-2:]).triu(1).bool(), -torch.inf)
+    exponential = (logits - logits.amax(-1, keepdim=True)).exp()
+    total = exponential.sum(-1, keepdim=True)
+    return exponential @ value / total, (total.log() + logits.amax(-1, keepdim=True)).squeeze(-1)
+
+
+@pytest.fixture(params=ROUTES)
+def route(request, monkeypatch):
+    monkeypatch.setattr(log_sum_exp, "route", lambda *_, **__: request.param)
+    monkeypatch.setitem(log_sum_exp._BLOCK_ELEMENTS, "cpu", 64)
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("sizes", SHAPES)
+def test_forward_is_the_definition(route, sizes, is_causal, dtype):
+    query, key, value = operands(sizes, dtype)
+    output, total = log_sum_exp.attend(query, key, value, scale=0.7, is_causal=is_causal)
+    wide = [tensor.double() for tensor in (query, key, value)]
+    expected_output, expected_total = definition(*wide, 0.7, is_causal)
+    assert output.dtype == dtype
+    assert_close(output, expected_output.to(dtype))
+    assert total.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert_close(total, expected_total.to(total.dtype))
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("sizes", SHAPES)
+def test_gradients_of_both_outputs(route, sizes, is_causal):
+    leaves = [tensor.requires_grad_() for tensor in operands(sizes)]
+    generator = torch.Generator().manual_seed(1)
+    outputs = log_sum_exp.attend(*leaves, scale=0.7, is_causal=is_causal)
+    above = [torch.randn(out.shape, generator=generator, dtype=torch.float64) for out in outputs]
+    found = torch.autograd.grad(outputs, leaves, above)
+    expected = torch.autograd.grad(definition(*leaves, 0.7, is_causal), leaves, above)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_close(ours, theirs)
+
+
+def test_the_log_sum_exp_alone(route):
+    query, key, value = operands(SHAPES[0])
+    output, total = log_sum_exp.attend(query, key, scale=1.0)
+    assert output.shape == (2, 3, 5, 0)
+    assert_close(total, definition(query, key, value, 1.0, False)[1])
+    query.requires_grad_()
+    (found,) = torch.autograd.grad(log_sum_exp.attend(query, key, scale=1.0)[1].sum(), query)
+    (expected,) = torch.autograd.grad(definition(query, key, value, 1.0, False)[1].sum(), query)
+    assert_close(found, expected)
+
+
+def test_huge_logits_stay_finite(route):
+    query, key, value = operands(SHAPES[0])
+    output, total = log_sum_exp.attend(1e3 * query, 1e2 * key, value, scale=1.0)
+    assert output.isfinite().all()
+    assert total.isfinite().all()
+
+
+def test_second_derivatives_are_refused_rather_than_wrong():
+    query, key, value = (tensor.requires_grad_() for tensor in operands(SHAPES[0]))
+    output, _ = log_sum_exp.attend(query, key, value, scale=1.0)
+    with pytest.raises(NotImplementedError, match="first derivatives only"):
+        torch.autograd.grad(output.sum(), query, create_graph=True)
+
+
+def test_half_precision_on_the_cpu_goes_by_blocks():
+    query, _, value = operands(SHAPES[0], torch.float16)
+    assert log_sum_exp.route(query, value) == "blocks"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_on_the_gpu(dtype, is_causal):
+    query, key, value = operands((300, 300, 72, 40), dtype)
+    leaves = [tensor.cuda().requires_grad_() for tensor in (query, key, value)]
+    expected = definition(*(tensor.double() for tensor in (query, key, value)), 0.1, is_causal)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            output, total = log_sum_exp.attend(*leaves, scale=0.1, is_causal=is_causal)
+        assert_close(output.cpu(), expected[0].to(dtype))
+        assert_close(total.cpu(), expected[1].to(total.dtype))
+    wide = [tensor.double().requires_grad_() for tensor in (query, key, value)]
+    above = [torch.ones_like(output), torch.ones_like(total)]
+    found = torch.autograd.grad([output, total], leaves, above)
+    truth = torch.autograd.grad(definition(*wide, 0.1, is_causal), wide, [a.cpu().double() for a in above])
+    for ours, theirs in zip(found, truth, strict=True):
+        assert_close(ours.cpu(), theirs.to(dtype))
