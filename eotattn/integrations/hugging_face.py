@@ -1,0 +1,216 @@
+"""Attach to the attention interface of Hugging Face transformers.
+
+Legend: B batch, H query heads, Hk key heads, Q queries, K keys, D score width, V value width.
+
+A model hands query, key and value to the function that its configuration names, and asks for masks from a second
+function of the same name. Both are needed: with the first alone, every mask would become ``None`` without a word.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eotattn.attention.score_rows import RowSource, tensor_rows
+from eotattn.integrations.lazy_mask import LazyMask
+from eotattn.integrations.recorder import CapturedCall, Recorder
+
+__all__ = ["configurations", "listen"]
+
+#: A model's own attention function: (module, query, key, value, mask, ...) -> (output (B, Q, H, V), weights).
+OwnFunction = Callable[..., "tuple[Tensor, Tensor | None]"]
+Content = tuple[Tensor, Tensor, Tensor]
+
+#: Entries of one block of attention weights where the model's own function would make all of them.
+ROW_BLOCK = 2**22
+#: Attention whose queries and keys belong to different sequences, by the names that models give it.
+CROSS = re.compile(r"cross|encoder_attn|encdecattention", re.IGNORECASE)
+
+
+def configurations(model: nn.Module) -> list[Any]:
+    """Every distinct configuration object of the model that names an attention implementation."""
+    found: dict[int, Any] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and hasattr(config, "_attn_implementation_internal"):
+            found.setdefault(id(config), config)
+    return list(found.values())
+
+
+@contextmanager
+def listen(model: nn.Module, recorder: Recorder) -> Iterator[None]:
+    """Route every attention call of ``model`` through ``recorder``; the model's own functions still compute it."""
+    configs = configurations(model)
+    if not configs:
+        yield
+        return
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    names = {id(module): name for name, module in model.named_modules()}
+    before = {id(config): config._attn_implementation_internal or "eager" for config in configs}
+    prefix = f"eotattn_{id(recorder):x}_"
+    registered = {prefix + own: own for own in before.values()}
+    interface: Any = AttentionInterface
+    find: Any = getattr(interface, "get_interface", None)
+
+    def get_interface(self: Any, attn_implementation: str, default: OwnFunction) -> OwnFunction:
+        own = registered.get(attn_implementation)
+        if own is None:
+            return find(self, attn_implementation, default)
+        return _attention_function(own, recorder, names, find(self, own, default))
+
+    try:
+        for ours, own in registered.items():
+            AttentionInterface.register(ours, _attention_function(own, recorder, names, None))
+            AttentionMaskInterface.register(ours, _mask_function(own))
+        if find is not None:  # newer releases name the model's own eager function here; older ones do not
+            interface.get_interface = get_interface
+        for config in configs:
+            config._attn_implementation_internal = prefix + before[id(config)]
+        yield
+    finally:
+        for config in configs:
+            config._attn_implementation_internal = before[id(config)]
+        if find is not None:
+            interface.get_interface = find
+        for ours in registered:
+            AttentionInterface._global_mapping.pop(ours, None)
+            AttentionMaskInterface._global_mapping.pop(ours, None)
+
+
+def _mask_function(implementation: str) -> Callable[..., Tensor | None]:
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+
+    make = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
+
+    def mask(**arguments: Any) -> Tensor | None:
+        additive = implementation == "eager"
+        return LazyMask(make, sdpa_mask, arguments, arguments.get("dtype", torch.float32) if additive else torch.bool)
+
+    return mask
+
+
+def _attention_function(
+    implementation: str, recorder: Recorder, names: dict[int, str], function: OwnFunction | None
+) -> OwnFunction:
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **arguments: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        own = function or _own_function(module, implementation)
+        content = (query, key, value)
+        with recorder.muted():
+            if implementation == "eager":
+                output, weights = _run_by_rows(own, module, content, attention_mask, arguments)
+            else:
+                mask = attention_mask.original() if isinstance(attention_mask, LazyMask) else attention_mask
+                output, weights = own(module, *content, mask, **arguments)
+        name = names.get(id(module), type(module).__name__)
+        if recorder.keeps(name):
+            call = _as_call(
+                module, implementation, content, attention_mask, arguments, crosses=bool(CROSS.search(name))
+            )
+            dropped = module.training and bool(arguments.get("dropout"))
+            recorder.record(name, call, None if dropped else output.transpose(1, 2))
+        return output, weights
+
+    return attention
+
+
+def _own_function(module: nn.Module, implementation: str) -> OwnFunction:
+    """The function that the model would have called, where the interface does not say."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    home = vars(sys.modules[type(module).__module__])
+    if implementation != "eager":
+        return home.get("ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)[implementation]
+    eager = [value for name, value in home.items() if name.endswith("eager_attention_forward")]
+    if len(eager) == 1:
+        return eager[0]
+    raise NotImplementedError(
+        f"capture: {type(module).__name__} has {len(eager)} eager functions beside it, so its own attention cannot be "
+        f"named. Load the model with attn_implementation='sdpa'."
+    )
+
+
+def _run_by_rows(
+    function: OwnFunction, module: nn.Module, content: Content, mask: Tensor | None, arguments: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """Call the model's own function, in blocks of rows where it would make a large Q x K table; weights then go."""
+    query, key, value = content
+    batch, heads, queries, _ = query.shape
+    rows = max(1, ROW_BLOCK // (batch * heads * key.shape[2]))
+    if rows >= queries or arguments.get("dropout"):
+        whole = mask.elements() if isinstance(mask, LazyMask) else mask
+        return function(module, query, key, value, whole, **arguments)
+    outputs = []
+    for start in range(0, queries, rows):
+        stop = min(start + rows, queries)
+        part = dict(arguments)
+        if part.get("position_bias") is not None:
+            part["position_bias"] = tensor_rows(part["position_bias"])(start, stop)
+        masked = mask.original_rows(start, stop) if isinstance(mask, LazyMask) else _rows_of(mask, start, stop)
+        outputs.append(function(module, query[:, :, start:stop], key, value, masked, **part)[0])
+    return torch.cat(outputs, dim=1), None
+
+
+def _rows_of(mask: Tensor | None, start: int, stop: int) -> Tensor | None:
+    return None if mask is None else tensor_rows(mask)(start, stop)
+
+
+def _as_call(
+    module: nn.Module,
+    implementation: str,
+    content: Content,
+    mask: Tensor | None,
+    arguments: dict[str, Any],
+    *,
+    crosses: bool,
+) -> CapturedCall:
+    """The call in our terms."""
+    query, key, value = content
+    queries, keys = query.shape[2], key.shape[2]
+    bias, sink = arguments.get("position_bias"), arguments.get("s_aux")
+    call = CapturedCall(
+        query,
+        key,
+        value,
+        scale=arguments.get("scaling"),
+        softcap=arguments.get("softcap"),
+        log_prior=None if bias is None else _cropped(tensor_rows(bias), keys),
+        sink_logits=None if sink is None else sink.flatten(),
+    )
+    if isinstance(mask, LazyMask):
+        return replace(call, mask=_cropped(mask.rows, keys), **({} if crosses else _places(mask, queries)))
+    if mask is not None and mask.dim() == 2:
+        mask = mask.bool()[:, None, None, :]
+    causal = arguments.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    causal = bool(causal) and mask is None and queries > 1 and implementation != "eager"
+    rows = None if mask is None else _cropped(tensor_rows(mask), keys)
+    shift = keys - queries if causal or (mask is not None and not crosses) else 0
+    if causal and implementation == "sdpa":
+        shift = 0  # query i sees keys 0 to i there
+    return replace(call, mask=rows, is_causal=causal, query_start=max(0, shift))
+
+
+def _places(mask: LazyMask, queries: int) -> dict[str, Any]:
+    """Positions, padding and the start of each sequence, from what the model said when it asked for the mask."""
+    start, padding = int(mask.arguments.get("q_offset", 0)), mask.arguments.get("attention_mask")
+    places: dict[str, Any] = {"query_start": start, "key_start": int(mask.arguments.get("kv_offset", 0))}
+    if padding is not None and padding.dim() == 2 and padding.shape[-1] >= start + queries:
+        real = padding.bool()
+        places["counted"] = real[:, start : start + queries]
+        places["sequence_start"] = real.int().argmax(-1)
+    return places
+
+
+def _cropped(rows: RowSource, keys: int) -> RowSource:
+    """Static caches have longer masks than keys."""
+    return lambda start, stop: rows(start, stop)[..., :keys]

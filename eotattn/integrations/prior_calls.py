@@ -1,0 +1,106 @@
+"""Attach to :func:`eotattn.prior_attention`, so that content and prior of every score are told apart.
+
+Legend: B batch, Q queries, K keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eotattn.attention import functional
+from eotattn.attention.call import AttentionCall
+from eotattn.attention.positions import Positions
+from eotattn.attention.score_rows import RowSource, tensor_rows
+from eotattn.integrations.recorder import CapturedCall, Recorder
+
+__all__ = ["listen"]
+
+
+@contextmanager
+def listen(recorder: Recorder) -> Iterator[None]:
+    """Record every :func:`eotattn.prior_attention` call inside a forward pass of the model."""
+    run = functional.run
+
+    def run_and_record(name: str, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+        if not recorder.is_listening:
+            return run(name, call)
+        with recorder.muted():
+            output, weights = run(name, call)
+        layer = recorder.stack[-1]
+        if recorder.keeps(layer):
+            recorder.priors[layer] = call.prior
+            recorder.record(layer, _as_call(call), None if call.dropout_p else output)
+        return output, weights
+
+    functional.run = run_and_record
+    try:
+        yield
+    finally:
+        functional.run = run
+
+
+def _as_call(call: AttentionCall) -> CapturedCall:
+    queries, keys = call.query.shape[2], call.key.shape[2]
+    start = _first(call.query_positions)
+    key_start = _first(call.key_positions)
+    places: dict[str, Any] = {"query_start": keys - queries, "key_start": 0}
+    if start is not None and key_start is not None:
+        places = {"query_start": start, "key_start": key_start}
+    padding = call.masks.padding
+    if padding is not None and keys >= queries:
+        real = ~padding
+        places["counted"] = real[:, keys - queries :]
+        places["sequence_start"] = real.int().argmax(-1) + places["key_start"]
+    return CapturedCall(
+        call.query,
+        call.key,
+        call.value,
+        scale=call.scale,
+        log_prior=_prior_rows(call),
+        mask=_mask_rows(call),
+        is_causal=call.masks.triangle,
+        **places,
+    )
+
+
+def _first(positions: Positions) -> int | None:
+    """First position of consecutive ones that all samples share; ``None`` if they are not."""
+    if positions.first is not None or positions.on_grid:
+        return positions.first
+    rows = positions.tensor.reshape(-1, positions.tensor.shape[-1])
+    first = rows[0, 0]
+    steps = torch.arange(rows.shape[-1], device=rows.device, dtype=rows.dtype)
+    return int(first) if bool((rows == first + steps).all()) else None
+
+
+def _prior_rows(call: AttentionCall) -> RowSource | None:
+    prior = call.prior
+    if prior is None:
+        return None
+    dtype = torch.promote_types(call.query.dtype, torch.float32)
+    positions, keys = call.query_positions.tensor, call.key_positions.tensor
+    axis = -1 if prior.num_coordinates == 1 else -2
+    return lambda start, stop: prior.dense(positions.narrow(axis, start, stop - start), keys, dtype=dtype)
+
+
+def _mask_rows(call: AttentionCall) -> RowSource | None:
+    dense, padding = call.masks.dense, call.masks.padding
+    if dense is None and padding is None:
+        return None
+    if padding is None:
+        return tensor_rows(dense) if dense is not None else None
+    real = ~padding[:, None, None, :]
+    if dense is None:
+        return lambda start, stop: real
+    rows = tensor_rows(dense)
+
+    def both(start: int, stop: int) -> Tensor:
+        part = rows(start, stop)
+        return part & real if part.dtype == torch.bool else torch.where(real, part, float("-inf"))
+
+    return both

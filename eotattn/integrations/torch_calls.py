@@ -1,0 +1,104 @@
+"""Attach to models that call PyTorch's attention: ``scaled_dot_product_attention`` and ``nn.MultiheadAttention``.
+
+Legend: B batch, H query heads, Q queries, K keys, D score width, V value width.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from eotattn.attention.score_rows import tensor_rows
+from eotattn.integrations.recorder import CapturedCall, Recorder
+
+__all__ = ["TorchCalls"]
+
+NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+
+
+class TorchCalls(TorchFunctionMode):
+    """While active, every fused attention call inside a forward pass of the model is recorded.
+
+    ``nn.MultiheadAttention`` that returns weights makes no fused call; it is asked a second time without weights, so
+    that it makes one. Its own result is what the model gets.
+
+    Args:
+        recorder: Where statistics go.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call ``func``; record it if it is attention."""
+        kwargs = kwargs or {}
+        if not self.recorder.is_listening:
+            return func(*args, **kwargs)
+        if func is functional.scaled_dot_product_attention:
+            return self._fused(func, *args, **kwargs)
+        if func is functional.multi_head_attention_forward:
+            return self._multi_head(func, *args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _fused(self, func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        output = func(*args, **kwargs)
+        call = {**dict(zip(NAMES, args, strict=False)), **kwargs}
+        dropped = call.get("dropout_p", 0.0) > 0
+        self.recorder.record(self.recorder.stack[-1], _as_call(call), None if dropped else _with_heads(output))
+        return output
+
+    def _multi_head(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(func).bind(*args, **kwargs)
+        given.apply_defaults()
+        if not given.arguments["need_weights"]:
+            with self._within():
+                return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        given.arguments.update(need_weights=False, training=False)
+        with torch.no_grad(), self._within():
+            func(*given.args, **given.kwargs)
+        return result
+
+    @contextmanager
+    def _within(self) -> Iterator[None]:
+        """Record the fused call inside ``multi_head_attention_forward``, where a mode cannot see it."""
+        fused = functional.scaled_dot_product_attention
+        functional.scaled_dot_product_attention = partial(self._fused, fused)
+        try:
+            yield
+        finally:
+            functional.scaled_dot_product_attention = fused
+
+
+def _with_heads(content: Tensor) -> Tensor:
+    """(B, H, L, width) of whatever leading axes there are."""
+    if content.dim() < 4:
+        return content[(None,) * (3 - content.dim())].unsqueeze(1)
+    return content.flatten(0, -4)
+
+
+def _as_call(given: dict[str, Any]) -> CapturedCall:
+    query, key, value = (_with_heads(given[name]) for name in ("query", "key", "value"))
+    mask = given.get("attn_mask")
+    if mask is not None:
+        leading = given["query"].shape[:-2]
+        mask = _with_heads(mask.expand(*leading, *mask.shape[-2:]) if mask.dim() > 2 else mask)
+    decodes = mask is not None and query.shape[2] < key.shape[2]
+    return CapturedCall(
+        query,
+        key,
+        value,
+        scale=given.get("scale"),
+        mask=None if mask is None else tensor_rows(mask),
+        is_causal=bool(given.get("is_causal", False)),
+        query_start=key.shape[2] - query.shape[2] if decodes else 0,
+    )
