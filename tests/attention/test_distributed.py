@@ -104,7 +104,7 @@ class Gather(torch.autograd.Function):
 CASES = (data_parallel, fully_sharded, shared_sequence)
 
 
-def worker(rank, folder):
+def worker(rank, folder, everyone):
     """Run every case and leave the traceback of those that fail."""
     patience = timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=patience)
@@ -114,14 +114,16 @@ def worker(rank, folder):
             case(rank)
         except Exception:  # noqa: PERF203
             Path(folder, f"{case.__name__}.{rank}").write_text(traceback.format_exc())
-    dist.barrier()  # a process that leaves early would abort the other
+    dist.barrier()
+    everyone.wait()  # with no message left on its way, a process that leaves first aborts no other
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    mp.spawn(worker, args=(str(folder),), nprocs=WORLD)
+    everyone = mp.get_context("spawn").Barrier(WORLD)
+    mp.spawn(worker, args=(str(folder), everyone), nprocs=WORLD)
     return folder
 
 
