@@ -108,6 +108,7 @@ def language(scale: str = "laptop") -> LanguageRecipe:
 
     ``"paper"`` has the paper's decoder, context, tokens, frequencies and precision on a folder ``c4`` of text files
     that the user provides. It reads bytes where the paper reads subwords, so its perplexities are per byte.
+    Log-priors train at the rate of the content: a larger rate helps at the training length and hurts beyond it.
 
     Example:
         >>> language("laptop").lengths
@@ -132,7 +133,9 @@ _LANGUAGE = {
         scale="smoke",
         corpus=PYTHON_STDLIB,
         variants=_decoders({"num_layers": 1, "embed_dim": 32, "num_heads": 4, "train_length": 32}),
-        training=TrainingConfig(steps=20, batch_size=8, learning_rate=3e-3, warmup_steps=2, log_every=10),
+        training=TrainingConfig(
+            steps=20, batch_size=8, learning_rate=3e-3, prior_learning_rate=3e-3, warmup_steps=2, log_every=10
+        ),
         seeds=(0,),
         length_factors=_FACTORS,
         curve_windows=8,
@@ -143,7 +146,9 @@ _LANGUAGE = {
         scale="laptop",
         corpus=PYTHON_STDLIB,
         variants=_decoders({"num_layers": 3, "embed_dim": 96, "num_heads": 4, "train_length": 128}),
-        training=TrainingConfig(steps=1200, batch_size=16, learning_rate=3e-3, warmup_steps=60, log_every=60),
+        training=TrainingConfig(
+            steps=1000, batch_size=16, learning_rate=3e-3, prior_learning_rate=3e-3, warmup_steps=50, log_every=50
+        ),
         seeds=(0,),
         length_factors=_FACTORS,
         curve_windows=128,
@@ -155,7 +160,13 @@ _LANGUAGE = {
         corpus=PYTHON_STDLIB,
         variants=_decoders({"num_layers": 8, "embed_dim": 512, "num_heads": 8, "train_length": 512}),
         training=TrainingConfig(
-            steps=2000, batch_size=64, learning_rate=1e-3, warmup_steps=100, log_every=50, precision="bf16"
+            steps=2000,
+            batch_size=64,
+            learning_rate=1e-3,
+            prior_learning_rate=1e-3,
+            warmup_steps=100,
+            log_every=50,
+            precision="bf16",
         ),
         seeds=(0, 1, 2),
         length_factors=_FACTORS,
@@ -171,6 +182,7 @@ _LANGUAGE = {
             steps=15_259,  # 4e9 tokens in batches of 128 windows of 2048
             batch_size=128,
             learning_rate=6e-4,
+            prior_learning_rate=6e-4,
             warmup_steps=400,
             log_every=50,
             checkpoint_every=500,

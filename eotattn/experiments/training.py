@@ -48,8 +48,8 @@ class TrainingConfig:
         steps: Optimiser steps.
         batch_size: Sequences a step, over all processes; divisible by their number.
         learning_rate: Peak rate of AdamW for the content.
-        prior_learning_rate: Peak rate for log-priors. Their parameters are nats, which move by whole units in training,
-            and get no weight decay: decay would pull a learned prior back to uniform.
+        prior_learning_rate: Peak rate for log-priors, whose parameters are nats. They get no weight decay, which would
+            pull a learned prior back to uniform.
         warmup_steps: Steps of linear warm-up; a cosine to a tenth of the peak follows.
         weight_decay: Decay of matrices, relative to the rate.
         gradient_clip: Largest gradient norm.
@@ -67,7 +67,7 @@ class TrainingConfig:
     steps: int
     batch_size: int
     learning_rate: float = 1e-3
-    prior_learning_rate: float = 1e-2
+    prior_learning_rate: float = 1e-3
     warmup_steps: int = 0
     weight_decay: float = 0.1
     gradient_clip: float = 1.0

@@ -121,12 +121,28 @@ class LanguageStudy:
             f"{drift['rope']:+.3f} bits per byte (divergence means more than +0.5).",
             f"- **GOAT stable to {factor}x: {_held(worst < 0.1)}.** It moves by {drift['goat']:+.3f}, at worst by "
             f"{worst:+.3f} (stable means less than +0.1); ALiBi moves by {drift['alibi']:+.3f}.",
+            *self._key_only_verdict(),
             f"- **GOAT's sink mass falls as the signal grows: {_held(falls)}.** {first:.3f} in the weakest bin of "
             f"omega, {last:.3f} in the strongest.",
             f"- {seeds} at scale `{self.recipe.scale}`; {self.wall_seconds:.0f} s on "
             f"{self.results[0].training.device}.",
         )
         return "\n".join(lines)
+
+    def _key_only_verdict(self) -> tuple[str, str]:
+        """Spike and rise of u(j), counted over the heads of all blocks of the first seed's GOAT decoder."""
+        key_only = self.of("goat")[0].key_only
+        assert key_only is not None
+        end = self.recipe.train_length - 1
+        spike = (key_only[..., 0] - key_only[..., 1]).flatten()
+        rise = (key_only[..., end] - key_only[..., 1]).flatten()
+        return (
+            f"- **u(j) has a spike at the first token: {_held(_most(spike))}.** u(0) - u(1) is positive in "
+            f"{int((spike > 0).sum())} of {spike.numel()} heads; mean {float(spike.mean()):+.2f} nats, largest "
+            f"{float(spike.max()):+.2f} (held means most heads and more than +0.5 on average).",
+            f"- **u(j) rises towards the training length: {_held(_most(rise))}.** u({end}) - u(1) is positive in "
+            f"{int((rise > 0).sum())} of {rise.numel()} heads; mean {float(rise.mean()):+.2f} nats.",
+        )
 
 
 def run(
@@ -243,6 +259,11 @@ def _mass_falls(sinks: SinkMassReport) -> bool:
     first, last = _ends(sinks)
     falls_in_rank = float(torch.corrcoef(torch.stack([order, mass.argsort().argsort().double()]))[0, 1]) < -0.5
     return last < first and falls_in_rank
+
+
+def _most(values: Tensor) -> bool:
+    """Whether more than half of the values are positive, and their mean is above half a nat."""
+    return float((values > 0).double().mean()) > 0.5 and float(values.mean()) > 0.5
 
 
 def _held(condition: bool) -> str:
