@@ -16,6 +16,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from eotattn.checks import require
 from eotattn.experiments.scales import check_scale
 
@@ -108,6 +110,7 @@ def provenance(
         "device": device,
         "processor": platform.machine(),
         "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "wall_seconds": round(wall_seconds, 2),
     }
