@@ -102,10 +102,10 @@ def _execute(notebook: Path, target: ResultFolder) -> Path:
 def _this_interpreter(scratch: Path) -> Iterator[None]:
     """Make ``python3`` name a kernel of the running interpreter and package, whatever kernels are registered."""
     spec = {
-        "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+        # papermill raises where a cell fails or the kernel dies, so the kernel's own log would only repeat it.
+        "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=50"],
         "display_name": "Python 3",
         "language": "python",
-        "metadata": {"supported_encryption": ["curve"]},
         # tqdm asks every kernel for ipywidgets, but the bars of training show on terminals only.
         "env": {"PYTHONPATH": _python_path(), "PYTHONWARNINGS": "ignore:IProgress not found"},
     }
