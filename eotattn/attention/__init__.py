@@ -1,9 +1,18 @@
 """Attention with priors: the functional door, the module, rotary content."""
 
 from eotattn.attention.cache import KeyValueCache
+from eotattn.attention.explanation import Explanation, explain
 from eotattn.attention.functional import prior_attention
 from eotattn.attention.goat import GoatAttention
 from eotattn.attention.module import PriorAttention
 from eotattn.attention.rotary import Rotary
 
-__all__ = ["GoatAttention", "KeyValueCache", "PriorAttention", "Rotary", "prior_attention"]
+__all__ = [
+    "Explanation",
+    "GoatAttention",
+    "KeyValueCache",
+    "PriorAttention",
+    "Rotary",
+    "explain",
+    "prior_attention",
+]

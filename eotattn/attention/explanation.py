@@ -1,0 +1,162 @@
+"""What a call would do, without doing it: the backend, the kernel behind it, and how exact it is.
+
+Legend: B batch, H query heads, Hk key heads, Q queries, K keys, D score width, V value width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eotattn.attention.backends import BACKENDS, choose, refusal
+from eotattn.attention.call import AttentionCall
+from eotattn.checks import check_choice
+from eotattn.kernels import sdpa
+from eotattn.priors import LogPrior
+
+__all__ = ["Explanation", "explain"]
+
+_WORDS = {
+    "sdpa": "one fused call; the prior rides in lanes",
+    "flex": "one compiled call; the prior is a score modification",
+    "reference": "dense tensor operations; Q x K weights in memory",
+}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why a call is served as it is; prints as a few lines.
+
+    Args:
+        backend: Who would serve the call, or ``None`` if the backend asked for refuses.
+        reason: Why this one.
+        kernel: Kernel that PyTorch would pick for the fused call, e.g. ``"cudnn_attention"``; ``None`` elsewhere.
+        width: Score width of the fused call, lanes and padding to the kernel's step included.
+        num_lanes: Lanes that the prior and a padding mask occupy.
+        error_bound: Largest error of the log-prior in the kernel's dtype, nats, beside the kernel's own rounding of
+            the content; zero where the log-prior is dense.
+        alternatives: The other backends, each with what it lacks, or what it is.
+    """
+
+    backend: str | None
+    reason: str
+    kernel: str | None
+    width: int
+    num_lanes: int
+    error_bound: float
+    alternatives: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"backend      {self.backend}: {self.reason}"]
+        if self.kernel is not None:
+            lines.append(f"kernel       {self.kernel}, width {self.width} of which {self.num_lanes} lanes")
+            lines.append(f"error bound  {self.error_bound:.1e} nats of the log-prior")
+        lines += [f"{'not ' + name:<13}{why}" for name, why in self.alternatives.items()]
+        return "\n".join(lines)
+
+
+def explain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    prior: LogPrior | None = None,
+    query_positions: Tensor | range | None = None,
+    key_positions: Tensor | range | None = None,
+    attn_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_weights: bool = False,
+    backend: str = "auto",
+) -> Explanation:
+    """Say what :func:`prior_attention` would do with these arguments; nothing is attended.
+
+    Args:
+        query: (B, H, Q, D).
+        key: (B, Hk, K, D).
+        value: (B, Hk, K, V).
+        prior: As in :func:`prior_attention`, like all that follow.
+        query_positions: Positions of the queries.
+        key_positions: Positions of the keys.
+        attn_mask: Mask, boolean or additive.
+        key_padding_mask: (B, K), true where a key is padding.
+        is_causal: Whether later keys are inadmissible.
+        scale: Factor on the inner products.
+        dropout_p: Probability of dropping a weight.
+        return_weights: Whether the weights are asked for.
+        backend: The backend asked for.
+
+    Returns:
+        An :class:`Explanation`; print it.
+
+    Raises:
+        ValueError: As :func:`prior_attention` does.
+        TypeError: Likewise.
+
+    Example:
+        >>> from eotattn.priors import TablePrior
+        >>> x = torch.ones(1, 2, 5, 8)
+        >>> print(explain(x, x, x, prior=TablePrior(2, 4)))
+        backend      reference: dense tensor operations; Q x K weights in memory
+        not sdpa     this prior has no lanes; use backend='reference' or 'flex'
+        not flex     it compiles for a GPU and the query is on cpu
+    """
+    check_choice("explain", "backend", backend, ("auto", *BACKENDS))
+    call = AttentionCall.check(
+        query,
+        key,
+        value,
+        prior=prior,
+        query_positions=query_positions,
+        key_positions=key_positions,
+        attn_mask=attn_mask,
+        key_padding_mask=key_padding_mask,
+        is_causal=is_causal,
+        scale=scale,
+        dropout_p=dropout_p,
+        return_weights=return_weights,
+    )
+    wanted = choose(call) if backend == "auto" else backend
+    refused = refusal(wanted, call)
+    others = {name: refusal(name, call) or f"would serve: {_WORDS[name]}" for name in BACKENDS if name != wanted}
+    chosen = None if refused else wanted
+    reason = f"{wanted} cannot serve the call with {call.prior_name}: {refused}" if refused else _WORDS[wanted]
+    if chosen != "sdpa":
+        return Explanation(chosen, reason, None, call.query.shape[-1], 0, 0.0, others)
+    return _fused(call, reason, others)
+
+
+def _fused(call: AttentionCall, reason: str, others: dict[str, str]) -> Explanation:
+    """The explanation of a call that goes through lanes."""
+    num_lanes, error_bound = 0, 0.0
+    if call.prior is not None:
+        positions = call.query_positions.tensor, call.key_positions.tensor
+        lanes = call.prior.lanes(*positions, dtype=call.query.dtype).grouped(call.key.shape[1])
+        num_lanes, error_bound = lanes.num_lanes, lanes.error_bound
+    num_lanes += call.masks.padding is not None and call.masks.dense is None
+    width = call.query.shape[-1] + num_lanes
+    width = sdpa.kernel_width(width, call.query.device) if num_lanes else width
+    return Explanation("sdpa", reason, _kernel(call, width), width, num_lanes, error_bound, others)
+
+
+def _kernel(call: AttentionCall, width: int) -> str:
+    """Name of the kernel that PyTorch picks for operands of ``width``."""
+    query, key, value = call.query, call.key, call.value
+    if query.device.type == "cpu" and value.shape[-1] < width:
+        value = value.new_empty(*value.shape[:-1], width)  # as the call itself pads it
+    index = torch._fused_sdp_choice(
+        query.new_empty(*query.shape[:-1], width),
+        key.new_empty(*key.shape[:-1], width),
+        value,
+        attn_mask=call.dense_mask() if call.masks.dense is not None else None,
+        dropout_p=call.dropout_p,
+        is_causal=call.masks.triangle,
+        scale=call.scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    backends = torch.nn.attention.SDPBackend.__members__.items()
+    return next(name for name, member in backends if member.value == index).lower()
