@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from eotattn.attention.call import AttentionCall
+from eotattn.attention.joined import joined
 from eotattn.kernels import flex, reference, sdpa
 
 __all__ = ["BACKENDS", "choose", "refusal", "run"]
@@ -57,8 +58,11 @@ def _through_dense(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def _through_lanes(call: AttentionCall) -> Tensor:
-    lanes = []
-    if call.prior is not None:
+    query, key, lanes = call.query, call.key, []
+    operands = joined(call)
+    if operands is not None:
+        query, key = operands
+    elif call.prior is not None:
         prior_lanes = call.prior.lanes(
             call.query_positions.tensor, call.key_positions.tensor, dtype=call.query.dtype, query_scale=1 / call.scale
         ).grouped(call.key.shape[1])
@@ -67,11 +71,11 @@ def _through_lanes(call: AttentionCall) -> Tensor:
     if masks.dense is not None:
         mask = call.dense_mask()
         mask = mask if mask is None or mask.dtype == torch.bool else mask.to(call.query.dtype)
-    elif masks.padding is not None:  # a lane keeps the call fused and needs no Q x K tensor
+    elif masks.padding is not None and operands is None:  # a lane keeps the call fused and needs no Q x K tensor
         lanes.append(sdpa.padding_lane(masks.padding, call.query.dtype, scale=call.scale))
     output = sdpa.attend(
-        call.query,
-        call.key,
+        query,
+        key,
         call.value,
         scale=call.scale,
         lanes=lanes,

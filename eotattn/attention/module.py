@@ -48,8 +48,11 @@ class PriorAttention(nn.Module):
         prior: Log-prior with H heads; ``None`` for plain attention.
         rotary: :class:`Rotary` for queries and keys; composes with any prior.
         lanes: ``"appended"`` leaves the content the whole head width E / H and widens the fused call; ``"reserved"``
-            takes the prior's float32 lanes out of the head width, so that the call stays as wide as the head. No
-            projection row is dead either way: projections are as wide as the content.
+            takes the prior's lanes out of the head width, so that the call stays as wide as the head. No projection row
+            is dead either way: projections are as wide as the content.
+        lane_dtype: Dtype that the layer will attend in, which decides how many lanes are reserved: 16-bit dtypes take
+            several for each float32 one, to be as exact. A layer that runs in another dtype stays right, but spills
+            over the head width (fewer lanes reserved than it needs) or leaves some of it unused.
         dropout: Probability of dropping a weight in training.
         bias: Whether the projections have biases.
         batch_first: Whether inputs are (B, length, E) rather than (length, B, E).
@@ -80,6 +83,7 @@ class PriorAttention(nn.Module):
         prior: LogPrior | None = None,
         rotary: Rotary | None = None,
         lanes: str = "appended",
+        lane_dtype: torch.dtype = torch.float32,
         dropout: float = 0.0,
         bias: bool = True,
         batch_first: bool = True,
@@ -106,7 +110,7 @@ class PriorAttention(nn.Module):
             have = prior.num_heads
             require(have == num_heads, owner, "prior", f"have {num_heads} heads", have, "Build it for query heads")
         self.head_dim = embed_dim // num_heads
-        self.content_dim = self._content_dim(prior)
+        self.content_dim = self._content_dim(prior, lane_dtype)
         if rotary is not None:
             rule = f"have width {self.content_dim}"
             require(rotary.width == self.content_dim, owner, "rotary", rule, rotary.width, "Rebuild it for the content")
@@ -126,14 +130,16 @@ class PriorAttention(nn.Module):
         self.out_proj = nn.Linear(embed_dim, embed_dim, **make)
         self._reset_projections()  # not the prior: it may come trained
 
-    def _content_dim(self, prior: LogPrior | None) -> int:
-        if self.lanes == "appended" or prior is None:
-            return self.head_dim
+    def _content_dim(self, prior: LogPrior | None, lane_dtype: torch.dtype) -> int:
         owner = type(self).__name__
+        if self.lanes == "appended" or prior is None:
+            idle = lane_dtype == torch.float32
+            require(idle, owner, "lane_dtype", "be left alone where no lanes are reserved", lane_dtype, "Drop it")
+            return self.head_dim
         require(prior.has_lanes, owner, "prior", "have lanes to reserve", type(prior).__name__, "Use lanes='appended'")
-        width = self.head_dim - prior.num_lanes(torch.float32)
+        width = self.head_dim - prior.num_lanes(lane_dtype)
         rule = f"leave content in a head of width {self.head_dim}"
-        got = f"{prior.num_lanes(torch.float32)} lanes"
+        got = f"{prior.num_lanes(lane_dtype)} lanes"
         require(width > 0, owner, "prior", rule, got, "Use fewer frequencies or lanes='appended'")
         return width
 

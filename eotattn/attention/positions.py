@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from eotattn.checks import fail, require
+from eotattn.priors.positions import consecutive
 
 __all__ = ["Positions", "causal_mask", "resolve_positions"]
 
@@ -59,7 +60,7 @@ def resolve_positions(
             require(given.step == 1, owner, argument, "be a range of step one", given, "Pass a tensor instead")
             if given.stop - first != length:
                 fail(owner, argument, f"have length {length}", given, "One position a token")
-        return Positions(torch.arange(first, first + length, device=device), first)
+        return Positions(consecutive(first, length, device), first)
     remedy = "Pass a tensor, a range, or nothing for 0, 1, 2, ..."
     require(isinstance(given, Tensor), owner, argument, "be a tensor or a range", given, remedy, error=TypeError)
     tail = (num_coordinates,) if on_grid else ()

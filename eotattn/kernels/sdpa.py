@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["attend", "kernel_width", "padding_lane"]
+__all__ = ["attend", "far_lane", "kernel_width", "padding_lane"]
 
 #: Fused kernels on a GPU want head widths that are multiples of this.
 WIDTH_STEP = 8
@@ -71,8 +71,13 @@ def attend(
     return output[..., :value_width] if padded else output
 
 
+def far_lane(dtype: torch.dtype, *, scale: float) -> float:
+    """Entry of a lane that makes a key inadmissible: finite and far below any score, since inf * 0 is NaN."""
+    return -6e4 if dtype == torch.float16 else -1e9 / scale
+
+
 def padding_lane(padding: Tensor, dtype: torch.dtype, *, scale: float) -> tuple[Tensor, Tensor]:
-    """One lane that makes padding keys inadmissible: a finite number far below any score, since inf * 0 is NaN.
+    """One lane that makes padding keys inadmissible.
 
     Args:
         padding: (B, K) boolean, true where a key is padding.
@@ -82,7 +87,7 @@ def padding_lane(padding: Tensor, dtype: torch.dtype, *, scale: float) -> tuple[
     Returns:
         Query lane (1, 1, 1, 1) and key lane (B, 1, K, 1). Admissible keys are untouched: their lane is zero.
     """
-    far = -6e4 if dtype == torch.float16 else -1e9 / scale
+    far = far_lane(dtype, scale=scale)
     key_lane = torch.zeros(padding.shape, dtype=dtype, device=padding.device).masked_fill(padding, far)
     return torch.ones(1, 1, 1, 1, dtype=dtype, device=padding.device), key_lane[:, None, :, None]
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from eotattn.checks import check_positive_int, require
+from eotattn.priors.expansion import Expansion, known_numbers
 from eotattn.priors.lanes import LaneFactors, Lanes, computing_dtype
 from eotattn.priors.positions import check_positions, pair_positions, position_lookup
 
@@ -80,6 +81,16 @@ class LogPrior(nn.Module):
             f"{type(self).__name__}.lanes: this prior is not a finite inner product of query and key features. "
             f"Use backend='reference' or 'flex', or a prior with lanes."
         )
+
+    def expansions(self, dtype: torch.dtype) -> tuple[Expansion, ...] | None:
+        """What :meth:`factors` says, as learned numbers against fixed features, so that a kernel can multiply it out.
+
+        Optional, for speed: ``None`` (the default) has lanes made from :meth:`factors`.
+
+        Args:
+            dtype: The kernel's dtype, of at most 32 bits.
+        """
+        return None
 
     @property
     def has_lanes(self) -> bool:
@@ -238,6 +249,12 @@ class SumPrior(LogPrior):
         each = (part.factors(query_positions, key_positions, dtype=dtype) for part in self.parts)
         return tuple(factor for factors in each for factor in factors)
 
+    def expansions(self, dtype: torch.dtype) -> tuple[Expansion, ...] | None:
+        """The expansions of all parts, if each has them."""
+        each = [part.expansions(dtype) for part in self.parts]
+        known = [part for part in each if part is not None]
+        return tuple(one for part in known for one in part) if len(known) == len(each) else None
+
     def check_positions(self, query_positions: Tensor | None, key_positions: Tensor | None) -> None:
         """Raise unless every part understands both positions."""
         super().check_positions(query_positions, key_positions)
@@ -288,6 +305,13 @@ class ScaledPrior(LogPrior):
     def factors(self, query_positions: Tensor, key_positions: Tensor, *, dtype: torch.dtype) -> tuple[LaneFactors, ...]:
         """The factors of the prior, scaled on the side that is not exact."""
         return tuple(self._scaled(part) for part in self.prior.factors(query_positions, key_positions, dtype=dtype))
+
+    def expansions(self, dtype: torch.dtype) -> tuple[Expansion, ...] | None:
+        """The expansions of the prior with their coefficients scaled."""
+        parts, factor = self.prior.expansions(dtype), known_numbers(self.factor)
+        if parts is None or factor is None:
+            return None
+        return tuple(replace(part, scale=tuple(factor[0] * scale for scale in part.scale)) for part in parts)
 
     def _scaled(self, part: LaneFactors) -> LaneFactors:
         row = None if part.row is None else self.factor * part.row

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from eotattn.checks import check_positive, check_positive_int, require
 from eotattn.priors.base import LogPrior
+from eotattn.priors.expansion import Expansion, known_numbers
 from eotattn.priors.frequencies import fill_geometric, phases
 from eotattn.priors.lanes import LaneFactors, computing_dtype
 
@@ -79,3 +80,29 @@ class FourierPrior(LogPrior):
         query = torch.cat([even * cos + odd * sin, even * sin - odd * cos], dim=-1)
         key = torch.cat(phases(key_positions.unsqueeze(-2), self.frequencies, computing), dim=-1)
         return (LaneFactors(query, key),)
+
+    def expansions(self, dtype: torch.dtype) -> tuple[Expansion, ...] | None:
+        """(even, odd) of every frequency against (cos, sin) and (sin, -cos) of the query."""
+        numbers = known_numbers(self.frequencies)
+        if numbers is None:
+            return None
+        count = len(numbers)
+        sources = tuple((r, count + r) for r in range(count))
+
+        def learned(positions: Tensor) -> Tensor:
+            cos, sin = phases(positions, self.frequencies, torch.float32)
+            return torch.stack([torch.cat([cos, sin], -1), torch.cat([sin, -cos], -1)], dim=-1).flatten(-2)
+
+        def fixed(positions: Tensor) -> Tensor:
+            return torch.cat(phases(positions, self.frequencies, torch.float32), dim=-1)
+
+        part = Expansion(
+            name=("fourier", numbers),
+            coefficients=(self.even, self.odd),
+            sources=sources + sources,
+            learned="query",
+            learned_features=learned,
+            fixed_features=fixed,
+            scale=(1.0,) * self.num_heads,
+        )
+        return (part,)

@@ -34,6 +34,13 @@ def is_low_precision(dtype: torch.dtype) -> bool:
     return torch.finfo(dtype).bits < 32
 
 
+def default_terms(dtype: torch.dtype, *, one_side_is_exact: bool) -> int:
+    """Numbers of ``dtype`` that a factor is split into, where the caller does not choose."""
+    if not is_low_precision(dtype):
+        return 1
+    return 3 if one_side_is_exact and dtype == torch.bfloat16 else 2
+
+
 @dataclass(frozen=True)
 class LaneFactors:
     """Part of a log-prior in factored form: log_prior_ij = <query_i, key_j> + row_i.
@@ -52,9 +59,7 @@ class LaneFactors:
 
     def default_terms(self, dtype: torch.dtype) -> int:
         """Numbers of ``dtype`` that a factor is split into, where the caller does not choose."""
-        if not is_low_precision(dtype):
-            return 1
-        return 3 if self.exact and dtype == torch.bfloat16 else 2
+        return default_terms(dtype, one_side_is_exact=self.exact is not None)
 
     def num_lanes(self, dtype: torch.dtype, terms: int | None = None) -> int:
         """Lanes that these factors occupy in ``dtype``."""
@@ -64,16 +69,17 @@ class LaneFactors:
     def split(self, dtype: torch.dtype, terms: int | None = None, *, query_scale: float = 1.0) -> tuple[Tensor, Tensor]:
         """Write the factors in ``dtype``: (..., H, Q, P) and (..., 1 or H, K, P).
 
-        The query side is multiplied by ``query_scale`` before it is rounded. Gradients flow through the leading
-        terms alone; those carry the whole derivative, since the corrections are differences that cancel.
+        ``query_scale`` multiplies the query side before rounding, or the key side where the query is exact. Gradients
+        flow through the leading terms alone; those carry the whole derivative, since the corrections are differences
+        that cancel.
         """
         terms = terms or self.default_terms(dtype)
-        query_terms = _terms(self.query * query_scale, dtype, 1 if self.exact == "query" else terms)
-        key_terms = _terms(self.key, dtype, 1 if self.exact == "key" else terms)
+        on_key = self.exact == "query"  # a scaled indicator would no longer be exact
+        query, key = (self.query, self.key * query_scale) if on_key else (self.query * query_scale, self.key)
+        query_terms = _terms(query, dtype, 1 if self.exact == "query" else terms)
+        key_terms = _terms(key, dtype, 1 if self.exact == "key" else terms)
         kept = [(a, b) for a in range(len(query_terms)) for b in range(len(key_terms)) if a + b < terms]
-        query = torch.cat([query_terms[a] for a, _ in kept], dim=-1)
-        key = torch.cat([key_terms[b] for _, b in kept], dim=-1)
-        return query, key
+        return torch.cat([query_terms[a] for a, _ in kept], dim=-1), torch.cat([key_terms[b] for _, b in kept], dim=-1)
 
     def error_bound(self, dtype: torch.dtype, terms: int | None = None) -> Tensor:
         """Largest error of the split inner product, in nats, 0-d: truncation, underflow and accumulation.

@@ -8,14 +8,21 @@ whole batch or one row a sample, so that caches, chunks, shards and packed batch
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from threading import Lock
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from eotattn.checks import require
 
-__all__ = ["check_positions", "pair_positions", "position_lookup"]
+__all__ = ["check_positions", "consecutive", "may_remember", "pair_positions", "position_lookup", "tabulated"]
+
+#: Tables remembered for each device and stream; the least recently used one goes first.
+MAX_TABLES = 24
 
 
 def check_positions(owner: str, argument: str, positions: Tensor | None, num_coordinates: int) -> None:
@@ -52,3 +59,86 @@ def position_lookup(positions: Tensor | None, num_coordinates: int) -> Callable[
     if positions.dim() == (1 if num_coordinates == 1 else 2):
         return lambda batch, index: table[index]
     return lambda batch, index: table[batch, index]
+
+
+@dataclass
+class _Run:
+    """The positions 0, 1, 2, ... up to a power of two, and tables of what was computed from them."""
+
+    positions: Tensor
+    tables: OrderedDict[Hashable, Tensor] = field(default_factory=OrderedDict)
+
+
+_RUNS: dict[tuple[torch.device, int], _Run] = {}
+_LOCK = Lock()
+
+
+def may_remember(device: torch.device) -> bool:
+    """Whether tensors made now can be kept for later calls: not while compiling, transforming or capturing a graph."""
+    if torch.compiler.is_compiling() or device.type not in ("cpu", "cuda") or _get_current_dispatch_mode() is not None:
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return device.type == "cpu" or not torch.cuda.is_current_stream_capturing()
+
+
+def consecutive(first: int, length: int, device: torch.device) -> Tensor:
+    """The positions first, first + 1, ... as (length,) int64: a slice of one long run, so that tables can be shared.
+
+    Example:
+        >>> consecutive(3, 2, torch.device("cpu"))
+        tensor([3, 4])
+    """
+    if not may_remember(device) or first < 0:
+        return torch.arange(first, first + length, device=device)
+    last, place = first + length, _place(device)
+    with _LOCK:
+        run = _RUNS.get(place)
+        if run is None or run.positions.shape[0] < last:
+            with torch.inference_mode(False):
+                run = _Run(torch.arange(max(1024, 1 << (last - 1).bit_length()), device=device))
+            _RUNS[place] = run
+    return run.positions[first:last]
+
+
+def tabulated(name: Hashable, positions: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+    """``compute(positions)``, looked up where the positions are a slice of a run made by :func:`consecutive`.
+
+    Args:
+        name: Identifies the function: equal names, equal values.
+        positions: (L,) or any other shape.
+        compute: A pure function of positions, elementwise along its first axis and without gradients.
+    """
+    run = _RUNS.get(_place(positions.device)) if may_remember(positions.device) else None
+    start = None if run is None else _start_in(run.positions, positions)
+    if run is None or start is None:
+        return compute(positions)
+    with _LOCK:
+        table = run.tables.get(name)
+        if table is None:
+            with torch.inference_mode(False), torch.no_grad():
+                table = run.tables[name] = compute(run.positions)
+            while len(run.tables) > MAX_TABLES:
+                run.tables.popitem(last=False)
+        else:
+            run.tables.move_to_end(name)
+    return table[start : start + positions.shape[0]]
+
+
+def _place(device: torch.device) -> tuple[torch.device, int]:
+    """A device and its current stream: what another stream computes may not be there yet."""
+    return device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def _start_in(run: Tensor, positions: Tensor) -> int | None:
+    """Where ``positions`` begins in ``run`` if it is a slice of it, else ``None``."""
+    if (
+        positions.dtype != run.dtype
+        or positions.dim() != 1
+        or positions.stride(0) != 1
+        or type(positions) is not Tensor
+    ):
+        return None
+    offset = positions.data_ptr() - run.data_ptr()
+    inside = offset >= 0 and offset + positions.numel() * run.element_size() <= run.numel() * run.element_size()
+    return offset // run.element_size() if inside else None

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from eotattn.checks import check_choice
 from eotattn.priors.base import LogPrior
-from eotattn.priors.lanes import LaneFactors, computing_dtype, is_low_precision, position_digits
+from eotattn.priors.expansion import Expansion, known_numbers
+from eotattn.priors.lanes import NUM_DIGITS, LaneFactors, computing_dtype, is_low_precision, position_digits
 
 __all__ = ["RecencyPrior", "alibi_slopes"]
 
@@ -94,3 +95,30 @@ class RecencyPrior(LogPrior):
         shape = (*query_positions.shape[:-1], self.num_heads, query_positions.shape[-1])
         row = -slopes.squeeze(-1) * query_positions.to(computing).unsqueeze(-2)
         return (LaneFactors(query.expand(*shape, query.shape[-1]), key.unsqueeze(-3), row=row, exact="key"),)
+
+    def expansions(self, dtype: torch.dtype) -> tuple[Expansion, ...] | None:
+        """The slope against the position, in 16-bit dtypes against its digits."""
+        numbers = known_numbers(self.unit_slopes)
+        if numbers is None:
+            return None
+        low = is_low_precision(dtype)
+
+        def fixed(positions: Tensor) -> Tensor:
+            return (position_digits(positions, dtype)[0] if low else positions.unsqueeze(-1)).float()
+
+        def learned(positions: Tensor) -> Tensor:
+            weights = position_digits(positions[:1].long(), dtype)[1] if low else positions.new_ones(1)
+            return weights.float().repeat(positions.shape[0], 1)
+
+        part = Expansion(
+            name=("recency", low),
+            coefficients=(self.strength,),
+            sources=((0,),) * (NUM_DIGITS if low else 1),
+            learned="query",
+            learned_features=learned,
+            fixed_features=fixed,
+            scale=numbers,
+            by_size=True,
+            fixed_is_exact=True,
+        )
+        return (part,)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from eotattn.checks import check_positive, check_positive_int, require
 from eotattn.priors.base import LogPrior
+from eotattn.priors.expansion import Expansion, known_numbers
 from eotattn.priors.frequencies import fill_geometric, phases
 from eotattn.priors.lanes import LaneFactors, computing_dtype
 
@@ -94,3 +95,29 @@ class SinkPrior(LogPrior):
         key = self.key_only(key_positions, dtype=dtype).unsqueeze(-1)
         shape = (*query_positions.shape[:-1], self.num_heads, query_positions.shape[-1], 1)
         return (LaneFactors(key.new_ones(()).expand(shape), key, exact="query"),)
+
+    def expansions(self, dtype: torch.dtype) -> tuple[Expansion, ...] | None:
+        """All weights against their features of the key; one factor."""
+        numbers = known_numbers(self.frequencies)
+        if numbers is None:
+            return None
+        coefficients = (self.first_token, self.growth, *((self.even, self.odd) if numbers else ()))
+        part = Expansion(
+            name=("sink", numbers, self.length_scale),
+            coefficients=coefficients,
+            sources=(tuple(range(2 + 2 * len(numbers))),),
+            learned="key",
+            learned_features=self._features,
+            fixed_features=lambda positions: torch.ones_like(positions, dtype=torch.float32).unsqueeze(-1),
+            scale=(1.0,) * self.num_heads,
+            fixed_is_exact=True,
+        )
+        return (part,)
+
+    def _features(self, positions: Tensor) -> Tensor:
+        """What the weights multiply, (L, 2 + 2 M) float32: first token, growth, cosines, sines."""
+        position = positions.double()
+        growth = torch.log1p(position.clamp(min=0)) / math.log1p(self.length_scale)
+        cos, sin = phases(position, self.frequencies, torch.float32)
+        first = torch.stack([(position == 0).float(), growth.float()], dim=-1)
+        return torch.cat([first, cos, sin], dim=-1)

@@ -1,0 +1,289 @@
+"""The Triton kernels of :mod:`eotattn.kernels.join`: put lanes beside content, and take their gradients apart.
+
+Legend: B batch, H heads of a side, L tokens, D content width, W kernel width, C feature columns.
+
+Both sides go in one launch, since launches are what costs at usual sizes. Tensors hold tokens before heads, as
+projections make them, so that what goes into the attention kernel and what comes out of it is never copied. The maps
+are described in :mod:`eotattn.kernels.join`.
+"""
+
+# ruff: noqa: ANN001, ANN202, N803 - the language of these kernels has types of its own
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["launch_join", "launch_split"]
+
+#: Entries of the tile that one program works on.
+TILE = 2048
+#: Most programs along the tokens in the backward pass; each leaves one row of sums.
+MAX_PARTS = 64
+
+
+@triton.jit
+def _weights_at(weights, scales, first, stride, by_size, owner):
+    """Effective coefficients of head ``owner``; one where nothing is learned."""
+    learned = first >= 0
+    weight = tl.load(weights + first + owner * stride, mask=learned, other=1.0)
+    scale = tl.load(scales + first + owner * stride, mask=learned, other=1.0)
+    return tl.where(by_size == 1, tl.abs(weight), weight) * scale
+
+
+@triton.jit
+def _join_side(
+    content, out, features, weights, scales, maps, wide, padding, batch, length, stride_b, stride_h, stride_l,
+    num_features, lane_scale, far, head, heads,
+    GROUP: tl.constexpr, D: tl.constexpr, P: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, NW: tl.constexpr,
+    WIDEST: tl.constexpr, IS_KEY: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write content and lanes of one head and one block of tokens, for every sample."""
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    cols = tl.arange(0, WP)
+    inside = (rows < length)[:, None]
+    member = tl.load(maps + WP + cols)
+    owner = head * GROUP + tl.maximum(member, 0) if IS_KEY else head + 0 * member
+    value = tl.zeros([BLOCK, WP], tl.float32)
+    for s in tl.static_range(2):
+        slot = maps + (4 + 4 * s) * WP + cols
+        column = tl.load(slot)
+        weight = _weights_at(weights, scales, tl.load(slot + WP), tl.load(slot + 2 * WP), tl.load(slot + 3 * WP), owner)
+        source = features + rows[:, None] * num_features + column[None, :]
+        value += weight[None, :] * tl.load(source, mask=inside & (column >= 0)[None, :], other=0.0)
+    which = tl.load(maps + 3 * WP + cols)
+    slots = tl.arange(0, WIDEST)
+    for w in tl.static_range(NW):
+        column = tl.load(wide + 4 * w * WIDEST + slots)
+        first = tl.load(wide + (4 * w + 1) * WIDEST + slots)
+        stride = tl.load(wide + (4 * w + 2) * WIDEST + slots)
+        by_size = tl.load(wide + (4 * w + 3) * WIDEST + slots)
+        source = features + rows[:, None] * num_features + column[None, :]
+        feature = tl.load(source, mask=inside & (column >= 0)[None, :], other=0.0)
+        for g in tl.static_range(GROUP if IS_KEY else 1):
+            weight = _weights_at(weights, scales, first, stride, by_size, head * GROUP + g if IS_KEY else head)
+            factor = tl.sum(feature * weight[None, :], axis=1)
+            mine = (which == w) & (member == g) if IS_KEY else which == w
+            value = tl.where(mine[None, :], factor[:, None], value)
+    value *= tl.where(tl.load(maps + 2 * WP + cols) == 1, lane_scale, 1.0)[None, :]
+    kind = out.dtype.element_ty
+    leading = value.to(kind).to(tl.float32)
+    second = (value - leading).to(kind).to(tl.float32)
+    term = tl.load(maps + cols)[None, :]
+    value = tl.where(term == 0, leading, tl.where(term == 1, second, value - leading - second))
+    if not IS_KEY:
+        value = tl.where(((member < 0) | (member == head % GROUP))[None, :], value, 0.0)
+    is_content = (cols < D)[None, :]
+    source = content + head * stride_h + rows[:, None].to(tl.int64) * stride_l + cols[None, :]
+    target = out + (rows[:, None].to(tl.int64) * heads + head) * W + cols[None, :]
+    for _ in range(batch):
+        entry = tl.where(is_content, tl.load(source, mask=inside & is_content, other=0.0).to(tl.float32), value)
+        if PADDED:
+            if IS_KEY:
+                is_padding = tl.load(padding + rows, mask=rows < length, other=0) != 0
+                entry = tl.where((cols == D + P)[None, :], tl.where(is_padding, far, 0.0)[:, None], entry)
+                padding += length
+            else:
+                entry = tl.where((cols == D + P)[None, :], 1.0, entry)
+        tl.store(target, entry.to(kind), mask=inside & (cols < W)[None, :])
+        source += stride_b
+        target += length * heads * W
+
+
+@triton.jit
+def _join(
+    query, key, query_out, key_out, query_features, key_features, weights, scales, query_maps, key_maps, query_wide,
+    key_wide, padding, batch, queries, keys, query_stride_b, query_stride_h, query_stride_l, key_stride_b, key_stride_h,
+    key_stride_l, lane_scale, far,
+    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, P: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
+    CQ: tl.constexpr, CK: tl.constexpr, NWQ: tl.constexpr, NWK: tl.constexpr, WIDEST_Q: tl.constexpr,
+    WIDEST_K: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    head, first = tl.program_id(1), tl.program_id(0) * BLOCK
+    if tl.program_id(2) == 0:
+        if first < queries:
+            _join_side(
+                query, query_out, query_features, weights, scales, query_maps, query_wide, padding, batch, queries,
+                query_stride_b, query_stride_h, query_stride_l, CQ, lane_scale, far, head, H,
+                GROUP, D, P, W, WP, NWQ, WIDEST_Q, False, PADDED, BLOCK,
+            )  # fmt: skip
+    elif (first < keys) & (head < H // GROUP):
+        _join_side(
+            key, key_out, key_features, weights, scales, key_maps, key_wide, padding, batch, keys,
+            key_stride_b, key_stride_h, key_stride_l, CK, lane_scale, far, head, H // GROUP,
+            GROUP, D, P, W, WP, NWK, WIDEST_K, True, PADDED, BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit
+def _split_side(
+    grad, out, sums, wide_sums, features, maps, wide, batch, length, stride_b, stride_h, stride_l, num_features,
+    lane_scale, head, heads,
+    GROUP: tl.constexpr, D: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, NW: tl.constexpr, NW_TILE: tl.constexpr,
+    WIDEST: tl.constexpr, IS_KEY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Copy the content's gradient out, and sum the lanes' over samples and this program's tokens."""
+    part, parts = tl.program_id(0), tl.num_programs(0)
+    cols, slots = tl.arange(0, WP), tl.arange(0, WIDEST)
+    member, which = tl.load(maps + WP + cols), tl.load(maps + 3 * WP + cols)
+    wanted = (tl.load(maps + cols) == 0) & (tl.load(maps + 2 * WP + cols) == 1)
+    if not IS_KEY:
+        wanted = wanted & ((member < 0) | (member == head % GROUP))
+    first_column, second_column = tl.load(maps + 4 * WP + cols), tl.load(maps + 8 * WP + cols)
+    first_sum, second_sum = tl.zeros([WP], tl.float32), tl.zeros([WP], tl.float32)
+    members: tl.constexpr = GROUP if IS_KEY else 1
+    factors = tl.arange(0, NW_TILE)[:, None]
+    wide_sum = tl.zeros([NW_TILE, WIDEST], tl.float32)
+    for start in range(part * BLOCK, length, parts * BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        inside = (rows < length)[:, None]
+        total = tl.zeros([BLOCK, WP], tl.float32)
+        source = grad + head * stride_h + rows[:, None].to(tl.int64) * stride_l + cols[None, :]
+        target = out + (rows[:, None].to(tl.int64) * heads + head) * D + cols[None, :]
+        for _ in range(batch):
+            entry = tl.load(source, mask=inside & (cols < W)[None, :], other=0.0)
+            tl.store(target, entry, mask=inside & (cols < D)[None, :])
+            total += entry.to(tl.float32)
+            source += stride_b
+            target += length * heads * D
+        total = tl.where(wanted[None, :], total * lane_scale, 0.0)
+        source = features + rows[:, None] * num_features
+        feature = tl.load(source + first_column[None, :], mask=inside & (first_column >= 0)[None, :], other=0.0)
+        first_sum += tl.sum(total * feature, axis=0)
+        feature = tl.load(source + second_column[None, :], mask=inside & (second_column >= 0)[None, :], other=0.0)
+        second_sum += tl.sum(total * feature, axis=0)
+        for w in tl.static_range(NW):
+            column = tl.load(wide + 4 * w * WIDEST + slots)
+            feature = tl.load(source + column[None, :], mask=inside & (column >= 0)[None, :], other=0.0)
+            for g in tl.static_range(members):
+                mine = (which == w) & (member == g) if IS_KEY else which == w
+                row = tl.sum(tl.where(mine[None, :], total, 0.0), axis=1)
+                found = tl.sum(feature * row[:, None], axis=0)
+                wide_sum += tl.where(factors == w * members + g, found[None, :], 0.0)
+    store = sums + (part * heads + head) * 2 * WP + cols
+    tl.store(store, first_sum)
+    tl.store(store + WP, second_sum)
+    store = wide_sums + ((part * heads + head) * NW * members + factors) * WIDEST + slots[None, :]
+    tl.store(store, wide_sum, mask=(factors < NW * members) & (slots >= 0)[None, :])
+
+
+@triton.jit
+def _split(
+    query_grad, key_grad, query_out, key_out, query_sums, key_sums, query_wide_sums, key_wide_sums, query_features,
+    key_features, query_maps, key_maps, query_wide, key_wide, batch, queries, keys, query_stride_b, query_stride_h,
+    query_stride_l, key_stride_b, key_stride_h, key_stride_l, lane_scale,
+    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, CQ: tl.constexpr,
+    CK: tl.constexpr, NWQ: tl.constexpr, NWK: tl.constexpr, NW_TILE: tl.constexpr, WIDEST_Q: tl.constexpr,
+    WIDEST_K: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1)
+    if tl.program_id(2) == 0:
+        _split_side(
+            query_grad, query_out, query_sums, query_wide_sums, query_features, query_maps, query_wide, batch, queries,
+            query_stride_b, query_stride_h, query_stride_l, CQ, lane_scale, head, H,
+            GROUP, D, W, WP, NWQ, NW_TILE, WIDEST_Q, False, BLOCK,
+        )  # fmt: skip
+    elif head < H // GROUP:
+        _split_side(
+            key_grad, key_out, key_sums, key_wide_sums, key_features, key_maps, key_wide, batch, keys,
+            key_stride_b, key_stride_h, key_stride_l, CK, lane_scale, head, H // GROUP,
+            GROUP, D, W, WP, NWK, NW_TILE, WIDEST_K, True, BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit
+def _finish(
+    query_sums, key_sums, query_wide_sums, key_wide_sums, out, weights, scales, owners, parts,
+    H: tl.constexpr, GROUP: tl.constexpr, WP: tl.constexpr, NWQ: tl.constexpr, NWK: tl.constexpr,
+    WIDEST_Q: tl.constexpr, WIDEST_K: tl.constexpr, ENTRIES: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Gradient of one coefficient of one head: the sum over all programs and over the lanes that it feeds."""
+    head = tl.program_id(1)
+    owners += tl.program_id(0) * (5 + ENTRIES)
+    side, wide, first = tl.load(owners), tl.load(owners + 1), tl.load(owners + 2)
+    place = first + head * tl.load(owners + 3)
+    entries, at = tl.arange(0, ENTRIES), tl.arange(0, PARTS)[:, None]
+    where = tl.load(owners + 5 + entries)[None, :]
+    there = (at < parts) & (entries == 0)[None, :]
+    if wide < 0:
+        there = (at < parts) & (entries < tl.load(owners + 5 + ENTRIES - 1))[None, :]
+        if side == 0:
+            found = tl.load(query_sums + (at * H + head) * 2 * WP + where, mask=there, other=0.0)
+        else:
+            found = tl.load(key_sums + (at * (H // GROUP) + head // GROUP) * 2 * WP + where, mask=there, other=0.0)
+    else:
+        if side == 0:
+            source = query_wide_sums + ((at * H + head) * NWQ + wide) * WIDEST_Q + where
+        else:
+            source = (at * (H // GROUP) + head // GROUP) * NWK + wide
+            source = key_wide_sums + (source * GROUP + head % GROUP) * WIDEST_K + where
+        found = tl.load(source, mask=there, other=0.0)
+    value = tl.sum(tl.sum(found, axis=1), axis=0) * tl.load(scales + place)
+    negative = (tl.load(owners + 4) == 1) & (tl.load(weights + place) < 0)
+    tl.store(out + place, tl.where(negative, -value, value))
+
+
+def launch_join(query: Tensor, key: Tensor, weights: Tensor, maps: Any, made: Any, width: int) -> tuple[Tensor, Tensor]:
+    """(B, H, Q, W) and (B, H / G, K, W): content and lanes."""
+    query, key = _with_unit_stride(query), _with_unit_stride(key)
+    (batch, heads, queries, content_width), (kv_heads, keys) = query.shape, key.shape[1:3]
+    query_out = torch.empty(batch, queries, heads, width, dtype=query.dtype, device=query.device)
+    key_out = torch.empty(batch, keys, kv_heads, width, dtype=query.dtype, device=query.device)
+    tile = maps.query.shape[1]
+    block = TILE // tile
+    _join[(triton.cdiv(max(queries, keys), block), heads, 2)](
+        query, key, query_out, key_out, made.query_features, made.key_features, weights, maps.scales, maps.query,
+        maps.key, maps.query_wide, maps.key_wide, made.padding, batch, queries, keys,
+        query.stride(0), query.stride(1), query.stride(2), key.stride(0), key.stride(1), key.stride(2),
+        made.query_scale, made.far,
+        heads, heads // kv_heads, content_width, len(made.layout.query), width, tile,
+        made.query_features.shape[1], made.key_features.shape[1], *maps.num_wide, maps.query_wide.shape[-1],
+        maps.key_wide.shape[-1], made.padding is not None, block,
+    )  # fmt: skip
+    return query_out.transpose(1, 2), key_out.transpose(1, 2)
+
+
+def launch_split(
+    query_grad: Tensor, key_grad: Tensor, weights: Tensor, maps: Any, made: Any, content_width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the content, (B, H, Q, D) and (B, H / G, K, D), and of the coefficients, flat like ``weights``."""
+    query_grad, key_grad = _with_unit_stride(query_grad), _with_unit_stride(key_grad)
+    (batch, heads, queries, width), (kv_heads, keys) = query_grad.shape, key_grad.shape[1:3]
+    tile, group = maps.query.shape[1], heads // kv_heads
+    block = TILE // tile
+    parts = min(MAX_PARTS, triton.cdiv(max(queries, keys), block))
+    make: dict[str, Any] = {"device": query_grad.device}
+    query_out = torch.empty(batch, queries, heads, content_width, dtype=query_grad.dtype, **make)
+    key_out = torch.empty(batch, keys, kv_heads, content_width, dtype=query_grad.dtype, **make)
+    widest = (maps.query_wide.shape[-1], maps.key_wide.shape[-1])
+    num_wide_tile = triton.next_power_of_2(max(1, maps.num_wide[0], maps.num_wide[1] * group))
+    sizes = (
+        parts * heads * 2 * tile,
+        parts * kv_heads * 2 * tile,
+        parts * heads * maps.num_wide[0] * widest[0],
+        parts * kv_heads * group * maps.num_wide[1] * widest[1],
+    )
+    sums = torch.empty(sum(sizes), **make).split(sizes)
+    _split[(parts, heads, 2)](
+        query_grad, key_grad, query_out, key_out, *sums, made.query_features, made.key_features, maps.query, maps.key,
+        maps.query_wide, maps.key_wide, batch, queries, keys,
+        query_grad.stride(0), query_grad.stride(1), query_grad.stride(2),
+        key_grad.stride(0), key_grad.stride(1), key_grad.stride(2), made.query_scale,
+        heads, group, content_width, width, tile, made.query_features.shape[1], made.key_features.shape[1],
+        *maps.num_wide, num_wide_tile, *widest, block,
+    )  # fmt: skip
+    grads = torch.empty_like(weights)
+    entries = maps.owners.shape[1] - 5
+    _finish[(maps.owners.shape[0], heads)](
+        *sums, grads, weights, maps.scales, maps.owners, parts,
+        heads, group, tile, *maps.num_wide, *widest, entries, MAX_PARTS,
+    )  # fmt: skip
+    return query_out.transpose(1, 2), key_out.transpose(1, 2), grads
+
+
+def _with_unit_stride(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
