@@ -21,8 +21,10 @@ __all__ = ["RowSource", "ScoreBlock", "ScoreRows", "ScoreSource", "WeightRows", 
 #: Gives rows ``start`` to ``stop`` of a Q x K table, broadcastable to (B, H, stop - start, K).
 RowSource = Callable[[int, int], Tensor]
 
-#: Elements of one block of logits; a pass holds about six such blocks.
-BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
+#: Elements of one block of logits; a pass holds about ten such blocks.
+BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**25}
+#: Blocks end at multiples of this part of the keys, so that few sizes occur and the allocator can reuse them.
+KEY_PARTS = 8
 
 
 def tensor_rows(table: Tensor) -> RowSource:
@@ -151,7 +153,8 @@ class ScoreRows:
         keys, shift = self.key.shape[2], self.query_start - self.key_start
         last = min(keys, shift + stop) if self.is_causal else keys
         first = 0 if self.window is None else max(0, shift + start - self.window + 1)
-        last = max(last, 1)
+        step = max(1, keys // KEY_PARTS)
+        last = min(keys, -(-max(last, 1) // step) * step)
         return min(first, last - 1), last
 
     def _content(self, start: int, stop: int, first: int, last: int) -> Tensor:

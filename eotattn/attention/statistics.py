@@ -130,7 +130,7 @@ def row_statistics(
         sequence_start: (B,) position of the first token that is not padding; chosen keys and columns count from it.
         counted: (B, Q) boolean, false where a query is padding; all by default.
         keys: Chosen keys, counted from the start of the sequence; the first one is j* of the margin.
-        block_elements: Entries of a block of logits, default 2^20 on a CPU and 2^25 on a GPU; memory is about six such
+        block_elements: Entries of a block of logits, default 2^18 on a CPU and 2^25 on a GPU; memory is about ten such
             blocks.
 
     Returns:

@@ -1,5 +1,6 @@
 """Integrations: attach to models of other libraries. Importing this room imports none of them."""
 
 from eotattn.integrations.capture import Capture, capture
+from eotattn.integrations.maps import map_statistics, read_maps
 
-__all__ = ["Capture", "capture"]
+__all__ = ["Capture", "capture", "map_statistics", "read_maps"]

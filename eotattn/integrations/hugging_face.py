@@ -29,7 +29,7 @@ OwnFunction = Callable[..., "tuple[Tensor, Tensor | None]"]
 Content = tuple[Tensor, Tensor, Tensor]
 
 #: Entries of one block of attention weights where the model's own function would make all of them.
-ROW_BLOCK = 2**22
+ROW_BLOCK = 2**20
 #: Attention whose queries and keys belong to different sequences, by the names that models give it.
 CROSS = re.compile(r"cross|encoder_attn|encdecattention", re.IGNORECASE)
 
@@ -149,15 +149,19 @@ def _run_by_rows(
     if rows >= queries or arguments.get("dropout"):
         whole = mask.elements() if isinstance(mask, LazyMask) else mask
         return function(module, query, key, value, whole, **arguments)
-    outputs = []
+    output: Tensor | None = None
     for start in range(0, queries, rows):
         stop = min(start + rows, queries)
         part = dict(arguments)
         if part.get("position_bias") is not None:
             part["position_bias"] = tensor_rows(part["position_bias"])(start, stop)
         masked = mask.original_rows(start, stop) if isinstance(mask, LazyMask) else _rows_of(mask, start, stop)
-        outputs.append(function(module, query[:, :, start:stop], key, value, masked, **part)[0])
-    return torch.cat(outputs, dim=1), None
+        rows_output = function(module, query[:, :, start:stop], key, value, masked, **part)[0]
+        if output is None:  # one tensor from the start: small ones between large ones would keep memory from reuse
+            output = rows_output.new_empty(batch, queries, *rows_output.shape[2:])
+        output[:, start:stop] = rows_output
+    assert output is not None
+    return output, None
 
 
 def _rows_of(mask: Tensor | None, start: int, stop: int) -> Tensor | None:
@@ -187,7 +191,8 @@ def _as_call(
         sink_logits=None if sink is None else sink.flatten(),
     )
     if isinstance(mask, LazyMask):
-        return replace(call, mask=_cropped(mask.rows, keys), **({} if crosses else _places(mask, queries)))
+        places = {} if crosses else _places(mask, queries)
+        return replace(call, **places, **_pattern(mask, keys))
     if mask is not None and mask.dim() == 2:
         mask = mask.bool()[:, None, None, :]
     causal = arguments.get("is_causal")
@@ -209,6 +214,19 @@ def _places(mask: LazyMask, queries: int) -> dict[str, Any]:
         places["counted"] = real[:, start : start + queries]
         places["sequence_start"] = real.int().argmax(-1)
     return places
+
+
+def _pattern(mask: LazyMask, keys: int) -> dict[str, Any]:
+    """Causality and padding where the mask is no more than that, else its rows."""
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+    function, padding = mask.arguments.get("mask_function", causal_mask_function), mask.arguments.get("attention_mask")
+    is_plain = function in (causal_mask_function, bidirectional_mask_function) and mask.shape[-1] == keys
+    if not is_plain or (padding is not None and padding.shape != (mask.shape[0], keys)):
+        return {"mask": _cropped(mask.rows, keys)}
+    real = None if padding is None or bool(padding.all()) else padding.bool()[:, None, None, :]
+    rows = None if real is None else tensor_rows(real)
+    return {"mask": rows, "is_causal": function is causal_mask_function}
 
 
 def _cropped(rows: RowSource, keys: int) -> RowSource:

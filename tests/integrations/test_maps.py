@@ -1,0 +1,92 @@
+"""Attention maps as arrays and files."""
+
+import importlib
+
+import numpy as np
+import pytest
+import torch
+from tolerances import assert_close
+
+from eotattn.integrations import map_statistics, read_maps
+
+H, L = 3, 7
+
+
+@pytest.fixture
+def maps():
+    score = 2 * torch.randn(2, H, L, L, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return torch.softmax(score.masked_fill(torch.ones(L, L, dtype=torch.bool).triu(1), -torch.inf), -1)
+
+
+def stored(maps, form, folder):
+    """The same maps in every form that is read."""
+    if form == "array":
+        return maps.numpy()
+    if form == "layers":
+        return {"0": maps[0], "1": maps[1].numpy()}
+    path = folder / f"maps.{form}"
+    if form == "npy":
+        np.save(path, maps.numpy())
+    elif form == "npz":
+        np.savez(path, **{"0": maps[0].numpy(), "1": maps[1].numpy()})
+    else:
+        importlib.import_module("safetensors.torch").save_file(
+            {"0": maps[0].contiguous(), "1": maps[1].contiguous()}, path
+        )
+    return str(path) if form == "npy" else path
+
+
+@pytest.mark.parametrize("form", ["array", "layers", "npy", "npz", "safetensors"])
+def test_every_form_gives_the_same_statistics(maps, form, tmp_path):
+    if form == "safetensors":
+        pytest.importorskip("safetensors.torch")
+    read = read_maps(stored(maps, form, tmp_path))
+    assert list(read) == ["0", "1"]
+    for layer, stats in map_statistics(read, keys=(0, 2)).items():
+        p = maps[int(layer)]
+        assert_close(stats.column_mass[0], p.sum(-2), tolerance=1e-10)
+        assert_close(stats.sums["entropy"][0], -torch.special.xlogy(p, p).sum((-1, -2)), tolerance=1e-10)
+        assert_close(stats.key_mass[0], p[:, :, [0, 2]].sum(1), tolerance=1e-10)
+        assert stats.lag_mass[0, :, : L - 1].abs().max() == 0
+
+
+def test_fewer_queries_than_keys_are_the_last_ones(maps):
+    stats = map_statistics(read_maps(maps[0][:, 2:]))["0"]
+    assert_close(
+        stats.lag_mass[0, :, stats.max_lag], maps[0].diagonal(dim1=-2, dim2=-1)[:, 2:].sum(-1), tolerance=1e-10
+    )
+
+
+def test_heads_are_selected(maps):
+    assert map_statistics(read_maps(maps), heads=[1])["0"].num_heads == 1
+    with pytest.raises(ValueError, match=r"map_statistics: heads must name heads from 0 to 2; got \[3\]"):
+        map_statistics(read_maps(maps), heads=[3])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p[0, 0], r"read_maps: the maps must have shape \(H, Q, K\) or \(layers, H, Q, K\)"),
+        (lambda p: p.masked_fill(p == p.max(), torch.nan), r"read_maps: the map '\d' must be finite; got '\d+ such"),
+        (lambda p: p - 0.1, r"read_maps: the map '0' must lie in \[0, 1\]"),
+        (lambda p: 0.9 * p, r"read_maps: the map '0' must have rows that sum to one .* got 'a sum of 0\.9000'"),
+        (lambda p: p[:0], r"read_maps: the maps must have shape"),
+        (lambda p: {}, r"read_maps: source must hold at least one map"),
+    ],
+)
+def test_bad_maps_are_named(maps, change, message):
+    with pytest.raises(ValueError, match=message):
+        read_maps(change(maps))
+
+
+def test_bad_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"read_maps: source must be an existing file"):
+        read_maps(tmp_path / "none.npy")
+    (tmp_path / "maps.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"read_maps: source must end in .npy, .npz or .safetensors; got 'maps.pt'"):
+        read_maps(tmp_path / "maps.pt")
+    np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="allow_pickle=False"):
+        read_maps(tmp_path / "objects.npy")
+    with pytest.raises(TypeError, match=r"read_maps: source\['a'\] must be an array"):
+        read_maps({"a": [0.5, 0.5]})
