@@ -1,0 +1,110 @@
+"""What the two-part prior is fitted to: lag mass, column mass and entropy of every sequence, at one size.
+
+Legend: N sequences, H heads, L positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from eotattn.attention.running import SequenceStatistics
+from eotattn.checks import check_positive_int
+from eotattn.diagnostics.lag_key_model import LagKeyModel, RowGroup
+
+__all__ = ["MarginProblem"]
+
+OWNER = "fit_prior"
+
+
+@dataclass(frozen=True)
+class MarginProblem:
+    """Margins of every sequence, at one size L.
+
+    Args:
+        lag_mass: (N, H, 2 L - 1) sums of weights by lag.
+        column_mass: (N, H, L) sums of weights by key.
+        entropy: (N, H) sums over queries, nats.
+        lengths: (N,) queries of each sequence, tokens.
+        lag_seen: (2 L - 1,) true at admissible lags.
+        is_causal: Whether only keys up to the query are admissible.
+        smoothing: Share of the uniform prior mixed into targets.
+    """
+
+    lag_mass: Tensor
+    column_mass: Tensor
+    entropy: Tensor
+    lengths: Tensor
+    lag_seen: Tensor
+    is_causal: bool
+    smoothing: float
+
+    @classmethod
+    def of(
+        cls, statistics: SequenceStatistics, is_causal: bool | None, window: int | None, smoothing: float
+    ) -> MarginProblem:
+        """Bring the statistics of one layer to one size."""
+        lengths = statistics.num_queries.to(torch.int64)
+        size = int(lengths.max())
+        lags, reach = statistics.lag_mass, statistics.max_lag
+        missing = max(0, size - 1 - reach)
+        lags = functional.pad(lags, (missing, missing))
+        centre = lags.shape[-1] // 2
+        lags = lags[..., centre - size + 1 : centre + size]
+        columns = functional.pad(statistics.column_mass, (0, max(0, size - statistics.column_mass.shape[-1])))
+        at = torch.arange(1 - size, size)
+        if is_causal is None:
+            is_causal = bool(lags[..., : size - 1].sum() == 0)
+        seen = at >= 0 if is_causal else torch.ones_like(at, dtype=torch.bool)
+        if window is not None:
+            seen = seen & (at < check_positive_int(OWNER, "window", window))
+        return cls(lags, columns[..., :size], statistics.sums["entropy"], lengths, seen, is_causal, smoothing)
+
+    @property
+    def size(self) -> int:
+        """L."""
+        return self.column_mass.shape[-1]
+
+    def key_count(self, chosen: Tensor) -> Tensor:
+        """(L,) sequences that have each position."""
+        return (self.lengths[chosen, None] > torch.arange(self.size)).double().sum(0)
+
+    def groups(self, chosen: Tensor) -> tuple[RowGroup, ...]:
+        """Causal rows never see how long a sequence is: one group. Otherwise one group a length."""
+        if self.is_causal:
+            return (RowGroup(self.key_count(chosen), torch.ones(self.size, dtype=torch.float64)),)
+        lengths, counts = self.lengths[chosen].unique(return_counts=True)
+        within = (lengths[:, None] > torch.arange(self.size)).double()
+        return tuple(RowGroup(count * seen, seen) for count, seen in zip(counts, within, strict=True))
+
+    def uniform(self) -> LagKeyModel:
+        """The uniform prior, for one head."""
+        return LagKeyModel(self.lag_seen.double()[None], torch.ones(1, self.size, dtype=torch.float64))
+
+    def targets(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Margins of some sequences, mixed with a little of the uniform prior's."""
+        flat, share = self.uniform(), self.smoothing
+        groups = self.groups(chosen)
+        lag = sum((flat.lag_rates(group) for group in groups), torch.zeros(())) * flat.lag
+        column = sum((flat.column_rates(group) for group in groups), torch.zeros(()))
+        lag_mass = (1 - share) * self.lag_mass[chosen].sum(0) + share * lag
+        return lag_mass * self.lag_seen, (1 - share) * self.column_mass[chosen].sum(0) + share * column
+
+    def divergences(self, model: LagKeyModel | None, chosen: Tensor) -> Tensor:
+        """(N', H) sum over the queries of each sequence of KL(p_i || pi_i), nats; of the uniform prior for ``None``."""
+        which = self.uniform() if model is None else model
+        tiny = 1e-300
+        lag = torch.where(self.lag_seen, which.lag.clamp(min=tiny).log(), 0.0)
+        key = which.key.clamp(min=tiny).log()
+        cross = (self.lag_mass[chosen] * lag).sum(-1) + (self.column_mass[chosen] * key).sum(-1)
+        position = torch.arange(self.size)
+        log_normaliser = torch.stack([self._log_normaliser(which, int(n), position) for n in self.lengths[chosen]])
+        return (log_normaliser - cross - self.entropy[chosen]).clamp(min=0)
+
+    def _log_normaliser(self, model: LagKeyModel, length: int, position: Tensor) -> Tensor:
+        seen = (position < length).double()
+        group = RowGroup(seen, torch.ones_like(seen) if self.is_causal else seen)
+        return torch.where(seen > 0, model.normaliser(group).clamp(min=1e-300).log(), 0.0).sum(-1)
