@@ -112,7 +112,8 @@ def position_digits(positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tens
     """Write integer positions in base 256 so that a 16-bit dtype holds each digit exactly.
 
     Args:
-        positions: (...) whole numbers from 0 to 16 777 215, tokens.
+        positions: (...) whole numbers, tokens. From 16 777 216 on the last digit is larger than the base and is rounded
+            by the dtype; nothing wraps.
         dtype: bfloat16 or float16.
 
     Returns:
@@ -131,8 +132,9 @@ def position_digits(positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tens
     whole = not positions.is_floating_point()
     require(whole, "position_digits", "positions", rule, positions, "Round them or use float32", error=TypeError)
     size, sign = positions.to(torch.int64).abs(), positions.sign()
-    shifted = [(size >> (8 * power)) & (DIGIT_BASE - 1) for power in range(NUM_DIGITS)]
-    digits = torch.stack([sign * digit for digit in shifted], dim=-1)
+    shifted = [size >> (8 * power) for power in range(NUM_DIGITS)]
+    low = [digit & (DIGIT_BASE - 1) for digit in shifted[:-1]]
+    digits = torch.stack([sign * digit for digit in (*low, shifted[-1])], dim=-1)
     on_key = torch.tensor([1, 256, 256], dtype=torch.float64, device=positions.device)
     weights = torch.tensor([1, 1, 256], dtype=torch.float64, device=positions.device)
     return digits * on_key, weights

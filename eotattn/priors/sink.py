@@ -71,15 +71,13 @@ class SinkPrior(LogPrior):
 
     def key_only(self, key_positions: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
         """u(j) of every head and key: (H, K) or (B, H, K), in nats."""
-        computing = computing_dtype(dtype)
         position = key_positions.double().unsqueeze(-2)
         log_position = torch.log1p(position.clamp(min=0)) / math.log1p(self.length_scale)
-        u = self.first_token.to(computing)[:, None] * (position == 0)
-        u = u + self.growth.to(computing)[:, None] * log_position.to(computing)
+        u = self.first_token.double()[:, None] * (position == 0) + self.growth.double()[:, None] * log_position
         if self.frequencies.shape[0] > 0:
-            cos, sin = phases(position, self.frequencies, computing)
-            u = u + (self.even.to(computing)[:, None] * cos + self.odd.to(computing)[:, None] * sin).sum(-1)
-        return u
+            cos, sin = phases(position, self.frequencies, torch.float64)
+            u = u + (self.even.double()[:, None] * cos + self.odd.double()[:, None] * sin).sum(-1)
+        return u.to(computing_dtype(dtype))  # summed in float64, since large terms may cancel
 
     def evaluate(self, head: Tensor, query_position: Tensor, key_position: Tensor) -> Tensor:
         """u(key_position), in nats."""
