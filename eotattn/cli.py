@@ -47,10 +47,32 @@ def _verify(arguments: argparse.Namespace) -> int:
     return 0 if report.holds else 1
 
 
+def _add_bench(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "time, memory and error against every peer that is installed"
+    parser = subparsers.add_parser("bench", help=text, description=text)
+    parser.add_argument("suite", help="attention, layer, decode, padding, precision or gradients")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default: float32)")
+    parser.add_argument("--sizes", default="small", help="small (seconds on a CPU) or full (default: small)")
+    parser.add_argument("--rounds", type=int, default=20, help="timed calls of each candidate (default: 20)")
+    parser.add_argument("--out", metavar="DIR", help="also write bench_<suite>.csv and .json there")
+    parser.set_defaults(run=_bench)
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from eotattn.benchmarks.report import bench
+    from eotattn.benchmarks.suites import configure
+
+    config = configure(arguments.device, arguments.dtype, arguments.sizes, arguments.rounds)
+    print(bench(arguments.suite, config, out=arguments.out))
+    return 0
+
+
 #: One function a subcommand.
 SUBCOMMANDS: tuple[Callable[[argparse._SubParsersAction[argparse.ArgumentParser]], None], ...] = (
     _add_reproduce,
     _add_verify,
+    _add_bench,
 )
 
 

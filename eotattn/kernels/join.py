@@ -130,7 +130,7 @@ class _Maps(NamedTuple):
             wides.append(torch.tensor(table, dtype=torch.int32, device=device))
         owner_table = torch.tensor(owners, dtype=torch.int32, device=device)
         num_wide = (_num_wide(layout.query), _num_wide(layout.key))
-        return cls(*sides, *wides, owner_table, torch.tensor(scales, device=device), num_wide)
+        return cls(sides[0], sides[1], wides[0], wides[1], owner_table, torch.tensor(scales, device=device), num_wide)
 
 
 def _num_wide(columns: Sequence[Column]) -> int:

@@ -7,6 +7,7 @@ projections make them, so that what goes into the attention kernel and what come
 are described in :mod:`eotattn.kernels.join`.
 """
 
+# mypy: allow-untyped-defs
 # ruff: noqa: ANN001, ANN202, N803 - the language of these kernels has types of its own
 
 from __future__ import annotations

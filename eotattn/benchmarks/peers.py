@@ -1,0 +1,106 @@
+"""Peers: the layers and kernels that others would use, as each is written by its users.
+
+Legend: B batch, H heads, L tokens, D head width, E model width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from eotattn.attention import Rotary
+from eotattn.priors import LogPrior
+
+__all__ = ["BareLayer", "dense_bias", "flashbias", "flex", "goat_layer"]
+
+
+class BareLayer(nn.Module):
+    """Causal attention without a prior: fused projection, one SDPA call, output; rotary content if asked for.
+
+    Args:
+        embed_dim: Model width E.
+        num_heads: Heads H.
+        rotary: Turn queries and keys, in eager operations.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, *, rotary: bool = False) -> None:
+        super().__init__()
+        self.qkv, self.out = (
+            nn.Linear(embed_dim, 3 * embed_dim, bias=False),
+            nn.Linear(embed_dim, embed_dim, bias=False),
+        )
+        self.num_heads = num_heads
+        self.rotary = Rotary(embed_dim // num_heads) if rotary else None
+
+    def forward(self, x: Tensor, *, padding: Tensor | None = None) -> Tensor:
+        """Attend over (B, L, E); ``padding`` (B, L) is true where a key is padding."""
+        heads = [part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1)]
+        query, key, value = heads
+        if self.rotary is not None:
+            positions = torch.arange(x.shape[1], device=x.device)
+            query, key = self.rotary(query, positions), self.rotary(key, positions)
+        mask = None
+        if padding is not None:
+            mask = (
+                ~padding[:, None, None, :]
+                & torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+            )
+        output = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
+        return self.out(output.transpose(1, 2).flatten(2))
+
+
+def goat_layer(embed_dim: int, num_heads: int, device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """The reference package's GPT factory, under autocast, since casting it fails."""
+    import goat
+
+    layer = goat.GoatAttention.for_gpt(embed_dim, num_heads, fuse_qkv=True).to(device)
+
+    def run(x: Tensor, padding: Tensor | None = None) -> Tensor:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return layer(x, x, x, key_padding_mask=padding, need_weights=False, is_causal=True)[0]
+
+    run.parameters = layer.parameters  # type: ignore[attr-defined]
+    return run
+
+
+def flashbias(query: Tensor, key: Tensor, value: Tensor, prior: LogPrior) -> Tensor:
+    """FlashBias' form for training: the bias factors, in the content's dtype, beside query and key of one SDPA call.
+
+    Source:
+        Wu et al. 2025 (arXiv 2505.12044), the SDPA form of their section on implementation; written from the formula.
+    """
+    positions = torch.arange(query.shape[2], device=query.device)
+    scale = 1 / math.sqrt(query.shape[-1])
+    lanes = prior.lanes(positions, positions, dtype=torch.float32, query_scale=1 / scale)
+    spare = -(query.shape[-1] + lanes.num_lanes) % 8
+    sides = []
+    for content, lane in ((query, lanes.query), (key, lanes.key)):
+        wide = functional.pad(lane.to(content.dtype), (0, spare)).expand(*content.shape[:-1], -1)
+        sides.append(torch.cat([content, wide], dim=-1))
+    return functional.scaled_dot_product_attention(sides[0], sides[1], value, is_causal=True, scale=scale)
+
+
+def dense_bias(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    """One SDPA call with an additive (H, L, L) bias, causality included in it."""
+    return functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+
+
+def flex(prior: Any, length: int, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """FlexAttention, compiled once for this length, causal by a block mask.
+
+    Args:
+        prior: Anything with ``score_mod()``, or ``None``.
+        length: Tokens.
+        device: Where.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, length, length, device=str(device))
+    compiled = torch.compile(flex_attention, dynamic=False)
+    modify = None if prior is None else prior.score_mod()
+    return lambda query, key, value: compiled(query, key, value, score_mod=modify, block_mask=mask)

@@ -1,0 +1,110 @@
+"""Timing: all candidates in turn, many rounds, medians with their spread."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+__all__ = ["Candidate", "Row", "measure"]
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One thing to time.
+
+    Args:
+        name: What it is, for the table.
+        make: Builds the function to time; its cost (weights, compilation) is not timed. An exception here or in the
+            first call becomes a row that says why.
+        error: Computes the error against float64, if there is one to compare.
+    """
+
+    name: str
+    make: Callable[[], Callable[[], Any]]
+    error: Callable[[], float] | None = None
+
+
+@dataclass
+class _Ready:
+    candidate: Candidate
+    run: Callable[[], Any]
+    peak_mib: float | None
+    times: list[float]
+
+
+def measure(candidates: Sequence[Candidate], *, device: torch.device, rounds: int = 20, warmup: int = 3) -> list[Row]:
+    """Time the candidates, one call each in every round; the first is the baseline.
+
+    Args:
+        candidates: What to time.
+        device: CUDA events are used on a GPU, the host's clock elsewhere.
+        rounds: Timed calls of each candidate.
+        warmup: Calls of each before the first that counts.
+
+    Returns:
+        One row a candidate: ``name``, ``median_ms``, ``low_ms`` and ``high_ms`` (quartiles), ``ratio`` to the baseline's
+        median, ``peak_mib`` above what was allocated before the call, ``error``, ``failure``.
+    """
+    ready: list[_Ready | Row] = [_prepare(candidate, device, warmup) for candidate in candidates]
+    for _ in range(rounds):
+        for one in ready:
+            if isinstance(one, _Ready):
+                one.times.append(_time_once(one.run, device))
+    baseline = statistics.median(ready[0].times) if isinstance(ready[0], _Ready) else None
+    return [_row(one, baseline) if isinstance(one, _Ready) else one for one in ready]
+
+
+def _prepare(candidate: Candidate, device: torch.device, warmup: int) -> _Ready | Row:
+    try:
+        run = candidate.make()
+        for _ in range(warmup):
+            run()
+        peak = _peak_mib(run, device)
+    except Exception as error:  # noqa: BLE001 - a peer may fail in any way, and the table says how
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        return {"name": candidate.name, "failure": f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"}
+    return _Ready(candidate, run, peak, [])
+
+
+def _peak_mib(run: Callable[[], Any], device: torch.device) -> float | None:
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def _time_once(run: Callable[[], Any], device: torch.device) -> float:
+    """Milliseconds of one call."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        run()
+        return (time.perf_counter() - start) * 1e3
+    torch.cuda.synchronize(device)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    run()
+    end.record()
+    torch.cuda.synchronize(device)
+    return begin.elapsed_time(end)
+
+
+def _row(one: _Ready, baseline: float | None) -> Row:
+    middle = statistics.median(one.times)
+    low, _, high = statistics.quantiles(one.times, n=4) if len(one.times) > 1 else (middle, middle, middle)
+    row: Row = {"name": one.candidate.name, "median_ms": middle, "low_ms": low, "high_ms": high}
+    row["ratio"] = None if baseline is None else middle / baseline
+    row["peak_mib"] = one.peak_mib
+    row["error"] = None if one.candidate.error is None else one.candidate.error()
+    return row
