@@ -227,4 +227,4 @@ def test_the_bound_holds_where_the_terms_of_u_cancel():
             prior.growth.copy_((-rest * math.log1p(300) / math.log1p(int(key)))[0])
         lanes = prior.lanes(key, key, dtype=torch.bfloat16)
         error = (lanes.dense().double() - prior.dense(key, key, dtype=torch.float64)).abs().max().detach()
-        assert error <= lanes.error_bound
+        assert error <= lanes.error_bound + 1e-14  # the terms are of size one, and float64 rounds them too
