@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,6 +13,7 @@ from eotattn.experiments.prior_parts import centre_rows
 from eotattn.experiments.studies.copy_mixture import CopyMixtureStudy
 from eotattn.experiments.studies.language import LanguageStudy
 from eotattn.plotting import (
+    line_styles,
     plot_causal_prior,
     plot_key_only,
     plot_length_curves,
@@ -55,9 +58,12 @@ def draw_language(study: LanguageStudy) -> Figure:
     names = [decoder.attention for decoder in recipe.variants]
     curves = {VARIANT_NAMES[name]: list(study.bits_per_byte(name).values()) for name in names}
     plot_length_curves(recipe.lengths, curves, train_length=recipe.train_length, axes=left)
+    close = {VARIANT_NAMES[name]: curves[VARIANT_NAMES[name]] for name in ("alibi", "goat")}
+    _enlarge(left, recipe.lengths, close, order=list(curves))
     _draw_key_only(study, middle)
     contrast = [name for name in names if name in ("rope", "goat")]
-    plot_sink_mass({VARIANT_NAMES[name]: study.of(name)[0].sinks for name in contrast}, order=list(curves), axes=right)
+    reports = {VARIANT_NAMES[name]: study.of(name)[0].sinks for name in contrast}
+    plot_sink_mass(reports, uniform_mass=study.uniform_mass, order=list(curves), axes=right)
     _title((left, middle, right), ("length extrapolation", "learned key-only part", "sink mass"))
     return figure
 
@@ -69,6 +75,20 @@ def _draw_key_only(study: LanguageStudy, axes: Axes) -> None:
     shown = key_only[:, :, : 2 * study.recipe.train_length].mean(1)
     labels = [f"block {b + 1}" for b in range(shown.shape[0])]
     plot_key_only(shown.numpy(), labels=labels, train_length=study.recipe.train_length, axes=axes)
+
+
+def _enlarge(axes: Axes, lengths: Sequence[int], curves: dict[str, list[float]], *, order: list[str]) -> None:
+    """Repeat curves in an inset at their own scale."""
+    inset = axes.inset_axes((0.45, 0.17, 0.52, 0.27))
+    styles = line_styles(list(curves), order)
+    for name, values in curves.items():
+        inset.plot(lengths, values, **(styles[name] | {"markersize": 4}))
+    inset.set_xscale("log", base=2)
+    inset.set_xticks([])
+    inset.tick_params(labelsize=8)
+    inset.margins(y=0.15)
+    inset.set_title("enlarged", fontsize=8, pad=2, color="0.3")
+    axes.legend(frameon=False, fontsize=9, loc="center right", bbox_to_anchor=(1.0, 0.63))
 
 
 def _mark(axes: Axes, x: float, y: float, text: str) -> None:

@@ -8,10 +8,11 @@ from eotattn.plotting.priors import (
     plot_row_centred,
 )
 from eotattn.plotting.sinks import plot_sink_mass
-from eotattn.plotting.style import OKABE_ITO, resolve_axes
+from eotattn.plotting.style import OKABE_ITO, line_styles, resolve_axes
 
 __all__ = [
     "OKABE_ITO",
+    "line_styles",
     "plot_causal_prior",
     "plot_key_only",
     "plot_length_curves",

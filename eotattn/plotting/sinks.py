@@ -18,12 +18,17 @@ __all__ = ["plot_sink_mass"]
 
 
 def plot_sink_mass(
-    reports: Mapping[str, SinkMassReport], *, order: Sequence[str] | None = None, axes: Axes | None = None
+    reports: Mapping[str, SinkMassReport],
+    *,
+    uniform_mass: float | None = None,
+    order: Sequence[str] | None = None,
+    axes: Axes | None = None,
 ) -> Axes:
     """Draw the mean sink mass against the mean signal strength of every bin, with two standard errors.
 
     Args:
         reports: Name -> report of :func:`eotattn.diagnostics.sink_mass_by_score_range`.
+        uniform_mass: Mass that uniform attention would give the first token, for a dotted line, in [0, 1].
         order: All names of the figure, for equal styles across panels; see :func:`line_styles`.
         axes: Where to draw; a new figure by default.
     """
@@ -41,6 +46,8 @@ def plot_sink_mass(
             label=name,
             **styles[name],
         )
+    if uniform_mass is not None:
+        axes.axhline(uniform_mass, color="0.45", linestyle=":", linewidth=1.2, label="uniform attention")
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
     axes.set_xlabel("signal strength ω: range of content scores (nats)")

@@ -115,6 +115,8 @@ def test_language_study_saves_and_draws(small_language, tmp_path):
     small_language.save(folder)
     figure = draw_language(small_language)
     assert len(figure.axes) == 3
+    assert len(figure.axes[0].child_axes) == 1  # the enlarged curves
+    assert small_language.uniform_mass == pytest.approx(sum(1 / n for n in range(17, 33)) / 16)
     plt.close(figure)
     assert "2 seeds" in small_language.verdict()
 

@@ -77,7 +77,8 @@ def test_length_curves_are_logarithmic_with_marks_at_the_lengths():
 
 def test_sink_mass_skips_empty_bins_and_keeps_styles_across_panels():
     report = sink_mass_by_score_range(torch.arange(8.0), torch.linspace(1, 0, 8), num_bins=4)
-    axes = plot_sink_mass({"GOAT": report}, order=["RoPE", "ALiBi", "GOAT"])
+    axes = plot_sink_mass({"GOAT": report}, uniform_mass=0.125, order=["RoPE", "ALiBi", "GOAT"])
+    assert any(line.get_linestyle() == ":" and line.get_ydata()[0] == 0.125 for line in axes.lines)
     line = curve_of(axes, "GOAT")
     assert line.get_ydata() == pytest.approx(report.mean_sink_mass)
     assert to_hex(line.get_color()) == OKABE_ITO["green"].lower()

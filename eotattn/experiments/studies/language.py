@@ -78,6 +78,12 @@ class LanguageStudy:
             for k, length in enumerate(self.recipe.lengths)
         }
 
+    @property
+    def uniform_mass(self) -> float:
+        """Mass on the first token if attention were uniform over the keys, for the queries of panel (c)."""
+        queries = range(self.recipe.train_length // 2, self.recipe.train_length)
+        return sum(1 / (query + 1) for query in queries) / len(queries)
+
     def rows(self) -> list[Row]:
         """The tidy table: every plotted value, one a row."""
         return [row for result in self.results for row in _rows(result)]
@@ -109,8 +115,8 @@ class LanguageStudy:
         gain = curves["alibi"][near] - curves["goat"][near]
         drift = {name: curve[far] - curve[near] for name, curve in curves.items()}
         worst = max(curves["goat"].values()) - curves["goat"][near]
-        falls = _mass_falls(self.of("goat")[0].sinks)
-        first, last = _ends(self.of("goat")[0].sinks)
+        sinks = {name: self.of(name)[0].sinks for name in ("goat", "rope")}
+        (first, last), (rope_first, rope_last) = _ends(sinks["goat"]), _ends(sinks["rope"])
         seeds = f"{len(self.recipe.seeds)} seed" + ("s" if len(self.recipe.seeds) > 1 else "")
         lines = (
             f"- **In distribution ({near} tokens), GOAT better than ALiBi: {_held(gain > 0)}.** "
@@ -122,8 +128,9 @@ class LanguageStudy:
             f"- **GOAT stable to {factor}x: {_held(worst < 0.1)}.** It moves by {drift['goat']:+.3f}, at worst by "
             f"{worst:+.3f} (stable means less than +0.1); ALiBi moves by {drift['alibi']:+.3f}.",
             *self._key_only_verdict(),
-            f"- **GOAT's sink mass falls as the signal grows: {_held(falls)}.** {first:.3f} in the weakest bin of "
-            f"omega, {last:.3f} in the strongest.",
+            f"- **GOAT's sink mass falls as the signal grows: {_held(_mass_falls(sinks['goat']))}.** "
+            f"{first:.4f} in the weakest bin of omega, {last:.4f} in the strongest (RoPE: {rope_first:.4f} and "
+            f"{rope_last:.4f}); uniform attention would give {self.uniform_mass:.4f}.",
             f"- {seeds} at scale `{self.recipe.scale}`; {self.wall_seconds:.0f} s on "
             f"{self.results[0].training.device}.",
         )
