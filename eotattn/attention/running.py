@@ -142,6 +142,10 @@ class SequenceStatistics:
 
         return self._map(chosen)
 
+    def sequences(self, chosen: Tensor) -> SequenceStatistics:
+        """Only the sequences that an index or boolean mask (N,) chooses."""
+        return self._map(lambda values: values[chosen])
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> SequenceStatistics:
         mapped: dict[str, Any] = {}
         for field in fields(self):

@@ -1,0 +1,160 @@
+"""One table for all heads of a model, with intervals over sequences.
+
+Legend: A layers, N sequences, H heads, L positions, M largest lag, B bootstrap samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from eotattn.attention.running import SequenceStatistics
+from eotattn.checks import check_positive, check_positive_int, require
+from eotattn.diagnostics.quantities import QUANTITIES, Quantity, key_quantities, local_mass_quantity
+
+__all__ = ["HeadReport", "head_report"]
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class HeadReport:
+    """Means over sequences of every quantity, by layer and head; NaN where a layer has no such head.
+
+    Attributes:
+        layers: A names.
+        quantities: What was computed, in order.
+        mean: Name -> (A, H).
+        low: Name -> (A, H) 2.5% quantile over a bootstrap of the sequences; NaN below two sequences.
+        high: Name -> (A, H) 97.5% quantile.
+        sink_rate: Threshold -> (A,) share of heads and sequences whose sink mass of the first chosen key exceeds it.
+        column_share: A arrays (H, L): mean of p_ik over the queries that admit key k.
+        lag_profile: A arrays (H, 2 M + 1): weight by lag, from -M to M; sums to one less the explicit sink's.
+        num_sequences: N.
+    """
+
+    layers: tuple[str, ...]
+    quantities: tuple[Quantity, ...]
+    mean: dict[str, Array]
+    low: dict[str, Array]
+    high: dict[str, Array]
+    sink_rate: dict[float, Array]
+    column_share: tuple[Array, ...]
+    lag_profile: tuple[Array, ...]
+    num_sequences: int
+
+    def to_dict(self) -> dict[str, NDArray[np.generic]]:
+        """Columns of a tidy table: one row a layer and head, three columns a quantity."""
+        layer, head = np.indices(next(iter(self.mean.values())).shape)
+        kept = ~np.isnan(self.mean["entropy"]).ravel()
+        columns: dict[str, NDArray[np.generic]] = {
+            "layer": np.array(self.layers)[layer.ravel()][kept],
+            "head": head.ravel()[kept],
+        }
+        for name in self.mean:
+            for suffix, values in (("", self.mean), (" low", self.low), (" high", self.high)):
+                columns[name + suffix] = values[name].ravel()[kept]
+        return columns
+
+    def __str__(self) -> str:
+        """Means over heads, one line a layer."""
+        chosen = [name for name in self.mean if name.startswith("sink mass")][:1]
+        chosen += ["normalised entropy", "omega", "margin", "content margin", "prior margin", "context sensitivity"]
+        width = max(len(name) for name in self.layers)
+        lines = ["  ".join([f"{'layer':<{width}}", *(f"{name:>19}" for name in chosen)])]
+        for a, layer in enumerate(self.layers):
+            values = [self.mean[name][a] for name in chosen]
+            means = [float(row[~np.isnan(row)].mean()) if (~np.isnan(row)).any() else float("nan") for row in values]
+            lines.append("  ".join([f"{layer:<{width}}", *(f"{value:19.3f}" for value in means)]))
+        return "\n".join(lines)
+
+
+def head_report(
+    layers: Mapping[str, SequenceStatistics],
+    *,
+    keys: Sequence[int] = (0,),
+    thresholds: Sequence[float] = (0.3,),
+    local_width: int = 4,
+    num_bootstraps: int = 500,
+    seed: int = 0,
+) -> HeadReport:
+    """Compute every quantity of :mod:`eotattn.diagnostics.quantities` for every head, with intervals over sequences.
+
+    Args:
+        layers: Name -> statistics, from a capture or from maps; they may differ in heads and sequences.
+        keys: Keys whose sink mass is reported, counted from the first token; the first one has the sink rate.
+        thresholds: Sink masses above which a head counts as having a sink, in (0, 1).
+        local_width: Reach of the local mass, tokens.
+        num_bootstraps: Resamples B of the sequences.
+        seed: Of the bootstrap.
+
+    Returns:
+        :class:`HeadReport`.
+
+    Raises:
+        ValueError: If there is no layer or sequence.
+
+    Source:
+        Sink rate: Gu et al. 2024 (arXiv 2410.10781), threshold 0.3. Others: see the quantities.
+
+    Example:
+        >>> from eotattn.attention.statistics import weight_statistics
+        >>> stats = SequenceStatistics.of(weight_statistics(torch.full((2, 3, 4, 4), 0.25)))
+        >>> head_report({"first": stats}).mean["sink mass of key 0"]
+        array([[0.25, 0.25, 0.25]])
+    """
+    require(len(layers) > 0, "head_report", "layers", "hold at least one layer", dict(layers), "Run the model first")
+    for key in keys:
+        check_positive_int("head_report", "keys", key, minimum=0)
+    check_positive_int("head_report", "local_width", local_width, minimum=0)
+    quantities = (*key_quantities(tuple(keys)), *QUANTITIES, local_mass_quantity(local_width))
+    generator = torch.Generator().manual_seed(seed)
+    heads = max(stats.num_heads for stats in layers.values())
+    tables = {
+        part: {q.name: np.full((len(layers), heads), np.nan) for q in quantities} for part in ("mean", "low", "high")
+    }
+    rates = {check_positive("head_report", "thresholds", t): np.full(len(layers), np.nan) for t in thresholds}
+    for a, stats in enumerate(layers.values()):
+        filled = stats.sequences(stats.num_queries > 0)
+        require(filled.num_sequences > 0, "head_report", "layers", "have queries", list(layers), "Run the model first")
+        drawn = torch.randint(filled.num_sequences, (num_bootstraps, filled.num_sequences), generator=generator)
+        for quantity in quantities:
+            values = quantity.compute(filled)
+            for part, row in zip(tables, _with_interval(values, drawn), strict=True):
+                tables[part][quantity.name][a, : stats.num_heads] = row
+        sink = quantities[0].compute(filled)
+        for threshold in rates:
+            rates[threshold][a] = float((sink > threshold).double().mean())
+    return HeadReport(
+        layers=tuple(layers),
+        quantities=quantities,
+        **tables,
+        sink_rate=rates,
+        column_share=tuple(_column_share(stats) for stats in layers.values()),
+        lag_profile=tuple(_lag_profile(stats) for stats in layers.values()),
+        num_sequences=max(stats.num_sequences for stats in layers.values()),
+    )
+
+
+def _with_interval(values: Tensor, drawn: Tensor) -> tuple[Array, Array, Array]:
+    """Mean over sequences (H,) and its bootstrap quantiles."""
+    mean = values.nanmean(0)
+    if values.shape[0] < 2:
+        nan = torch.full_like(mean, torch.nan)
+        return mean.numpy(), nan.numpy(), nan.numpy()
+    resampled = torch.stack([values[rows].nanmean(0) for rows in drawn])
+    low, high = torch.nanquantile(resampled, torch.tensor([0.025, 0.975], dtype=values.dtype), dim=0)
+    return mean.numpy(), low.numpy(), high.numpy()
+
+
+def _column_share(stats: SequenceStatistics) -> Array:
+    return (stats.column_mass.sum(0) / stats.column_count.sum(0).clamp(min=1)).numpy()
+
+
+def _lag_profile(stats: SequenceStatistics) -> Array:
+    return (stats.lag_mass.sum(0) / stats.num_queries.sum().clamp(min=1)).numpy()

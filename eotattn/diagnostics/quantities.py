@@ -1,0 +1,125 @@
+"""What is reported of every head: each quantity with its formula, unit, source, and how it follows from streamed sums.
+
+Legend: N sequences, H heads, Q queries, K keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eotattn.attention.running import SequenceStatistics
+
+__all__ = ["QUANTITIES", "Quantity", "key_quantities", "local_mass_quantity"]
+
+PAPER = "Litman and Guo 2026 (arXiv 2601.15380)"
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One number a head and sequence.
+
+    Args:
+        name: Its name in reports and tables.
+        unit: nats, tokens or 1.
+        formula: What is computed, averaged over the queries of a sequence.
+        source: Where it is defined.
+        compute: Statistics of a layer -> (N, H); NaN where it does not exist.
+    """
+
+    name: str
+    unit: str
+    formula: str
+    source: str
+    compute: Callable[[SequenceStatistics], Tensor]
+
+
+def _mean(name: str) -> Callable[[SequenceStatistics], Tensor]:
+    return lambda stats: stats.sums[name] / stats.num_queries[:, None]
+
+
+def _margin(name: str) -> Callable[[SequenceStatistics], Tensor]:
+    return lambda stats: stats.margin_sums[name] / stats.num_margins  # 0 / 0 is NaN: no row has a margin
+
+
+def _share(stats: SequenceStatistics) -> Tensor:
+    """(N, H, K) share of all weight that each key receives."""
+    return stats.column_mass / stats.num_queries[:, None, None]
+
+
+def _concentration(stats: SequenceStatistics) -> Tensor:
+    return _share(stats).square().sum(-1)
+
+
+def _doubly_stochastic(stats: SequenceStatistics) -> Tensor:
+    exists = (stats.column_count > 0).to(stats.column_mass.dtype)
+    even = exists / exists.sum(-1, keepdim=True)
+    return (_share(stats) - even).abs().sum(-1) / 2
+
+
+#: Every quantity that needs no parameter.
+QUANTITIES: tuple[Quantity, ...] = (
+    Quantity("entropy", "nats", "-sum_j p_ij ln p_ij", "Shannon 1948", _mean("entropy")),
+    Quantity("normalised entropy", "1", "entropy / ln(admissible keys)", "original", _mean("normalised_entropy")),
+    Quantity("participation", "1", "sum_j p_ij^2", "original", _mean("participation")),
+    Quantity("column concentration", "1", "sum_j (mean_i p_ij)^2", "original", _concentration),
+    Quantity(
+        "doubly stochastic distance",
+        "1",
+        "sum_j |mean_i p_ij - 1 / K| / 2",
+        "original; Sander et al. 2022 (arXiv 2110.11773)",
+        _doubly_stochastic,
+    ),
+    Quantity("omega", "nats", "max_j s_ij - min_j s_ij", f"{PAPER}, theorem 5.1", _mean("score_range")),
+    Quantity("distance to prior", "nats", "KL(p_i || prior_i), at most omega", PAPER, _mean("prior_divergence")),
+    Quantity(
+        "log ratio to prior",
+        "nats",
+        "max_j |ln p_ij - ln prior_ij|, at most omega (collapse bound)",
+        f"{PAPER}, theorem 5.1",
+        _mean("prior_log_ratio"),
+    ),
+    Quantity("margin", "nats", "z_ij* - max_k z_ik, k not j*", f"{PAPER}, definition 5.2", _margin("margin")),
+    Quantity("content margin", "nats", "its content part", f"{PAPER}, definition 5.2", _margin("content_margin")),
+    Quantity("prior margin", "nats", "its prior part", f"{PAPER}, definition 5.2", _margin("prior_margin")),
+    Quantity("queries with the sink first", "1", "share of margins above zero", PAPER, _margin("is_sink")),
+    Quantity("context sensitivity", "1", "Psi = 1 - p_ij*", f"{PAPER}, definition 5.3", _mean("sensitivity")),
+    Quantity(
+        "sensitivity bound",
+        "1",
+        "(n - 1) / (exp(margin) + n - 1), at least Psi",
+        f"{PAPER}, theorem 5.4",
+        _mean("sensitivity_bound"),
+    ),
+    Quantity(
+        "explicit sink mass", "1", "exp(b - lse_i) of a learned logit b", "gpt-oss 2025", _mean("explicit_sink_mass")
+    ),
+)
+
+
+def key_quantities(keys: tuple[int, ...]) -> tuple[Quantity, ...]:
+    """The sink mass of every chosen key: a_k = mean of p_ik over the queries that admit key k (Gu et al. 2024)."""
+
+    def of(key: int) -> Quantity:
+        def compute(stats: SequenceStatistics) -> Tensor:
+            if key >= stats.column_mass.shape[-1]:
+                return stats.sums["entropy"] * torch.nan
+            return stats.column_mass[..., key] / stats.column_count[..., key]
+
+        formula = f"mean of p_ik over queries that admit k = {key}"
+        return Quantity(f"sink mass of key {key}", "1", formula, "Gu et al. 2024 (arXiv 2410.10781)", compute)
+
+    return tuple(of(key) for key in keys)
+
+
+def local_mass_quantity(width: int) -> Quantity:
+    """The weight within ``width`` tokens of the query."""
+
+    def compute(stats: SequenceStatistics) -> Tensor:
+        centre, reach = stats.max_lag, min(width, stats.max_lag)
+        return stats.lag_mass[..., centre - reach : centre + reach + 1].sum(-1) / stats.num_queries[:, None]
+
+    return Quantity(f"mass within {width} tokens", "1", f"sum of p_ij over |i - j| <= {width}", "original", compute)
