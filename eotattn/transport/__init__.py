@@ -4,8 +4,9 @@
 ``eotattn.transport.pot``, which is imported only by those who ask for it.
 """
 
+from eotattn.transport.certificate import Certificate, certify
 from eotattn.transport.dispatch import solve
 from eotattn.transport.problem import TransportProblem
 from eotattn.transport.solution import TransportSolution
 
-__all__ = ["TransportProblem", "TransportSolution", "solve"]
+__all__ = ["Certificate", "TransportProblem", "TransportSolution", "certify", "solve"]

@@ -9,9 +9,10 @@ import math
 import torch
 from torch import Tensor
 
-from eotattn.checks import check_floating, check_no_nan, check_same_device, require
+from eotattn.checks import check_floating, check_no_nan, require
+from eotattn.transport.affinity import Affinity, DenseAffinity
 
-__all__ = ["check_log_prior", "check_marginal", "check_reachability", "check_score", "reachable_keys"]
+__all__ = ["check_log_prior", "check_marginal", "check_reachability", "check_score"]
 
 #: A marginal under an infinite penalty sums to one within this many machine epsilons.
 _MASS_SLACK = 64
@@ -62,21 +63,23 @@ def check_log_prior(owner: str, log_prior: Tensor | None, score: Tensor) -> None
     """
     if log_prior is None:
         return
-    _check_fits(owner, "log_prior", log_prior, score, score.shape[-2:], score.shape[:-2])
+    _check_fits(owner, "log_prior", log_prior, DenseAffinity(score, None), score.shape[-2:])
     check_no_nan(owner, "log_prior", log_prior, allow_negative_inf=True)
     empty = int((log_prior == -math.inf).all(-1).sum())
     rule = "leave every query at least one admissible key"
     require(empty == 0, owner, "log_prior", rule, f"{empty} rows of -inf only", "Unmask a key in these rows")
 
 
-def check_marginal(owner: str, argument: str, value: Tensor, score: Tensor, size: int, *, sums_to_one: bool) -> None:
+def check_marginal(
+    owner: str, argument: str, value: Tensor, affinity: Affinity, size: int, *, sums_to_one: bool
+) -> None:
     """Raise unless ``value`` holds non-negative masses of the right size and sum.
 
     Args:
         owner: Who checks.
         argument: Its name.
         value: Shape (..., size).
-        score: Shape (..., n, m), already checked.
+        affinity: Already checked.
         size: n or m.
         sums_to_one: Whether the marginal is a constraint; otherwise any positive mass passes.
 
@@ -85,11 +88,13 @@ def check_marginal(owner: str, argument: str, value: Tensor, score: Tensor, size
         ValueError: If the shape, the device or an entry is out of range, or the sum is wrong.
 
     Example:
-        >>> check_marginal("TransportProblem", "key_marginal", torch.ones(3), torch.zeros(2, 3), 3, sums_to_one=False)
+        >>> from eotattn.transport.affinity import DenseAffinity
+        >>> pairs = DenseAffinity(torch.zeros(2, 3), None)
+        >>> check_marginal("TransportProblem", "key_marginal", torch.ones(3), pairs, 3, sums_to_one=False)
 
     Source: original.
     """
-    _check_fits(owner, argument, value, score, torch.Size((size,)), score.shape[:-2])
+    _check_fits(owner, argument, value, affinity, torch.Size((size,)))
     check_no_nan(owner, argument, value)
     negative = int((value < 0).sum())
     require(negative == 0, owner, argument, "be non-negative", f"{negative} negative entries", "Pass masses")
@@ -103,33 +108,10 @@ def check_marginal(owner: str, argument: str, value: Tensor, score: Tensor, size
         require(within, owner, argument, rule, f"a sum {error:.1e} away from one", remedy)
 
 
-def reachable_keys(log_prior: Tensor | None, query_marginal: Tensor) -> Tensor:
-    """Say which keys some query with mass may use, shape (..., m), or (..., 1) where no pair is forbidden.
-
-    Args:
-        log_prior: Shape (..., n, m), nats, or ``None``.
-        query_marginal: Shape (..., n).
-
-    Returns:
-        Booleans that broadcast against the keys.
-
-    Example:
-        >>> reachable_keys(torch.tensor([[0.0, -torch.inf]]), torch.ones(1))
-        tensor([ True, False])
-
-    Source: original.
-    """
-    alive = query_marginal > 0
-    if log_prior is None:
-        return alive.any(-1, keepdim=True)
-    return ((log_prior > -math.inf) & alive[..., None]).any(-2)
-
-
 def check_reachability(
     owner: str,
     batch_shape: torch.Size,
-    score: Tensor,
-    log_prior: Tensor | None,
+    affinity: Affinity,
     query_marginal: Tensor,
     key_marginal: Tensor | None,
     key_penalty: float,
@@ -142,8 +124,7 @@ def check_reachability(
     Args:
         owner: Who checks.
         batch_shape: Broadcast leading dimensions.
-        score: Shape (..., n, m).
-        log_prior: Shape (..., n, m), nats, or ``None``.
+        affinity: Which says what is admissible.
         query_marginal: Shape (..., n).
         key_marginal: Shape (..., m), or ``None`` for free keys.
         key_penalty: Cost units.
@@ -152,38 +133,40 @@ def check_reachability(
         ValueError: If a query or a key is stranded.
 
     Example:
-        >>> score = torch.zeros(2, 3)
-        >>> check_reachability("TransportProblem", score.shape[:-2], score, None, torch.ones(2) / 2, None, 0.0)
+        >>> from eotattn.transport.affinity import DenseAffinity
+        >>> pairs = DenseAffinity(torch.zeros(2, 3), None)
+        >>> check_reachability("TransportProblem", torch.Size(), pairs, torch.ones(2) / 2, None, 0.0)
 
     Source: original.
     """
-    if key_marginal is None or log_prior is None:
-        return
-    has_mass = (key_marginal > 0).expand(*batch_shape, score.shape[-1])
-    stranded = int((~((log_prior > -math.inf) & has_mass[..., None, :]).any(-1)).sum())
-    rule = "give mass to an admissible key of every query"
-    require(stranded == 0, owner, "key_marginal", rule, f"{stranded} queries without one", "Unmask or add mass")
-    if math.isinf(key_penalty):
-        unreached = int((has_mass & ~reachable_keys(log_prior, query_marginal)).sum())
+    *_, n, m = affinity.shape
+    if key_marginal is None:
+        has_mass = torch.ones(*batch_shape, m, dtype=torch.bool, device=affinity.device)
+        argument, rule = "key_padding", "leave every query at least one admissible key"
+    else:
+        has_mass = (key_marginal > 0).expand(*batch_shape, m)
+        argument, rule = "key_marginal", "give mass to an admissible key of every query"
+    stranded = int((~affinity.transposed.reachable(has_mass).expand(*batch_shape, n)).sum())
+    require(stranded == 0, owner, argument, rule, f"{stranded} queries without one", "Unmask or add mass")
+    if key_marginal is not None and math.isinf(key_penalty):
+        unreached = int((has_mass & ~affinity.reachable(query_marginal > 0)).sum())
         rule = "be zero on keys that no query with mass may use, under an infinite penalty"
         remedy = "Unmask them, set their mass to zero, or choose a finite key_penalty"
         require(unreached == 0, owner, "key_marginal", rule, f"{unreached} such keys with mass", remedy)
 
 
-def _check_fits(
-    owner: str, argument: str, value: Tensor, score: Tensor, trailing: torch.Size, batch: torch.Size
-) -> None:
+def _check_fits(owner: str, argument: str, value: Tensor, affinity: Affinity, trailing: torch.Size) -> None:
     """Raise unless ``value`` shares dtype and device with the score and ends in ``trailing``, batch broadcastable."""
     check_floating(owner, argument, value)
-    rule = f"have the dtype of score ({score.dtype})"
-    require(
-        value.dtype == score.dtype, owner, argument, rule, value, "Convert it with .to(score.dtype)", error=TypeError
-    )
-    check_same_device(owner, ("score", score), **{argument: value})
+    rule = f"have the dtype of score ({affinity.dtype})"
+    remedy = "Convert it with .to(score.dtype)"
+    require(value.dtype == affinity.dtype, owner, argument, rule, value, remedy, error=TypeError)
+    rule, remedy = f"be on the device of score ({affinity.device})", "Move it with .to(score.device)"
+    require(value.device == affinity.device, owner, argument, rule, value, remedy)
     fits = value.dim() >= len(trailing) and value.shape[value.dim() - len(trailing) :] == trailing
     wanted = "(..., " + ", ".join(str(size) for size in trailing) + ")"
     require(fits, owner, argument, f"have shape {wanted}", value, "Match the queries and keys of score")
-    lead = value.shape[: value.dim() - len(trailing)]
+    lead, batch = value.shape[: value.dim() - len(trailing)], affinity.shape[:-2]
     try:
         torch.broadcast_shapes(lead, batch)
     except RuntimeError:

@@ -37,10 +37,10 @@ def solve_closed_form(problem: TransportProblem) -> TransportSolution:
     if problem.key_marginal is not None:
         raise NotImplementedError(
             "solve: method 'closed_form' has no solution for a problem with a key_marginal; "
-            f"got {problem}. Choose method='newton' or 'sinkhorn'."
+            f"got {problem}. Choose method='newton', 'sinkhorn' or 'streaming'."
         )
-    shape, device = problem.batch_shape, problem.score.device
-    key_potential = problem.score.new_zeros((*shape, problem.num_keys))
+    shape, device = problem.batch_shape, problem.query_marginal.device
+    key_potential = problem.query_marginal.new_zeros((*shape, problem.num_keys))
     return TransportSolution(
         problem,
         query_potential=respond(problem, key_potential).potential.expand(*shape, problem.num_queries),

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
 
-from eotattn.checks import check_choice, check_positive, check_positive_int, require
+import torch
+from torch import Tensor
+
+from eotattn.checks import check_choice, check_floating, check_positive, check_positive_int, require
+from eotattn.transport.accelerated import AcceleratedStep
 from eotattn.transport.closed_form import solve_closed_form
 from eotattn.transport.implicit import attach_key_potential
 from eotattn.transport.iteration import Step, default_tolerance, iterate
+from eotattn.transport.keys import starting_potential
 from eotattn.transport.newton import newton_step
 from eotattn.transport.problem import TransportProblem
 from eotattn.transport.response import respond
@@ -17,13 +22,18 @@ from eotattn.transport.solution import TransportSolution
 __all__ = ["METHODS", "solve"]
 
 #: What ``solve`` accepts as ``method``.
-METHODS = ("auto", "closed_form", "newton", "sinkhorn")
+METHODS = ("auto", "closed_form", "newton", "sinkhorn", "streaming")
 
 _OWNER = "solve"
 #: The default number of iterations, and the most keys for which ``"auto"`` factorises a keys-by-keys matrix.
-_MAX_ITERATIONS = {"newton": 200, "sinkhorn": 10_000}
+_MAX_ITERATIONS = {"newton": 200, "sinkhorn": 10_000, "streaming": 10_000}
 _NEWTON_KEYS = 1024
-_STEPS: dict[str, Step] = {"newton": newton_step, "sinkhorn": sinkhorn_step}
+#: What makes a step; a step may remember earlier ones.
+_STEPS: dict[str, Callable[[], Step]] = {
+    "newton": lambda: newton_step,
+    "sinkhorn": lambda: sinkhorn_step,
+    "streaming": AcceleratedStep,
+}
 
 
 def solve(
@@ -32,6 +42,7 @@ def solve(
     method: str = "auto",
     tolerance: float | None = None,
     max_iterations: int | None = None,
+    start: Tensor | None = None,
 ) -> TransportSolution:
     """Solve a transport problem; a batch is solved as if each problem stood alone.
 
@@ -41,14 +52,18 @@ def solve(
 
     Args:
         problem: The problem.
-        method: ``"closed_form"`` for free keys; ``"sinkhorn"``, cheap steps and no memory beyond the scores;
-            ``"newton"``, few steps, each with a dense solve of the size of the keys, for small epsilon; or
-            ``"auto"``: the closed form for free keys, else Newton up to 1024 keys, else Sinkhorn. The solution's
-            ``method`` says which one ran.
+        method: ``"closed_form"`` for free keys; ``"sinkhorn"``, the plain iteration; ``"streaming"``, the same
+            iteration extrapolated from its last steps (Anderson), in O(n + m) memory beyond the problem's;
+            ``"newton"``, few steps, each with a linear system of the size of the keys, for small epsilon; or
+            ``"auto"``: the closed form for free keys; else, where the scores are dense, Newton up to 1024 keys and
+            streaming beyond; else streaming. The solution's ``method`` says which one ran. On a factored problem
+            every method answers by fused calls and forms no n x m numbers.
         tolerance: Bound for ``marginal_error``: the summed distance of the key mass from
             ``key_marginal exp(-key_potential / key_penalty)``, relative to the total mass. ``None`` is the floor of
             rounding, 128 machine epsilons times max(1, max |score| / epsilon). No meaning for the closed form.
-        max_iterations: Steps a problem may take; ``None`` is 200 for Newton and 10 000 for Sinkhorn.
+        max_iterations: Steps a problem may take; ``None`` is 200 for Newton and 10 000 otherwise.
+        start: Key potential to start from, e.g. that of a solution nearby, shape (..., m), cost units; warmer
+            temperatures are then skipped. No meaning for the closed form.
 
     Returns:
         The solution; its ``converged`` says whether the tolerance was met. Gauge of balanced problems:
@@ -72,7 +87,7 @@ def solve(
     check_choice(_OWNER, "method", method, METHODS)
     method = _choose(problem) if method == "auto" else method
     if method == "closed_form":
-        for name, value in (("tolerance", tolerance), ("max_iterations", max_iterations)):
+        for name, value in (("tolerance", tolerance), ("max_iterations", max_iterations), ("start", start)):
             rule, remedy = "be left out where the closed form applies", "It needs no iteration"
             require(value is None, _OWNER, name, rule, value, remedy)
         return solve_closed_form(problem)
@@ -83,21 +98,42 @@ def solve(
         )
     bound = default_tolerance(problem) if tolerance is None else check_positive(_OWNER, "tolerance", tolerance)
     limit = _MAX_ITERATIONS[method] if max_iterations is None else max_iterations
-    return _iterative(problem, method, bound, check_positive_int(_OWNER, "max_iterations", limit))
+    limit = check_positive_int(_OWNER, "max_iterations", limit)
+    return _iterative(problem, method, bound, limit, None if start is None else _checked_start(problem, start))
 
 
 def _choose(problem: TransportProblem) -> str:
     """The method that ``"auto"`` stands for."""
     if problem.key_marginal is None:
         return "closed_form"
-    return "newton" if problem.num_keys <= _NEWTON_KEYS else "sinkhorn"
+    return "newton" if problem.affinity.holds_pairs and problem.num_keys <= _NEWTON_KEYS else "streaming"
 
 
-def _iterative(problem: TransportProblem, method: str, tolerance: float, max_iterations: int) -> TransportSolution:
+def _checked_start(problem: TransportProblem, start: Tensor) -> Tensor:
+    """Raise unless ``start`` is a key potential of the problem; entries that carry nothing may be infinite."""
+    check_floating(_OWNER, "start", start)
+    assert problem.key_marginal is not None
+    shape = (*problem.batch_shape, problem.num_keys)
+    remedy = "Pass the key_potential of a solution"
+    fits = start.shape == shape or start.shape == shape[-1:]
+    require(fits, _OWNER, "start", f"have shape {tuple(shape)}", start, remedy)
+    same = start.dtype == problem.affinity.dtype and start.device == problem.affinity.device
+    rule = f"be {problem.affinity.dtype} on {problem.affinity.device}"
+    require(same, _OWNER, "start", rule, start, remedy, error=TypeError)
+    carries = starting_potential(problem).isfinite()
+    fine = bool((start.isfinite() | ~carries).all())
+    require(fine, _OWNER, "start", "be finite on keys that carry mass", start, remedy)
+    return start.detach()
+
+
+def _iterative(
+    problem: TransportProblem, method: str, tolerance: float, max_iterations: int, start: Tensor | None
+) -> TransportSolution:
     """Iterate without gradients, then attach them."""
-    detached = problem.with_tensors(*(None if x is None else x.detach() for x in problem.tensors))  # type: ignore[arg-type]
     with torch.no_grad():
-        raw, num_iterations, converged = iterate(detached, _STEPS[method], tolerance, max_iterations)
+        raw, num_iterations, converged = iterate(
+            problem.detached(), _STEPS[method](), tolerance, max_iterations, start=start
+        )
     key_potential = attach_key_potential(problem, raw)
     query_potential = respond(problem, key_potential).potential
     return TransportSolution(

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eotattn.transport.keys import solve_curvature
+from eotattn.transport.curvature import solve_curvature
 from eotattn.transport.objective import dual_objective, reference_mass
 from eotattn.transport.problem import TransportProblem
-from eotattn.transport.response import respond
+from eotattn.transport.response import respond, row_mass
 
 __all__ = ["attach_key_potential", "envelope_value"]
 
@@ -72,22 +72,22 @@ def envelope_value(problem: TransportProblem, query_potential: Tensor, key_poten
     return value
 
 
-def _key_residual(problem: TransportProblem, key_potential: Tensor) -> Tensor:
-    """Mass less target of the keys, by differentiable operations; zero on keys that carry nothing."""
+def _weighted_residual(problem: TransportProblem, key_potential: Tensor, weight: Tensor) -> Tensor:
+    """``sum_j weight_j (target_j - mass_j)``, shape of the batch; keys that carry nothing have no residual."""
     assert problem.key_marginal is not None
-    response = respond(problem, key_potential)
-    row_mass = problem.query_marginal * response.log_growth.exp()
-    mass = (row_mass[..., None] * response.weights).sum(-2)
     live = key_potential.isfinite()
+    weight = torch.where(live, weight, 0.0)
+    mass = row_mass(problem, respond(problem, key_potential))
+    average = problem.affinity.average(key_potential, weight[..., None], problem.epsilon).squeeze(-1)
     target = problem.key_marginal * (-torch.where(live, key_potential, 0.0) / problem.key_penalty).exp()
-    return torch.where(live, mass - target, 0.0)
+    return ((weight * target).sum(-1) - (mass * average).sum(-1)).expand(problem.batch_shape)
 
 
 def _aliases(problem: TransportProblem, tensors: tuple[Tensor | None, ...]) -> tuple[TransportProblem, list[Tensor]]:
     """The problem over fresh aliases of its tensors, and those aliases that want a gradient."""
     aliased = [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
     wanted = [tensor for tensor in aliased if tensor is not None and tensor.requires_grad]
-    return problem.with_tensors(*aliased), wanted  # type: ignore[arg-type]
+    return problem.with_tensors(*aliased), wanted
 
 
 def _distribute(
@@ -104,7 +104,7 @@ class _KeyPotential(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, problem: TransportProblem, key_potential: Tensor, *tensors: Tensor | None) -> Tensor:
-        ctx.problem = problem.with_tensors(*(None if x is None else x.detach() for x in tensors))  # type: ignore[arg-type]
+        ctx.problem = problem.with_tensors(*(None if x is None else x.detach() for x in tensors))
         value = key_potential.clone()
         ctx.save_for_backward(value, *tensors)
         return value
@@ -116,21 +116,21 @@ class _KeyPotential(torch.autograd.Function):
         create = torch.is_grad_enabled()
         with torch.enable_grad():
             problem, wanted = _aliases(ctx.problem, tuple(tensors))
-            residual = _key_residual(problem, key_potential)
+            residual = _weighted_residual(problem, key_potential, weight)
         with torch.set_grad_enabled(create):
-            gradients = _distribute(tuple(tensors), residual, wanted, -weight)
+            gradients = _distribute(tuple(tensors), residual, wanted, torch.ones_like(residual))
         return None, None, *gradients
 
 
 def _implicit_weight(problem: TransportProblem, key_potential: Tensor, cotangent: Tensor) -> Tensor:
     """Solve the curvature against a cotangent."""
     response = respond(problem, key_potential)
-    row_mass = problem.query_marginal * response.log_growth.exp()
+    mass = row_mass(problem, response)
     assert problem.key_marginal is not None
     price = torch.where(key_potential.isfinite(), key_potential, 0.0)
     target = problem.key_marginal * (-price / problem.key_penalty).exp()
     cotangent = torch.where(key_potential.isfinite(), cotangent, 0.0)
-    solved = solve_curvature(problem, response.weights, row_mass, target, cotangent, problem.epsilon)
+    solved = solve_curvature(problem, key_potential, mass, target, cotangent, problem.epsilon)
     return problem.epsilon * solved
 
 
@@ -141,7 +141,7 @@ class _EnvelopeValue(torch.autograd.Function):
     def forward(
         ctx: Any, problem: TransportProblem, query_potential: Tensor, key_potential: Tensor, *tensors: Tensor | None
     ) -> Tensor:
-        ctx.problem = problem.with_tensors(*(None if x is None else x.detach() for x in tensors))  # type: ignore[arg-type]
+        ctx.problem = problem.with_tensors(*(None if x is None else x.detach() for x in tensors))
         ctx.save_for_backward(query_potential, key_potential, *tensors)
         return _full_dual(ctx.problem, query_potential, key_potential)
 

@@ -38,8 +38,8 @@ def default_tolerance(problem: TransportProblem) -> float:
 
     Source: original.
     """
-    logits = float(problem.score.detach().abs().max()) / problem.epsilon
-    return _FLOOR * torch.finfo(problem.score.dtype).eps * max(1.0, logits)
+    logits = problem.affinity.largest / problem.epsilon
+    return _FLOOR * torch.finfo(problem.query_marginal.dtype).eps * max(1.0, logits)
 
 
 def temperatures(problem: TransportProblem) -> list[float]:
@@ -57,13 +57,12 @@ def temperatures(problem: TransportProblem) -> list[float]:
 
     Source: epsilon scaling, Schmitzer 2019.
     """
-    score = problem.score.detach()
-    steps = math.log(max(1.0, float(score.max() - score.min()) / (10 * problem.epsilon)), 4)
+    steps = math.log(max(1.0, problem.affinity.spread / (10 * problem.epsilon)), 4)
     return [problem.epsilon * 4.0**level for level in range(math.floor(steps), -1, -1)]
 
 
 def iterate(
-    problem: TransportProblem, step: Step, tolerance: float, max_iterations: int
+    problem: TransportProblem, step: Step, tolerance: float, max_iterations: int, *, start: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Repeat ``step`` down the temperatures until every problem of the batch has converged or time is up.
 
@@ -74,6 +73,7 @@ def iterate(
         step: One improvement of the key potential.
         tolerance: Bound for the error of ``KeyBalance``, a fraction of the total mass.
         max_iterations: Steps a problem may take, all temperatures together.
+        start: Potential to start from, at the problem's own temperature; ``None`` starts from nothing.
 
     Returns:
         ``(key_potential, num_iterations, converged)``, shapes (..., m), (...), (...).
@@ -86,8 +86,11 @@ def iterate(
     Source: original.
     """
     potential = starting_potential(problem)
+    schedule = temperatures(problem)
+    if start is not None:
+        potential, schedule = torch.where(potential.isfinite(), start, potential), [problem.epsilon]
     count = torch.zeros(problem.batch_shape, dtype=torch.int64, device=potential.device)
-    for epsilon in temperatures(problem):
+    for epsilon in schedule:
         final = epsilon == problem.epsilon
         bound = tolerance if final else max(tolerance, _GUIDING_TOLERANCE)
         allowed = max_iterations if final else (count + _GUIDING_ITERATIONS).clamp(max=max_iterations)

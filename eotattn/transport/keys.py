@@ -1,4 +1,4 @@
-"""The problem as seen from the keys: their mass, their target, the residual between them and its curvature."""
+"""The problem as seen from the keys: their mass, their target and the residual between them."""
 
 # Legend: n queries, m keys; the leading dimensions are a batch. The queries always answer by `respond`.
 
@@ -10,11 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eotattn.transport.admissibility import reachable_keys
 from eotattn.transport.problem import TransportProblem
-from eotattn.transport.response import QueryResponse, penalty_share, respond
+from eotattn.transport.response import QueryResponse, respond
 
-__all__ = ["KeyBalance", "balance", "solve_curvature", "starting_potential"]
+__all__ = ["KeyBalance", "balance", "query_price", "starting_potential"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,11 +68,13 @@ def balance(problem: TransportProblem, key_potential: Tensor, *, epsilon: float 
     Source: optimality conditions, Chizat et al. 2018.
     """
     assert problem.key_marginal is not None
+    epsilon = problem.epsilon if epsilon is None else epsilon
     response = respond(problem, key_potential, epsilon=epsilon)
     log_rows = problem.query_marginal.log() + response.log_growth
-    log_mass = (log_rows[..., None] + response.log_weights).logsumexp(-2)
-    live = key_potential.isfinite() & (log_mass > -math.inf)
     price = torch.where(key_potential.isfinite(), key_potential, 0.0)
+    offered = problem.affinity.transposed.soft_maximum(query_price(problem, response, epsilon), epsilon)
+    log_mass = (offered + price) / epsilon
+    live = key_potential.isfinite() & (log_mass > -math.inf)
     log_target = problem.key_marginal.log() - price / problem.key_penalty
     log_mass, log_target = (torch.where(live, value, -math.inf) for value in (log_mass, log_target))
     log_scale = torch.maximum(log_mass.logsumexp(-1), log_target.logsumexp(-1))[..., None]
@@ -84,6 +85,30 @@ def balance(problem: TransportProblem, key_potential: Tensor, *, epsilon: float 
         (log_target - log_scale).exp(),
         torch.where(live, log_target, 0.0) - torch.where(live, log_mass, 0.0),
     )
+
+
+def query_price(problem: TransportProblem, response: QueryResponse, epsilon: float) -> Tensor:
+    """Return the price at which keys see queries: ``epsilon log row_mass_i - soft_maximum_i``.
+
+    With it ``coupling_ij = exp((score_ij + key_potential_j + price_i) / epsilon + log_prior_ij)``, so the mass of the
+    keys is a soft maximum over the queries.
+
+    Args:
+        problem: The problem.
+        response: Of the queries, at ``epsilon``.
+        epsilon: Temperature, cost units.
+
+    Returns:
+        Cost units, shape (..., n); -inf for queries without mass.
+
+    Example:
+        >>> problem = TransportProblem(torch.zeros(1, 2))
+        >>> query_price(problem, respond(problem, torch.zeros(2)), 1.0)
+        tensor([-0.6931])
+
+    Source: original.
+    """
+    return epsilon * (problem.query_marginal.log() + response.log_growth) - response.soft_maximum
 
 
 def starting_potential(problem: TransportProblem) -> Tensor:
@@ -103,54 +128,6 @@ def starting_potential(problem: TransportProblem) -> Tensor:
     Source: original.
     """
     assert problem.key_marginal is not None
-    start = torch.where(reachable_keys(problem.log_prior, problem.query_marginal), 0.0, math.inf)
-    start = torch.where(problem.key_marginal > 0, start, -math.inf).to(problem.score.dtype)
+    start = torch.where(problem.affinity.reachable(problem.query_marginal > 0), 0.0, math.inf)
+    start = torch.where(problem.key_marginal > 0, start, -math.inf).to(problem.query_marginal.dtype)
     return start.expand(*problem.batch_shape, problem.num_keys).contiguous()
-
-
-def solve_curvature(
-    problem: TransportProblem, weights: Tensor, row_mass: Tensor, target: Tensor, right: Tensor, epsilon: float
-) -> Tensor:
-    """Solve ``epsilon H x = right``, H the negative Hessian of the dual in the key potential; differentiable.
-
-    With the queries answering, ``epsilon H = diag(mass) - share W + (epsilon / key_penalty) diag(target)`` and
-    ``W = weights^T diag(row_mass) weights``. It is assembled as a graph Laplacian plus non-negative terms, which
-    keeps small entries accurate. In a balanced problem constants are its kernel; there ``right`` must sum to zero,
-    and the solution is orthogonal to the key mass. Keys without mass get zero.
-
-    Args:
-        problem: The problem.
-        weights: Attention weights, shape (..., n, m).
-        row_mass: Shape (..., n).
-        target: Shape (..., m).
-        right: Shape (..., m).
-        epsilon: Temperature at which the weights were computed.
-
-    Returns:
-        x, shape (..., m).
-
-    Example:
-        >>> problem = TransportProblem(torch.zeros(1, 2), key_marginal=torch.tensor([0.5, 0.5]))
-        >>> half, right = torch.tensor([[0.5, 0.5]]), torch.tensor([0.25, -0.25])
-        >>> solve_curvature(problem, half, torch.ones(1), half[0], right, 1.0)
-        tensor([ 0.5000, -0.5000])
-
-    Source: original; semi-dual Newton systems as in Brauer et al. 2017.
-    """
-    flow = (weights * row_mass[..., None]).mT @ weights
-    mass = (weights * row_mass[..., None]).sum(-2)
-    live = mass > 0
-    share = penalty_share(problem.query_penalty, epsilon)
-    off = flow - torch.diag_embed(flow.diagonal(dim1=-2, dim2=-1))
-    extra = (1.0 - share) * mass + (epsilon / problem.key_penalty) * target
-    root = torch.where(live, mass, 1.0).sqrt()
-    # share * (row sums of off) + extra equals mass - share * (diagonal of flow) + ..., without the cancellation.
-    diagonal = (share * off.sum(-1) + extra) / root.square() + 8 * torch.finfo(root.dtype).eps
-    scaled = torch.diag_embed(torch.where(live, diagonal, 1.0)) - share * off / (
-        root[..., :, None] * root[..., None, :]
-    )
-    if problem.is_balanced:
-        kernel = torch.where(live, root, 0.0)
-        scaled = scaled + kernel[..., :, None] * kernel[..., None, :]
-    right = torch.where(live, right, 0.0) / root
-    return torch.linalg.solve(scaled, right.unsqueeze(-1)).squeeze(-1) / root

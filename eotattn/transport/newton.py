@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eotattn.transport.keys import KeyBalance, balance, solve_curvature
+from eotattn.transport.curvature import solve_curvature
+from eotattn.transport.keys import KeyBalance, balance
 from eotattn.transport.problem import TransportProblem
 from eotattn.transport.sinkhorn import sinkhorn_step
 
@@ -40,9 +41,9 @@ def newton_step(problem: TransportProblem, key_potential: Tensor, state: KeyBala
     """
     base = sinkhorn_step(problem, key_potential, state, epsilon)
     start = balance(problem, base, epsilon=epsilon)
-    direction = epsilon * _direction(problem, start, epsilon)
+    direction = epsilon * _direction(problem, base, start, epsilon)
     # Where keys hardly compete the curvature is flat and the direction huge; no potential needs more than the range.
-    reach = problem.score.max() - problem.score.min() + 100 * epsilon
+    reach = problem.affinity.spread + 100 * epsilon
     direction = direction * (reach / direction.abs().amax(-1, keepdim=True).clamp(min=reach))
     full = balance(problem, base + direction, epsilon=epsilon)
     accepted = full.error <= 0.5 * start.error
@@ -66,10 +67,10 @@ def _line_search(problem: TransportProblem, base: Tensor, direction: Tensor, eps
     return low
 
 
-def _direction(problem: TransportProblem, state: KeyBalance, epsilon: float) -> Tensor:
+def _direction(problem: TransportProblem, key_potential: Tensor, state: KeyBalance, epsilon: float) -> Tensor:
     """The Newton direction in nats; zero where it is not finite."""
     right = state.target - state.mass
     if problem.is_balanced:
         right = right - right.sum(-1, keepdim=True) * state.mass
-    direction = solve_curvature(problem, state.response.weights, state.row_mass, state.target, right, epsilon)
+    direction = solve_curvature(problem, key_potential, state.row_mass, state.target, right, epsilon)
     return torch.where(direction.isfinite().all(-1, keepdim=True), direction, 0.0)

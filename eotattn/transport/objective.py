@@ -9,7 +9,6 @@ import math
 import torch
 from torch import Tensor
 
-from eotattn.transport.admissibility import reachable_keys
 from eotattn.transport.problem import TransportProblem
 from eotattn.transport.response import respond
 
@@ -52,10 +51,7 @@ def reference_mass(problem: TransportProblem) -> Tensor:
 
     Source: original.
     """
-    if problem.log_prior is None:
-        mass = problem.query_marginal.sum(-1) * problem.num_keys
-    else:
-        mass = (problem.query_marginal * problem.log_prior.exp().sum(-1)).sum(-1)
+    mass = (problem.query_marginal * problem.affinity.log_prior_mass().exp()).sum(-1)
     return mass.expand(problem.batch_shape)
 
 
@@ -79,9 +75,10 @@ def primal_objective(problem: TransportProblem, coupling: Tensor) -> Tensor:
     Source: Chizat et al. 2018.
     """
     log_reference = problem.query_marginal.log()[..., None]
-    if problem.log_prior is not None:
-        log_reference = log_reference + problem.log_prior
-    value = (problem.epsilon * divergence(coupling, log_reference) - coupling * problem.score).sum((-2, -1))
+    score, log_prior = problem.affinity.rows(slice(None))
+    if log_prior is not None:
+        log_reference = log_reference + log_prior
+    value = (problem.epsilon * divergence(coupling, log_reference) - coupling * score).sum((-2, -1))
     if 0 < problem.query_penalty < math.inf:
         value = value + problem.query_penalty * _soft(coupling.sum(-1), problem.query_marginal)
     if problem.key_marginal is not None and problem.key_penalty < math.inf:
@@ -116,7 +113,7 @@ def dual_objective(problem: TransportProblem, query_potential: Tensor, key_poten
     # A query without mass contributes none, even where the exponential overflows.
     growth = torch.where((problem.query_marginal > 0) | growth.isfinite(), growth, 0.0)
     total = (problem.query_marginal * growth).sum(-1)
-    impossible = (key_potential == math.inf) & reachable_keys(problem.log_prior, problem.query_marginal)
+    impossible = (key_potential == math.inf) & problem.affinity.reachable(problem.query_marginal > 0)
     value = _concave_part(query_potential, problem.query_marginal, problem.query_penalty) - problem.epsilon * total
     key_marginal = torch.ones_like(key_potential) if problem.key_marginal is None else problem.key_marginal
     value = value + _concave_part(key_potential, key_marginal, problem.key_penalty)

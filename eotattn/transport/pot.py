@@ -151,7 +151,8 @@ def quasi_newton(problem: TransportProblem, *, max_iterations: int = 2_000) -> T
     Source: POT; Blondel et al. 2018.
     """
     _require_free(problem, "ot.unbalanced.lbfgsb_unbalanced", finite=True)
-    if problem.log_prior is not None and bool((problem.log_prior == -math.inf).any()):
+    log_prior = problem.log_prior
+    if log_prior is not None and bool((log_prior == -math.inf).any()):
         raise NotImplementedError(f"pot: ot.unbalanced.lbfgsb_unbalanced fails on forbidden pairs; got {problem}.")
     kinds = {"reg_div": "kl", "regm_div": "kl"}
     return _tensor(problem, _general(problem, ot.unbalanced.lbfgsb_unbalanced, max_iterations, kinds))
@@ -163,14 +164,15 @@ _UNBALANCED = "ot.unbalanced.sinkhorn_unbalanced"
 
 def _run(problem: TransportProblem, solver: Callable[[TransportProblem], np.ndarray], call: str) -> PotSolution:
     """Solve the problems of a batch one by one."""
-    batch, (n, m) = problem.batch_shape, problem.score.shape[-2:]
+    problem = problem.dense()
+    batch, (n, m) = problem.batch_shape, problem.affinity.shape[-2:]
     trailing = (n, m), (n, m), (n,), (m,)
     flat = [
         None if tensor is None else tensor.detach().expand(*batch, *sizes).reshape(-1, *sizes)
         for tensor, sizes in zip(problem.tensors, trailing, strict=True)
     ]
     plans = [
-        _tensor(problem, solver(problem.with_tensors(*(None if x is None else x[index] for x in flat))))  # type: ignore[arg-type]
+        _tensor(problem, solver(problem.with_tensors(*(None if x is None else x[index] for x in flat))))
         for index in range(math.prod(batch))
     ]
     coupling = torch.stack(plans).reshape(*batch, n, m)
@@ -292,4 +294,4 @@ def _require_converged(error: float, tolerance: float, call: str) -> None:
 
 def _tensor(problem: TransportProblem, array: np.ndarray) -> Tensor:
     """A tensor like the score."""
-    return torch.as_tensor(array, dtype=problem.score.dtype, device=problem.score.device)
+    return torch.as_tensor(array, dtype=problem.affinity.dtype, device=problem.affinity.device)

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from eotattn.checks import check_positive, require
+from eotattn.priors import LogPrior
 from eotattn.transport.admissibility import check_log_prior, check_marginal, check_reachability, check_score
+from eotattn.transport.affinity import Affinity, DenseAffinity
+from eotattn.transport.statement import factored_affinity, point_affinity
 
 __all__ = ["TransportProblem"]
 
@@ -34,6 +37,7 @@ class TransportProblem:
     are the attention weights ``softmax(score / epsilon + log_prior)``.
 
     All tensors share one dtype (float32 or float64) and one device, and broadcast over leading batch dimensions.
+    ``from_factors`` and ``from_points`` state problems of any size without n x m numbers; they solve alike.
     A key marginal entry of exactly zero removes the key, and receives zero gradient; a query without mass still has a
     potential, attention weights and its one-sided derivative.
 
@@ -63,9 +67,8 @@ class TransportProblem:
     penalties, Chizat et al. 2018; two-sided attention, Sander et al. 2022.
     """
 
-    score: Tensor
+    affinity: Affinity
     epsilon: float
-    log_prior: Tensor | None
     query_marginal: Tensor
     key_marginal: Tensor | None
     query_penalty: float
@@ -83,44 +86,156 @@ class TransportProblem:
         key_penalty: float | None = None,
     ) -> None:
         check_score(_OWNER, score)
-        n, m = score.shape[-2:]
+        check_log_prior(_OWNER, log_prior, score)
+        affinity = DenseAffinity(score, log_prior)
+        self._state(affinity, epsilon, query_marginal, key_marginal, query_penalty, key_penalty)
+
+    @classmethod
+    def from_factors(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        *,
+        epsilon: float,
+        prior: LogPrior | None = None,
+        query_positions: Tensor | None = None,
+        key_positions: Tensor | None = None,
+        key_padding: Tensor | None = None,
+        is_causal: bool = False,
+        query_marginal: Tensor | None = None,
+        key_marginal: Tensor | None = None,
+        query_penalty: float = math.inf,
+        key_penalty: float | None = None,
+    ) -> TransportProblem:
+        """State a problem whose score is ``<query_i, key_j>``, unscaled: attention has ``epsilon = sqrt(d)``.
+
+        Nothing of n x m numbers is formed, here or by ``solve``. The kernel runs in the dtype of query and key;
+        potentials and marginals are float64 for float64 and float32 otherwise.
+
+        Args:
+            query: Shape (..., n, d), float32, float64 or bfloat16, finite.
+            key: Shape (..., m, d), the same dtype.
+            epsilon: Transport temperature, cost units.
+            prior: A log-prior with lanes; its heads are the last leading dimension. Its row constants count.
+            query_positions: Shape (n,) or (B, n), tokens; 0 to n - 1 by default. With a prior only.
+            key_positions: The same for keys.
+            key_padding: Booleans, shape (..., m), true where no query may use the key.
+            is_causal: Query i may use keys 0 to i; needs n = m.
+            query_marginal: As for a dense problem, as are the four that follow.
+            key_marginal: Zero entries remove keys.
+            query_penalty: Cost units, in [0, inf].
+            key_penalty: Cost units, in (0, inf].
+
+        Returns:
+            The problem.
+
+        Raises:
+            TypeError: If a tensor has the wrong dtype.
+            ValueError: If a shape or value is out of range, or an argument would have no effect.
+            NotImplementedError: If the prior has no lanes.
+
+        Example:
+            >>> TransportProblem.from_factors(torch.zeros(5, 4), torch.zeros(7, 4), epsilon=2.0)
+            TransportProblem(batch=(), queries=5, keys=7, epsilon=2, query_penalty=inf, key_penalty=0, torch.float32)
+
+        Source: original.
+        """
+        affinity = factored_affinity(
+            query,
+            key,
+            prior=prior,
+            positions=(query_positions, key_positions),
+            key_padding=key_padding,
+            is_causal=is_causal,
+        )
+        problem = object.__new__(cls)
+        problem._state(affinity, epsilon, query_marginal, key_marginal, query_penalty, key_penalty)
+        return problem
+
+    @classmethod
+    def from_points(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        *,
+        epsilon: float,
+        query_marginal: Tensor | None = None,
+        key_marginal: Tensor | None = None,
+        query_penalty: float = math.inf,
+        key_penalty: float | None = None,
+    ) -> TransportProblem:
+        """State a problem whose cost is the squared Euclidean distance ``|query_i - key_j|^2``, in factored form.
+
+        Args:
+            query: Points, shape (..., n, d), float32, float64 or bfloat16.
+            key: Points, shape (..., m, d), the same dtype.
+            epsilon: Transport temperature, in units of squared distance.
+            query_marginal: As for a dense problem, as are the three that follow.
+            key_marginal: Shape (..., m).
+            query_penalty: Squared distance, in [0, inf].
+            key_penalty: Squared distance, in (0, inf].
+
+        Returns:
+            The problem.
+
+        Raises:
+            TypeError: If a tensor has the wrong dtype.
+            ValueError: If a shape or value is out of range.
+
+        Example:
+            >>> TransportProblem.from_points(torch.zeros(1, 2), torch.ones(1, 2), epsilon=1.0).score
+            tensor([[-2.]])
+
+        Source: original; the expansion of the square.
+        """
+        problem = object.__new__(cls)
+        affinity = point_affinity(query, key)
+        problem._state(affinity, epsilon, query_marginal, key_marginal, query_penalty, key_penalty)
+        return problem
+
+    def _state(
+        self,
+        affinity: Affinity,
+        epsilon: float,
+        query_marginal: Tensor | None,
+        key_marginal: Tensor | None,
+        query_penalty: float,
+        key_penalty: float | None,
+    ) -> None:
+        """Check what every kind of problem must satisfy, then store it."""
+        *_, n, m = affinity.shape
         epsilon = check_positive(_OWNER, "epsilon", epsilon)
         query_penalty = check_positive(_OWNER, "query_penalty", query_penalty, allow_zero=True, allow_inf=True)
         key_penalty = _key_penalty(key_penalty, key_marginal)
-        check_log_prior(_OWNER, log_prior, score)
         if query_marginal is None:
-            query_marginal = torch.full((n,), 1.0 / n, dtype=score.dtype, device=score.device)
+            query_marginal = torch.full((n,), 1.0 / n, dtype=affinity.dtype, device=affinity.device)
         else:
-            check_marginal(_OWNER, "query_marginal", query_marginal, score, n, sums_to_one=math.isinf(query_penalty))
+            hard = math.isinf(query_penalty)
+            check_marginal(_OWNER, "query_marginal", query_marginal, affinity, n, sums_to_one=hard)
         if key_marginal is not None:
-            check_marginal(_OWNER, "key_marginal", key_marginal, score, m, sums_to_one=math.isinf(key_penalty))
-        self._store(score, epsilon, log_prior, query_marginal, key_marginal, query_penalty, key_penalty)
-        check_reachability(_OWNER, self.batch_shape, score, log_prior, query_marginal, key_marginal, key_penalty)
+            check_marginal(_OWNER, "key_marginal", key_marginal, affinity, m, sums_to_one=math.isinf(key_penalty))
+        self._store(affinity, epsilon, query_marginal, key_marginal, query_penalty, key_penalty)
+        check_reachability(_OWNER, self.batch_shape, affinity, query_marginal, key_marginal, key_penalty)
 
     def _store(
         self,
-        score: Tensor,
+        affinity: Affinity,
         epsilon: float,
-        log_prior: Tensor | None,
         query_marginal: Tensor,
         key_marginal: Tensor | None,
         query_penalty: float,
         key_penalty: float,
     ) -> None:
-        values = (score, epsilon, log_prior, query_marginal, key_marginal, query_penalty, key_penalty)
+        values = (affinity, epsilon, query_marginal, key_marginal, query_penalty, key_penalty)
         for name, value in zip(self.__dataclass_fields__, values, strict=True):
             object.__setattr__(self, name, value)
 
-    def with_tensors(
-        self, score: Tensor, log_prior: Tensor | None, query_marginal: Tensor, key_marginal: Tensor | None
-    ) -> TransportProblem:
+    def with_tensors(self, *tensors: Tensor | None) -> TransportProblem:
         """Return the same problem over other tensors of the same shapes, unchecked: for detached or aliased copies.
 
         Args:
-            score: Shape (..., n, m), cost units.
-            log_prior: Shape (..., n, m), nats, or ``None``.
-            query_marginal: Shape (..., n).
-            key_marginal: Shape (..., m), or ``None``.
+            *tensors: In the order of ``tensors``: for a dense problem the score (..., n, m), the log-prior or
+                ``None``, the query marginal (..., n), the key marginal (..., m) or ``None``.
 
         Returns:
             A problem with this one's epsilon and penalties.
@@ -132,31 +247,56 @@ class TransportProblem:
 
         Source: original.
         """
+        *parts, query_marginal, key_marginal = tensors
+        assert query_marginal is not None
         other = object.__new__(TransportProblem)
-        other._store(score, self.epsilon, log_prior, query_marginal, key_marginal, self.query_penalty, self.key_penalty)
+        affinity = self.affinity.with_tensors(*parts)
+        other._store(affinity, self.epsilon, query_marginal, key_marginal, self.query_penalty, self.key_penalty)
+        return other
+
+    def detached(self) -> TransportProblem:
+        """The problem over tensors without gradients."""
+        return self.with_tensors(*(None if tensor is None else tensor.detach() for tensor in self.tensors))
+
+    def dense(self) -> TransportProblem:
+        """The same problem with n x m numbers; itself, if it has them already."""
+        if self.affinity.holds_pairs:
+            return self
+        other = object.__new__(TransportProblem)
+        affinity = DenseAffinity(self.score, self.log_prior)
+        rest = (self.query_marginal, self.key_marginal, self.query_penalty, self.key_penalty)
+        other._store(affinity, self.epsilon, *rest)
         return other
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        """The tensors ``(score, log_prior, query_marginal, key_marginal)``, in the order of ``with_tensors``."""
-        return self.score, self.log_prior, self.query_marginal, self.key_marginal
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Those of the affinity, then the query marginal and the key marginal."""
+        return *self.affinity.tensors, self.query_marginal, self.key_marginal
+
+    @property
+    def score(self) -> Tensor:
+        """The score of every pair, shape (..., n, m), cost units; a factored problem forms it here."""
+        return self.affinity.score
+
+    @property
+    def log_prior(self) -> Tensor | None:
+        """The log-prior of every pair, shape (..., n, m), nats, or ``None``; a factored problem forms it here."""
+        return self.affinity.log_prior
 
     @property
     def num_queries(self) -> int:
         """The number n of queries."""
-        return self.score.shape[-2]
+        return self.affinity.shape[-2]
 
     @property
     def num_keys(self) -> int:
         """The number m of keys."""
-        return self.score.shape[-1]
+        return self.affinity.shape[-1]
 
     @property
     def batch_shape(self) -> torch.Size:
         """The leading dimensions, broadcast over all tensors; empty for one problem."""
-        shapes = [self.score.shape[:-2], self.query_marginal.shape[:-1]]
-        if self.log_prior is not None:
-            shapes.append(self.log_prior.shape[:-2])
+        shapes = [self.affinity.shape[:-2], self.query_marginal.shape[:-1]]
         if self.key_marginal is not None:
             shapes.append(self.key_marginal.shape[:-1])
         return torch.broadcast_shapes(*shapes)
@@ -170,7 +310,7 @@ class TransportProblem:
         return (
             f"TransportProblem(batch={tuple(self.batch_shape)}, queries={self.num_queries}, keys={self.num_keys}, "
             f"epsilon={self.epsilon:g}, query_penalty={self.query_penalty:g}, key_penalty={self.key_penalty:g}, "
-            f"{self.score.dtype})"
+            f"{self.affinity.dtype})"
         )
 
 

@@ -1,81 +1,151 @@
 """From a coupling that nearly satisfies its constraints to one that does, so that the primal value is a true bound."""
 
+# Legend: n queries, m keys, r rows of a block; the leading dimensions are a batch.
+
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from eotattn.transport.keys import solve_curvature
+from eotattn.transport.affinity import Rows
+from eotattn.transport.curvature import solve_curvature
 from eotattn.transport.problem import TransportProblem
+from eotattn.transport.response import respond, row_mass
 
-__all__ = ["feasible_coupling"]
-
-#: Mass, in machine epsilons of the total, that may be dropped rather than put on a forbidden pair.
-_DROPPED = 64
+__all__ = ["RoundedCoupling", "rounded_coupling"]
 
 
-def feasible_coupling(problem: TransportProblem, weights: Tensor, row_mass: Tensor) -> Tensor:
-    """Return a coupling near ``row_mass_i weights_ij`` that satisfies the constraints of the problem.
+@dataclass(frozen=True, eq=False)
+class RoundedCoupling:
+    """A coupling given by vectors; any rows of it can be formed.
 
-    Soft and free sides need nothing. A hard key side with soft queries rescales columns. Two hard sides are rounded:
-    the coupling is first corrected on its own support, by the least relative change that repairs the marginals to
-    first order; then rows and columns are shrunk to their marginals and what is missing is spread as a product. What
-    the product puts on a forbidden pair is dropped if it is rounding, and otherwise stays, so that the primal value
-    is +inf.
+    ``row_mass_i weights_ij (1 + row_i + column_j)^+ row_factor_i column_factor_j + row_rest_i column_rest_j``.
 
     Args:
         problem: The problem.
-        weights: Shape (..., n, m), rows sum to one.
-        row_mass: Shape (..., n); the query marginal, where that is a constraint.
-
-    Returns:
-        A feasible coupling, shape (..., n, m).
+        key_potential: Of the weights, cost units, shape (..., m).
+        row_mass: Shape (..., n).
+        row: Relative change of rows, shape (..., n).
+        column: Relative change of columns, shape (..., m).
+        row_factor: Shape (..., n).
+        column_factor: Shape (..., m).
+        row_rest: Mass that rows lack, shape (..., n).
+        column_rest: Share of each column in what is missing, shape (..., m).
 
     Example:
         >>> problem = TransportProblem(torch.zeros(1, 2), key_marginal=torch.tensor([0.25, 0.75]))
-        >>> feasible_coupling(problem, torch.tensor([[0.5, 0.5]]), torch.ones(1))
+        >>> rounded_coupling(problem, torch.zeros(2)).rows(slice(None))
         tensor([[0.2500, 0.7500]])
 
-    Source: product rounding, Altschuler et al. 2017; correction on the support, original.
+    Source: original.
     """
-    coupling = row_mass[..., None] * weights
-    if problem.key_marginal is None or not math.isinf(problem.key_penalty):
-        return coupling
+
+    problem: TransportProblem
+    key_potential: Tensor
+    row_mass: Tensor
+    row: Tensor
+    column: Tensor
+    row_factor: Tensor
+    column_factor: Tensor
+    row_rest: Tensor
+    column_rest: Tensor
+
+    def rows(self, index: Rows) -> Tensor:
+        """Some rows of the coupling, shape (..., r, m)."""
+        weights = self.problem.affinity.log_weights(self.key_potential, self.problem.epsilon, index).exp()
+        change = (1 + self.row[..., index, None] + self.column[..., None, :]).clamp(min=0)
+        factor = (self.row_mass * self.row_factor)[..., index, None] * self.column_factor[..., None, :]
+        return weights * change * factor + self.spread(index)
+
+    def spread(self, index: Rows) -> Tensor:
+        """The part of some rows that is a product of marginals, shape (..., r, m)."""
+        return self.row_rest[..., index, None] * self.column_rest[..., None, :]
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """Row sums (..., n) and column sums (..., m), by blocks."""
+        rows, columns = [], torch.zeros(())
+        for index in self.problem.affinity.blocks():
+            block = self.rows(index)
+            rows.append(block.sum(-1))
+            columns = columns.to(block) + block.sum(-2)
+        return torch.cat(rows, -1), columns
+
+
+def rounded_coupling(
+    problem: TransportProblem, key_potential: Tensor, *, stated: TransportProblem | None = None
+) -> RoundedCoupling:
+    """Return a coupling that satisfies the constraints, near the queries' answer to ``key_potential``.
+
+    Soft and free sides need nothing. A hard key side with soft queries rescales columns. Two hard sides are rounded:
+    the coupling is first corrected on its own support, by the least relative change that repairs the marginals to
+    first order; then rows and columns are shrunk to their marginals and what is missing is spread as a product.
+
+    Args:
+        problem: The problem.
+        key_potential: Cost units, shape (..., m).
+        stated: The problem in the dtype in which it was stated, whose faster kernels find the correction; how well
+            they do so affects how near the result is, not whether it is feasible.
+
+    Returns:
+        The coupling; on forbidden pairs its ``spread`` may be positive.
+
+    Example:
+        >>> problem = TransportProblem(torch.zeros(1, 2), key_marginal=torch.tensor([0.25, 0.75]))
+        >>> rounded_coupling(problem, torch.zeros(2)).sums()[1]
+        tensor([0.2500, 0.7500])
+
+    Source: rounding, Altschuler et al. 2017; correction on the support, original.
+    """
+    mass = row_mass(problem, respond(problem, key_potential)).expand(*problem.batch_shape, problem.num_queries)
+    none, ones = torch.zeros_like(mass), torch.ones_like(mass)
+    zero = mass.new_zeros((*problem.batch_shape, problem.num_keys))
+    start = RoundedCoupling(problem, key_potential, mass, none, zero, ones, torch.ones_like(zero), none, zero)
+    if problem.key_marginal is None or problem.key_penalty < math.inf:
+        return start
     if not problem.is_balanced:
-        return _shrink(coupling, problem.key_marginal, -2, upper=math.inf)
-    return _spread(problem, _correct_on_support(problem, coupling, weights, row_mass))
+        _, columns = start.sums()
+        return replace(start, column_factor=_ratio(problem.key_marginal, columns))
+    return _spread(_shrunk(_corrected(start, problem if stated is None else stated)))
 
 
-def _shrink(coupling: Tensor, marginal: Tensor, dim: int, *, upper: float) -> Tensor:
-    """Scale along ``dim`` towards the marginal, by at most ``upper``."""
-    mass = coupling.sum(dim)
-    factor = torch.where(mass > 0, marginal / torch.where(mass > 0, mass, 1.0), 0.0).clamp(max=upper)
-    return coupling * factor.unsqueeze(dim)
+def _ratio(marginal: Tensor, mass: Tensor) -> Tensor:
+    """Marginal over mass; zero where there is none."""
+    return torch.where(mass > 0, marginal / torch.where(mass > 0, mass, 1.0), 0.0)
 
 
-def _correct_on_support(problem: TransportProblem, coupling: Tensor, weights: Tensor, row_mass: Tensor) -> Tensor:
-    """Multiply by 1 + u_i + v_j such that the marginals hold to first order; negative factors become zero."""
+def _corrected(start: RoundedCoupling, stated: TransportProblem) -> RoundedCoupling:
+    """Multiply by 1 + u_i + v_j such that the marginals hold to first order."""
+    assert start.problem.key_marginal is not None
+    assert stated.key_marginal is not None
+    missing = start.problem.key_marginal - start.sums()[1]
+    # Masses far below the others leave the narrower dtype, so what is missing is scaled to its range.
+    scale = missing.abs().amax(-1, keepdim=True)
+    right = missing / torch.where(scale > 0, scale, 1.0)
+    potential, row_mass, right = (one.to(stated.affinity.dtype) for one in (start.key_potential, start.row_mass, right))
+    column = solve_curvature(stated, potential, row_mass, stated.key_marginal, right, stated.epsilon)
+    row = -stated.affinity.average(potential, column[..., None], stated.epsilon).squeeze(-1)
+    return replace(start, row=row.to(missing) * scale, column=column.to(missing) * scale)
+
+
+def _shrunk(coupling: RoundedCoupling) -> RoundedCoupling:
+    """Scale rows, then columns, down to their marginals where they exceed them."""
+    problem = coupling.problem
     assert problem.key_marginal is not None
-    missing = problem.key_marginal - coupling.sum(-2)
-    column = solve_curvature(problem, weights, row_mass, problem.key_marginal, missing, problem.epsilon)
-    row = -(weights @ column.unsqueeze(-1)).squeeze(-1)
-    return coupling * (1 + row[..., None] + column[..., None, :]).clamp(min=0)
+    rows, _ = coupling.sums()
+    coupling = replace(coupling, row_factor=_ratio(problem.query_marginal, rows).clamp(max=1.0))
+    _, columns = coupling.sums()
+    return replace(coupling, column_factor=_ratio(problem.key_marginal, columns).clamp(max=1.0))
 
 
-def _spread(problem: TransportProblem, coupling: Tensor) -> Tensor:
-    """Shrink to the marginals and spread what is missing as a product."""
+def _spread(coupling: RoundedCoupling) -> RoundedCoupling:
+    """Put what rows and columns lack where both lack it."""
+    problem = coupling.problem
     assert problem.key_marginal is not None
-    coupling = _shrink(coupling, problem.query_marginal, -1, upper=1.0)
-    coupling = _shrink(coupling, problem.key_marginal, -2, upper=1.0)
-    rows = (problem.query_marginal - coupling.sum(-1)).clamp(min=0)
-    columns = (problem.key_marginal - coupling.sum(-2)).clamp(min=0)
-    total = columns.sum(-1)[..., None, None]
-    product = rows[..., None] * columns[..., None, :] / torch.where(total > 0, total, 1.0)
-    if problem.log_prior is not None:
-        forbidden = problem.log_prior == -math.inf
-        misplaced = (product * forbidden).sum((-2, -1), keepdim=True)
-        rounding = misplaced <= _DROPPED * torch.finfo(product.dtype).eps
-        product = torch.where(forbidden & rounding, 0.0, product)
-    return coupling + product
+    row_sums, column_sums = coupling.sums()
+    rows = (problem.query_marginal - row_sums).clamp(min=0)
+    columns = (problem.key_marginal - column_sums).clamp(min=0)
+    total = columns.sum(-1, keepdim=True)
+    return replace(coupling, row_rest=rows, column_rest=columns / torch.where(total > 0, total, 1.0))

@@ -10,12 +10,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from eotattn.checks import check_floating, check_positive_int, require
+from eotattn.transport.certificate import Certificate, solution_certificate
+from eotattn.transport.gap import Pass, pass_over_pairs
 from eotattn.transport.implicit import envelope_value
-from eotattn.transport.keys import balance
-from eotattn.transport.objective import dual_objective, primal_objective, reference_mass
+from eotattn.transport.keys import balance, query_price
 from eotattn.transport.problem import TransportProblem
-from eotattn.transport.response import QueryResponse, respond
-from eotattn.transport.rounding import feasible_coupling
+from eotattn.transport.response import respond, row_mass
 
 __all__ = ["TransportSolution"]
 
@@ -23,6 +24,9 @@ __all__ = ["TransportSolution"]
 @dataclass(frozen=True, eq=False, repr=False)
 class TransportSolution:
     r"""Potentials of a transport problem; couplings, values and the duality gap are derived on demand.
+
+    ``attend``, ``apply``, ``apply_transpose`` and the masses need no n x m numbers where the problem is factored;
+    ``coupling`` and ``attention_weights`` form them.
 
     ``coupling_ij = row_mass_i attention_weights_ij`` with
     ``attention_weights = softmax_j((score + key_potential) / epsilon + log_prior)``: the queries answer the key
@@ -60,31 +64,145 @@ class TransportSolution:
 
     # What carries gradients is not kept: a first reading under no_grad would cut the graph of every later one.
     @property
-    def _response(self) -> QueryResponse:
-        return respond(self.problem, self.key_potential)
-
-    @property
     def attention_weights(self) -> Tensor:
         """Shape (..., n, m); rows sum to one. Defined also for queries without mass."""
-        weights = self._response.weights
+        weights = self.problem.affinity.log_weights(self.key_potential, self.problem.epsilon).exp()
         return weights.expand(*self.problem.batch_shape, *weights.shape[-2:])
 
     @property
     def coupling(self) -> Tensor:
         """Shape (..., n, m); sums to one where a penalty is infinite, to what is optimal otherwise."""
-        response = self._response
-        coupling = (self.problem.query_marginal * response.log_growth.exp())[..., None] * response.weights
-        return coupling.expand(*self.problem.batch_shape, *coupling.shape[-2:])
+        return _scaled(self.query_mass, self.attention_weights)
+
+    @property
+    def query_mass(self) -> Tensor:
+        """Row sums of the coupling, shape (..., n)."""
+        mass = row_mass(self.problem, respond(self.problem, self.key_potential))
+        return mass.expand(*self.problem.batch_shape, -1)
+
+    @property
+    def key_mass(self) -> Tensor:
+        """Column sums of the coupling, shape (..., m), without n x m numbers on a factored problem."""
+        return self._offered()[0]
+
+    def attend(self, value: Tensor) -> Tensor:
+        """Apply the attention weights: the barycentric map of the coupling.
+
+        Args:
+            value: Shape (..., m, v), in the dtype of the potentials.
+
+        Returns:
+            ``sum_j attention_weights_ij value_j``, shape (..., n, v). A factored problem makes one fused call.
+
+        Example:
+            >>> from eotattn.transport import solve
+            >>> solve(TransportProblem(torch.zeros(1, 2))).attend(torch.tensor([[0.0], [1.0]]))
+            tensor([[0.5000]])
+
+        Source: original.
+        """
+        self._check_value("attend", value, self.problem.num_keys)
+        return self.problem.affinity.average(self.key_potential, value, self.problem.epsilon)
+
+    def apply(self, value: Tensor) -> Tensor:
+        """Apply the coupling.
+
+        Args:
+            value: Shape (..., m, v), in the dtype of the potentials.
+
+        Returns:
+            ``sum_j coupling_ij value_j``, shape (..., n, v).
+
+        Example:
+            >>> from eotattn.transport import solve
+            >>> solve(TransportProblem(torch.zeros(2, 2))).apply(torch.ones(2, 1)).squeeze()
+            tensor([0.5000, 0.5000])
+
+        Source: original.
+        """
+        self._check_value("apply", value, self.problem.num_keys)
+        average = self.problem.affinity.average(self.key_potential, value, self.problem.epsilon)
+        return _scaled(self.query_mass, average)
+
+    def apply_transpose(self, value: Tensor) -> Tensor:
+        """Apply the transpose of the coupling.
+
+        Args:
+            value: Shape (..., n, v), in the dtype of the potentials.
+
+        Returns:
+            ``sum_i coupling_ij value_i``, shape (..., m, v).
+
+        Example:
+            >>> from eotattn.transport import solve
+            >>> solve(TransportProblem(torch.zeros(2, 2))).apply_transpose(torch.ones(2, 1)).squeeze()
+            tensor([0.5000, 0.5000])
+
+        Source: original.
+        """
+        self._check_value("apply_transpose", value, self.problem.num_queries)
+        mass, price = self._offered()
+        return _scaled(mass, self.problem.affinity.transposed.average(price, value, self.problem.epsilon))
+
+    def _offered(self) -> tuple[Tensor, Tensor]:
+        """The mass of the keys, and the price at which they see queries."""
+        problem, epsilon = self.problem, self.problem.epsilon
+        price = query_price(problem, respond(problem, self.key_potential), epsilon)
+        total = problem.affinity.transposed.soft_maximum(price, epsilon)
+        live = self.key_potential.isfinite() & total.isfinite()
+        nats = (torch.where(live, total, 0.0) + torch.where(live, self.key_potential, 0.0)) / epsilon
+        return torch.where(live, nats.exp(), 0.0).expand(*problem.batch_shape, -1), price
+
+    def _check_value(self, name: str, value: Tensor, length: int) -> None:
+        owner, dtype = f"TransportSolution.{name}", self.problem.affinity.dtype
+        check_floating(owner, "value", value)
+        rule, remedy = f"have dtype {dtype}", "Convert it"
+        require(value.dtype == dtype, owner, "value", rule, value, remedy, error=TypeError)
+        fits = value.dim() >= 2 and value.shape[-2] == length
+        require(fits, owner, "value", f"have shape (..., {length}, width)", value, "Match the problem")
+
+    def top_keys(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Find the largest attention weights of chosen queries.
+
+        Args:
+            queries: Whole numbers, shape (r,).
+            k: How many keys a query, at most m.
+
+        Returns:
+            ``(weights, keys)``: shapes (..., r, k), largest first.
+
+        Raises:
+            TypeError: If ``queries`` are no whole numbers.
+            ValueError: If there are not k keys, or a query is out of range.
+
+        Example:
+            >>> from eotattn.transport import solve
+            >>> solve(TransportProblem(torch.tensor([[0.0, 1.0]]))).top_keys(torch.tensor([0]), 1)
+            (tensor([[0.7311]]), tensor([[1]]))
+
+        Source: original.
+        """
+        owner, problem = "TransportSolution.top_keys", self.problem
+        whole = isinstance(queries, Tensor) and queries.dtype == torch.int64 and queries.dim() == 1
+        require(whole, owner, "queries", "be an int64 vector", queries, "Pass indices", error=TypeError)
+        inside = bool(((queries >= 0) & (queries < problem.num_queries)).all())
+        require(inside, owner, "queries", f"lie in 0 to {problem.num_queries - 1}", queries, "Check the indices")
+        k = check_positive_int(owner, "k", k)
+        require(k <= problem.num_keys, owner, "k", f"be at most {problem.num_keys}", k, "Ask for fewer")
+        weights = problem.affinity.log_weights(self.key_potential, problem.epsilon, queries).exp()
+        found = weights.expand(*problem.batch_shape, *weights.shape[-2:]).topk(k, -1)
+        return found.values, found.indices
 
     @cached_property
     def marginal_error(self) -> Tensor:
         """Summed distance of key mass from its target, relative to the total mass, shape of the batch; no gradient.
 
         The target is ``key_marginal exp(-key_potential / key_penalty)``, the key marginal itself for a constraint;
-        zero for free keys. The query side holds exactly.
+        zero for free keys. The query side holds exactly. It is measured in the arithmetic of the solver; that of
+        ``certificate`` is independent.
         """
         if self.problem.key_marginal is None:
-            return self.problem.score.new_zeros(self.problem.batch_shape)
+            return self.problem.query_marginal.new_zeros(self.problem.batch_shape)
         with torch.no_grad():
             return balance(self.problem, self.key_potential).error
 
@@ -92,13 +210,12 @@ class TransportSolution:
     def primal(self) -> Tensor:
         """Objective of a feasible coupling, cost units, shape of the batch; +inf if none is at hand.
 
-        Where both marginals are constraints the coupling is first rounded onto them (``feasible_coupling``), so the
+        Where both marginals are constraints the coupling is first rounded onto them (``rounded_coupling``), so the
         value never lies below the optimum. The gradient is the optimum's, by the envelope theorem. With a log-prior
         that is normalised, free keys and an infinite query penalty it is ``sum query_marginal * query_potential``.
         """
-        number = self._primal_less_constant + self.problem.epsilon * reference_mass(self.problem).detach()
         dual = self.dual
-        return number + torch.where(dual.isfinite(), dual - dual.detach(), 0.0)
+        return torch.where(dual.isfinite(), dual + self.gap, torch.inf)
 
     @property
     def dual(self) -> Tensor:
@@ -108,24 +225,32 @@ class TransportSolution:
         """
         return envelope_value(self.problem, self.query_potential, self.key_potential)
 
-    @cached_property
+    @property
     def gap(self) -> Tensor:
         """Primal less dual, cost units, shape of the batch, without gradient: a bound on the error of either.
 
-        Zero at the optimum and, up to rounding, never negative; +inf where a value is not finite. It is formed
-        without the mass of the reference, which both share and which may be huge.
+        A sum of terms that cannot be negative, in float64; +inf where no feasible coupling is at hand.
         """
-        with torch.no_grad():
-            lower = dual_objective(self.problem, self.query_potential, self.key_potential)
-            difference = self._primal_less_constant - lower
-        return torch.where(difference.isfinite(), difference, torch.inf)
+        return self._pass.gap.to(self.problem.affinity.dtype)
+
+    @property
+    def cost(self) -> Tensor:
+        """``<coupling, -score>``, cost units, shape of the batch, without gradient."""
+        return self._pass.cost.to(self.problem.affinity.dtype)
+
+    @property
+    def entropy(self) -> Tensor:
+        """``-sum coupling log coupling``, nats, shape of the batch, without gradient."""
+        return self._pass.entropy.to(self.problem.affinity.dtype)
 
     @cached_property
-    def _primal_less_constant(self) -> Tensor:
-        with torch.no_grad():
-            response = self._response
-            row_mass = self.problem.query_marginal * response.log_growth.exp()
-            return primal_objective(self.problem, feasible_coupling(self.problem, response.weights, row_mass))
+    def certificate(self) -> Certificate:
+        """What is proved about this solution: values, errors, and a bound on the distance from the optimum."""
+        return solution_certificate(self, self._pass)
+
+    @cached_property
+    def _pass(self) -> Pass:
+        return pass_over_pairs(self.problem, self.query_potential, self.key_potential)
 
     def raise_if_not_converged(self) -> TransportSolution:
         """Return the solution, or raise if some problem of the batch missed its tolerance.
@@ -161,3 +286,8 @@ class TransportSolution:
             f"iterations={int(self.num_iterations.max())}, marginal_error={float(self.marginal_error.max()):.1e}, "
             f"gap={float(self.gap.max()):.1e})"
         )
+
+
+def _scaled(mass: Tensor, rows: Tensor) -> Tensor:
+    """Rows times their mass; a soft side may ask for more mass than the dtype holds, and inf * 0 would be NaN."""
+    return torch.where(mass.isinf()[..., None] & (rows == 0), 0.0, mass[..., None] * rows)

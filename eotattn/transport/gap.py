@@ -1,0 +1,245 @@
+"""One pass over all pairs: the duality gap of a pair of potentials, as a sum of terms that cannot be negative."""
+
+# Legend: n queries, m keys; the leading dimensions are a batch.
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eotattn.transport.problem import TransportProblem
+from eotattn.transport.response import respond
+from eotattn.transport.rounding import RoundedCoupling, rounded_coupling
+
+__all__ = ["Pass", "generalised_divergence", "pass_over_pairs", "pinsker_radius", "refined"]
+
+#: Mass, in machine epsilons of the total, that rounding may put on a forbidden pair.
+_DROPPED = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """What ``pass_over_pairs`` returns, float64, each of the shape of the batch unless said otherwise.
+
+    Args:
+        gap: Primal of the rounded coupling less dual of the potentials, cost units.
+        moved: Summed distance between the stored coupling and the rounded one.
+        mass: Total mass of the rounded coupling.
+        query_error: Summed distance of the row masses of the stored coupling from their target.
+        key_error: The same for the keys; zero for free keys.
+        cost: ``<coupling, -score>`` of the stored coupling, cost units.
+        entropy: ``-sum P log P`` of the stored coupling, nats.
+        query_mass: Row sums of the stored coupling, shape (..., n).
+        key_mass: Column sums of the stored coupling, shape (..., m).
+
+    Example:
+        >>> problem = TransportProblem(torch.zeros(1, 2))
+        >>> float(pass_over_pairs(problem, torch.full((1,), -0.6931), torch.zeros(2)).entropy)
+        0.693...
+
+    Source: original.
+    """
+
+    gap: Tensor
+    moved: Tensor
+    mass: Tensor
+    query_error: Tensor
+    key_error: Tensor
+    cost: Tensor
+    entropy: Tensor
+    query_mass: Tensor
+    key_mass: Tensor
+
+
+def refined(problem: TransportProblem) -> TransportProblem:
+    """Return the problem in float64, without gradients, hard marginals summing to one exactly.
+
+    Args:
+        problem: The problem.
+
+    Returns:
+        The same numbers, wider.
+
+    Example:
+        >>> refined(TransportProblem(torch.zeros(1, 3))).query_marginal.dtype
+        torch.float64
+
+    Source: original.
+    """
+    *parts, query, key = (None if tensor is None else tensor.detach().double() for tensor in problem.tensors)
+    assert query is not None
+    query = query / query.sum(-1, keepdim=True) if math.isinf(problem.query_penalty) else query
+    if key is not None and math.isinf(problem.key_penalty):
+        key = key / key.sum(-1, keepdim=True)
+    return problem.with_tensors(*parts, query, key)
+
+
+def generalised_divergence(mass: Tensor, log_reference: Tensor) -> Tensor:
+    """Return ``p log(p / q) - p + q`` elementwise, which is never negative.
+
+    Args:
+        mass: The p, non-negative.
+        log_reference: The log q, nats; -inf where q is zero.
+
+    Returns:
+        Nats times mass; +inf where p is positive and q zero.
+
+    Example:
+        >>> generalised_divergence(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 0.0]))
+        tensor([1., 0.])
+
+    Source: original.
+    """
+    positive = mass > 0
+    safe = torch.where(positive, mass, 1.0)
+    main = torch.where(positive, safe * (safe.log() - log_reference) - safe, 0.0)
+    return (main + log_reference.exp()).clamp(min=0)
+
+
+def pinsker_radius(gap: Tensor, mass: Tensor, epsilon: float) -> Tensor:
+    """Bound the summed distance of a feasible coupling from the optimal one by its duality gap.
+
+    The objective is strongly convex, ``gap >= epsilon KL(P || optimum)``. With K the quotient and t the distance,
+    ``t^2 <= (2 mass + 4/3 t) K`` (Pinsker's inequality for unequal masses), hence
+    ``t <= 2/3 K + sqrt((2/3 K)^2 + 2 mass K)``.
+
+    Args:
+        gap: Cost units.
+        mass: Total mass of the feasible coupling.
+        epsilon: Temperature, cost units.
+
+    Returns:
+        Mass; +inf for an infinite gap.
+
+    Example:
+        >>> float(pinsker_radius(torch.tensor(0.0), torch.tensor(1.0), 1.0))
+        0.0
+
+    Source: Pinsker's inequality, in the pointwise form 3 (u - 1)^2 <= (2 u + 4) (u log u - u + 1).
+    """
+    nats = gap.clamp(min=0) / epsilon
+    linear = 2 / 3 * nats
+    return linear + (linear.square() + 2 * mass * nats).sqrt()
+
+
+def pass_over_pairs(problem: TransportProblem, query_potential: Tensor, key_potential: Tensor) -> Pass:
+    """Round the coupling and measure it against the potentials, in float64 and by blocks of rows.
+
+    With Q the coupling of the potentials, ``Q_ij = R_ij exp((score_ij + f_i + g_j) / epsilon)``, and P feasible, the
+    gap is ``epsilon KL(P || Q)`` plus, for a soft marginal, ``penalty KL(its mass || marginal exp(-potential /
+    penalty))``: no difference of large numbers, and no trust in the kernels that found the potentials.
+
+    Args:
+        problem: The problem.
+        query_potential: Cost units, shape (..., n).
+        key_potential: Cost units, shape (..., m).
+
+    Returns:
+        See ``Pass``; a gap of +inf where there is no feasible coupling at hand or the dual is -inf.
+
+    Example:
+        >>> problem = TransportProblem(torch.zeros(1, 2))
+        >>> float(pass_over_pairs(problem, torch.full((1,), -0.6931), torch.zeros(2)).gap) < 1e-6
+        True
+
+    Source: original; duality as in Chizat et al. 2018.
+    """
+    wide = refined(problem)
+    query_potential, key_potential = query_potential.detach().double(), key_potential.detach().double()
+    with torch.no_grad():
+        return _measure(wide, problem.detached(), query_potential, key_potential)
+
+
+def _measure(
+    problem: TransportProblem, stated: TransportProblem, query_potential: Tensor, key_potential: Tensor
+) -> Pass:
+    """The pass itself; ``problem`` is wide, ``stated`` the same problem with its own kernels."""
+    rounded = rounded_coupling(problem, key_potential, stated=stated)
+    sums = _Sums(rounded, _log_rows(problem, query_potential, key_potential))
+    for index in problem.affinity.blocks():
+        sums.add(index)
+    mass = torch.cat(sums.rows, -1)
+    key_marginal = torch.ones_like(key_potential) if problem.key_marginal is None else problem.key_marginal
+    query_side = (problem.query_marginal, query_potential, problem.query_penalty)
+    key_side = (key_marginal, key_potential, problem.key_penalty)
+    gap = problem.epsilon * sums.divergence + _side_gap(mass, *query_side) + _side_gap(sums.columns, *key_side)
+    unusable = sums.misplaced > _DROPPED * torch.finfo(torch.float64).eps * mass.sum(-1)
+    stranded = (key_potential == math.inf) & problem.affinity.reachable(problem.query_marginal > 0)
+    gap = torch.where(gap.isfinite() & ~unusable & ~stranded.any(-1), gap, math.inf)
+    batch = problem.batch_shape
+    return Pass(
+        gap=gap.expand(batch),
+        moved=_finite(sums.moved).expand(batch),
+        mass=_finite(mass.sum(-1)).expand(batch),
+        query_error=_finite(_error(rounded.row_mass, *query_side)).expand(batch),
+        key_error=_finite(_error(sums.stored_columns, *key_side)).expand(batch),
+        cost=_finite(sums.cost).expand(batch),
+        entropy=_finite(sums.entropy).expand(batch),
+        query_mass=rounded.row_mass,
+        key_mass=sums.stored_columns.expand(*batch, problem.num_keys),
+    )
+
+
+def _finite(number: Tensor) -> Tensor:
+    """The number; +inf where masses beyond the doubles left none."""
+    return torch.where(number.isnan(), math.inf, number)
+
+
+def _log_rows(problem: TransportProblem, query_potential: Tensor, key_potential: Tensor) -> Tensor:
+    """Log of the row sums of the potentials' coupling, nats, shape (..., n)."""
+    soft_maximum = respond(problem, key_potential).soft_maximum
+    nats = problem.query_marginal.log() + (query_potential + soft_maximum) / problem.epsilon
+    return torch.where(problem.query_marginal > 0, nats, -math.inf)
+
+
+class _Sums:
+    """What is added up over blocks of rows."""
+
+    def __init__(self, rounded: RoundedCoupling, log_rows: Tensor) -> None:
+        self.rounded, self.log_rows = rounded, log_rows
+        zero = log_rows.new_zeros(())
+        self.divergence = self.moved = self.misplaced = self.cost = self.entropy = zero
+        self.columns = self.stored_columns = zero
+        self.rows: list[Tensor] = []
+
+    def add(self, index: slice) -> None:
+        """Add one block."""
+        rounded, problem = self.rounded, self.rounded.problem
+        log_weights = problem.affinity.log_weights(rounded.key_potential, problem.epsilon, index)
+        row_mass = rounded.row_mass[..., index, None]
+        stored = torch.where(row_mass.isinf() & (log_weights == -math.inf), 0.0, row_mass * log_weights.exp())
+        forbidden = log_weights == -math.inf
+        self.misplaced = self.misplaced + (rounded.spread(index) * forbidden).sum((-2, -1))
+        feasible = torch.where(forbidden, 0.0, rounded.rows(index))
+        against = generalised_divergence(feasible, self.log_rows[..., index, None] + log_weights)
+        self.divergence = self.divergence + against.sum((-2, -1))
+        self.moved = self.moved + (feasible - stored).abs().sum((-2, -1))
+        self.cost = self.cost - (stored * problem.affinity.rows(index)[0]).sum((-2, -1))
+        self.entropy = self.entropy + torch.special.entr(stored).sum((-2, -1))
+        self.rows.append(feasible.sum(-1))
+        self.columns = self.columns + feasible.sum(-2)
+        self.stored_columns = self.stored_columns + stored.sum(-2)
+
+
+def _side_gap(mass: Tensor, marginal: Tensor, potential: Tensor, penalty: float) -> Tensor:
+    """What one side adds to the gap; a feasible hard side adds nothing."""
+    if math.isinf(penalty):
+        return mass.new_zeros(())
+    if penalty == 0:
+        return torch.where((potential >= 0).all(-1), (mass * potential).sum(-1), math.inf)
+    return penalty * generalised_divergence(mass, marginal.log() - _price(potential) / penalty).sum(-1)
+
+
+def _price(potential: Tensor) -> Tensor:
+    """The potential, at most a number whose exponential vanishes; -inf belongs to keys without mass."""
+    return torch.where(potential == -math.inf, 0.0, potential)
+
+
+def _error(mass: Tensor, marginal: Tensor, potential: Tensor, penalty: float) -> Tensor:
+    """Summed distance of mass from its target."""
+    if penalty == 0:
+        return mass.new_zeros(mass.shape[:-1])
+    return (mass - marginal * (-_price(potential) / penalty).exp()).abs().sum(-1)

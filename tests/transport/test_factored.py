@@ -1,0 +1,240 @@
+"""Factored problems against the same problems stated densely, POT, and the size of every tensor they make."""
+
+
+import pytest
+import torch
+from tolerances import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from transport_problems import FREE, INF, TWO_SIDED, UNBALANCED
+
+from eotattn.priors import RecencyPrior, SinkPrior, goat_prior
+from eotattn.transport import TransportProblem, pot, solve
+
+ALL = TWO_SIDED + UNBALANCED + FREE
+HEADS, QUERIES, KEYS, WIDTH = 3, 11, 14, 5
+
+
+def marginals(generator, penalties, *, zeros=False, sizes=(QUERIES, KEYS), heads=HEADS):
+    query = torch.rand(sizes[0], generator=generator, dtype=torch.float64) + 0.05
+    key = torch.rand(heads, sizes[1], generator=generator, dtype=torch.float64) + 0.05
+    if zeros:
+        query[1], key[:, 2] = 0, 0
+    options = {"query_marginal": query / query.sum(), "query_penalty": penalties[0]}
+    if penalties[1] is not None:
+        options |= {"key_marginal": key / key.sum(-1, keepdim=True), "key_penalty": penalties[1]}
+    return options
+
+
+def factored_and_dense(seed, penalties, *, prior=True, zeros=False, epsilon=0.7, offset=0, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    query, key = (
+        scale * torch.randn(HEADS, length, WIDTH, generator=generator, dtype=torch.float64)
+        for length in (QUERIES, KEYS)
+    )
+    options = {"epsilon": epsilon, **marginals(generator, penalties, zeros=zeros)}
+    log_prior = goat_prior(HEADS) + RecencyPrior(HEADS) + SinkPrior(HEADS) if prior else None
+    positions = torch.arange(QUERIES) + offset, torch.arange(KEYS)
+    places = {"query_positions": positions[0], "key_positions": positions[1]} if prior else {}
+    factored = TransportProblem.from_factors(query, key, prior=log_prior, **places, **options)
+    table = log_prior.dense(*positions, dtype=torch.float64).detach() if prior else None
+    return factored, TransportProblem(torch.einsum("hqd,hkd->hqk", query, key), log_prior=table, **options)
+
+
+@pytest.mark.parametrize("prior", [False, True])
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("penalties", ALL)
+def test_streaming_equals_dense_equals_pot(penalties, zeros, prior):
+    factored, dense = factored_and_dense(1, penalties, zeros=zeros, prior=prior, offset=4)
+    solution = solve(factored).raise_if_not_converged()
+    assert solution.method == ("streaming" if penalties[1] is not None else "closed_form")
+    expected, oracle = solve(dense), pot.solve(dense)
+    assert_close(solution.coupling, expected.coupling, tolerance=1e-10)
+    assert_close(solution.coupling, oracle.coupling, tolerance=1e-10)
+    for name in ("primal", "dual", "cost", "entropy"):
+        assert_close(getattr(solution, name), getattr(expected, name), tolerance=1e-10)
+    assert_close(solution.primal, oracle.value, tolerance=1e-10)
+    assert (solution.gap >= 0).all()
+    assert (solution.gap <= 1e-12 * solution.primal.abs().clamp(min=1)).all()
+
+
+@pytest.mark.parametrize("method", ["sinkhorn", "streaming", "newton"])
+@pytest.mark.parametrize("penalties", TWO_SIDED + UNBALANCED)
+def test_every_method_on_every_structure(penalties, method):
+    factored, dense = factored_and_dense(2, penalties, epsilon=0.3)
+    expected = pot.solve(dense).coupling
+    for problem in (factored, dense):
+        assert_close(solve(problem, method=method).raise_if_not_converged().coupling, expected, tolerance=1e-10)
+
+
+@pytest.mark.parametrize("penalties", ALL)
+def test_outputs_without_the_coupling(penalties):
+    factored, dense = factored_and_dense(3, penalties, zeros=True)
+    solution, coupling = solve(factored), solve(dense).coupling
+    generator = torch.Generator().manual_seed(0)
+    value, other = (torch.randn(size, 2, generator=generator, dtype=torch.float64) for size in (KEYS, QUERIES))
+    assert_close(solution.apply(value), coupling @ value, tolerance=1e-10)
+    assert_close(solution.apply_transpose(other), coupling.mT @ other, tolerance=1e-10)
+    assert_close(solution.query_mass, coupling.sum(-1), tolerance=1e-10)
+    assert_close(solution.key_mass, coupling.sum(-2), tolerance=1e-10)
+    assert_close(solution.attend(value), solve(dense).attention_weights @ value, tolerance=1e-10)
+    assert_close(solution.cost, -(coupling * dense.score).sum((-2, -1)), tolerance=1e-10)
+    assert_close(solution.entropy, torch.special.entr(coupling).sum((-2, -1)), tolerance=1e-10)
+    weights, keys = solution.top_keys(torch.tensor([4, 0]), 3)
+    rows = solve(dense).attention_weights[:, [4, 0]]
+    assert_close(weights, rows.sort(-1, descending=True).values[..., :3], tolerance=1e-10)
+    assert_close(rows.gather(-1, keys), weights, tolerance=1e-10)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remember the largest tensor that any operation returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("method", ["sinkhorn", "streaming", "newton"])
+def test_no_tensor_grows_with_queries_times_keys(method):
+    length, width = 600, 4
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(length, width, generator=generator).requires_grad_() for _ in range(2))
+    uniform = torch.full((length,), 1 / length)
+    with LargestTensor() as largest:
+        problem = TransportProblem.from_factors(query, key, epsilon=2.0, key_marginal=uniform)
+        solution = solve(problem, method=method, tolerance=1e-4, max_iterations=20)
+        (solution.apply(key).square().sum() + solution.dual.sum()).backward()
+    assert largest.numel <= 8 * length * (width + 8)
+    with LargestTensor() as control:
+        assert solution.coupling.shape == (length, length)
+    assert control.numel >= length**2
+
+
+def test_points_are_squared_distances():
+    generator = torch.Generator().manual_seed(5)
+    query, key = (torch.randn(size, 3, generator=generator, dtype=torch.float64) for size in (9, 12))
+    options = {"epsilon": 0.5, "key_marginal": torch.full((12,), 1 / 12, dtype=torch.float64)}
+    problem = TransportProblem.from_points(query, key, **options)
+    distances = (query[:, None] - key[None]).square().sum(-1)
+    dense = TransportProblem(-distances, **options)
+    assert_close(problem.score, -distances)
+    solution = solve(problem)
+    assert_close(solution.coupling, pot.solve(dense).coupling, tolerance=1e-10)
+    assert_close(solution.cost, (pot.solve(dense).coupling * distances).sum(), tolerance=1e-10)
+
+
+@pytest.mark.parametrize("penalties", [(INF, None), (0.7, None), (INF, 2.0), (1.0, 3.0)])
+def test_causal_and_padded_equal_a_mask(penalties):
+    generator = torch.Generator().manual_seed(6)
+    query, key = (torch.randn(2, 8, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    padding = torch.zeros(2, 8, dtype=torch.bool)
+    padding[0, 5:] = padding[1, 3] = True
+    options = marginals(generator, penalties, sizes=(8, 8), heads=2)
+    prior = RecencyPrior(2)
+    problem = TransportProblem.from_factors(
+        query, key, epsilon=1.3, prior=prior, is_causal=True, key_padding=padding, **options
+    )
+    place = torch.arange(8)
+    forbidden = torch.ones(8, 8).triu(1).bool() | padding[:, None]
+    table = prior.dense(place, place, dtype=torch.float64).detach().masked_fill(forbidden, -INF)
+    dense = TransportProblem(query @ key.mT, epsilon=1.3, log_prior=table, **options)
+    solution, expected = solve(problem), solve(dense)
+    assert_close(solution.coupling, expected.coupling, tolerance=1e-10)
+    assert_close(solution.key_mass, expected.coupling.sum(-2), tolerance=1e-10)
+    assert_close(solution.primal, expected.primal, tolerance=1e-10)
+    assert torch.equal(problem.log_prior == -INF, table == -INF)
+    assert_close(problem.log_prior.masked_fill(forbidden, 0.0), table.masked_fill(forbidden, 0.0))
+    assert (solution.gap <= 1e-12 * solution.primal.abs().clamp(min=1)).all()
+
+
+@pytest.mark.parametrize("penalties", [(INF, INF), (1.0, 3.0)])
+def test_float32(penalties):
+    factored, dense = factored_and_dense(7, penalties)
+    tensors = [None if tensor is None else tensor.detach().float() for tensor in factored.tensors]
+    solution = solve(factored.with_tensors(*tensors), tolerance=1e-6).raise_if_not_converged()
+    expected = solve(dense).coupling
+    for mass, exact in ((solution.key_mass, expected.sum(-2)), (solution.query_mass, expected.sum(-1))):
+        assert float(((mass - exact).abs() / exact).max()) <= 1e-5
+    assert float(solution.certificate.key_error.max()) <= 1e-5
+    assert float(solution.certificate.distance.max()) <= 1e-2
+
+
+@pytest.mark.parametrize("prior", [False, True])
+def test_bfloat16_kernels_keep_the_potentials(prior):
+    # The inputs are exact in bfloat16, so only the arithmetic differs; one lane for a price would lose two digits.
+    generator = torch.Generator().manual_seed(8)
+    query, key = (torch.randn(2, 40, 8, generator=generator).bfloat16() for _ in range(2))
+    log_prior = goat_prior(2).freeze() if prior else None
+    options = {"epsilon": 0.5, "prior": log_prior}
+    uniform = torch.full((40,), 1 / 40, dtype=torch.float64)
+    narrow = TransportProblem.from_factors(query, key, key_marginal=uniform.float(), **options)
+    wide = TransportProblem.from_factors(query.double(), key.double(), key_marginal=uniform, **options)
+    solution, exact = solve(narrow, tolerance=1e-4), solve(wide)
+    assert solution.converged.all()
+    assert float(solution.certificate.key_error.max()) <= 3e-4
+    assert float((solution.coupling - exact.coupling).abs().sum((-2, -1)).max()) <= 2e-3
+    distance = (solution.coupling - exact.coupling).abs().sum((-2, -1)).double()
+    assert (distance <= solution.certificate.distance + 1e-6).all()
+    assert "fused in bfloat16" in str(solution.certificate)
+
+
+def test_a_warm_start_saves_iterations():
+    factored, _ = factored_and_dense(9, (INF, INF), epsilon=0.3)
+    cold = solve(factored)
+    warm = solve(factored, start=cold.key_potential)
+    assert int(warm.num_iterations.max()) == 0 < int(cold.num_iterations.min())
+    nearby = factored.with_tensors(factored.tensors[0] * 1.001, *factored.tensors[1:])
+    warm = solve(nearby, start=cold.key_potential, tolerance=1e-9).num_iterations
+    assert int(warm.max()) < int(solve(nearby, tolerance=1e-9).num_iterations.min())
+
+
+def test_problems_of_a_batch_end_where_they_would_alone():
+    factored, _ = factored_and_dense(10, (INF, 2.0))
+    together = solve(factored, tolerance=1e-12)
+    for head in range(HEADS):
+        tensors = [
+            None if x is None else x[head : head + 1] if x.dim() > 1 and x.shape[0] == HEADS else x
+            for x in factored.tensors
+        ]
+        alone = solve(factored.with_tensors(*tensors), tolerance=1e-12)
+        assert_close(together.coupling[head : head + 1], alone.coupling, tolerance=1e-10)
+
+
+@pytest.mark.parametrize("epsilon", [1e-3, 1e-2])
+def test_small_epsilon_converges_or_says_why_not(epsilon):
+    generator = torch.Generator().manual_seed(11)
+    query, key = (torch.rand(60, 2, generator=generator, dtype=torch.float64) for _ in range(2))
+    uniform = torch.full((60,), 1 / 60, dtype=torch.float64)
+    problem = TransportProblem.from_points(query, key, epsilon=epsilon, key_marginal=uniform)
+    # Extrapolation helps down to about a hundredth of the range of costs; below, Newton's method is for accuracy.
+    for method in ("newton", "streaming")[: 1 if epsilon < 1e-2 else 2]:
+        solution = solve(problem, method=method, tolerance=1e-9, max_iterations=2000)
+        assert solution.converged
+        if epsilon >= 1e-2:
+            assert_close(solution.coupling, pot.solve(problem).coupling, tolerance=1e-7)
+        assert float(solution.certificate.distance) <= 1e-5
+    short = solve(problem, tolerance=1e-12, max_iterations=3)
+    assert not short.converged
+    assert short.coupling.isfinite().all()
+    with pytest.raises(RuntimeError, match="not converged by 'streaming' after 3 iterations"):
+        short.raise_if_not_converged()
+
+
+@pytest.mark.parametrize("penalties", ALL)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_huge_scores_never_make_nan(penalties, dtype):
+    factored, _ = factored_and_dense(12, penalties, zeros=True, scale=15.0, epsilon=0.5)
+    problem = factored.with_tensors(*(None if tensor is None else tensor.to(dtype) for tensor in factored.tensors))
+    assert float(problem.score.abs().max()) > 500
+    options = {} if penalties[1] is None else {"max_iterations": 300}
+    solution = solve(problem, **options)
+    for tensor in (solution.coupling, solution.key_mass, solution.query_mass, solution.query_potential):
+        assert not tensor.isnan().any()
+    for name in ("gap", "cost", "entropy", "marginal_error"):
+        assert not getattr(solution, name).isnan().any()
