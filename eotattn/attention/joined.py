@@ -31,6 +31,7 @@ class _Part(NamedTuple):
     scale: tuple[float, ...]
     by_size: bool
     fixed_is_exact: bool
+    has_residual: bool
 
 
 def joined(call: AttentionCall) -> tuple[Tensor, Tensor] | None:
@@ -63,7 +64,8 @@ def joined(call: AttentionCall) -> tuple[Tensor, Tensor] | None:
 def _part(part: Expansion) -> _Part:
     widths = tuple(1 if tensor.dim() == 1 else tensor.shape[1] for tensor in part.coefficients)
     learns_query = part.learned == "query"
-    return _Part(part.name, learns_query, part.sources, widths, part.scale, part.by_size, part.fixed_is_exact)
+    exact, residual = part.fixed_is_exact, part.has_residual
+    return _Part(part.name, learns_query, part.sources, widths, part.scale, part.by_size, exact, residual)
 
 
 def _all_features(parts: Sequence[Expansion], side: str) -> Callable[[Tensor], Tensor]:
@@ -89,11 +91,17 @@ def _layout(parts: tuple[_Part, ...], num_heads: int, num_kv_heads: int, dtype: 
             for a, b in pairs:
                 for f, sources in enumerate(part.sources):
                     at = first_feature[learned_side] + f * slots
+                    is_residual = part.has_residual and f == len(part.sources) - 1
+                    if is_residual and a > 0:
+                        continue
+                    centre = first_feature[learned_side] + len(part.sources) * slots + f if part.has_residual else -1
                     learned = tuple((at + s, first_coefficient + n) for s, n in enumerate(sources))
-                    sides[learned_side].append(join.Column(learned, a, member, learned=True))
+                    column = join.Column(learned, a, member, learned=True, centre=centre)
+                    residual = join.Column(((at, join.NOTHING),), a, member, learned=False, centre=join.RESIDUAL)
+                    sides[learned_side].append(residual if is_residual else column)
                     fixed = ((first_feature[fixed_side] + f, join.NOTHING),)
                     sides[fixed_side].append(join.Column(fixed, b, member, learned=False))
-        first_feature[learned_side] += len(part.sources) * slots
+        first_feature[learned_side] += len(part.sources) * slots + (len(part.sources) - 1) * part.has_residual
         first_feature[fixed_side] += len(part.sources)
         first_coefficient += sum(part.widths)
     coefficients = tuple((width, part.scale, part.by_size) for part in parts for width in part.widths)

@@ -42,9 +42,9 @@ def causal_rows(
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """|actual - expected| / |expected| in the Euclidean norm."""
+    """|actual - expected| / |expected| in the Euclidean norm of the last axis, averaged over the others."""
     actual, expected = actual.detach().double(), expected.detach()
-    return float((actual - expected).norm() / expected.norm())
+    return float(((actual - expected).norm(dim=-1) / expected.norm(dim=-1)).mean())
 
 
 def slope_gradient(

@@ -16,7 +16,7 @@ from torch.nn import functional
 from eotattn.attention import Rotary
 from eotattn.priors import LogPrior
 
-__all__ = ["BareLayer", "dense_bias", "flashbias", "flex", "goat_layer"]
+__all__ = ["BareLayer", "GoatLayer", "dense_bias", "flashbias", "flex"]
 
 
 class BareLayer(nn.Module):
@@ -54,18 +54,25 @@ class BareLayer(nn.Module):
         return self.out(output.transpose(1, 2).flatten(2))
 
 
-def goat_layer(embed_dim: int, num_heads: int, device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
-    """The reference package's GPT factory, under autocast, since casting it fails."""
-    import goat
+class GoatLayer(nn.Module):
+    """The reference package's GPT factory, under autocast, since casting it fails.
 
-    layer = goat.GoatAttention.for_gpt(embed_dim, num_heads, fuse_qkv=True).to(device)
+    Args:
+        embed_dim: Model width E.
+        num_heads: Heads H.
+        dtype: Dtype of autocast.
+    """
 
-    def run(x: Tensor, padding: Tensor | None = None) -> Tensor:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return layer(x, x, x, key_padding_mask=padding, need_weights=False, is_causal=True)[0]
+    def __init__(self, embed_dim: int, num_heads: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        import goat
 
-    run.parameters = layer.parameters  # type: ignore[attr-defined]
-    return run
+        self.layer, self.dtype = goat.GoatAttention.for_gpt(embed_dim, num_heads, fuse_qkv=True), dtype
+
+    def forward(self, x: Tensor, *, padding: Tensor | None = None) -> Tensor:
+        """Attend over (B, L, E); ``padding`` (B, L) is true where a key is padding."""
+        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.layer(x, x, x, key_padding_mask=padding, need_weights=False, is_causal=True)[0]
 
 
 def flashbias(query: Tensor, key: Tensor, value: Tensor, prior: LogPrior) -> Tensor:
@@ -101,6 +108,7 @@ def flex(prior: Any, length: int, device: torch.device) -> Callable[[Tensor, Ten
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, length, length, device=str(device))
+    torch.compiler.reset()  # each modification is a program of its own; earlier ones would count against a limit
     compiled = torch.compile(flex_attention, dynamic=False)
     modify = None if prior is None else prior.score_mod()
     return lambda query, key, value: compiled(query, key, value, score_mod=modify, block_mask=mask)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -104,70 +105,70 @@ def _attention_candidates(
     rows = torch.arange(length - min(64, length), length, device=device)
 
     def candidate(
-        name: str, make: Callable[[], Attend], prior: LogPrior | None, learned: Sequence[Tensor] = (), reserved: int = 0
+        name: str, make: Callable[[], Attend], prior: LogPrior | None, learned: Sequence[Tensor] = (), more: int = 0
     ) -> Candidate:
-        inputs = [content[0], content[1], content[2]]
-        if reserved:
-            inputs[:2] = [tensor.detach()[..., :-reserved].contiguous().requires_grad_() for tensor in inputs[:2]]
+        inputs = list(content)
+        if more:  # columns of zeros after, or columns fewer of, queries and keys
+            inputs[:2] = [functional.pad(tensor.detach(), (0, more)).requires_grad_() for tensor in inputs[:2]]
+        scale = 1 / math.sqrt(width + min(more, 0))
+        made = cache(make)
 
         def prepare() -> Callable[[], Any]:
-            attend = make()
+            attend = made()
             if direction == "forward":
-                return lambda: _without_gradient(attend, inputs)
+                return partial(_without_gradient, attend, inputs)
             wanted = [*inputs, *(learned if prior is None else prior.parameters())]
             return lambda: torch.autograd.grad(attend(*inputs), wanted, upstream)
 
         def error() -> float:
-            scale = 1 / math.sqrt(inputs[0].shape[-1])
-            expected = causal_rows(*(t.detach() for t in inputs), rows, prior, scale)  # type: ignore[arg-type, misc]
-            return relative_error(_without_gradient(make(), inputs)[0, :, rows], expected)
+            query, key, value = (tensor.detach() for tensor in inputs)
+            expected = causal_rows(query, key, value, rows, prior, scale)
+            return relative_error(_without_gradient(made(), inputs)[0, :, rows], expected)
 
-        return Candidate(name, prepare, error)
-
-    def ours(prior: LogPrior) -> Callable[[], Attend]:
-        return lambda: lambda q, k, v: _output(prior_attention(q, k, v, prior=prior, is_causal=True, backend="sdpa"))
+        return Candidate(name, prepare, error if direction == "forward" else None)
 
     yield candidate("SDPA, no prior", lambda: _plain, None)
     for name, prior in (("recency + sink", _gpt(heads)), ("GOAT, 4 frequencies", goat_prior(heads, num_frequencies=4))):
         _trained(prior, config)
-        lanes = prior.num_lanes(dtype)
+        lanes, ours = prior.num_lanes(dtype), partial(partial, _fused, prior)
         if lanes < width:
-            yield candidate(f"eotattn, {name}, reserved", ours(prior), prior, reserved=lanes)
-        yield candidate(f"eotattn, {name}, appended", ours(prior), prior)
+            yield candidate(f"eotattn, {name}, reserved", ours, prior, more=-lanes)
+        yield candidate(f"eotattn, {name}, appended", ours, prior)
         if name != "recency + sink":
             wide = -(-(width + lanes) // 8) * 8 - width
-            yield candidate(f"SDPA alone, {wide} columns more", lambda w=wide: _widened(config, content, w), None)
             yield candidate(
-                f"FlashBias as SDPA, {name}", lambda p=prior: lambda q, k, v: peers.flashbias(q, k, v, p), prior
+                f"SDPA alone, {wide} columns more", lambda: partial(_plain, scale=1 / math.sqrt(width)), None, more=wide
             )
-    yield candidate("RoPE, eager", lambda: _rotated(width, length, device), None)
+            yield candidate(f"FlashBias as SDPA, {name}", partial(partial, _flashbias, prior), prior)
+    yield candidate("RoPE, eager", partial(_rotated, width, length, device), None)
     if config.device != "cpu":
         recency = _trained(RecencyPrior(heads), config)
-        yield candidate("FlexAttention, causal", lambda: peers.flex(None, length, device), None)
+        yield candidate("FlexAttention, causal", partial(peers.flex, None, length, device), None)
         bias = torch.zeros(length, device=device, requires_grad=True)
-        yield candidate("FlexAttention, learnable key bias", lambda: _flex_bias(bias, length, device), None, [bias])
-        yield candidate("FlexAttention, learnable slopes", lambda: peers.flex(recency, length, device), recency)
+        key_bias = partial(peers.flex, _KeyBias(bias), length, device)
+        yield candidate("FlexAttention, learnable key bias", key_bias, None, [bias])
+        yield candidate("FlexAttention, learnable slopes", partial(peers.flex, recency, length, device), recency)
     dense = torch.zeros(heads, length, length, **config.place).masked_fill_(
         torch.ones(length, length, dtype=torch.bool, device=device).triu(1), float("-inf")
     )
     dense.requires_grad_(direction != "forward")
-    yield candidate("dense learnable bias", lambda: lambda q, k, v: peers.dense_bias(q, k, v, dense), None, [dense])
+    yield candidate("dense learnable bias", lambda: partial(_with_bias, dense), None, [dense])
 
 
-def _plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+def _plain(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+    return functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
 
 
-def _widened(config: Configuration, content: Sequence[Tensor], columns: int) -> Attend:
-    """SDPA on operands that are wider by ``columns`` zeros, made beforehand: the kernel's own price of lanes."""
-    scale = 1 / math.sqrt(content[0].shape[-1])
-    query, key = (functional.pad(tensor.detach(), (0, columns)).requires_grad_() for tensor in content[:2])
+def _fused(prior: LogPrior, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return _output(prior_attention(query, key, value, prior=prior, is_causal=True, backend="sdpa"))
 
-    def attend(first: Tensor, second: Tensor, value: Tensor) -> Tensor:
-        tie = 0 * (first[:1, :1, :1, :1] + second[:1, :1, :1, :1]) if torch.is_grad_enabled() else 0
-        return functional.scaled_dot_product_attention(query, key, value + tie, is_causal=True, scale=scale)
 
-    return attend
+def _flashbias(prior: LogPrior, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return peers.flashbias(query, key, value, prior)
+
+
+def _with_bias(bias: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return peers.dense_bias(query, key, value, bias)
 
 
 def _rotated(width: int, length: int, device: torch.device) -> Attend:
@@ -182,10 +183,6 @@ class _KeyBias:
     def score_mod(self) -> Callable[..., Tensor]:
         bias = self.bias
         return lambda score, b, h, q, k: score + bias[k]
-
-
-def _flex_bias(bias: Tensor, length: int, device: torch.device) -> Attend:
-    return peers.flex(_KeyBias(bias), length, device)
 
 
 def _output(result: Tensor | tuple[Tensor, Tensor]) -> Tensor:
@@ -207,11 +204,11 @@ def layer(config: Configuration) -> list[Row]:
     for batch, length, width, heads in config.pick([(1, 128, 64, 2)], [(8, 2048, 768, 12), (2, 8192, 1024, 16)]):
         x = _content(config, batch, length, width)
         layers = _layers(config, width, heads)
-        candidates = [Candidate(name, lambda m=make: _step(m(), x)) for name, make in layers.items()]
+        candidates = [Candidate(name, partial(_step, make, x)) for name, make in layers.items()]
         if config.device != "cpu":
-            for name in ("bare", "eotattn, recency + sink, reserved", "eotattn, GOAT, 4 frequencies, appended"):
-                make = layers[name]
-                candidates.append(Candidate(f"{name}, compiled", lambda m=make: _step(_compiled(m()), x)))
+            for name in ("bare", "eotattn, recency + sink, reserved"):
+                compiled = partial(_compiled, layers[name])
+                candidates.append(Candidate(f"{name}, compiled", partial(_step, compiled, x)))
         size = {"batch": batch, "length": length, "width": width, "heads": heads, "pass": "forward+backward"}
         rows += [{**size, **row} for row in _measure(candidates, config)]
     return rows
@@ -232,7 +229,7 @@ def _layers(config: Configuration, width: int, heads: int) -> dict[str, Callable
         "eotattn, GOAT, 4 frequencies, reserved": ours(goat_prior(heads, num_frequencies=4), lanes="reserved"),
         "eotattn, GOAT, 4 frequencies, appended": ours(goat_prior(heads, num_frequencies=4)),
         "RoPE, eager": lambda: peers.BareLayer(width, heads, rotary=True).to(**config.place),
-        "goat-attention": lambda: peers.goat_layer(width, heads, device, dtype),
+        "goat-attention": lambda: peers.GoatLayer(width, heads, dtype).to(device),
     }
     return made
 
@@ -248,17 +245,19 @@ class _Ours(torch.nn.Module):
         return self.layer(x, key_padding_mask=padding, is_causal=True, need_weights=False)[0]
 
 
-def _compiled(module: Any) -> Any:
-    compiled = torch.compile(module)
+def _compiled(make: Callable[[], Any]) -> Any:
+    module = make()
+    compiled: Any = torch.compile(module, fullgraph=True)
     compiled.parameters = module.parameters
     return compiled
 
 
-def _step(module: Any, x: Tensor, padding: Tensor | None = None) -> Callable[[], Any]:
+def _step(make: Callable[[], Any], x: Tensor, mask: Tensor | None = None) -> Callable[[], Any]:
     """Forward and backward of a layer."""
+    module = make()
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     upstream = torch.randn_like(x)
-    keywords = {} if padding is None else {"padding": padding}
+    keywords = {} if mask is None else {"padding": mask}
     return lambda: torch.autograd.grad(module(x, **keywords), [x, *parameters], upstream, allow_unused=True)
 
 
@@ -273,7 +272,7 @@ def padding(config: Configuration) -> list[Row]:
         size = {"batch": batch, "length": length, "width": width, "heads": heads, "pass": "forward+backward"}
         for name in ("bare", "eotattn, recency + sink, reserved", "goat-attention"):
             candidates = [
-                Candidate(f"{name}{suffix}", lambda m=layers[name], p=given: _step(m(), x, p))
+                Candidate(f"{name}{suffix}", partial(_step, layers[name], x, given))
                 for suffix, given in ((", unpadded", None), (", padded", mask))
             ]
             rows += [{**size, **row} for row in _measure(candidates, config)]
@@ -291,23 +290,23 @@ def decode(config: Configuration) -> list[Row]:
         prior = _trained(_gpt(heads), config)
         at: dict[str, Any] = {"query_positions": range(length - 1, length), "key_positions": range(length)}
 
-        def bare(q: Tensor = query, k: Tensor = key, v: Tensor = value) -> Tensor:
-            return functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-
-        def ours(given: LogPrior | None, where: dict[str, Any] = at) -> Callable[[], Any]:
-            inputs = (query, key, value)  # noqa: B023 - used within this turn of the loop
-            return lambda: prior_attention(*inputs, prior=given, is_causal=True, backend="sdpa", **where)
-
+        inputs = (query, key, value)
+        bare = partial(functional.scaled_dot_product_attention, *inputs, enable_gqa=True)
+        door = partial(prior_attention, *inputs, is_causal=True, backend="sdpa", **at)
         candidates = [
-            Candidate("SDPA, no prior", lambda run=bare: run),
-            Candidate("eotattn, no prior", lambda run=ours(None): run),
-            Candidate("eotattn, recency + sink, appended", lambda run=ours(prior): run),
+            Candidate("SDPA, no prior", partial(_given, bare)),
+            Candidate("eotattn, no prior", partial(_given, door)),
+            Candidate("eotattn, recency + sink, appended", partial(_given, partial(door, prior=prior))),
         ]
         with torch.inference_mode():
             found = _measure(candidates, config)
         size = {"batch": batch, "heads": heads, "kv_heads": kv_heads, "length": length, "width": width}
         rows += [{**size, "pass": "decode", **row} for row in found]
     return rows
+
+
+def _given(run: Callable[[], Any]) -> Callable[[], Any]:
+    return run
 
 
 def precision(config: Configuration) -> list[Row]:
@@ -390,8 +389,8 @@ def gradients(config: Configuration) -> list[Row]:
             output = _output(prior_attention(query, key, value, prior=prior, is_causal=True, backend="sdpa"))
             (found,) = torch.autograd.grad(output, [prior.strength], upstream.detach())
             slopes = prior.slopes.detach()
-            inputs = (tensor.detach() for tensor in (query, key, value, upstream))
-            exact = slope_gradient(*inputs, slopes, 1 / math.sqrt(width)) * prior.unit_slopes  # type: ignore[misc]
+            q, k, v, up = (tensor.detach() for tensor in (query, key, value, upstream))
+            exact = slope_gradient(q, k, v, up, slopes, 1 / math.sqrt(width)) * prior.unit_slopes
             error = (found.double() - exact).abs() / exact.abs()
             row = {"quantity": "slope gradient", "length": length, "name": f"slopes {slope}"}
             rows.append({**row, "value": relative_error(found, exact), "worst_head": float(error.max())})

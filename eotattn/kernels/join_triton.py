@@ -23,7 +23,9 @@ __all__ = ["launch_join", "launch_split"]
 
 #: Entries of the tile that one program works on.
 TILE = 2048
-#: Most programs along the tokens in the backward pass; each leaves one row of sums.
+#: Programs wanted in one launch: a few for each of the processors of a large GPU. More would only reload the maps.
+PROGRAMS = 1056
+#: Most programs along the tokens; in the backward pass each leaves one row of sums.
 MAX_PARTS = 64
 
 
@@ -44,55 +46,59 @@ def _join_side(
     WIDEST: tl.constexpr, IS_KEY: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write content and lanes of one head and one block of tokens, for every sample."""
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    cols = tl.arange(0, WP)
-    inside = (rows < length)[:, None]
-    member = tl.load(maps + WP + cols)
+    cols, slots = tl.arange(0, WP), tl.arange(0, WIDEST)
+    member, which = tl.load(maps + WP + cols), tl.load(maps + 3 * WP + cols)
+    term, learned = tl.load(maps + cols)[None, :], tl.load(maps + 2 * WP + cols) == 1
     owner = head * GROUP + tl.maximum(member, 0) if IS_KEY else head + 0 * member
-    value = tl.zeros([BLOCK, WP], tl.float32)
-    for s in tl.static_range(2):
-        slot = maps + (4 + 4 * s) * WP + cols
-        column = tl.load(slot)
-        weight = _weights_at(weights, scales, tl.load(slot + WP), tl.load(slot + 2 * WP), tl.load(slot + 3 * WP), owner)
-        source = features + rows[:, None] * num_features + column[None, :]
-        value += weight[None, :] * tl.load(source, mask=inside & (column >= 0)[None, :], other=0.0)
-    which = tl.load(maps + 3 * WP + cols)
-    slots = tl.arange(0, WIDEST)
-    for w in tl.static_range(NW):
-        column = tl.load(wide + 4 * w * WIDEST + slots)
-        first = tl.load(wide + (4 * w + 1) * WIDEST + slots)
-        stride = tl.load(wide + (4 * w + 2) * WIDEST + slots)
-        by_size = tl.load(wide + (4 * w + 3) * WIDEST + slots)
-        source = features + rows[:, None] * num_features + column[None, :]
-        feature = tl.load(source, mask=inside & (column >= 0)[None, :], other=0.0)
-        for g in tl.static_range(GROUP if IS_KEY else 1):
-            weight = _weights_at(weights, scales, first, stride, by_size, head * GROUP + g if IS_KEY else head)
-            factor = tl.sum(feature * weight[None, :], axis=1)
-            mine = (which == w) & (member == g) if IS_KEY else which == w
-            value = tl.where(mine[None, :], factor[:, None], value)
-    value *= tl.where(tl.load(maps + 2 * WP + cols) == 1, lane_scale, 1.0)[None, :]
-    kind = out.dtype.element_ty
-    leading = value.to(kind).to(tl.float32)
-    second = (value - leading).to(kind).to(tl.float32)
-    term = tl.load(maps + cols)[None, :]
-    value = tl.where(term == 0, leading, tl.where(term == 1, second, value - leading - second))
+    first = maps + 5 * WP + cols
+    first_column = tl.load(first)
+    first_weight = _weights_at(
+        weights, scales, tl.load(first + WP), tl.load(first + 2 * WP), tl.load(first + 3 * WP), owner
+    )
+    second_column = tl.load(first + 4 * WP)
+    second_weight = _weights_at(
+        weights, scales, tl.load(first + 5 * WP), tl.load(first + 6 * WP), tl.load(first + 7 * WP), owner
+    )
+    factor_scale = tl.where(learned, lane_scale, 1.0)
     if not IS_KEY:
-        value = tl.where(((member < 0) | (member == head % GROUP))[None, :], value, 0.0)
+        factor_scale = tl.where((member < 0) | (member == head % GROUP), factor_scale, 0.0)
     is_content = (cols < D)[None, :]
-    source = content + head * stride_h + rows[:, None].to(tl.int64) * stride_l + cols[None, :]
-    target = out + (rows[:, None].to(tl.int64) * heads + head) * W + cols[None, :]
-    for _ in range(batch):
-        entry = tl.where(is_content, tl.load(source, mask=inside & is_content, other=0.0).to(tl.float32), value)
-        if PADDED:
-            if IS_KEY:
-                is_padding = tl.load(padding + rows, mask=rows < length, other=0) != 0
-                entry = tl.where((cols == D + P)[None, :], tl.where(is_padding, far, 0.0)[:, None], entry)
-                padding += length
-            else:
-                entry = tl.where((cols == D + P)[None, :], 1.0, entry)
-        tl.store(target, entry.to(kind), mask=inside & (cols < W)[None, :])
-        source += stride_b
-        target += length * heads * W
+    kind = out.dtype.element_ty
+    for start in range(tl.program_id(0) * BLOCK, length, tl.num_programs(0) * BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        inside = (rows < length)[:, None]
+        source = features + rows[:, None] * num_features
+        feature = tl.load(source + first_column[None, :], mask=inside & (first_column >= 0)[None, :], other=0.0)
+        value = first_weight[None, :] * feature
+        feature = tl.load(source + second_column[None, :], mask=inside & (second_column >= 0)[None, :], other=0.0)
+        value += second_weight[None, :] * feature
+        for w in tl.static_range(NW):
+            slot = wide + 4 * w * WIDEST + slots
+            column, place = tl.load(slot), tl.load(slot + WIDEST)
+            stride, by_size = tl.load(slot + 2 * WIDEST), tl.load(slot + 3 * WIDEST)
+            feature = tl.load(source + column[None, :], mask=inside & (column >= 0)[None, :], other=0.0)
+            for g in tl.static_range(GROUP if IS_KEY else 1):
+                weight = _weights_at(weights, scales, place, stride, by_size, head * GROUP + g if IS_KEY else head)
+                factor = tl.sum(feature * weight[None, :], axis=1)
+                mine = (which == w) & (member == g) if IS_KEY else which == w
+                value = tl.where(mine[None, :], factor[:, None], value)
+        value *= factor_scale[None, :]
+        leading = value.to(kind).to(tl.float32)
+        second = (value - leading).to(kind).to(tl.float32)
+        value = tl.where(term == 0, leading, tl.where(term == 1, second, value - leading - second))
+        taken = content + head * stride_h + rows[:, None].to(tl.int64) * stride_l + cols[None, :]
+        target = out + (rows[:, None].to(tl.int64) * heads + head) * W + cols[None, :]
+        for b in range(batch):
+            entry = tl.where(is_content, tl.load(taken, mask=inside & is_content, other=0.0).to(tl.float32), value)
+            if PADDED:
+                if IS_KEY:
+                    is_padding = tl.load(padding + b * length + rows, mask=rows < length, other=0) != 0
+                    entry = tl.where((cols == D + P)[None, :], tl.where(is_padding, far, 0.0)[:, None], entry)
+                else:
+                    entry = tl.where((cols == D + P)[None, :], 1.0, entry)
+            tl.store(target, entry.to(kind), mask=inside & (cols < W)[None, :])
+            taken += stride_b
+            target += length * heads * W
 
 
 @triton.jit
@@ -104,15 +110,14 @@ def _join(
     CQ: tl.constexpr, CK: tl.constexpr, NWQ: tl.constexpr, NWK: tl.constexpr, WIDEST_Q: tl.constexpr,
     WIDEST_K: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    head, first = tl.program_id(1), tl.program_id(0) * BLOCK
+    head = tl.program_id(1)
     if tl.program_id(2) == 0:
-        if first < queries:
-            _join_side(
-                query, query_out, query_features, weights, scales, query_maps, query_wide, padding, batch, queries,
-                query_stride_b, query_stride_h, query_stride_l, CQ, lane_scale, far, head, H,
-                GROUP, D, P, W, WP, NWQ, WIDEST_Q, False, PADDED, BLOCK,
-            )  # fmt: skip
-    elif (first < keys) & (head < H // GROUP):
+        _join_side(
+            query, query_out, query_features, weights, scales, query_maps, query_wide, padding, batch, queries,
+            query_stride_b, query_stride_h, query_stride_l, CQ, lane_scale, far, head, H,
+            GROUP, D, P, W, WP, NWQ, WIDEST_Q, False, PADDED, BLOCK,
+        )  # fmt: skip
+    elif head < H // GROUP:
         _join_side(
             key, key_out, key_features, weights, scales, key_maps, key_wide, padding, batch, keys,
             key_stride_b, key_stride_h, key_stride_l, CK, lane_scale, far, head, H // GROUP,
@@ -125,7 +130,7 @@ def _split_side(
     grad, out, sums, wide_sums, features, maps, wide, batch, length, stride_b, stride_h, stride_l, num_features,
     lane_scale, head, heads,
     GROUP: tl.constexpr, D: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, NW: tl.constexpr, NW_TILE: tl.constexpr,
-    WIDEST: tl.constexpr, IS_KEY: tl.constexpr, BLOCK: tl.constexpr,
+    WIDEST: tl.constexpr, IS_KEY: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Copy the content's gradient out, and sum the lanes' over samples and this program's tokens."""
     part, parts = tl.program_id(0), tl.num_programs(0)
@@ -134,7 +139,8 @@ def _split_side(
     wanted = (tl.load(maps + cols) == 0) & (tl.load(maps + 2 * WP + cols) == 1)
     if not IS_KEY:
         wanted = wanted & ((member < 0) | (member == head % GROUP))
-    first_column, second_column = tl.load(maps + 4 * WP + cols), tl.load(maps + 8 * WP + cols)
+    first_column, second_column = tl.load(maps + 5 * WP + cols), tl.load(maps + 9 * WP + cols)
+    centre = tl.load(maps + 4 * WP + cols)
     first_sum, second_sum = tl.zeros([WP], tl.float32), tl.zeros([WP], tl.float32)
     members: tl.constexpr = GROUP if IS_KEY else 1
     factors = tl.arange(0, NW_TILE)[:, None]
@@ -151,8 +157,12 @@ def _split_side(
             total += entry.to(tl.float32)
             source += stride_b
             target += length * heads * D
-        total = tl.where(wanted[None, :], total * lane_scale, 0.0)
         source = features + rows[:, None] * num_features
+        if RESIDUAL:
+            rest = tl.sum(tl.where((centre == -2)[None, :], total, 0.0), axis=1)
+            own = tl.load(source + centre[None, :], mask=inside & (centre >= 0)[None, :], other=0.0)
+            total -= rest[:, None] * own
+        total = tl.where(wanted[None, :], total * lane_scale, 0.0)
         feature = tl.load(source + first_column[None, :], mask=inside & (first_column >= 0)[None, :], other=0.0)
         first_sum += tl.sum(total * feature, axis=0)
         feature = tl.load(source + second_column[None, :], mask=inside & (second_column >= 0)[None, :], other=0.0)
@@ -179,20 +189,20 @@ def _split(
     query_stride_l, key_stride_b, key_stride_h, key_stride_l, lane_scale,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, CQ: tl.constexpr,
     CK: tl.constexpr, NWQ: tl.constexpr, NWK: tl.constexpr, NW_TILE: tl.constexpr, WIDEST_Q: tl.constexpr,
-    WIDEST_K: tl.constexpr, BLOCK: tl.constexpr,
+    WIDEST_K: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
     if tl.program_id(2) == 0:
         _split_side(
             query_grad, query_out, query_sums, query_wide_sums, query_features, query_maps, query_wide, batch, queries,
             query_stride_b, query_stride_h, query_stride_l, CQ, lane_scale, head, H,
-            GROUP, D, W, WP, NWQ, NW_TILE, WIDEST_Q, False, BLOCK,
+            GROUP, D, W, WP, NWQ, NW_TILE, WIDEST_Q, False, RESIDUAL, BLOCK,
         )  # fmt: skip
     elif head < H // GROUP:
         _split_side(
             key_grad, key_out, key_sums, key_wide_sums, key_features, key_maps, key_wide, batch, keys,
             key_stride_b, key_stride_h, key_stride_l, CK, lane_scale, head, H // GROUP,
-            GROUP, D, W, WP, NWK, NW_TILE, WIDEST_K, True, BLOCK,
+            GROUP, D, W, WP, NWK, NW_TILE, WIDEST_K, True, False, BLOCK,
         )  # fmt: skip
 
 
@@ -236,7 +246,7 @@ def launch_join(query: Tensor, key: Tensor, weights: Tensor, maps: Any, made: An
     key_out = torch.empty(batch, keys, kv_heads, width, dtype=query.dtype, device=query.device)
     tile = maps.query.shape[1]
     block = TILE // tile
-    _join[(triton.cdiv(max(queries, keys), block), heads, 2)](
+    _join[(_num_parts(max(queries, keys), block, heads), heads, 2)](
         query, key, query_out, key_out, made.query_features, made.key_features, weights, maps.scales, maps.query,
         maps.key, maps.query_wide, maps.key_wide, made.padding, batch, queries, keys,
         query.stride(0), query.stride(1), query.stride(2), key.stride(0), key.stride(1), key.stride(2),
@@ -256,7 +266,7 @@ def launch_split(
     (batch, heads, queries, width), (kv_heads, keys) = query_grad.shape, key_grad.shape[1:3]
     tile, group = maps.query.shape[1], heads // kv_heads
     block = TILE // tile
-    parts = min(MAX_PARTS, triton.cdiv(max(queries, keys), block))
+    parts = _num_parts(max(queries, keys), block, heads)
     make: dict[str, Any] = {"device": query_grad.device}
     query_out = torch.empty(batch, queries, heads, content_width, dtype=query_grad.dtype, **make)
     key_out = torch.empty(batch, keys, kv_heads, content_width, dtype=query_grad.dtype, **make)
@@ -275,7 +285,7 @@ def launch_split(
         query_grad.stride(0), query_grad.stride(1), query_grad.stride(2),
         key_grad.stride(0), key_grad.stride(1), key_grad.stride(2), made.query_scale,
         heads, group, content_width, width, tile, made.query_features.shape[1], made.key_features.shape[1],
-        *maps.num_wide, num_wide_tile, *widest, block,
+        *maps.num_wide, num_wide_tile, *widest, made.layout.has_residual, block,
     )  # fmt: skip
     grads = torch.empty_like(weights)
     entries = maps.owners.shape[1] - 5
@@ -284,6 +294,11 @@ def launch_split(
         heads, group, tile, *maps.num_wide, *widest, entries, MAX_PARTS,
     )  # fmt: skip
     return query_out.transpose(1, 2), key_out.transpose(1, 2), grads
+
+
+def _num_parts(length: int, block: int, heads: int) -> int:
+    """Programs along the tokens."""
+    return min(MAX_PARTS, -(-length // block), max(1, PROGRAMS // (2 * heads)))
 
 
 def _with_unit_stride(tensor: Tensor) -> Tensor:

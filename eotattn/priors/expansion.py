@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -37,6 +38,9 @@ class Expansion:
         scale: One factor a head on all coefficients.
         by_size: The size of a coefficient counts, not its sign.
         fixed_is_exact: Whether any kernel dtype represents the fixed side exactly.
+        has_residual: Whether the last factor is one against zero, whose gradient is what score gradients of a row leave
+            over instead of summing to zero. Gradients of the other factors are corrected by it: ``learned_features``
+            then ends in F - 1 more columns, the fixed features at the learned side's own position.
     """
 
     name: Hashable
@@ -48,6 +52,7 @@ class Expansion:
     scale: tuple[float, ...]
     by_size: bool = False
     fixed_is_exact: bool = False
+    has_residual: bool = False
 
 
 _KNOWN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -60,11 +65,13 @@ def known_numbers(tensor: Tensor) -> tuple[float, ...] | None:
         A flat tuple, or ``None`` where the numbers cannot be read or remembered (compilation, inference tensors, graph
         capture, wrapped tensors).
     """
-    if type(tensor) is not Tensor or tensor.is_inference() or not may_remember(tensor.device):
+    if torch.compiler.is_compiling() or type(tensor) is not Tensor or tensor.is_inference():
         return None
     stamp = (tensor._version, tensor.data_ptr())
     held = _KNOWN.get(tensor)
     if held is None or held[0] != stamp:
+        if not may_remember(tensor.device):
+            return None
         held = (stamp, tuple(tensor.detach().flatten().tolist()))
         _KNOWN[tensor] = held
     return held[1]

@@ -84,12 +84,19 @@ class RecencyPrior(LogPrior):
         return self.slopes[head] * (key_position - query_position)
 
     def factors(self, query_positions: Tensor, key_positions: Tensor, *, dtype: torch.dtype) -> tuple[LaneFactors, ...]:
-        """One lane, slope against position; in 16-bit dtypes the position in exact digits."""
+        """One lane, slope against position; in 16-bit dtypes the position in exact digits, and a residual.
+
+        The gradient of a slope is a sum of score gradients times positions. Those of a row sum to zero only in exact
+        arithmetic; what is left of them, times a large position, is noise. The residual factor (one against zero) has
+        that rest as its gradient, and kernels that know of it subtract it, so that lags are summed and not positions.
+        """
         computing = computing_dtype(dtype)
         slopes = self.slopes.to(computing)[:, None, None]
         if is_low_precision(dtype):
             digits, weights = position_digits(key_positions, dtype)
-            key, query = digits.to(computing), slopes * weights.to(computing)
+            ones, nothing = torch.ones_like(digits[..., :1]), torch.zeros_like(weights[:1])
+            key = torch.cat([digits, ones], dim=-1).to(computing)
+            query = slopes * torch.cat([weights, nothing]).to(computing)
         else:
             key, query = key_positions.to(computing).unsqueeze(-1), slopes
         shape = (*query_positions.shape[:-1], self.num_heads, query_positions.shape[-1])
@@ -104,21 +111,28 @@ class RecencyPrior(LogPrior):
         low = is_low_precision(dtype)
 
         def fixed(positions: Tensor) -> Tensor:
-            return (position_digits(positions, dtype)[0] if low else positions.unsqueeze(-1)).float()
+            if not low:
+                return positions.float().unsqueeze(-1)
+            digits = position_digits(positions, dtype)[0].float()
+            return torch.cat([digits, torch.ones_like(digits[:, :1])], dim=-1)
 
         def learned(positions: Tensor) -> Tensor:
-            weights = position_digits(positions[:1].long(), dtype)[1] if low else positions.new_ones(1)
-            return weights.float().repeat(positions.shape[0], 1)
+            if not low:
+                return torch.ones_like(positions, dtype=torch.float32).unsqueeze(-1)
+            digits, weights = position_digits(positions, dtype)
+            nothing = torch.zeros_like(digits[:, :1])
+            return torch.cat([weights.expand_as(digits), nothing, digits], dim=-1).float()
 
         part = Expansion(
             name=("recency", low),
             coefficients=(self.strength,),
-            sources=((0,),) * (NUM_DIGITS if low else 1),
+            sources=((0,),) * (NUM_DIGITS + 1 if low else 1),
             learned="query",
             learned_features=learned,
             fixed_features=fixed,
             scale=numbers,
             by_size=True,
             fixed_is_exact=True,
+            has_residual=low,
         )
         return (part,)
