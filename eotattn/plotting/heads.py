@@ -1,0 +1,135 @@
+"""Plots of all heads of a model: grids, curves over layers, profiles over lags, margins by their parts.
+
+Legend: A layers, H heads, T lags.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike
+
+from eotattn.checks import require
+from eotattn.plotting.style import OKABE_ITO, line_styles, resolve_axes, to_array
+
+__all__ = ["plot_head_grid", "plot_lag_profile", "plot_layer_curves", "plot_margin_split"]
+
+
+def plot_head_grid(
+    values: ArrayLike, *, label: str, low: float | None = None, high: float | None = None, axes: Axes | None = None
+) -> Axes:
+    """Draw one number a head as a grid: layers downwards, heads across, missing heads blank.
+
+    Args:
+        values: (A, H); NaN where a layer has no such head.
+        label: Quantity with its unit, for the colour bar.
+        low: Value of the lowest colour; the smallest by default.
+        high: Value of the highest colour; the largest by default.
+        axes: Where to draw; a new figure by default.
+    """
+    grid = to_array("plot_head_grid", "values", values, num_axes=2)
+    shown = np.ma.masked_invalid(grid)
+    require(shown.count() > 0, "plot_head_grid", "values", "hold a finite value", "none", "Check the statistics")
+    axes = resolve_axes(axes)
+    image = axes.imshow(shown, cmap="cividis", vmin=low, vmax=high, interpolation="nearest", aspect="auto")
+    axes.figure.colorbar(image, ax=axes, label=label, shrink=0.85)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("head")
+    axes.set_ylabel("layer")
+    return axes
+
+
+def plot_layer_curves(
+    curves: Mapping[str, ArrayLike],
+    *,
+    ylabel: str,
+    intervals: Mapping[str, tuple[ArrayLike, ArrayLike]] | None = None,
+    axes: Axes | None = None,
+) -> Axes:
+    """Draw one curve a quantity over the layers.
+
+    Args:
+        curves: Name -> (A,) values.
+        ylabel: Quantity with its unit.
+        intervals: Name -> (low, high), each (A,), drawn as a band.
+        axes: Where to draw; a new figure by default.
+    """
+    require(len(curves) > 0, "plot_layer_curves", "curves", "hold at least one curve", dict(curves), "Pass one")
+    axes = resolve_axes(axes)
+    styles = line_styles(list(curves))
+    for name, values in curves.items():
+        curve = to_array("plot_layer_curves", f"curves[{name!r}]", values, num_axes=1)
+        axes.plot(np.arange(len(curve)), curve, label=name, **styles[name])
+        if intervals is not None and name in intervals:
+            low, high = (np.asarray(side, dtype=np.float64) for side in intervals[name])
+            axes.fill_between(np.arange(len(curve)), low, high, color=styles[name]["color"], alpha=0.2, linewidth=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("layer")
+    axes.set_ylabel(ylabel)
+    if len(curves) > 1:
+        axes.legend(frameon=False, fontsize=8)
+    return axes
+
+
+def plot_lag_profile(profile: ArrayLike, *, floor: float = 1e-5, axes: Axes | None = None) -> Axes:
+    """Draw the weight by lag of every head of a layer, on a logarithmic axis.
+
+    Args:
+        profile: (H, T) weight by lag for lags -(T - 1) / 2 to (T - 1) / 2, T odd.
+        floor: Smaller weights are drawn here.
+        axes: Where to draw; a new figure by default.
+    """
+    values = to_array("plot_lag_profile", "profile", profile, num_axes=2)
+    rule = "have an odd number of lags"
+    require(values.shape[1] % 2 == 1, "plot_lag_profile", "profile", rule, values.shape, "Pass lags -M to M")
+    reach = values.shape[1] // 2
+    lags = np.arange(-reach, reach + 1)
+    used = values.sum(0) > 0
+    require(bool(used.any()), "plot_lag_profile", "profile", "hold weight", "none", "Run the model first")
+    axes = resolve_axes(axes)
+    colours = list(OKABE_ITO.values())
+    for h, row in enumerate(values):
+        axes.plot(lags[used], np.maximum(row[used], floor), color=colours[h % len(colours)], linewidth=0.9, alpha=0.8)
+    axes.set_yscale("log")
+    axes.set_xlabel("lag: query - key (tokens)")
+    axes.set_ylabel("weight")
+    return axes
+
+
+def plot_margin_split(content: ArrayLike, prior: ArrayLike, *, axes: Axes | None = None) -> Axes:
+    """Draw the content part and the prior part of the mean sink margin of every head as stacked bars.
+
+    Args:
+        content: (A, H), nats; NaN where a layer has no such head.
+        prior: (A, H), nats.
+        axes: Where to draw; a new figure by default.
+    """
+    parts = {"content": content, "prior": prior}
+    arrays = {name: to_array("plot_margin_split", name, values, num_axes=2) for name, values in parts.items()}
+    same = arrays["content"].shape == arrays["prior"].shape
+    require(
+        same, "plot_margin_split", "prior", f"have shape {arrays['content'].shape}", arrays["prior"].shape, "Match them"
+    )
+    axes = resolve_axes(axes)
+    heads = arrays["content"].shape[1]
+    at = np.arange(arrays["content"].size)
+    above, below = np.zeros(at.size), np.zeros(at.size)
+    for colour, (name, values) in zip(("blue", "orange"), arrays.items(), strict=True):
+        flat = np.nan_to_num(values.ravel())
+        base = np.where(flat >= 0, above, below)
+        axes.bar(at, flat, bottom=base, width=0.9, color=OKABE_ITO[colour], label=name)
+        above, below = above + np.maximum(flat, 0), below + np.minimum(flat, 0)
+    axes.plot(at, above + below, linestyle="none", marker="_", color="black", markersize=4, label="margin")
+    axes.axhline(0, color="0.4", linewidth=0.8)
+    for layer in range(1, arrays["content"].shape[0]):
+        axes.axvline(layer * heads - 0.5, color="0.85", linewidth=0.8, zorder=0)
+    layers = np.arange(arrays["content"].shape[0])
+    axes.set_xticks(layers * heads + (heads - 1) / 2, [str(layer) for layer in layers])
+    axes.set_xlabel("layer (one bar a head)")
+    axes.set_ylabel("mean sink margin (nats)")
+    axes.legend(frameon=False, fontsize=8)
+    return axes

@@ -1,0 +1,52 @@
+"""Plots of all heads: arrays arrive in the Axes, bad arrays are refused."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from eotattn.plotting.heads import plot_head_grid, plot_lag_profile, plot_layer_curves, plot_margin_split
+
+
+@pytest.fixture(autouse=True)
+def _close_figures():
+    yield
+    plt.close("all")
+
+
+def test_grid_holds_the_values_and_leaves_missing_heads_blank():
+    values = np.array([[0.1, 0.5], [0.2, np.nan]])
+    _, axes = plt.subplots()
+    assert plot_head_grid(values, label="x", low=0, high=1, axes=axes) is axes
+    shown = axes.images[0].get_array()
+    np.testing.assert_allclose(shown.filled(np.nan), values)
+    assert axes.images[0].get_clim() == (0, 1)
+    with pytest.raises(ValueError, match=r"plot_head_grid: values must hold a finite value"):
+        plot_head_grid(np.full((1, 2), np.nan), label="x")
+
+
+def test_curves_and_intervals():
+    axes = plot_layer_curves({"a": [1, 2], "b": [3, 4]}, ylabel="y", intervals={"a": ([0, 1], [2, 3])})
+    np.testing.assert_allclose(axes.lines[1].get_ydata(), [3, 4])
+    assert len(axes.collections) == 1
+    with pytest.raises(ValueError, match=r"plot_layer_curves: curves must hold at least one curve"):
+        plot_layer_curves({}, ylabel="y")
+
+
+def test_profile_runs_over_lags_with_weight():
+    profile = np.array([[0.0, 0.0, 0.7, 0.3, 0.0]])
+    axes = plot_lag_profile(profile)
+    np.testing.assert_allclose(axes.lines[0].get_xdata(), [0, 1])
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), [0.7, 0.3])
+    with pytest.raises(ValueError, match=r"plot_lag_profile: profile must have an odd number of lags"):
+        plot_lag_profile(np.ones((1, 4)))
+
+
+def test_margins_stack_and_sum():
+    content, prior = np.array([[2.0, -1.0]]), np.array([[1.0, 3.0]])
+    axes = plot_margin_split(content, prior)
+    heights = [bar.get_height() for bar in axes.patches]
+    np.testing.assert_allclose(heights, [2, -1, 1, 3])
+    assert [bar.get_y() for bar in axes.patches] == [0, 0, 2, 0]
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), [3, 2])
+    with pytest.raises(ValueError, match=r"plot_margin_split: prior must have shape"):
+        plot_margin_split(content, prior[:, :1])
