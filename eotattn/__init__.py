@@ -1,5 +1,7 @@
 """eotattn: an entropic optimal transport analysis toolkit for attention."""
 
+from typing import TYPE_CHECKING, Any
+
 from eotattn.attention import GoatAttention, PriorAttention, Rotary, prior_attention
 from eotattn.priors import (
     ClassTokenPrior,
@@ -14,6 +16,9 @@ from eotattn.priors import (
     grid_positions,
 )
 from eotattn.transport import TransportProblem, TransportSolution, solve
+
+if TYPE_CHECKING:
+    from eotattn.experiments.analysis import analyze as analyze
 
 __all__ = [
     "ClassTokenPrior",
@@ -34,3 +39,12 @@ __all__ = [
     "prior_attention",
     "solve",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import ``analyze`` when it is first used: it needs matplotlib."""
+    if name == "analyze":
+        from eotattn.experiments.analysis import analyze
+
+        return analyze
+    raise AttributeError(f"module 'eotattn' has no attribute {name!r}")

@@ -68,11 +68,45 @@ def _bench(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _add_analyze(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "say where a trained model's attention sinks are, and how much of each head is a prior"
+    parser = subparsers.add_parser("analyze", help=text, description=text)
+    parser.add_argument("model", nargs="?", help="folder of a Hugging Face model with safetensors")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--text", metavar="FILE", help="one text")
+    source.add_argument("--texts", metavar="FILE.jsonl", help='one text a line: a string, or {"text": ...}')
+    source.add_argument("--attention", metavar="FILE", help="attention maps: .npy, .npz or .safetensors; no model")
+    parser.add_argument("--out", required=True, metavar="DIR", help="new or empty folder, or that of an earlier report")
+    parser.add_argument("--layers", nargs="+", metavar="LAYER", help="names or indices (default: all)")
+    parser.add_argument("--heads", nargs="+", type=int, metavar="N", help="indices (default: all)")
+    parser.add_argument("--max-length", type=int, default=512, help="tokens of a text (default: 512)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--dtype", default="float32", help="float32, bfloat16, ... (default: float32)")
+    parser.set_defaults(run=_analyze)
+
+
+def _analyze(arguments: argparse.Namespace) -> int:
+    from eotattn.experiments.analysis import analyze, read_texts
+    from eotattn.integrations.loading import load_local_model
+
+    options = {"out": arguments.out, "heads": arguments.heads}
+    if arguments.attention is not None:
+        print(analyze(arguments.model, attention=arguments.attention, **options))
+        return 0
+    texts = read_texts(arguments.text, arguments.texts)
+    model, tokenizer = load_local_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
+    names = None if arguments.layers is None else [int(x) if x.isdecimal() else x for x in arguments.layers]
+    options |= {"layers": names, "max_length": arguments.max_length}
+    print(analyze(model, texts, tokenizer=tokenizer, **options))
+    return 0
+
+
 #: One function a subcommand.
 SUBCOMMANDS: tuple[Callable[[argparse._SubParsersAction[argparse.ArgumentParser]], None], ...] = (
     _add_reproduce,
     _add_verify,
     _add_bench,
+    _add_analyze,
 )
 
 
@@ -89,6 +123,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments)
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         print(f"eotattn: error: {error}", file=sys.stderr)
         return 2

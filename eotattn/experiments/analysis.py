@@ -121,15 +121,13 @@ def read_texts(text: str | Path | None, texts: str | Path | None) -> list[str]:
     """Texts of a plain file (one text) or of a JSON-lines file (strings, or objects with a key ``text``).
 
     Raises:
-        ValueError: If neither or both are given, or a line holds no text.
-        FileNotFoundError: If the file does not exist.
+        ValueError: If neither or both are given, the file does not exist, or a line holds no text.
     """
     require(
         (text is None) != (texts is None), OWNER, "texts", "come from one file", (text, texts), "Pass one of the two"
     )
     path = Path(str(text if text is not None else texts))
-    if not path.is_file():
-        raise FileNotFoundError(f"{OWNER}: texts must be an existing file; got {path.name!r}. Check the path.")
+    require(path.is_file(), OWNER, "texts", "be an existing file", path.name, "Check the path")
     content = path.read_text(encoding="utf-8")
     if text is not None:
         return [content]

@@ -83,7 +83,7 @@ def _figures(analysis: Analysis) -> Iterator[tuple[str, Axes]]:
     sink, entropy = heads.quantities[0].name, "normalised entropy"
     yield "sink_mass", plot_head_grid(mean[sink], label=sink, low=0, high=1)
     yield "entropy", plot_head_grid(mean[entropy], label=entropy, low=0, high=1)
-    if analysis.priors:
+    if np.isfinite(analysis.explained()).any():  # a head that is uniform leaves nothing to explain
         yield "explained", plot_head_grid(analysis.explained(), label="KL explained by position", low=0, high=1)
     curves = {entropy: _by_layer(mean[entropy]), "sink rate": next(iter(heads.sink_rate.values()))}
     curves["context sensitivity"] = _by_layer(mean["context sensitivity"])

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from eotattn.checks import require
@@ -15,26 +16,30 @@ __all__ = ["load_local_model"]
 OWNER = "load_local_model"
 
 
-def load_local_model(folder: str | Path) -> tuple[nn.Module, Any]:
+def load_local_model(
+    folder: str | Path | None, *, device: str = "cpu", dtype: str = "float32"
+) -> tuple[nn.Module, Any]:
     """Load a Hugging Face model and its tokenizer from a folder.
 
     Args:
         folder: Holds ``config.json``, the tokenizer's files and ``*.safetensors``. The class is the library's own: a
             causal language model where the configuration names one, else the bare model.
+        device: Where the model goes.
+        dtype: Name of a floating dtype of torch, for the weights.
 
     Returns:
-        ``(model, tokenizer)``, the model in evaluation mode on the CPU.
+        ``(model, tokenizer)``, the model in evaluation mode.
 
     Raises:
         ValueError: If the folder lacks a file, or wants code of its own.
         ModuleNotFoundError: If transformers is not installed.
     """
-    path = Path(folder)
-    require(path.is_dir(), OWNER, "model", "be a local folder", str(folder), "Download the model first")
-    has_config = (path / "config.json").is_file()
-    require(has_config, OWNER, "model", "hold config.json", path.name, "Point at the folder of the model")
-    has_weights = any(path.glob("*.safetensors"))
-    require(has_weights, OWNER, "model", "hold safetensors", path.name, "Convert the weights; pickles are refused")
+    require(folder is not None, OWNER, "model", "be given", folder, "Name the folder of a model")
+    path = Path(str(folder))
+    kind = getattr(torch, dtype, None)
+    is_dtype = isinstance(kind, torch.dtype) and kind.is_floating_point
+    require(is_dtype, OWNER, "dtype", "name a floating dtype", dtype, "Use float32 or bfloat16")
+    _check_files(path)
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     own_code = "auto_map" in config
     require(not own_code, OWNER, "model", "need no code of its own", config.get("auto_map"), "Use a library class")
@@ -44,5 +49,13 @@ def load_local_model(folder: str | Path) -> tuple[nn.Module, Any]:
     is_causal = names[0].endswith(("ForCausalLM", "LMHeadModel"))
     make = transformers.AutoModelForCausalLM if is_causal else transformers.AutoModel
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    model = make.from_pretrained(path, use_safetensors=True, **options)
-    return model.eval(), transformers.AutoTokenizer.from_pretrained(path, **options)
+    model = make.from_pretrained(path, use_safetensors=True, dtype=kind, **options)
+    return model.eval().to(device), transformers.AutoTokenizer.from_pretrained(path, **options)
+
+
+def _check_files(path: Path) -> None:
+    require(path.is_dir(), OWNER, "model", "be a local folder", path.name, "Download the model first")
+    has_config = (path / "config.json").is_file()
+    require(has_config, OWNER, "model", "hold config.json", path.name, "Point at the folder of the model")
+    has_weights = any(path.glob("*.safetensors"))
+    require(has_weights, OWNER, "model", "hold safetensors", path.name, "Convert the weights; pickles are refused")

@@ -39,8 +39,7 @@ def read_maps(source: Tensor | NDArray[np.floating] | Mapping[str, object] | str
 
     Raises:
         ValueError: For shapes that do not fit, NaN, weights outside [0, 1], rows that do not sum to one, or a file of
-            another kind.
-        FileNotFoundError: If the file does not exist.
+            another kind or none.
 
     Example:
         >>> {name: tuple(p.shape) for name, p in read_maps(torch.full((2, 1, 4, 4), 0.25)).items()}
@@ -120,8 +119,7 @@ def _checked(layer: str, weights: Tensor) -> Tensor:
 
 
 def _load(path: Path) -> object:
-    if not path.is_file():
-        raise FileNotFoundError(f"{OWNER}: source must be an existing file; got {str(path)!r}. Check the path.")
+    require(path.is_file(), OWNER, "source", "be an existing file", path.name, "Check the path")
     if path.suffix == ".npy":
         return np.load(path, allow_pickle=False)
     if path.suffix == ".npz":

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+import eotattn
+from eotattn import cli
 from eotattn.experiments.analysis import analyze, read_texts
 from eotattn.experiments.results import write_atomically
 from eotattn.integrations import capture
@@ -161,7 +163,7 @@ def test_texts_come_from_files(tmp_path):
         read_texts(None, tmp_path / "bad.jsonl")
     with pytest.raises(ValueError, match=r"analyze: texts must come from one file"):
         read_texts(None, None)
-    with pytest.raises(FileNotFoundError, match=r"analyze: texts must be an existing file; got 'none.txt'"):
+    with pytest.raises(ValueError, match=r"analyze: texts must be an existing file; got 'none.txt'"):
         read_texts(tmp_path / "none.txt", None)
 
 
@@ -179,3 +181,40 @@ def test_folders_without_safetensors_are_refused(folder, tmp_path):
     write_atomically(tmp_path / "config.json", json.dumps(config | {"auto_map": {"AutoModel": "x.Y"}}).encode())
     with pytest.raises(ValueError, match=r"load_local_model: model must need no code of its own"):
         load_local_model(tmp_path)
+
+
+def test_command(folder, tmp_path, capsys):
+    (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps(text) for text in TEXTS))
+    out = tmp_path / "out"
+    chosen = ["--layers", "0", "--heads", "1", "--max-length", "6"]
+    assert cli.main(["analyze", str(folder), "--texts", str(tmp_path / "texts.jsonl"), "--out", str(out), *chosen]) == 0
+    assert "encoder.layer.0.attention.self" in capsys.readouterr().out
+    record = json.loads((out / "report.json").read_text())
+    assert record["layers"] == ["encoder.layer.0.attention.self"]
+    assert np.shape(record["mean"]["entropy"]) == (1, 1)
+    np.save(tmp_path / "maps.npy", np.full((1, 2, 4, 4), 0.25))
+    assert cli.main(["analyze", "--attention", str(tmp_path / "maps.npy"), "--out", str(tmp_path / "maps")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--text", "none.txt"], "eotattn: error: analyze: texts must be an existing file; got 'none.txt'"),
+        (["--attention", "none.npy"], "eotattn: error: read_maps: source must be an existing file; got 'none.npy'"),
+        (["--text", __file__], "eotattn: error: load_local_model: model must be given"),
+        (["nowhere", "--text", __file__], "eotattn: error: load_local_model: model must be a local folder"),
+        (["x", "--text", __file__, "--dtype", "int8"], "eotattn: error: load_local_model: dtype must name a floating"),
+    ],
+)
+def test_user_errors_of_the_command_are_one_line(arguments, says, tmp_path, capsys):
+    assert cli.main(["analyze", *arguments, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(says)
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_package_offers_it_late():
+    assert eotattn.analyze is analyze
+    with pytest.raises(AttributeError, match="has no attribute 'analyse'"):
+        _ = eotattn.analyse

@@ -80,7 +80,7 @@ def test_bad_maps_are_named(maps, change, message):
 
 
 def test_bad_files_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"read_maps: source must be an existing file"):
+    with pytest.raises(ValueError, match=r"read_maps: source must be an existing file"):
         read_maps(tmp_path / "none.npy")
     (tmp_path / "maps.pt").write_bytes(b"")
     with pytest.raises(ValueError, match=r"read_maps: source must end in .npy, .npz or .safetensors; got 'maps.pt'"):
