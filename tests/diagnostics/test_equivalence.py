@@ -1,10 +1,13 @@
 """The table of equivalences holds, and it can fail."""
 
+import math
+
 import pytest
 import torch
 
 from eotattn.diagnostics.equivalence import Equivalence, EquivalenceReport, measure_equivalences
 from eotattn.priors import SinkPrior
+from eotattn.transport import TransportSolution
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +46,17 @@ def test_an_error_must_be_a_number_within_the_bound(error, holds):
 def test_a_device_that_is_not_there_is_refused(device):
     with pytest.raises(ValueError, match="device must be a device of this machine"):
         measure_equivalences(device=device)
+
+
+def test_a_solver_that_returns_nan_is_noticed(monkeypatch):
+    honest = TransportSolution.coupling.fget
+
+    def poisoned(self):
+        return honest(self) * (1.0 if self.problem.key_marginal is None else math.nan)
+
+    monkeypatch.setattr(TransportSolution, "coupling", property(poisoned))
+    wrong = {row.statement for row in measure_equivalences().rows if not row.holds}
+    assert {"two-sided: Newton = POT", "two-sided: Sinkhorn = POT"} <= wrong
 
 
 def test_another_seed_gives_other_errors(report):
