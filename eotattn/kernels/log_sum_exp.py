@@ -20,7 +20,7 @@ __all__ = ["attend", "route"]
 
 _ATEN = torch.ops.aten
 #: Elements of one block of logits where no fused operator serves.
-_BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
+_BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**23}
 #: The widest score that cuDNN's attention takes.
 _CUDNN_WIDTH = 128
 

@@ -17,7 +17,7 @@ __all__ = ["Affinity", "DenseAffinity", "Rows"]
 Rows = slice | Tensor
 
 #: Entries of one block of rows.
-_BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
+_BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**23}
 
 
 class Affinity(ABC):

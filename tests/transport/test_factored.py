@@ -1,6 +1,5 @@
 """Factored problems against the same problems stated densely, POT, and the size of every tensor they make."""
 
-
 import pytest
 import torch
 from tolerances import assert_close
