@@ -2,5 +2,6 @@
 
 from eotattn.integrations.capture import Capture, capture
 from eotattn.integrations.maps import map_statistics, read_maps
+from eotattn.integrations.training_probe import TrainingProbe
 
-__all__ = ["Capture", "capture", "map_statistics", "read_maps"]
+__all__ = ["Capture", "TrainingProbe", "capture", "map_statistics", "read_maps"]
