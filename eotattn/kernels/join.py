@@ -88,7 +88,7 @@ class _Maps(NamedTuple):
 
     ``query`` and ``key`` are (5 + 8, tile width) int32: term, member, learned flag, wide factor and centre of each
     ``query`` and ``key`` are (5 + 8, tile width) int32: term, member, learned flag, wide factor and centre of each
-    column, then feature column, first coefficient, its stride over heads, and whether its size counts, for two slots.
+    lane, then feature column, first coefficient, its stride over heads, and whether its size counts, for two slots.
     ``query_wide`` and ``key_wide`` are (factors, 4, widest) int32: the same four for every slot of a wide factor.
     ``owners`` is (N, 5 + ENTRIES): side, wide factor or -1, first entry, stride, by size, and where gradients lie.
     """
@@ -112,11 +112,11 @@ class _Maps(NamedTuple):
         owners = [[0] * (5 + ENTRIES) for _ in places]
         sides, wides = [], []
         for side, columns in enumerate((layout.query, layout.key)):
-            tile = _tile_width(width)
+            tile = _tile_width(width - content_width)
             rows = [[0] * tile, [NOTHING] * tile, [0] * tile, [NOTHING] * tile, [NOTHING] * tile]
             rows += [[NOTHING if r < 2 else 0] * tile for _ in range(NARROW) for r in range(4)]
             wide = list(dict.fromkeys(column.slots for column in columns if _is_wide(column)))
-            for lane, column in enumerate(columns, start=content_width):
+            for lane, column in enumerate(columns):
                 is_wide = _is_wide(column)
                 rows[0][lane], rows[1][lane], rows[2][lane] = column.term, column.member, int(column.learned)
                 rows[4][lane] = column.centre

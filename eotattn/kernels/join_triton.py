@@ -1,6 +1,7 @@
 """The Triton kernels of :mod:`eotattn.kernels.join`: put lanes beside content, and take their gradients apart.
 
-Legend: B batch, H heads of a side, L tokens, D content width, W kernel width, C feature columns.
+Legend: B batch, H heads of a side, L tokens, D content width, W kernel width, C feature columns; DP, WP tiles
+of the content's and the lanes' columns, NW wide factors.
 
 Both sides go in one launch, since launches are what costs at usual sizes. Tensors hold tokens before heads, as
 projections make them, so that what goes into the attention kernel and what comes out of it is never copied. The maps
@@ -21,12 +22,12 @@ from torch import Tensor
 
 __all__ = ["launch_join", "launch_split"]
 
-#: Entries of the tile that one program works on.
-TILE = 2048
+#: Tokens that one program works on at a time.
+BLOCK = 32
 #: Programs wanted in one launch: a few for each of the processors of a large GPU. More would only reload the maps.
-PROGRAMS = 1056
+PROGRAMS = 4224
 #: Most programs along the tokens; in the backward pass each leaves one row of sums.
-MAX_PARTS = 64
+MAX_PARTS = 128
 
 
 @triton.jit
@@ -42,7 +43,8 @@ def _weights_at(weights, scales, first, stride, by_size, owner):
 def _join_side(
     content, out, features, weights, scales, maps, wide, padding, batch, length, stride_b, stride_h, stride_l,
     num_features, lane_scale, far, head, heads,
-    GROUP: tl.constexpr, D: tl.constexpr, P: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, NW: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
+    NW: tl.constexpr,
     WIDEST: tl.constexpr, IS_KEY: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write content and lanes of one head and one block of tokens, for every sample."""
@@ -62,7 +64,7 @@ def _join_side(
     factor_scale = tl.where(learned, lane_scale, 1.0)
     if not IS_KEY:
         factor_scale = tl.where((member < 0) | (member == head % GROUP), factor_scale, 0.0)
-    is_content = (cols < D)[None, :]
+    columns = tl.arange(0, DP)
     kind = out.dtype.element_ty
     for start in range(tl.program_id(0) * BLOCK, length, tl.num_programs(0) * BLOCK):
         rows = start + tl.arange(0, BLOCK)
@@ -86,17 +88,21 @@ def _join_side(
         leading = value.to(kind).to(tl.float32)
         second = (value - leading).to(kind).to(tl.float32)
         value = tl.where(term == 0, leading, tl.where(term == 1, second, value - leading - second))
-        taken = content + head * stride_h + rows[:, None].to(tl.int64) * stride_l + cols[None, :]
-        target = out + (rows[:, None].to(tl.int64) * heads + head) * W + cols[None, :]
+        tokens = rows[:, None].to(tl.int64)
+        taken = content + head * stride_h + tokens * stride_l + columns[None, :]
+        target = out + (tokens * heads + head) * W
+        has_content = inside & (columns < D)[None, :]
+        has_lane = inside & (cols < W - D)[None, :]
         for b in range(batch):
-            entry = tl.where(is_content, tl.load(taken, mask=inside & is_content, other=0.0).to(tl.float32), value)
+            tl.store(target + columns[None, :], tl.load(taken, mask=has_content), mask=has_content)
+            entry = value
             if PADDED:
                 if IS_KEY:
                     is_padding = tl.load(padding + b * length + rows, mask=rows < length, other=0) != 0
-                    entry = tl.where((cols == D + P)[None, :], tl.where(is_padding, far, 0.0)[:, None], entry)
+                    entry = tl.where((cols == P)[None, :], tl.where(is_padding, far, 0.0)[:, None], entry)
                 else:
-                    entry = tl.where((cols == D + P)[None, :], 1.0, entry)
-            tl.store(target, entry.to(kind), mask=inside & (cols < W)[None, :])
+                    entry = tl.where((cols == P)[None, :], 1.0, entry)
+            tl.store(target + D + cols[None, :], entry.to(kind), mask=has_lane)
             taken += stride_b
             target += length * heads * W
 
@@ -106,7 +112,8 @@ def _join(
     query, key, query_out, key_out, query_features, key_features, weights, scales, query_maps, key_maps, query_wide,
     key_wide, padding, batch, queries, keys, query_stride_b, query_stride_h, query_stride_l, key_stride_b, key_stride_h,
     key_stride_l, lane_scale, far,
-    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, P: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
+    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, W: tl.constexpr,
+    WP: tl.constexpr,
     CQ: tl.constexpr, CK: tl.constexpr, NWQ: tl.constexpr, NWK: tl.constexpr, WIDEST_Q: tl.constexpr,
     WIDEST_K: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -115,13 +122,13 @@ def _join(
         _join_side(
             query, query_out, query_features, weights, scales, query_maps, query_wide, padding, batch, queries,
             query_stride_b, query_stride_h, query_stride_l, CQ, lane_scale, far, head, H,
-            GROUP, D, P, W, WP, NWQ, WIDEST_Q, False, PADDED, BLOCK,
+            GROUP, D, DP, P, W, WP, NWQ, WIDEST_Q, False, PADDED, BLOCK,
         )  # fmt: skip
     elif head < H // GROUP:
         _join_side(
             key, key_out, key_features, weights, scales, key_maps, key_wide, padding, batch, keys,
             key_stride_b, key_stride_h, key_stride_l, CK, lane_scale, far, head, H // GROUP,
-            GROUP, D, P, W, WP, NWK, WIDEST_K, True, PADDED, BLOCK,
+            GROUP, D, DP, P, W, WP, NWK, WIDEST_K, True, PADDED, BLOCK,
         )  # fmt: skip
 
 
@@ -129,12 +136,13 @@ def _join(
 def _split_side(
     grad, out, sums, wide_sums, features, maps, wide, batch, length, stride_b, stride_h, stride_l, num_features,
     lane_scale, head, heads,
-    GROUP: tl.constexpr, D: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, NW: tl.constexpr, NW_TILE: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, NW: tl.constexpr,
+    NW_TILE: tl.constexpr,
     WIDEST: tl.constexpr, IS_KEY: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Copy the content's gradient out, and sum the lanes' over samples and this program's tokens."""
     part, parts = tl.program_id(0), tl.num_programs(0)
-    cols, slots = tl.arange(0, WP), tl.arange(0, WIDEST)
+    cols, slots, columns = tl.arange(0, WP), tl.arange(0, WIDEST), tl.arange(0, DP)
     member, which = tl.load(maps + WP + cols), tl.load(maps + 3 * WP + cols)
     wanted = (tl.load(maps + cols) == 0) & (tl.load(maps + 2 * WP + cols) == 1)
     if not IS_KEY:
@@ -149,13 +157,14 @@ def _split_side(
         rows = start + tl.arange(0, BLOCK)
         inside = (rows < length)[:, None]
         total = tl.zeros([BLOCK, WP], tl.float32)
-        source = grad + head * stride_h + rows[:, None].to(tl.int64) * stride_l + cols[None, :]
-        target = out + (rows[:, None].to(tl.int64) * heads + head) * D + cols[None, :]
+        taken = grad + head * stride_h + rows[:, None].to(tl.int64) * stride_l
+        target = out + (rows[:, None].to(tl.int64) * heads + head) * D + columns[None, :]
+        has_content = inside & (columns < D)[None, :]
+        has_lane = inside & (cols < W - D)[None, :]
         for _ in range(batch):
-            entry = tl.load(source, mask=inside & (cols < W)[None, :], other=0.0)
-            tl.store(target, entry, mask=inside & (cols < D)[None, :])
-            total += entry.to(tl.float32)
-            source += stride_b
+            tl.store(target, tl.load(taken + columns[None, :], mask=has_content), mask=has_content)
+            total += tl.load(taken + D + cols[None, :], mask=has_lane, other=0.0).to(tl.float32)
+            taken += stride_b
             target += length * heads * D
         source = features + rows[:, None] * num_features
         if RESIDUAL:
@@ -187,7 +196,8 @@ def _split(
     query_grad, key_grad, query_out, key_out, query_sums, key_sums, query_wide_sums, key_wide_sums, query_features,
     key_features, query_maps, key_maps, query_wide, key_wide, batch, queries, keys, query_stride_b, query_stride_h,
     query_stride_l, key_stride_b, key_stride_h, key_stride_l, lane_scale,
-    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, CQ: tl.constexpr,
+    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
+    CQ: tl.constexpr,
     CK: tl.constexpr, NWQ: tl.constexpr, NWK: tl.constexpr, NW_TILE: tl.constexpr, WIDEST_Q: tl.constexpr,
     WIDEST_K: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -196,13 +206,13 @@ def _split(
         _split_side(
             query_grad, query_out, query_sums, query_wide_sums, query_features, query_maps, query_wide, batch, queries,
             query_stride_b, query_stride_h, query_stride_l, CQ, lane_scale, head, H,
-            GROUP, D, W, WP, NWQ, NW_TILE, WIDEST_Q, False, RESIDUAL, BLOCK,
+            GROUP, D, DP, W, WP, NWQ, NW_TILE, WIDEST_Q, False, RESIDUAL, BLOCK,
         )  # fmt: skip
     elif head < H // GROUP:
         _split_side(
             key_grad, key_out, key_sums, key_wide_sums, key_features, key_maps, key_wide, batch, keys,
             key_stride_b, key_stride_h, key_stride_l, CK, lane_scale, head, H // GROUP,
-            GROUP, D, W, WP, NWK, NW_TILE, WIDEST_K, True, False, BLOCK,
+            GROUP, D, DP, W, WP, NWK, NW_TILE, WIDEST_K, True, False, BLOCK,
         )  # fmt: skip
 
 
@@ -245,13 +255,14 @@ def launch_join(query: Tensor, key: Tensor, weights: Tensor, maps: Any, made: An
     query_out = torch.empty(batch, queries, heads, width, dtype=query.dtype, device=query.device)
     key_out = torch.empty(batch, keys, kv_heads, width, dtype=query.dtype, device=query.device)
     tile = maps.query.shape[1]
-    block = TILE // tile
+    block = BLOCK
     _join[(_num_parts(max(queries, keys), block, heads), heads, 2)](
         query, key, query_out, key_out, made.query_features, made.key_features, weights, maps.scales, maps.query,
         maps.key, maps.query_wide, maps.key_wide, made.padding, batch, queries, keys,
         query.stride(0), query.stride(1), query.stride(2), key.stride(0), key.stride(1), key.stride(2),
         made.query_scale, made.far,
-        heads, heads // kv_heads, content_width, len(made.layout.query), width, tile,
+        heads, heads // kv_heads, content_width, triton.next_power_of_2(content_width),
+        len(made.layout.query), width, tile,
         made.query_features.shape[1], made.key_features.shape[1], *maps.num_wide, maps.query_wide.shape[-1],
         maps.key_wide.shape[-1], made.padding is not None, block,
     )  # fmt: skip
@@ -265,7 +276,7 @@ def launch_split(
     query_grad, key_grad = _with_unit_stride(query_grad), _with_unit_stride(key_grad)
     (batch, heads, queries, width), (kv_heads, keys) = query_grad.shape, key_grad.shape[1:3]
     tile, group = maps.query.shape[1], heads // kv_heads
-    block = TILE // tile
+    block = BLOCK
     parts = _num_parts(max(queries, keys), block, heads)
     make: dict[str, Any] = {"device": query_grad.device}
     query_out = torch.empty(batch, queries, heads, content_width, dtype=query_grad.dtype, **make)
@@ -284,14 +295,15 @@ def launch_split(
         maps.query_wide, maps.key_wide, batch, queries, keys,
         query_grad.stride(0), query_grad.stride(1), query_grad.stride(2),
         key_grad.stride(0), key_grad.stride(1), key_grad.stride(2), made.query_scale,
-        heads, group, content_width, width, tile, made.query_features.shape[1], made.key_features.shape[1],
+        heads, group, content_width, triton.next_power_of_2(content_width), width, tile,
+        made.query_features.shape[1], made.key_features.shape[1],
         *maps.num_wide, num_wide_tile, *widest, made.layout.has_residual, block,
     )  # fmt: skip
     grads = torch.empty_like(weights)
     entries = maps.owners.shape[1] - 5
     _finish[(maps.owners.shape[0], heads)](
         *sums, grads, weights, maps.scales, maps.owners, parts,
-        heads, group, tile, *maps.num_wide, *widest, entries, MAX_PARTS,
+        heads, group, tile, *maps.num_wide, *widest, entries, triton.next_power_of_2(parts),
     )  # fmt: skip
     return query_out.transpose(1, 2), key_out.transpose(1, 2), grads
 
