@@ -17,6 +17,7 @@ from eotattn.attention.masks import Masks, gather_masks
 from eotattn.attention.positions import Positions, causal_mask, resolve_positions
 from eotattn.checks import check_floating, check_positive, check_same_device, check_shape, require
 from eotattn.priors import LogPrior
+from eotattn.priors.base import check_prior
 
 __all__ = ["AttentionCall", "without_autocast"]
 
@@ -131,8 +132,7 @@ def _check_content(query: Tensor, key: Tensor, value: Tensor) -> None:
 def _check_prior(prior: LogPrior | None, num_heads: int) -> None:
     if prior is None:
         return
-    remedy = "See eotattn.priors"
-    require(isinstance(prior, LogPrior), OWNER, "prior", "be a LogPrior", prior, remedy, error=TypeError)
+    check_prior(OWNER, "prior", prior)
     rule = f"have the query's {num_heads} heads"
     require(prior.num_heads == num_heads, OWNER, "prior", rule, prior.num_heads, "Build it for query heads")
 

@@ -20,6 +20,7 @@ from eotattn.attention.projections import PackedProjection, SeparateProjections
 from eotattn.attention.rotary import Rotary
 from eotattn.checks import check_choice, check_positive_int, require
 from eotattn.priors import LogPrior
+from eotattn.priors.base import check_prior
 
 __all__ = ["Heads", "PriorAttention"]
 
@@ -105,8 +106,7 @@ class PriorAttention(nn.Module):
         self.backend = check_choice(owner, "backend", backend, ("auto", *BACKENDS))
         self.lanes = check_choice(owner, "lanes", lanes, ("appended", "reserved"))
         if prior is not None:
-            remedy = "See eotattn.priors"
-            require(isinstance(prior, LogPrior), owner, "prior", "be a LogPrior", prior, remedy, error=TypeError)
+            check_prior(owner, "prior", prior)
             have = prior.num_heads
             require(have == num_heads, owner, "prior", f"have {num_heads} heads", have, "Build it for query heads")
         self.head_dim = embed_dim // num_heads

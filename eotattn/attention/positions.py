@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from eotattn.checks import fail, require
-from eotattn.priors.positions import consecutive
+from eotattn.priors.positions import check_positions, consecutive
 
 __all__ = ["Positions", "causal_mask", "resolve_positions"]
 
@@ -70,6 +70,7 @@ def resolve_positions(
         fail(owner, argument, f"have shape {wanted}", given, "One position a token")
     if given.device != device:
         fail(owner, argument, f"be on {device}", given, "Move it to the query's device")
+    check_positions(owner, argument, given, num_coordinates)
     return Positions(given, None, on_grid)
 
 

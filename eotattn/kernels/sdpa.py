@@ -89,7 +89,8 @@ def padding_lane(padding: Tensor, dtype: torch.dtype, *, scale: float) -> tuple[
     """
     far = far_lane(dtype, scale=scale)
     key_lane = torch.zeros(padding.shape, dtype=dtype, device=padding.device).masked_fill(padding, far)
-    return torch.ones(1, 1, 1, 1, dtype=dtype, device=padding.device), key_lane[:, None, :, None]
+    lift = min(max(1 / scale, 1.0), 6e4) if dtype == torch.float16 else 1.0  # float16 cannot hold -1e9 / scale
+    return torch.full((1, 1, 1, 1), lift, dtype=dtype, device=padding.device), key_lane[:, None, :, None]
 
 
 def _append(content: Tensor, lanes: Sequence[Tensor], width: int) -> Tensor:

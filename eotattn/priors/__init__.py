@@ -5,6 +5,7 @@ from eotattn.priors.fourier import FourierPrior
 from eotattn.priors.given import DensePrior
 from eotattn.priors.goat import goat_prior
 from eotattn.priors.grid import ClassTokenPrior, GridPrior, grid_positions
+from eotattn.priors.key_table import KeyTablePrior
 from eotattn.priors.lanes import LaneFactors, Lanes
 from eotattn.priors.recency import RecencyPrior, alibi_slopes
 from eotattn.priors.sink import SinkPrior
@@ -15,6 +16,7 @@ __all__ = [
     "DensePrior",
     "FourierPrior",
     "GridPrior",
+    "KeyTablePrior",
     "LaneFactors",
     "Lanes",
     "LogPrior",

@@ -174,6 +174,13 @@ class LogPrior(nn.Module):
     def reset_parameters(self) -> None:
         """Put parameters and buffers back to their start (also after ``to_empty`` on a meta-device module)."""
 
+    def fill_constants(self) -> None:
+        """Compute buffers that the constructor determines; they are in no state dict, so that no file can bend them."""
+
+    def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
+        super()._load_from_state_dict(*arguments, **keywords)
+        self.fill_constants()
+
     def freeze(self) -> LogPrior:
         """Stop training this prior; returns the prior itself."""
         self.requires_grad_(False)
@@ -206,6 +213,12 @@ class LogPrior(nn.Module):
         return tensors[0].device if tensors else torch.device("cpu")
 
 
+def check_prior(owner: str, argument: str, value: object) -> None:
+    """Raise unless ``value`` is a :class:`LogPrior`."""
+    is_prior = isinstance(value, LogPrior)
+    require(is_prior, owner, argument, "be a LogPrior", value, "See eotattn.priors", error=TypeError)
+
+
 class SumPrior(LogPrior):
     """The sum of log-priors, i.e. the product of priors. Written ``a + b``; nested sums are flattened.
 
@@ -225,6 +238,8 @@ class SumPrior(LogPrior):
 
     def __init__(self, *parts: LogPrior) -> None:
         require(len(parts) > 0, "SumPrior", "parts", "hold at least one prior", parts, "Pass the priors to add")
+        for part in parts:
+            check_prior("SumPrior", "parts", part)
         flat = [leaf for part in parts for leaf in (part.parts if isinstance(part, SumPrior) else [part])]
         super().__init__(flat[0].num_heads)
         for part in flat:
@@ -284,6 +299,7 @@ class ScaledPrior(LogPrior):
     factor: Tensor
 
     def __init__(self, prior: LogPrior, factor: float) -> None:
+        check_prior("ScaledPrior", "prior", prior)
         super().__init__(prior.num_heads)
         finite = isinstance(factor, (int, float)) and abs(factor) < float("inf")
         require(finite, "ScaledPrior", "factor", "be a finite number", factor, "Pass a Python float")

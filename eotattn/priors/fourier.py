@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from eotattn.checks import check_positive, check_positive_int, require
 from eotattn.priors.base import LogPrior
 from eotattn.priors.expansion import Expansion, known_numbers
-from eotattn.priors.frequencies import fill_geometric, phases
+from eotattn.priors.frequencies import geometric_frequencies, phases
 from eotattn.priors.lanes import LaneFactors, computing_dtype
 
 __all__ = ["FourierPrior"]
@@ -54,14 +54,19 @@ class FourierPrior(LogPrior):
         require(ordered, "FourierPrior", "max_period", "be at least min_period", max_period, "Swap or widen the range")
         self.even = nn.Parameter(torch.empty(num_heads, num_frequencies, dtype=torch.float32))
         self.odd = nn.Parameter(torch.empty(num_heads, num_frequencies, dtype=torch.float32))
-        self.register_buffer("frequencies", torch.empty(num_frequencies, dtype=torch.float64))
+        self.register_buffer("frequencies", None, persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Neutral start: zero weights."""
         nn.init.zeros_(self.even)
         nn.init.zeros_(self.odd)
-        fill_geometric(self.frequencies, self.min_period, self.max_period)
+        self.fill_constants()
+
+    def fill_constants(self) -> None:
+        """Compute the frequencies."""
+        count, device = self.even.shape[1], self.even.device
+        self.frequencies = geometric_frequencies(count, self.min_period, self.max_period, device)
 
     def evaluate(self, head: Tensor, query_position: Tensor, key_position: Tensor) -> Tensor:
         """kappa(query_position - key_position), in nats."""

@@ -7,22 +7,20 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["fill_geometric", "phases"]
+__all__ = ["geometric_frequencies", "phases"]
 
 
-def fill_geometric(frequencies: Tensor, min_period: float, max_period: float) -> None:
-    """Fill ``frequencies`` (R,), radians a token, geometrically from 2 pi / min_period down to 2 pi / max_period.
+def geometric_frequencies(
+    count: int, min_period: float, max_period: float, device: torch.device | None = None
+) -> Tensor:
+    """Frequencies (R,) float64, radians a token, geometric from 2 pi / min_period down to 2 pi / max_period.
 
     Example:
-        >>> frequencies = torch.empty(3, dtype=torch.float64)
-        >>> fill_geometric(frequencies, 4.0, 64.0)
-        >>> (2 * math.pi / frequencies).round().tolist()
+        >>> (2 * math.pi / geometric_frequencies(3, 4.0, 64.0)).round().tolist()
         [4.0, 16.0, 64.0]
     """
-    count = frequencies.shape[0]
-    steps = torch.arange(count, dtype=torch.float64, device=frequencies.device) / max(count - 1, 1)
-    with torch.no_grad():
-        frequencies.copy_(2 * math.pi / min_period * (min_period / max_period) ** steps)
+    steps = torch.arange(count, dtype=torch.float64, device=device) / max(count - 1, 1)
+    return 2 * math.pi / min_period * (min_period / max_period) ** steps
 
 
 def phases(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from eotattn.checks import check_positive_int, require
-from eotattn.priors.base import LogPrior
+from eotattn.priors.base import LogPrior, check_prior
 from eotattn.priors.lanes import LaneFactors, computing_dtype
 
 __all__ = ["ClassTokenPrior", "GridPrior", "grid_positions"]
@@ -58,6 +58,8 @@ class GridPrior(LogPrior):
     num_coordinates = 2
 
     def __init__(self, row_prior: LogPrior, column_prior: LogPrior) -> None:
+        check_prior("GridPrior", "row_prior", row_prior)
+        check_prior("GridPrior", "column_prior", column_prior)
         super().__init__(row_prior.num_heads)
         heads = (row_prior.num_heads, column_prior.num_heads)
         require(heads[0] == heads[1], "GridPrior", "column_prior", "have the heads of row_prior", heads, "Rebuild one")

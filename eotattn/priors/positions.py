@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from eotattn.checks import require
+from eotattn.checks import check_no_nan, require
 
 __all__ = ["check_positions", "consecutive", "may_remember", "pair_positions", "position_lookup", "tabulated"]
 
@@ -38,6 +38,8 @@ def check_positions(owner: str, argument: str, positions: Tensor | None, num_coo
     require(positions.numel() > 0, owner, argument, "not be empty", positions, "Pass at least one token")
     is_real = not positions.is_complex() and positions.dtype != torch.bool
     require(is_real, owner, argument, "hold real numbers", positions, "Cast it", error=TypeError)
+    if positions.is_floating_point() and not torch.compiler.is_compiling():
+        check_no_nan(owner, argument, positions)
 
 
 def pair_positions(query_positions: Tensor, key_positions: Tensor, num_coordinates: int) -> tuple[Tensor, Tensor]:
@@ -68,6 +70,9 @@ class _Run:
     positions: Tensor
     tables: OrderedDict[Hashable, Tensor] = field(default_factory=OrderedDict)
 
+    def __post_init__(self) -> None:
+        self.version = self.positions._version  # a caller who writes into the slice it got makes the run useless
+
 
 _RUNS: dict[tuple[torch.device, int], _Run] = {}
 _LOCK = Lock()
@@ -94,7 +99,7 @@ def consecutive(first: int, length: int, device: torch.device) -> Tensor:
     last, place = first + length, _place(device)
     with _LOCK:
         run = _RUNS.get(place)
-        if run is None or run.positions.shape[0] < last:
+        if run is None or run.positions.shape[0] < last or run.positions._version != run.version:
             with torch.inference_mode(False):
                 run = _Run(torch.arange(max(1024, 1 << (last - 1).bit_length()), device=device))
             _RUNS[place] = run
@@ -110,7 +115,8 @@ def tabulated(name: Hashable, positions: Tensor, compute: Callable[[Tensor], Ten
         compute: A pure function of positions, elementwise along its first axis and without gradients.
     """
     run = _RUNS.get(_place(positions.device)) if may_remember(positions.device) else None
-    start = None if run is None else _start_in(run.positions, positions)
+    known = run is not None and run.positions._version == run.version
+    start = _start_in(run.positions, positions) if run is not None and known else None
     if run is None or start is None:
         return compute(positions)
     with _LOCK:

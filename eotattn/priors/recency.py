@@ -65,13 +65,18 @@ class RecencyPrior(LogPrior):
         super().__init__(num_heads)
         self.init = check_choice("RecencyPrior", "init", init, ("alibi", "neutral"))
         self.strength = nn.Parameter(torch.empty(num_heads, dtype=torch.float32))
-        self.register_buffer("unit_slopes", torch.empty(num_heads, dtype=torch.float64))
+        self.register_buffer("unit_slopes", None, persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Start at ALiBi's slopes or at zero."""
         nn.init.constant_(self.strength, 1.0 if self.init == "alibi" else 0.0)
-        self.unit_slopes.copy_(torch.tensor(alibi_slopes(self.num_heads), dtype=torch.float64))
+        self.fill_constants()
+
+    def fill_constants(self) -> None:
+        """Compute ALiBi's slopes."""
+        slopes = alibi_slopes(self.num_heads)
+        self.unit_slopes = torch.tensor(slopes, dtype=torch.float64, device=self.strength.device)
 
     @property
     def slopes(self) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from eotattn.checks import check_positive, check_positive_int, require
 from eotattn.priors.base import LogPrior
 from eotattn.priors.expansion import Expansion, known_numbers
-from eotattn.priors.frequencies import fill_geometric, phases
+from eotattn.priors.frequencies import geometric_frequencies, phases
 from eotattn.priors.lanes import LaneFactors, computing_dtype
 
 __all__ = ["SinkPrior"]
@@ -57,7 +57,8 @@ class SinkPrior(LogPrior):
         require(fits, "SinkPrior", "min_period", "be at most 2 pi length_scale", min_period, "Lower it")
         self.first_token = nn.Parameter(torch.empty(num_heads, dtype=torch.float32))
         self.growth = nn.Parameter(torch.empty(num_heads, dtype=torch.float32))
-        self.register_buffer("frequencies", torch.empty(num_frequencies, dtype=torch.float64))
+        self.num_frequencies = num_frequencies
+        self.register_buffer("frequencies", None, persistent=False)
         if num_frequencies > 0:
             self.even = nn.Parameter(torch.empty(num_heads, num_frequencies, dtype=torch.float32))
             self.odd = nn.Parameter(torch.empty(num_heads, num_frequencies, dtype=torch.float32))
@@ -67,7 +68,12 @@ class SinkPrior(LogPrior):
         """Neutral start: zero weights."""
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
-        fill_geometric(self.frequencies, self.min_period, 2 * math.pi * self.length_scale)
+        self.fill_constants()
+
+    def fill_constants(self) -> None:
+        """Compute the frequencies."""
+        longest, device = 2 * math.pi * self.length_scale, self.first_token.device
+        self.frequencies = geometric_frequencies(self.num_frequencies, self.min_period, longest, device)
 
     def key_only(self, key_positions: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
         """u(j) of every head and key: (H, K) or (B, H, K), in nats."""

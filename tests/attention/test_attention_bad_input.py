@@ -54,6 +54,21 @@ FUNCTIONAL = {
         ValueError,
         "key_padding_mask must be on the device of query",
     ),
+    "positions not a number": (
+        call(prior=RECENCY, query_positions=torch.full((Q,), math.nan)),
+        ValueError,
+        "query_positions must be finite",
+    ),
+    "positions not a number, no prior": (
+        call(key_positions=torch.full((K,), math.nan), is_causal=True),
+        ValueError,
+        "key_positions must be finite",
+    ),
+    "boolean positions, no prior": (
+        call(query_positions=torch.ones(Q, dtype=torch.bool)),
+        TypeError,
+        "query_positions must hold real numbers",
+    ),
     "positions elsewhere": (
         call(prior=RECENCY, key_positions=torch.arange(K, device="meta")),
         ValueError,

@@ -166,6 +166,35 @@ def test_a_range_says_what_a_tensor_says(backend, is_causal, first_query, first_
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("first_query", "first_key"), [(4, 0), (0, 4), (3, 3)])
+def test_equal_lengths_at_unequal_starts_are_no_triangle(backend, first_query, first_key):
+    prior, inputs = goat(), content(queries=K, keys=K)
+    spans = range(first_query, first_query + K), range(first_key, first_key + K)
+    output = prior_attention(
+        *inputs, prior=prior, query_positions=spans[0], key_positions=spans[1], is_causal=True, backend=backend
+    )
+    tensors = torch.arange(spans[0].start, spans[0].stop), torch.arange(spans[1].start, spans[1].stop)
+    expected, _ = attention(*inputs, log_prior=dense(prior, *tensors), allowed=causal(*tensors))
+    assert_close(output, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("with_prior", [False, True])
+def test_left_padding_under_the_causal_triangle_leaves_its_rows_empty(backend, with_prior):
+    prior, (query, key, value) = goat() if with_prior else None, content(queries=K, keys=K)
+    padding = torch.zeros(query.shape[0], K, dtype=torch.bool)
+    padding[0, :3] = True
+    output = prior_attention(query, key, value, prior=prior, key_padding_mask=padding, is_causal=True, backend=backend)
+    assert torch.equal(output[0, :, :3], torch.zeros_like(output[0, :, :3]))
+    positions = torch.arange(K)
+    log_prior = None if prior is None else dense(prior, positions, positions)
+    allowed = causal(positions, positions) & ~padding[:, None, None, :]
+    expected, _ = attention(query, key, value, log_prior=log_prior, allowed=allowed)
+    assert_close(output[0, :, 3:], expected[0, :, 3:])
+    assert_close(output[1], expected[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("chunk", [1, 3, 4])
 @pytest.mark.parametrize("as_range", [True, False])
 def test_decoding_in_chunks_is_the_full_pass(backend, chunk, as_range):

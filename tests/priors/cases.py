@@ -9,6 +9,7 @@ from eotattn.priors import (
     DensePrior,
     FourierPrior,
     GridPrior,
+    KeyTablePrior,
     RecencyPrior,
     SinkPrior,
     TablePrior,
@@ -30,7 +31,7 @@ def off_neutral(prior, *, seed=0, size=0.7):
 
 
 def recency(init="alibi"):
-    """Slopes of every kind: above, at and below zero act as themselves, zero and zero."""
+    """Slopes off ALiBi's powers of two, so that no product is exact by luck."""
     prior = RecencyPrior(HEADS, init)
     with torch.no_grad():
         prior.strength.copy_(torch.tensor([1.3, 0.4, 2.2]))
@@ -58,6 +59,7 @@ CASES = {
     "sink": (lambda: off_neutral(SinkPrior(HEADS, 3, length_scale=40.0)), ()),
     "sink without waves": (lambda: off_neutral(SinkPrior(HEADS, 0, length_scale=40.0)), ()),
     "table": (lambda: off_neutral(TablePrior(HEADS, max_lag=3)), ()),
+    "key table": (lambda: off_neutral(KeyTablePrior(HEADS, length=4)), ()),
     "given": (lambda: DensePrior(matrix()), ("reset",)),
     "given with -inf": (lambda: DensePrior(matrix(masked=True)), ("reset",)),
     "grid": (lambda: GridPrior(fourier(1), off_neutral(FourierPrior(HEADS, 2, 4.0, 30.0), seed=2)), ()),

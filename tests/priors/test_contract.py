@@ -115,9 +115,8 @@ class SharedMemory(Broken):
 
 class HalfReset(Broken):
     def reset_parameters(self):
-        if not self.strength.is_meta:
-            nn.init.ones_(self.strength)
-        if bool((self.unit_slopes == 0).all()) or self.unit_slopes.numel() == 0:
+        nn.init.ones_(self.strength)
+        if self.unit_slopes is None:
             super().reset_parameters()
 
 
