@@ -108,10 +108,7 @@ def head_report(
         >>> head_report({"first": stats}).mean["sink mass of key 0"]
         array([[0.25, 0.25, 0.25]])
     """
-    require(len(layers) > 0, "head_report", "layers", "hold at least one layer", dict(layers), "Run the model first")
-    for key in keys:
-        check_positive_int("head_report", "keys", key, minimum=0)
-    check_positive_int("head_report", "local_width", local_width, minimum=0)
+    _check(layers, keys, local_width)
     quantities = (*key_quantities(tuple(keys)), *QUANTITIES, local_mass_quantity(local_width))
     generator = torch.Generator().manual_seed(seed)
     heads = max(stats.num_heads for stats in layers.values())
@@ -139,6 +136,14 @@ def head_report(
         lag_profile=tuple(_lag_profile(stats) for stats in layers.values()),
         num_sequences=max(stats.num_sequences for stats in layers.values()),
     )
+
+
+def _check(layers: Mapping[str, SequenceStatistics], keys: Sequence[int], local_width: int) -> None:
+    require(len(layers) > 0, "head_report", "layers", "hold at least one layer", dict(layers), "Run the model first")
+    require(len(keys) > 0, "head_report", "keys", "name at least one key", keys, "Pass keys=(0,)")
+    for key in keys:
+        check_positive_int("head_report", "keys", key, minimum=0)
+    check_positive_int("head_report", "local_width", local_width, minimum=0)
 
 
 def _with_interval(values: Tensor, drawn: Tensor) -> tuple[Array, Array, Array]:

@@ -51,36 +51,44 @@ def listen(model: nn.Module, recorder: Recorder) -> Iterator[None]:
     if not configs:
         yield
         return
+    names = {id(module): name for name, module in model.named_modules()}
+    before = [config._attn_implementation_internal for config in configs]
+    prefix = f"eotattn_{id(recorder):x}_"
+    try:
+        with _registered({prefix + (own or "eager"): own or "eager" for own in before}, recorder, names):
+            for config, own in zip(configs, before, strict=True):
+                config._attn_implementation_internal = prefix + (own or "eager")
+            yield
+    finally:
+        for config, own in zip(configs, before, strict=True):
+            config._attn_implementation_internal = own
+
+
+@contextmanager
+def _registered(implementations: dict[str, str], recorder: Recorder, names: dict[int, str]) -> Iterator[None]:
+    """Both functions of every implementation (our name -> the model's own), while the block runs."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    names = {id(module): name for name, module in model.named_modules()}
-    before = {id(config): config._attn_implementation_internal or "eager" for config in configs}
-    prefix = f"eotattn_{id(recorder):x}_"
-    registered = {prefix + own: own for own in before.values()}
     interface: Any = AttentionInterface
     find: Any = getattr(interface, "get_interface", None)
 
     def get_interface(self: Any, attn_implementation: str, default: OwnFunction) -> OwnFunction:
-        own = registered.get(attn_implementation)
+        own = implementations.get(attn_implementation)
         if own is None:
             return find(self, attn_implementation, default)
         return _attention_function(own, recorder, names, find(self, own, default))
 
+    for ours, own in implementations.items():
+        AttentionInterface.register(ours, _attention_function(own, recorder, names, None))
+        AttentionMaskInterface.register(ours, _mask_function(own))
+    if find is not None:  # newer releases name the model's own eager function here; older ones do not
+        interface.get_interface = get_interface
     try:
-        for ours, own in registered.items():
-            AttentionInterface.register(ours, _attention_function(own, recorder, names, None))
-            AttentionMaskInterface.register(ours, _mask_function(own))
-        if find is not None:  # newer releases name the model's own eager function here; older ones do not
-            interface.get_interface = get_interface
-        for config in configs:
-            config._attn_implementation_internal = prefix + before[id(config)]
         yield
     finally:
-        for config in configs:
-            config._attn_implementation_internal = before[id(config)]
         if find is not None:
             interface.get_interface = find
-        for ours in registered:
+        for ours in implementations:
             AttentionInterface._global_mapping.pop(ours, None)
             AttentionMaskInterface._global_mapping.pop(ours, None)
 
