@@ -106,8 +106,13 @@ def _this_interpreter(scratch: Path) -> Iterator[None]:
         "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=50"],
         "display_name": "Python 3",
         "language": "python",
-        # tqdm asks every kernel for ipywidgets, but the bars of training show on terminals only.
-        "env": {"PYTHONPATH": _python_path(), "PYTHONWARNINGS": "ignore:IProgress not found"},
+        "env": {
+            "PYTHONPATH": _python_path(),
+            # tqdm asks every kernel for ipywidgets, but the bars of training show on terminals only.
+            "PYTHONWARNINGS": "ignore:IProgress not found",
+            # Threads that wait by spinning make training several times slower where other work shares the cores.
+            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+        },
     }
     kernel = scratch / "kernels" / "python3"
     kernel.mkdir(parents=True)
