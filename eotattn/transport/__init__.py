@@ -6,7 +6,8 @@
 
 from eotattn.transport.certificate import Certificate, certify
 from eotattn.transport.dispatch import solve
+from eotattn.transport.module import SinkhornAttention
 from eotattn.transport.problem import TransportProblem
 from eotattn.transport.solution import TransportSolution
 
-__all__ = ["Certificate", "TransportProblem", "TransportSolution", "certify", "solve"]
+__all__ = ["Certificate", "SinkhornAttention", "TransportProblem", "TransportSolution", "certify", "solve"]
