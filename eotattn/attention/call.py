@@ -97,7 +97,8 @@ class AttentionCall:
 
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype in which autocast runs fused calls on ``device``, or ``None`` outside autocast."""
-    active = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    # not torch.amp.is_autocast_available, which the compiler of PyTorch 2.11 cannot trace
+    active = device.type in ("cpu", "cuda", "xpu", "mps") and torch.is_autocast_enabled(device.type)
     return torch.get_autocast_dtype(device.type) if active else None
 
 

@@ -1,0 +1,78 @@
+"""Benchmarks drawn: times as ratios to a baseline, errors against length."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from numpy.typing import ArrayLike
+
+from eotattn.checks import require
+from eotattn.plotting.style import MARKERS, OKABE_ITO, resolve_axes, to_array
+
+__all__ = ["plot_errors_by_length", "plot_time_ratios"]
+
+
+def plot_time_ratios(
+    names: Sequence[str],
+    ratios: ArrayLike,
+    *,
+    bound: float | None = None,
+    highlight: str = "eotattn",
+    axes: Axes | None = None,
+) -> Axes:
+    """Draw one horizontal bar a candidate: its time over the baseline's, on a logarithmic axis.
+
+    Args:
+        names: (N,) candidates, from top to bottom.
+        ratios: (N,) times over the baseline's, positive.
+        bound: Where to draw a dashed line.
+        highlight: Candidates whose name begins so are drawn in another colour.
+        axes: Where to draw; a new figure by default.
+    """
+    values = to_array("plot_time_ratios", "ratios", ratios, num_axes=1)
+    fits = len(names) == values.shape[0]
+    require(fits, "plot_time_ratios", "names", f"hold {values.shape[0]} names", list(names), "One name a ratio")
+    require(bool((values > 0).all()), "plot_time_ratios", "ratios", "be positive", ratios, "Drop failed candidates")
+    axes = resolve_axes(axes)
+    places = np.arange(len(names))[::-1]
+    colours = [OKABE_ITO["vermillion"] if name.startswith(highlight) else OKABE_ITO["blue"] for name in names]
+    axes.barh(places, values, color=colours, height=0.7)
+    for place, value in zip(places, values, strict=True):
+        axes.annotate(f" {value:.2f}", (value, place), va="center", fontsize=8)
+    axes.set_yticks(places, names, fontsize=8)
+    axes.set_xscale("log")
+    axes.set_xlim(min(0.8, values.min() * 0.9), values.max() * 1.5)
+    axes.axvline(1.0, color="0.3", linewidth=0.8)
+    if bound is not None:
+        axes.axvline(bound, color="0.3", linewidth=0.8, linestyle="--")
+    axes.set_xlabel("time over the baseline's")
+    return axes
+
+
+def plot_errors_by_length(
+    curves: Mapping[str, tuple[ArrayLike, ArrayLike]], *, ylabel: str, axes: Axes | None = None
+) -> Axes:
+    """Draw one curve a method: its error against the context length, both axes logarithmic.
+
+    Args:
+        curves: Name -> (lengths in tokens, errors), each (N,).
+        ylabel: What the error is, with its unit.
+        axes: Where to draw; a new figure by default.
+    """
+    require(len(curves) > 0, "plot_errors_by_length", "curves", "hold at least one curve", dict(curves), "Pass one")
+    axes = resolve_axes(axes)
+    colours = list(OKABE_ITO.values())
+    for n, (name, (lengths, errors)) in enumerate(curves.items()):
+        at = to_array("plot_errors_by_length", "lengths", lengths, num_axes=1)
+        values = to_array("plot_errors_by_length", "errors", errors, num_axes=1)
+        axes.plot(
+            at, values, label=name, color=colours[n % len(colours)], marker=MARKERS[n % len(MARKERS)], markersize=5
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("context length (tokens)")
+    axes.set_ylabel(ylabel)
+    axes.legend(frameon=False, fontsize=8)
+    return axes

@@ -1,0 +1,84 @@
+"""The benchmarks run on a CPU in seconds, say what failed, and measure what they claim."""
+
+import csv
+import json
+import time
+
+import pytest
+import torch
+from tolerances import assert_close
+
+from eotattn.benchmarks.oracle import causal_rows, slope_gradient
+from eotattn.benchmarks.report import bench, format_table
+from eotattn.benchmarks.suites import SUITES, configure
+from eotattn.benchmarks.timing import Candidate, measure
+from eotattn.cli import main
+from eotattn.priors import RecencyPrior
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_suite_runs_and_writes(suite, tmp_path):
+    dtype = "bfloat16" if suite in ("precision", "gradients") else "float32"
+    table = bench(suite, configure("cpu", dtype, "small", rounds=2), out=str(tmp_path))
+    with (tmp_path / f"bench_{suite}.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(table.splitlines()) - 1
+    assert not [row for row in rows if row["name"].startswith("eotattn") and row.get("failure")]
+    record = json.loads((tmp_path / f"bench_{suite}.json").read_text())
+    assert record["command"].startswith(f"eotattn bench {suite} --device cpu")
+    assert {"commit", "seed", "libraries", "date", "configuration"} <= set(record)
+
+
+def test_times_are_medians_of_interleaved_calls():
+    calls = []
+
+    def candidate(name, seconds):
+        def run():
+            calls.append(name)
+            time.sleep(seconds)
+
+        return Candidate(name, lambda: run)
+
+    rows = measure([candidate("a", 0.002), candidate("b", 0.008)], device=CPU, rounds=3, warmup=0)
+    assert calls == ["a", "b"] * 3
+    assert rows[0]["ratio"] == 1.0
+    assert rows[0]["median_ms"] >= 2.0
+    assert rows[1]["median_ms"] >= 8.0
+
+
+def test_a_peer_that_fails_is_a_row_that_says_why():
+    def fail():
+        raise ImportError("No module named 'peer'")
+
+    works = Candidate("works", lambda: lambda: None)
+    rows = measure([works, Candidate("peer", fail)], device=CPU, rounds=1)
+    assert rows[1] == {"name": "peer", "failure": "ImportError: No module named 'peer'"}
+    assert "No module named 'peer'" in format_table(rows)
+
+
+def test_the_oracle_is_attention():
+    generator = torch.Generator().manual_seed(0)
+    query, key, value, upstream = (torch.randn(1, 2, 9, 4, generator=generator, dtype=torch.float64) for _ in range(4))
+    slopes = torch.tensor([0.3, 0.05], dtype=torch.float64, requires_grad=True)
+    positions = torch.arange(9, dtype=torch.float64)
+    lag = positions[:, None] - positions
+    score = 0.5 * query @ key.mT - slopes[:, None, None] * lag
+    output = score.masked_fill(lag < 0, float("-inf")).softmax(-1) @ value
+    (expected,) = torch.autograd.grad((output * upstream).sum(), [slopes])
+    assert_close(slope_gradient(query, key, value, upstream, slopes.detach(), 0.5, block=4), expected)
+    prior = RecencyPrior(2)
+    with torch.no_grad():
+        prior.strength.copy_(slopes / prior.unit_slopes)
+    rows = causal_rows(query, key, value, torch.tensor([0, 3, 8]), prior, 0.5)
+    assert_close(rows, output[0][:, [0, 3, 8]].detach(), tolerance=1e-6)
+
+
+def test_bench_on_the_command_line(capsys):
+    assert main(["bench", "decode", "--rounds", "1"]) == 0
+    assert "SDPA, no prior" in capsys.readouterr().out
+    assert main(["bench", "speed"]) == 2
+    assert "bench: suite must be one of 'attention'" in capsys.readouterr().err
+    assert main(["bench", "decode", "--sizes", "huge"]) == 2
+    assert "bench: sizes must be one of 'small', 'full'" in capsys.readouterr().err
