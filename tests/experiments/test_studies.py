@@ -130,6 +130,20 @@ def test_language_study_continues_from_its_checkpoints(tmp_path):
     assert first.bits_per_byte("goat") == again.bits_per_byte("goat")
 
 
+@pytest.mark.parametrize(("curve", "rise"), [([2.0, 1.8, 2.05], 0.25), ([2.0, 1.9, 1.8], 0.0), ([2.0, 2.1, 2.05], 0.1)])
+def test_a_rise_is_measured_from_the_best_shorter_context(curve, rise):
+    assert language._largest_rise(curve) == pytest.approx(rise)
+
+
+def test_the_gain_is_paired_over_windows(small_language):
+    goat, alibi = (small_language.of(name)[0].near_bits for name in ("goat", "alibi"))
+    gain, error = small_language.paired_gain("goat", over="alibi")
+    both = torch.stack([r.near_bits for r in small_language.of("alibi")]).mean(0)
+    both = both - torch.stack([r.near_bits for r in small_language.of("goat")]).mean(0)
+    assert gain == pytest.approx(both.mean().item())
+    assert 0 < error < (goat.std() + alibi.std()).item()
+
+
 def test_verdict_says_no_when_a_claim_fails(small_language):
     """Four steps teach nothing, so RoPE has nothing to lose beyond its training length."""
     assert "RoPE diverges: did NOT hold" in small_language.verdict()
