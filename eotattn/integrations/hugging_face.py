@@ -99,6 +99,11 @@ def _mask_function(implementation: str) -> Callable[..., Tensor | None]:
     make = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
 
     def mask(**arguments: Any) -> Tensor | None:
+        if not {"batch_size", "q_length", "kv_length"} <= set(arguments):
+            raise NotImplementedError(
+                f"capture: this release of transformers describes masks by {sorted(arguments)}, not by batch_size, "
+                f"q_length and kv_length. Use the release that the extra 'analysis' names."
+            )
         additive = implementation == "eager"
         return LazyMask(make, sdpa_mask, arguments, arguments.get("dtype", torch.float32) if additive else torch.bool)
 
