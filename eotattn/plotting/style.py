@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from eotattn.checks import require
 
-__all__ = ["OKABE_ITO", "line_styles", "resolve_axes", "to_array"]
+__all__ = ["MARKERS", "OKABE_ITO", "line_styles", "resolve_axes", "to_array"]
 
 #: Okabe and Ito's qualitative palette without yellow, which is too light for lines on white.
 OKABE_ITO = {
@@ -26,7 +26,7 @@ OKABE_ITO = {
 }
 
 #: Markers in the order of the palette, so that lines differ without colour as well.
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 def line_styles(names: Sequence[str], order: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
@@ -48,7 +48,7 @@ def line_styles(names: Sequence[str], order: Sequence[str] | None = None) -> dic
     return {
         name: {
             "color": colours[place % len(colours)],
-            "marker": _MARKERS[place % len(_MARKERS)],
+            "marker": MARKERS[place % len(MARKERS)],
             "markersize": 5,
             "linewidth": 1.6,
         }
