@@ -374,7 +374,11 @@ def _output_errors(config: Configuration, length: int, heads: int = 12, width: i
 
 
 def gradients(config: Configuration) -> list[Row]:
-    """Slope gradients against float64: the norm of the error over that of the signal, over heads."""
+    """Slope gradients against float64: the norm of the error over that of the signal, over heads.
+
+    ``of_strengths`` is the same for the parameter, in which a head counts by its ALiBi slope; ``worst_head`` is the
+    largest error of a head over the root mean square of all heads' signals.
+    """
     rows: list[Row] = []
     heads, width = 12, 64
     for length in config.pick([128], [2048, 8192, 32768]):
@@ -390,10 +394,13 @@ def gradients(config: Configuration) -> list[Row]:
             (found,) = torch.autograd.grad(output, [prior.strength], upstream.detach())
             slopes = prior.slopes.detach()
             q, k, v, up = (tensor.detach() for tensor in (query, key, value, upstream))
-            exact = slope_gradient(q, k, v, up, slopes, 1 / math.sqrt(width)) * prior.unit_slopes
-            error = (found.double() - exact).abs() / exact.abs()
-            row = {"quantity": "slope gradient", "length": length, "name": f"slopes {slope}"}
-            rows.append({**row, "value": relative_error(found, exact), "worst_head": float(error.max())})
+            exact = slope_gradient(q, k, v, up, slopes, 1 / math.sqrt(width))
+            found = found.double() / prior.unit_slopes  # of the slope, not of the strength: every head counts alike
+            error = (found - exact).abs() / exact.square().mean().sqrt()
+            row: Row = {"quantity": "slope gradient", "length": length, "name": f"slopes {slope}"}
+            row["value"], row["worst_head"] = relative_error(found, exact), float(error.max())
+            row["of_strengths"] = relative_error(found * prior.unit_slopes, exact * prior.unit_slopes)
+            rows.append(row)
     return rows
 
 

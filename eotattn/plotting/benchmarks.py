@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
 
 from eotattn.checks import require
-from eotattn.plotting.style import MARKERS, OKABE_ITO, resolve_axes, to_array
+from eotattn.plotting.style import OKABE_ITO, line_styles, resolve_axes, to_array
 
 __all__ = ["plot_errors_by_length", "plot_time_ratios"]
 
@@ -63,13 +63,11 @@ def plot_errors_by_length(
     """
     require(len(curves) > 0, "plot_errors_by_length", "curves", "hold at least one curve", dict(curves), "Pass one")
     axes = resolve_axes(axes)
-    colours = list(OKABE_ITO.values())
-    for n, (name, (lengths, errors)) in enumerate(curves.items()):
+    styles = line_styles(list(curves))
+    for name, (lengths, errors) in curves.items():
         at = to_array("plot_errors_by_length", "lengths", lengths, num_axes=1)
         values = to_array("plot_errors_by_length", "errors", errors, num_axes=1)
-        axes.plot(
-            at, values, label=name, color=colours[n % len(colours)], marker=MARKERS[n % len(MARKERS)], markersize=5
-        )
+        axes.plot(at, values, label=name, **styles[name])
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlabel("context length (tokens)")
