@@ -8,6 +8,7 @@ queries and keys exchanged is the other half.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,13 +17,13 @@ from torch.nn import functional
 
 from eotattn.kernels.sdpa import WIDTH_STEP
 
-__all__ = ["attend", "route"]
+__all__ = ["attend", "biased_log_sum_exp", "route"]
 
 _ATEN = torch.ops.aten
 #: Elements of one block of logits where no fused operator serves.
 _BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**23}
-#: The widest score that cuDNN's attention takes.
-_CUDNN_WIDTH = 128
+#: The widest score that cuDNN's attention, and the kernel made for the log-sum-exp alone, take.
+_WIDEST = 128
 
 
 def attend(
@@ -77,10 +78,56 @@ def route(query: Tensor, value: Tensor, *, with_gradient: bool = False) -> str:
         return "cpu" if query.dtype in (torch.float64, torch.float32, torch.bfloat16) else "blocks"
     if query.device.type != "cuda" or query.dtype == torch.float64:
         return "blocks"
-    narrow = max(_padded(query.shape[-1]), _padded(value.shape[-1])) <= _CUDNN_WIDTH
+    narrow = max(_padded(query.shape[-1]), _padded(value.shape[-1])) <= _WIDEST
     if query.dtype == torch.float32 or with_gradient or not narrow or not torch.backends.cuda.cudnn_sdp_enabled():
         return "efficient"
     return "cudnn"
+
+
+def biased_log_sum_exp(query: Tensor, key: Tensor, bias: Tensor, *, scale: float) -> Tensor | None:
+    """Compute ``log sum_m exp(scale <query_n, key_m> + bias_m)`` by the kernel made for it, where there is one.
+
+    It reads nothing but its arguments and multiplies no values, so it costs about half of an attention call; the bias
+    stays in float32 instead of travelling in lanes. It has no gradient.
+
+    Args:
+        query: (B, N, D).
+        key: (B, M, D).
+        bias: (B, M), nats, float32, finite.
+        scale: Factor on the inner products.
+
+    Returns:
+        (B, N), nats, float32; ``None`` where the kernel does not serve: off CUDA, without Triton, in float64, wider
+        than 128, or where gradients are followed.
+
+    Example:
+        >>> biased_log_sum_exp(torch.zeros(1, 2, 4), torch.zeros(1, 3, 4), torch.zeros(1, 3), scale=1.0) is None
+        True
+
+    Source: original; online softmax, Milakov and Gimelshein 2018.
+    """
+    follows = torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, bias))
+    served = (
+        query.device.type == "cuda"
+        and query.dtype in (torch.bfloat16, torch.float32)
+        and 0 < query.shape[-1] <= _WIDEST
+    )
+    kernel = _triton() if served and not follows else None
+    if kernel is None:
+        return None
+    query, key = (one if one.stride(-1) == 1 else one.contiguous() for one in (query, key))
+    found: Tensor = kernel.launch(query, key, bias.contiguous(), scale)
+    return found
+
+
+@cache
+def _triton() -> Any:
+    """The file with the kernel, or ``None`` without Triton."""
+    try:
+        from eotattn.kernels import log_sum_exp_triton
+    except ImportError:
+        return None
+    return log_sum_exp_triton
 
 
 def _padded(width: int) -> int:

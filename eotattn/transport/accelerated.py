@@ -41,7 +41,8 @@ class AcceleratedStep:
 
     def _forget(self, state: KeyBalance, epsilon: float) -> None:
         self._epsilon = epsilon
-        self._history: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._changes: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None
         self._best = torch.full_like(state.error, float("inf"))
         self._fallback = torch.zeros_like(state.mass)
         self._extrapolating = torch.zeros_like(state.error, dtype=torch.bool)
@@ -53,33 +54,41 @@ class AcceleratedStep:
         image = sinkhorn_step(problem, key_potential, state, epsilon)
         residual = torch.where(image.isfinite(), image - key_potential, 0.0)
         taken_back = self._extrapolating & ~(state.error <= self._best)
-        kept = [(old, rest, valid & ~taken_back) for old, rest, valid in self._history[-_WINDOW:]]
-        self._history = [*kept, (image, residual, ~taken_back)]
-        correction, self._extrapolating = self._correction(state.mass + state.target)
+        changes = [(left, right, valid & ~taken_back) for left, right, valid in self._changes]
+        if self._last is not None:
+            before, rest, usable = self._last
+            change = _difference(before, image), residual - rest, usable & ~taken_back
+            changes = [*changes, change][-_WINDOW:]
+        self._changes, self._last = changes, (image, residual, ~taken_back)
+        correction, self._extrapolating = self._correction(residual, state.mass + state.target)
         moved = torch.where(image.isfinite(), image - correction, image)
         self._best = torch.minimum(self._best, state.error)
         fallback, self._fallback = self._fallback, torch.where(taken_back[..., None], self._fallback, image)
         return torch.where(taken_back[..., None], fallback, moved)
 
-    def _correction(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def _correction(self, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """What to subtract from the plain step, and for which problems there is something to go by."""
-        pairs = list(zip(self._history, self._history[1:], strict=False))
-        valid = [before[2] & after[2] for before, after in pairs]
-        known = torch.stack(valid).sum(0) >= _WARM_UP if pairs else torch.zeros_like(self._extrapolating)
-        if len(pairs) < _WARM_UP:
-            return torch.zeros_like(weight), torch.zeros_like(known)
-        usable = torch.stack([one & known for one in valid], -1)[..., None]
-        images, residuals = (
-            torch.where(usable, torch.stack([_difference(a[k], b[k]) for a, b in pairs], -2), 0.0) for k in (0, 1)
-        )
+        if len(self._changes) < _WARM_UP:
+            return torch.zeros_like(weight), torch.zeros_like(self._extrapolating)
+        valid = torch.stack([usable for *_, usable in self._changes], -1)
+        known = valid.sum(-1) >= _WARM_UP
+        usable = (valid & known[..., None])[..., None]
+        images, residuals = (torch.stack([change[side] for change in self._changes], -2) for side in (0, 1))
+        residuals = torch.where(usable, residuals, 0.0)
         weighted = (residuals * weight[..., None, :]).double()
-        gram = weighted @ residuals.double().mT
-        right = weighted @ self._history[-1][1][..., None].double()
-        ridge = _RIDGE * gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] + torch.finfo(torch.float64).tiny
-        eye = torch.eye(len(pairs), dtype=gram.dtype, device=gram.device)
-        gamma = torch.linalg.solve_ex(gram + eye * torch.where(usable, ridge, 1.0), right)[0]
-        gamma = torch.where(gamma.isfinite(), gamma, 0.0).to(weight.dtype)
-        return (gamma * images).sum(-2), known
+        system = weighted @ torch.cat([residuals, residual[..., None, :]], -2).double().mT
+        # A handful of unknowns a problem: the CPU solves them sooner than a GPU starts to.
+        gamma = _least_squares(system.cpu(), usable.cpu()).to(residual)
+        return (gamma * torch.where(usable, images, 0.0)).sum(-2), known
+
+
+def _least_squares(system: Tensor, usable: Tensor) -> Tensor:
+    """Solve the normal equations, (..., w, w + 1), for the usable of the unknowns, shape (..., w, 1)."""
+    gram, right = system[..., :-1], system[..., -1:]
+    ridge = _RIDGE * gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] + torch.finfo(gram.dtype).tiny
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype)
+    gamma = torch.linalg.solve_ex(gram + eye * torch.where(usable, ridge, 1.0), right)[0]
+    return torch.where(gamma.isfinite(), gamma, 0.0)
 
 
 def _difference(before: Tensor, after: Tensor) -> Tensor:

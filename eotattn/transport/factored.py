@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from eotattn.kernels.log_sum_exp import attend
+from eotattn.kernels.log_sum_exp import attend, biased_log_sum_exp
 from eotattn.priors.lanes import LaneFactors, Lanes, computing_dtype
 from eotattn.transport.affinity import Affinity, Rows
 
@@ -122,7 +122,8 @@ class FactoredAffinity(Affinity):
 
     def soft_maximum(self, price: Tensor, epsilon: float) -> Tensor:
         """See ``Affinity``."""
-        log_sum_exp = self._fused(price, None, epsilon)[1]
+        log_sum_exp = self._kernel(price, epsilon)
+        log_sum_exp = self._fused(price, None, epsilon)[1] if log_sum_exp is None else log_sum_exp
         total = epsilon * log_sum_exp
         for row in (part.row for part in self.factors if part.row is not None):
             total = total + epsilon * row
@@ -137,6 +138,33 @@ class FactoredAffinity(Affinity):
         nobody = log_sum_exp < 0.5 * _FAR
         nobody = nobody if self.query_padding is None else nobody | self.query_padding
         return torch.where(nobody[..., None], 0.0, output.to(self.dtype))
+
+    def _kernel(self, price: Tensor, epsilon: float) -> Tensor | None:
+        """The log-sum-exp by the kernel made for it, shape (..., n), or ``None`` where it does not serve."""
+        if self.direction or self.device.type != "cuda":
+            return None
+        pairs = [(self.query, self.key)]
+        if self.factors:
+            lanes = Lanes.from_factors(self.factors, dtype=self.query.dtype, query_scale=epsilon)
+            pairs.append((lanes.query, lanes.key))
+        *batch, n, m = torch.broadcast_shapes(self.shape, (*price.shape[:-1], 1, 1))
+        count = math.prod(batch)
+        query, key = (
+            side.expand(*batch, *side.shape[-2:]).reshape(count, *side.shape[-2:])
+            for side in (_beside(tensors) for tensors in zip(*pairs, strict=True))
+        )
+        bias = (self._lane(price, epsilon) / epsilon).expand(*batch, m).reshape(count, m)
+        found = biased_log_sum_exp(query, key, bias, scale=1.0 / epsilon)
+        return None if found is None else found.reshape(*batch, n)
+
+    def _lane(self, price: Tensor, epsilon: float) -> Tensor:
+        """Price and bias of the keys in cost units, far below any score where a key is removed."""
+        lane = torch.where(price.isfinite(), price, 0.0)
+        if self.key_bias is not None:
+            lane = lane + self.key_bias
+        removed = price == -math.inf
+        removed = removed if self.key_padding is None else removed | self.key_padding
+        return torch.where(removed, _FAR * epsilon, lane)
 
     def _fused(self, price: Tensor, value: Tensor | None, epsilon: float) -> tuple[Tensor, Tensor]:
         """One attention call over all problems: output (..., n, v) and log-sum-exp (..., n) of the lanes' logits."""
@@ -154,12 +182,7 @@ class FactoredAffinity(Affinity):
     def _operands(self, price: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
         """Content, lanes of the log-prior and lanes of the price side by side; the kernel divides by epsilon."""
         kernel = self.query.dtype
-        lane = torch.where(price.isfinite(), price, 0.0)
-        if self.key_bias is not None:
-            lane = lane + self.key_bias
-        removed = price == -math.inf
-        removed = removed if self.key_padding is None else removed | self.key_padding
-        lane = torch.where(removed, _FAR * epsilon, lane)
+        lane = self._lane(price, epsilon)
         carrier = LaneFactors(lane.new_ones(1, 1), lane[..., None], exact="query")
         pairs = [(self.query, self.key), carrier.split(kernel)]
         if self.factors:

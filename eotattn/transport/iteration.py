@@ -8,8 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from eotattn.transport.keys import KeyBalance, balance, starting_potential
+from eotattn.transport.keys import KeyBalance, starting_potential
 from eotattn.transport.problem import TransportProblem
+from eotattn.transport.repeated import RepeatedBalance
 
 __all__ = ["Step", "default_tolerance", "iterate", "temperatures"]
 
@@ -94,8 +95,9 @@ def iterate(
         final = epsilon == problem.epsilon
         bound = tolerance if final else max(tolerance, _GUIDING_TOLERANCE)
         allowed = max_iterations if final else (count + _GUIDING_ITERATIONS).clamp(max=max_iterations)
+        look = RepeatedBalance(problem, epsilon)
         while True:
-            state = balance(problem, potential, epsilon=epsilon)
+            state = look(potential)
             done = state.error <= bound
             active = ~done & (count < allowed)
             if not bool(active.any()):
