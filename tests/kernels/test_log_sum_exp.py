@@ -1,5 +1,7 @@
 """The call that returns output and log-sum-exp against its definition, forward and backward, on every route."""
 
+import os
+
 import pytest
 import torch
 from tolerances import assert_close
@@ -109,3 +111,25 @@ def test_on_the_gpu(dtype, is_causal):
     truth = torch.autograd.grad(definition(*wide, 0.1, is_causal), wide, [a.cpu().double() for a in above])
     for ours, theirs in zip(found, truth, strict=True):
         assert_close(ours.cpu(), theirs.to(dtype))
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU or Triton's interpreter")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [(3, 77, 131, 24), (2, 130, 5, 64), (1, 1, 1, 3), (2, 65, 128, 100)])
+def test_the_kernel_for_the_log_sum_exp_alone(sizes, dtype):
+    if INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("the interpreter multiplies the bit patterns of bfloat16")
+    launch = pytest.importorskip("eotattn.kernels.log_sum_exp_triton").launch
+    batch, rows, keys, width = sizes
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(batch, size, width, generator=generator).to(dtype) for size in (rows, keys))
+    bias = torch.randn(batch, keys, generator=generator)
+    bias[:, 1:2] = -1e9
+    device = "cpu" if INTERPRETED else "cuda"
+    found = launch(query.to(device), key.to(device), bias.to(device), 0.3).cpu()
+    logits = 0.3 * query.double() @ key.double().mT + bias.double()[:, None]
+    assert_close(found, logits.logsumexp(-1).float())
