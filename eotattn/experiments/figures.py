@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from eotattn.experiments.prior_parts import centre_rows
 from eotattn.experiments.studies.copy_mixture import CopyMixtureStudy
 from eotattn.experiments.studies.language import LanguageStudy
 from eotattn.plotting import (
     line_styles,
+    panels,
     plot_causal_prior,
     plot_key_only,
     plot_length_curves,
@@ -21,6 +20,10 @@ from eotattn.plotting import (
     plot_row_centred,
     plot_sink_mass,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 __all__ = ["VARIANT_NAMES", "draw_copy_mixture", "draw_language"]
 
@@ -37,7 +40,7 @@ VARIANT_NAMES = {
 
 def draw_copy_mixture(study: CopyMixtureStudy, head: int = 0) -> Figure:
     """Figure 1: (a) key-only part, (b) relative part, (c) row-centred sum, (d) induced causal prior of one head."""
-    figure, grid = plt.subplots(2, 2, figsize=(9.2, 7.4), layout="constrained")
+    figure, grid = panels(2, 2, size=(9.2, 7.4))
     parts = study.parts
     plot_key_only(parts.key_only[head : head + 1].numpy(), axes=grid[0, 0])
     lags = np.arange(1, parts.relative.shape[-1] + 1)
@@ -53,7 +56,8 @@ def draw_copy_mixture(study: CopyMixtureStudy, head: int = 0) -> Figure:
 
 def draw_language(study: LanguageStudy) -> Figure:
     """Figure 2: (a) bits per byte against context length, (b) learned u(j), (c) sink mass against signal strength."""
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13.5, 4.1), layout="constrained")
+    figure, grid = panels(1, 3, size=(13.5, 4.1))
+    left, middle, right = grid[0]
     recipe = study.recipe
     names = [decoder.attention for decoder in recipe.variants]
     curves = {VARIANT_NAMES[name]: list(study.bits_per_byte(name).values()) for name in names}

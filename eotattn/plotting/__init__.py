@@ -8,14 +8,17 @@ from eotattn.plotting.priors import (
     plot_row_centred,
 )
 from eotattn.plotting.sinks import plot_sink_mass
-from eotattn.plotting.style import OKABE_ITO, line_styles, resolve_axes
+from eotattn.plotting.style import OKABE_ITO, line_styles, panels, resolve_axes
 
 __all__ = [
     "OKABE_ITO",
     "line_styles",
+    "panels",
     "plot_causal_prior",
+    "plot_identity",
     "plot_key_only",
     "plot_length_curves",
+    "plot_measured_and_bound",
     "plot_relative",
     "plot_row_centred",
     "plot_sink_mass",

@@ -8,11 +8,12 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
 from eotattn.checks import require
 
-__all__ = ["MARKERS", "OKABE_ITO", "line_styles", "resolve_axes", "to_array"]
+__all__ = ["MARKERS", "OKABE_ITO", "line_styles", "panels", "resolve_axes", "to_array"]
 
 #: Okabe and Ito's qualitative palette without yellow, which is too light for lines on white.
 OKABE_ITO = {
@@ -68,3 +69,9 @@ def to_array(owner: str, argument: str, values: ArrayLike, *, num_axes: int) -> 
     require(array.ndim == num_axes, owner, argument, f"have {num_axes} axes", got, "Select one head, or add an axis")
     require(array.size > 0, owner, argument, "not be empty", got, "Pass at least one value")
     return array
+
+
+def panels(rows: int, columns: int, *, size: tuple[float, float]) -> tuple[Figure, NDArray[np.object_]]:
+    """A figure of ``size`` inches with a (rows, columns) grid of axes that do not overlap."""
+    figure, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    return figure, grid
