@@ -9,6 +9,7 @@ from eotattn.plotting.priors import (
 )
 from eotattn.plotting.sinks import plot_sink_mass
 from eotattn.plotting.style import OKABE_ITO, line_styles, panels, resolve_axes
+from eotattn.plotting.theory import plot_identity, plot_measured_and_bound
 
 __all__ = [
     "OKABE_ITO",
