@@ -9,10 +9,10 @@ import math
 import torch
 from torch import Tensor
 
-from eotattn.checks import check_floating, check_no_nan, require
+from eotattn.checks import check_floating, check_no_nan, check_positive, require
 from eotattn.transport.affinity import Affinity, DenseAffinity
 
-__all__ = ["check_log_prior", "check_marginal", "check_reachability", "check_score"]
+__all__ = ["check_log_prior", "check_marginal", "check_reachability", "check_score", "resolved_key_penalty"]
 
 #: A marginal under an infinite penalty sums to one within this many machine epsilons.
 _MASS_SLACK = 64
@@ -153,6 +153,36 @@ def check_reachability(
         rule = "be zero on keys that no query with mass may use, under an infinite penalty"
         remedy = "Unmask them, set their mass to zero, or choose a finite key_penalty"
         require(unreached == 0, owner, "key_marginal", rule, f"{unreached} such keys with mass", remedy)
+
+
+def resolved_key_penalty(owner: str, key_penalty: float | None, key_marginal: Tensor | None) -> float:
+    """Return the key penalty: no key marginal means zero, a key marginal means infinite unless stated.
+
+    Args:
+        owner: Who checks.
+        key_penalty: Cost units, or ``None``.
+        key_marginal: Shape (..., m), or ``None`` for free keys.
+
+    Raises:
+        TypeError: If the penalty is not a number.
+        ValueError: If it is out of range, or does not go with the marginal.
+
+    Example:
+        >>> resolved_key_penalty("TransportProblem", None, None)
+        0.0
+
+    Source: original.
+    """
+    if key_penalty is None:
+        return 0.0 if key_marginal is None else math.inf
+    value = check_positive(owner, "key_penalty", key_penalty, allow_zero=True, allow_inf=True)
+    if key_marginal is None:
+        remedy = "Pass a key_marginal, or leave key_penalty out"
+        require(value == 0, owner, "key_penalty", "be left out where there is no key_marginal", key_penalty, remedy)
+    else:
+        remedy = "Leave key_marginal out for free keys, or choose a penalty above zero"
+        require(value > 0, owner, "key_penalty", "be positive where there is a key_marginal", key_penalty, remedy)
+    return value
 
 
 def _check_fits(owner: str, argument: str, value: Tensor, affinity: Affinity, trailing: torch.Size) -> None:

@@ -10,9 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eotattn.checks import check_positive, require
+from eotattn.checks import check_positive
 from eotattn.priors import LogPrior
-from eotattn.transport.admissibility import check_log_prior, check_marginal, check_reachability, check_score
+from eotattn.transport.admissibility import (
+    check_log_prior,
+    check_marginal,
+    check_reachability,
+    check_score,
+    resolved_key_penalty,
+)
 from eotattn.transport.affinity import Affinity, DenseAffinity
 from eotattn.transport.statement import factored_affinity, point_affinity
 
@@ -121,13 +127,10 @@ class TransportProblem:
             key_positions: The same for keys.
             key_padding: Booleans, shape (..., m), true where no query may use the key.
             is_causal: Query i may use keys 0 to i; needs n = m.
-            query_marginal: As for a dense problem, as are the four that follow.
+            query_marginal: As for a dense problem, as are the three that follow.
             key_marginal: Zero entries remove keys.
             query_penalty: Cost units, in [0, inf].
             key_penalty: Cost units, in (0, inf].
-
-        Returns:
-            The problem.
 
         Raises:
             TypeError: If a tensor has the wrong dtype.
@@ -171,16 +174,13 @@ class TransportProblem:
             key: Points, shape (..., m, d), the same dtype.
             epsilon: Transport temperature, in units of squared distance.
             query_marginal: As for a dense problem, as are the three that follow.
-            key_marginal: Shape (..., m).
-            query_penalty: Squared distance, in [0, inf].
-            key_penalty: Squared distance, in (0, inf].
-
-        Returns:
-            The problem.
+            key_marginal: Likewise.
+            query_penalty: Likewise.
+            key_penalty: Likewise.
 
         Raises:
-            TypeError: If a tensor has the wrong dtype.
-            ValueError: If a shape or value is out of range.
+            TypeError: As ``from_factors``.
+            ValueError: As ``from_factors``.
 
         Example:
             >>> TransportProblem.from_points(torch.zeros(1, 2), torch.ones(1, 2), epsilon=1.0).score
@@ -189,8 +189,7 @@ class TransportProblem:
         Source: original; the expansion of the square.
         """
         problem = object.__new__(cls)
-        affinity = point_affinity(query, key)
-        problem._state(affinity, epsilon, query_marginal, key_marginal, query_penalty, key_penalty)
+        problem._state(point_affinity(query, key), epsilon, query_marginal, key_marginal, query_penalty, key_penalty)
         return problem
 
     def _state(
@@ -206,7 +205,7 @@ class TransportProblem:
         *_, n, m = affinity.shape
         epsilon = check_positive(_OWNER, "epsilon", epsilon)
         query_penalty = check_positive(_OWNER, "query_penalty", query_penalty, allow_zero=True, allow_inf=True)
-        key_penalty = _key_penalty(key_penalty, key_marginal)
+        key_penalty = resolved_key_penalty(_OWNER, key_penalty, key_marginal)
         if query_marginal is None:
             query_marginal = torch.full((n,), 1.0 / n, dtype=affinity.dtype, device=affinity.device)
         else:
@@ -263,9 +262,8 @@ class TransportProblem:
         if self.affinity.holds_pairs:
             return self
         other = object.__new__(TransportProblem)
-        affinity = DenseAffinity(self.score, self.log_prior)
         rest = (self.query_marginal, self.key_marginal, self.query_penalty, self.key_penalty)
-        other._store(affinity, self.epsilon, *rest)
+        other._store(DenseAffinity(self.score, self.log_prior), self.epsilon, *rest)
         return other
 
     @property
@@ -283,15 +281,8 @@ class TransportProblem:
         """The log-prior of every pair, shape (..., n, m), nats, or ``None``; a factored problem forms it here."""
         return self.affinity.log_prior
 
-    @property
-    def num_queries(self) -> int:
-        """The number n of queries."""
-        return self.affinity.shape[-2]
-
-    @property
-    def num_keys(self) -> int:
-        """The number m of keys."""
-        return self.affinity.shape[-1]
+    num_queries = property(lambda self: int(self.affinity.shape[-2]), doc="The number n of queries.")
+    num_keys = property(lambda self: int(self.affinity.shape[-1]), doc="The number m of keys.")
 
     @property
     def batch_shape(self) -> torch.Size:
@@ -312,17 +303,3 @@ class TransportProblem:
             f"epsilon={self.epsilon:g}, query_penalty={self.query_penalty:g}, key_penalty={self.key_penalty:g}, "
             f"{self.affinity.dtype})"
         )
-
-
-def _key_penalty(key_penalty: float | None, key_marginal: Tensor | None) -> float:
-    """Resolve the key penalty: no key marginal means zero, a key marginal means infinite unless stated."""
-    if key_penalty is None:
-        return 0.0 if key_marginal is None else math.inf
-    value = check_positive(_OWNER, "key_penalty", key_penalty, allow_zero=True, allow_inf=True)
-    if key_marginal is None:
-        remedy = "Pass a key_marginal, or leave key_penalty out"
-        require(value == 0, _OWNER, "key_penalty", "be left out where there is no key_marginal", key_penalty, remedy)
-    else:
-        remedy = "Leave key_marginal out for free keys, or choose a penalty above zero"
-        require(value > 0, _OWNER, "key_penalty", "be positive where there is a key_marginal", key_penalty, remedy)
-    return value

@@ -107,12 +107,12 @@ def _check_sides(query: Tensor, key: Tensor) -> None:
         rule, remedy = "have dtype float32, float64 or bfloat16", "Convert it with .float() or .double()"
         require(side.dtype in _DTYPES, _OWNER, name, rule, side, remedy, error=TypeError)
         require(side.dim() >= 2, _OWNER, name, "have shape (..., length, width)", side, "Add the missing dimension")
-        rule = "hold at least one row"
-        require(side.numel() > 0, _OWNER, name, rule, side, "Drop empty problems")
-        check_no_nan(_OWNER, name, side)
+        require(side.numel() > 0, _OWNER, name, "hold at least one row", side, "Drop empty problems")
     rule, remedy = f"have the dtype of query ({query.dtype})", "Convert one of them"
     require(key.dtype == query.dtype, _OWNER, "key", rule, key, remedy, error=TypeError)
     check_same_device(_OWNER, ("query", query), key=key)
+    check_no_nan(_OWNER, "query", query)
+    check_no_nan(_OWNER, "key", key)
     rule = f"have the width of query ({query.shape[-1]})"
     require(key.shape[-1] == query.shape[-1], _OWNER, "key", rule, key, "Project both to one width")
     _check_broadcast("key", key, key.shape[:-2], query.shape[:-2])

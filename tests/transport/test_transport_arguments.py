@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 
+from eotattn.priors import RecencyPrior
 from eotattn.transport import TransportProblem, solve
 
 SCORE = torch.zeros(2, 3)
@@ -76,7 +77,12 @@ FREE = TransportProblem(SCORE)
 BOUND = TransportProblem(SCORE, key_marginal=KEYS)
 BAD_CALLS = [
     (SCORE, {}, TypeError, "problem must be a TransportProblem"),
-    (FREE, {"method": "simplex"}, ValueError, "method must be one of 'auto', 'closed_form', 'newton', 'sinkhorn'"),
+    (
+        FREE,
+        {"method": "simplex"},
+        ValueError,
+        "method must be one of 'auto', 'closed_form', 'newton', 'sinkhorn', 'streaming'",
+    ),
     (FREE, {"method": "sinkhorn"}, NotImplementedError, "method 'sinkhorn' iterates on a key_marginal"),
     (FREE, {"method": "newton"}, NotImplementedError, "method 'newton' iterates on a key_marginal"),
     (BOUND, {"method": "closed_form"}, NotImplementedError, "method 'closed_form' has no solution for a problem"),
@@ -116,3 +122,82 @@ def test_a_problem_is_frozen():
 def test_soft_marginals_may_carry_any_mass():
     soft = {"query_marginal": torch.ones(2), "query_penalty": 1.0, "key_marginal": torch.ones(3), "key_penalty": 2.0}
     assert 0 < float(solve(TransportProblem(SCORE, **soft)).coupling.sum()) < INF
+
+
+# Factored problems --------------------------------------------------------------------------------------------------
+
+QUERY, KEY = torch.zeros(2, 4), torch.zeros(3, 4)
+ALL_PADDING = torch.ones(3, dtype=torch.bool)
+
+BAD_FACTORS = [
+    ([[0.0]], KEY, {}, TypeError, "query must be a tensor"),
+    (QUERY.half(), KEY.half(), {}, TypeError, "query must have dtype float32, float64 or bfloat16"),
+    (QUERY, KEY.double(), {}, TypeError, "key must have the dtype of query"),
+    (QUERY, KEY.to("meta"), {}, ValueError, "key must be on the device of query"),
+    (torch.zeros(4), KEY, {}, ValueError, "query must have shape (..., length, width)"),
+    (QUERY, torch.zeros(0, 4), {}, ValueError, "key must hold at least one row"),
+    (QUERY, torch.zeros(3, 5), {}, ValueError, "key must have the width of query (4)"),
+    (QUERY * NAN, KEY, {}, ValueError, "query must be finite"),
+    (torch.zeros(2, 2, 4), torch.zeros(3, 3, 4), {}, ValueError, "key must have leading dimensions that broadcast"),
+    (QUERY, KEY, {"epsilon": 0.0}, ValueError, "epsilon must be positive and finite"),
+    (QUERY, KEY, {"is_causal": True}, ValueError, "query must have as many queries as keys under is_causal"),
+    (QUERY, KEY, {"key_padding": torch.zeros(3)}, TypeError, "key_padding must be a boolean tensor"),
+    (QUERY, KEY, {"key_padding": ALL_PADDING[:2]}, ValueError, "key_padding must have shape (..., 3)"),
+    (QUERY, KEY, {"key_padding": ALL_PADDING}, ValueError, "key_padding must leave every query at least one"),
+    (QUERY, KEY, {"prior": 3}, TypeError, "prior must be a LogPrior"),
+    (QUERY, KEY, {"query_positions": torch.arange(2)}, ValueError, "query_positions must be left out without a prior"),
+    (torch.zeros(3, 2, 4), KEY, {"prior": RecencyPrior(2)}, ValueError, "prior must fit query and key in heads"),
+    (QUERY, KEY, {"prior": RecencyPrior(2), "key_positions": torch.arange(5)}, ValueError, "prior must fit query and"),
+    (QUERY, KEY, {"key_marginal": torch.ones(3)}, ValueError, "key_marginal must sum to one under an infinite"),
+    (QUERY, KEY, {"key_marginal": KEYS, "key_padding": ALL_PADDING}, ValueError, "key_marginal must give mass to"),
+    (QUERY, KEY, {"key_marginal": KEYS * NAN}, ValueError, "key_marginal must be finite"),
+]
+
+
+@pytest.mark.parametrize(("query", "key", "options", "error", "message"), BAD_FACTORS)
+def test_bad_factors_are_refused(query, key, options, error, message):
+    with pytest.raises(error, match=re.escape(f"TransportProblem: {message}")):
+        TransportProblem.from_factors(query, key, **{"epsilon": 1.0, **options})
+
+
+def test_mass_that_no_query_may_use_is_refused():
+    padding = torch.tensor([False, False, True])
+    with pytest.raises(ValueError, match="key_marginal must be zero on keys that no query with mass may use"):
+        TransportProblem.from_factors(QUERY, KEY, epsilon=1.0, key_marginal=KEYS, key_padding=padding)
+
+
+def test_a_prior_without_lanes_is_refused_by_name():
+    class Bend(RecencyPrior):
+        factors = RecencyPrior.__mro__[1].factors
+
+    with pytest.raises(NotImplementedError, match=r"Bend.lanes: this prior is not a finite inner product"):
+        TransportProblem.from_factors(QUERY, KEY, epsilon=1.0, prior=Bend(1))
+
+
+BAD_STARTS = [
+    (torch.zeros(2), ValueError, "start must have shape (3,)"),
+    (torch.zeros(3).double(), TypeError, "start must be torch.float32"),
+    (torch.full((3,), NAN), ValueError, "start must be finite on keys that carry mass"),
+]
+
+
+@pytest.mark.parametrize(("start", "error", "message"), BAD_STARTS)
+def test_bad_starts_are_refused(start, error, message):
+    with pytest.raises(error, match=re.escape(f"solve: {message}")):
+        solve(BOUND, start=start)
+
+
+BAD_OUTPUTS = [
+    (lambda s: s.apply(torch.zeros(2, 1)), ValueError, r"apply: value must have shape \(..., 3, width\)"),
+    (lambda s: s.apply(torch.zeros(3, 1).double()), TypeError, "apply: value must have dtype"),
+    (lambda s: s.apply_transpose(torch.zeros(3, 1)), ValueError, "apply_transpose: value must have shape"),
+    (lambda s: s.top_keys(torch.tensor([0.0]), 1), TypeError, "top_keys: queries must be an int64 vector"),
+    (lambda s: s.top_keys(torch.tensor([2]), 1), ValueError, "top_keys: queries must lie in 0 to 1"),
+    (lambda s: s.top_keys(torch.tensor([0]), 4), ValueError, "top_keys: k must be at most 3"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD_OUTPUTS)
+def test_bad_questions_are_refused(call, error, message):
+    with pytest.raises(error, match=f"TransportSolution.{message}"):
+        call(solve(FREE))
