@@ -115,8 +115,7 @@ class TransportProblem:
     ) -> TransportProblem:
         """State a problem whose score is ``<query_i, key_j>``, unscaled: attention has ``epsilon = sqrt(d)``.
 
-        Nothing of n x m numbers is formed, here or by ``solve``. The kernel runs in the dtype of query and key;
-        potentials and marginals are float64 for float64 and float32 otherwise.
+        The kernel runs in the dtype of query and key; potentials and marginals are float64 for float64, else float32.
 
         Args:
             query: Shape (..., n, d), float32, float64 or bfloat16, finite.
@@ -133,8 +132,7 @@ class TransportProblem:
             key_penalty: Cost units, in (0, inf].
 
         Raises:
-            TypeError: If a tensor has the wrong dtype.
-            ValueError: If a shape or value is out of range, or an argument would have no effect.
+            TypeError, ValueError: As a dense problem, and for an argument that would have no effect.
             NotImplementedError: If the prior has no lanes.
 
         Example:
@@ -179,8 +177,7 @@ class TransportProblem:
             key_penalty: Likewise.
 
         Raises:
-            TypeError: As ``from_factors``.
-            ValueError: As ``from_factors``.
+            TypeError, ValueError: As a dense problem.
 
         Example:
             >>> TransportProblem.from_points(torch.zeros(1, 2), torch.ones(1, 2), epsilon=1.0).score
