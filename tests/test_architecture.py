@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "eotattn"
 #: Rooms by floor. A room imports from floors below it and from itself.
 FLOORS = {
     "checks": 0,
+    "records": 1,
     "priors": 1,
     "kernels": 1,
     "attention": 2,

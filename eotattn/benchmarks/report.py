@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import platform
-import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +14,9 @@ import torch
 from eotattn.benchmarks.suites import SUITES, Configuration
 from eotattn.benchmarks.timing import Row
 from eotattn.checks import check_choice
+from eotattn.records import provenance, table_bytes, write_atomically
 
-__all__ = ["bench", "format_table", "write"]
-
-LIBRARIES = ("eotattn", "torch", "triton", "numpy", "goat-attention")
+__all__ = ["bench", "combine", "format_table", "write"]
 
 
 def bench(suite: str, config: Configuration, *, out: str | None = None) -> str:
@@ -57,44 +51,40 @@ def format_table(rows: Sequence[Row]) -> str:
 def write(folder: Path, suite: str, rows: Sequence[Row], config: Configuration, seconds: float) -> None:
     """Write ``bench_<suite>.csv`` (tidy) and ``bench_<suite>.json`` (provenance) into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    with (folder / f"bench_{suite}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()} for row in rows)
-    record = json.dumps(_provenance(suite, config, seconds), indent=2)
-    (folder / f"bench_{suite}.json").write_text(record + "\n")
-
-
-def _provenance(suite: str, config: Configuration, seconds: float) -> dict[str, Any]:
-    on_gpu = torch.device(config.device).type == "cuda"
     flags = f"--device {config.device} --dtype {config.dtype} --sizes {config.sizes} --rounds {config.rounds}"
-    return {
-        "command": f"eotattn bench {suite} {flags}",
-        "configuration": asdict(config),
-        "seed": config.seed,
-        "commit": os.environ.get("EOTATTN_COMMIT") or _commit(),
-        "device": torch.cuda.get_device_name() if on_gpu else platform.machine(),
-        "libraries": {"python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}},
-        "cudnn": torch.backends.cudnn.version() if on_gpu else None,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "wall_seconds": round(seconds, 1),
-    }
+    record = provenance(
+        command=f"eotattn bench {suite} {flags}",
+        configuration=config,
+        seeds=[config.seed],
+        device=_device_name(config.device),
+        wall_seconds=seconds,
+    )
+    write_atomically(folder / f"bench_{suite}.csv", table_bytes(rows))
+    write_atomically(folder / f"bench_{suite}.json", (json.dumps(record, indent=2) + "\n").encode())
 
 
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "absent"
+def combine(folder: Path, name: str, suites: Sequence[str]) -> None:
+    """Write what one figure is drawn from under the figure's name: the rows of several suites, and their provenance.
+
+    Args:
+        folder: Where ``bench_<suite>.csv`` and ``.json`` lie.
+        name: Name of the figure.
+        suites: Names of suites that were run.
+    """
+    rows: list[dict[str, Any]] = []
+    for suite in suites:
+        with (folder / f"bench_{suite}.csv").open(newline="") as file:
+            rows += [{"suite": suite, **row} for row in csv.DictReader(file)]
+    records = {suite: json.loads((folder / f"bench_{suite}.json").read_text()) for suite in suites}
+    keys = dict.fromkeys(key for record in records.values() for key in record)
+    record = {key: {suite: found.get(key) for suite, found in records.items()} for key in keys}
+    write_atomically(folder / f"{name}.csv", table_bytes(rows))
+    write_atomically(folder / f"{name}.json", (json.dumps(record, indent=2) + "\n").encode())
 
 
-def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
+def _device_name(device: str) -> str:
+    is_cuda = torch.device(device).type == "cuda"
+    return f"cuda ({torch.cuda.get_device_name()})" if is_cuda else "cpu"
 
 
 def _shown(value: Any) -> str:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from eotattn.checks import require
-from eotattn.experiments.results import library_versions, write_atomically
 from eotattn.plotting import plot_key_only
 from eotattn.plotting.files import to_png
 from eotattn.plotting.heads import plot_head_grid, plot_lag_profile, plot_layer_curves, plot_margin_split
+from eotattn.records import library_versions, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from eotattn.checks import require
-from eotattn.experiments.results import ResultFolder, write_atomically
+from eotattn.experiments.results import ResultFolder
 from eotattn.experiments.scales import check_scale
+from eotattn.records import write_atomically
 
 __all__ = ["FIGURES", "find_notebooks", "reproduce", "strip_machine"]
 

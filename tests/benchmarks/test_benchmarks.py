@@ -28,7 +28,7 @@ def test_every_suite_runs_and_writes(suite, tmp_path):
     assert not [row for row in rows if row["name"].startswith("eotattn") and row.get("failure")]
     record = json.loads((tmp_path / f"bench_{suite}.json").read_text())
     assert record["command"].startswith(f"eotattn bench {suite} --device cpu")
-    assert {"commit", "seed", "libraries", "date", "configuration"} <= set(record)
+    assert {"commit", "seed", "versions", "date", "configuration"} <= set(record)
 
 
 def test_times_are_medians_of_interleaved_calls():

@@ -11,9 +11,9 @@ import torch
 import eotattn
 from eotattn import cli
 from eotattn.experiments.analysis import analyze, read_texts
-from eotattn.experiments.results import write_atomically
 from eotattn.integrations import capture
 from eotattn.integrations.loading import load_local_model
+from eotattn.records import write_atomically
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = [*SPECIAL, "the", "key", "and", "query", "of", "a", "head", "make", "one", "row", "long", "<", "&"]

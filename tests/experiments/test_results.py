@@ -9,8 +9,10 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pytest
 
-from eotattn.experiments import recipes, results
-from eotattn.experiments.results import ResultFolder, git_state, library_versions, provenance, write_atomically
+from eotattn import records
+from eotattn.experiments import recipes
+from eotattn.experiments.results import ResultFolder
+from eotattn.records import git_state, library_versions, provenance, write_atomically
 
 
 def record(**changes):
@@ -81,7 +83,7 @@ def test_git_state_of_a_checkout_and_of_none(tmp_path):
 
 
 def test_versions_name_what_is_absent(monkeypatch):
-    monkeypatch.setattr(results, "LIBRARIES", ("torch", "no-such-library"))
+    monkeypatch.setattr(records, "LIBRARIES", ("torch", "no-such-library"))
     assert library_versions()["no-such-library"] == "absent"
 
 

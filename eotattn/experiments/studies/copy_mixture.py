@@ -15,8 +15,9 @@ from torch.nn import functional
 from eotattn.experiments.networks import CopyReader
 from eotattn.experiments.prior_parts import PriorParts, centre_rows, split_prior
 from eotattn.experiments.recipes import CopyMixtureRecipe
-from eotattn.experiments.results import ResultFolder, provenance
+from eotattn.experiments.results import ResultFolder
 from eotattn.experiments.training import Row, TrainingResult, train
+from eotattn.records import provenance
 
 __all__ = ["CopyMixtureStudy", "HeadFindings", "measure_head", "run"]
 

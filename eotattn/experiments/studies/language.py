@@ -20,10 +20,11 @@ from eotattn.experiments.evaluation import length_curve, sink_observations, targ
 from eotattn.experiments.networks import Decoder, DecoderConfig
 from eotattn.experiments.prior_parts import key_only_part
 from eotattn.experiments.recipes import LanguageRecipe
-from eotattn.experiments.results import ResultFolder, provenance
+from eotattn.experiments.results import ResultFolder
 from eotattn.experiments.tasks import LanguageTask
 from eotattn.experiments.training import Row, TrainingResult, train
 from eotattn.priors import SumPrior
+from eotattn.records import provenance
 
 __all__ = ["LanguageStudy", "VariantResult", "run"]
 

@@ -1,0 +1,147 @@
+"""Records: tables, and where numbers come from, written whole or not at all."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import io
+import os
+import platform
+import subprocess
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, is_dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eotattn.checks import require
+
+__all__ = ["git_state", "library_versions", "provenance", "table_bytes", "write_atomically"]
+
+#: Libraries whose versions can change a result.
+LIBRARIES = (
+    "eotattn",
+    "torch",
+    "numpy",
+    "POT",
+    "matplotlib",
+    "accelerate",
+    "papermill",
+    "pandas",
+    "transformers",
+    "triton",
+    "goat-attention",
+)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a reader, or an interruption, finds the old content or the new one, never a part.
+
+    Args:
+        path: Target; its folder must exist.
+        content: The whole file.
+    """
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that can change a result; those not installed are ``"absent"``."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in LIBRARIES}
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+def git_state(folder: Path | None = None) -> dict[str, str | bool | None]:
+    """Commit of the checkout that the package runs from.
+
+    Args:
+        folder: Package folder; by default that of ``eotattn``.
+
+    Returns:
+        ``{"commit": ..., "dirty": ...}``; dirty says whether the package's own files differ from the commit. An
+        installation outside a checkout gives the variable ``EOTATTN_COMMIT`` of the environment or ``"unknown"``, and
+        ``None``.
+    """
+    folder = Path(__file__).resolve().parent if folder is None else folder
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", "."))}
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": os.environ.get("EOTATTN_COMMIT", "unknown"), "dirty": None}
+
+
+def provenance(
+    *, command: str, configuration: Any, seeds: Sequence[int], device: str, wall_seconds: float
+) -> dict[str, Any]:
+    """Everything that is needed to get a result again, and when it was got; holds no path of this machine.
+
+    Args:
+        command: The shell command that makes the result, relative to a clone.
+        configuration: The recipe, a dataclass.
+        seeds: Seeds of the runs behind it.
+        device: Kind of device, e.g. ``"cpu"``.
+        wall_seconds: Time that training and evaluation took.
+
+    Returns:
+        A dict that JSON can hold.
+
+    Raises:
+        TypeError: If ``configuration`` is no dataclass.
+    """
+    is_recipe = is_dataclass(configuration) and not isinstance(configuration, type)
+    remedy = "Pass the recipe that was run"
+    require(is_recipe, "provenance", "configuration", "be a dataclass", configuration, remedy, error=TypeError)
+    return {
+        "command": command,
+        "configuration": asdict(configuration),
+        "seed": list(seeds),
+        **git_state(),
+        "versions": library_versions(),
+        "device": device,
+        "processor": platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cudnn": torch.backends.cudnn.version() if device.startswith("cuda") else None,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "wall_seconds": round(wall_seconds, 2),
+    }
+
+
+def table_bytes(rows: Sequence[dict[str, Any]]) -> bytes:
+    """A tidy table as CSV, one row a measurement; columns come in order of first appearance.
+
+    Example:
+        >>> print(table_bytes([{"length": 128, "value": 1.5}]).decode().strip())
+        length,value
+        128,1.5
+    """
+    require(len(rows) > 0, "table_bytes", "rows", "hold at least one row", rows, "Measure something")
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: _rounded(value) for name, value in row.items()} for row in rows)
+    return text.getvalue().encode()
+
+
+def _rounded(value: Any) -> Any:
+    """Floats with seven significant digits: all that fp32 has."""
+    return f"{value:.7g}" if isinstance(value, float) else value
