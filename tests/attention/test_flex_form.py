@@ -1,0 +1,63 @@
+"""The FlexAttention backend through PyTorch's own uncompiled form, which runs anywhere: same call, same numbers."""
+
+import pytest
+import torch
+from tolerances import assert_close
+from torch.nn.attention.flex_attention import flex_attention
+
+from eotattn.attention import prior_attention
+from eotattn.kernels import flex
+from eotattn.priors import GridPrior, RecencyPrior, SinkPrior, TablePrior, goat_prior, grid_positions
+
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+H, LENGTH = 4, 12
+
+
+def randomise(prior):
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in prior.parameters():
+            parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator))
+    return prior
+
+
+AXES = TablePrior(H, 2), TablePrior(H, 3)
+PADDING = torch.zeros(2, LENGTH, dtype=torch.bool)
+PADDING[0, 9:] = True
+CALLS = {
+    "no prior": {"is_causal": True},
+    "table": {"prior": randomise(TablePrior(H, 3))},
+    "goat, causal": {"prior": randomise(goat_prior(H, num_frequencies=2, length_scale=16.0)), "is_causal": True},
+    "sum": {"prior": RecencyPrior(H) + randomise(SinkPrior(H)), "is_causal": True},
+    "padding": {"prior": RecencyPrior(H), "is_causal": True, "key_padding_mask": PADDING},
+    "mask": {"prior": randomise(TablePrior(H, 3)), "attn_mask": torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu()},
+    "positions": {
+        "prior": randomise(TablePrior(H, 5)),
+        "query_positions": torch.arange(LENGTH).flip(0),
+        "key_positions": torch.stack([torch.arange(LENGTH), torch.arange(LENGTH) + 2]),
+        "is_causal": True,
+    },
+    "grid": {
+        "prior": randomise(GridPrior(*AXES)),
+        "query_positions": grid_positions(3, 4),
+        "key_positions": grid_positions(3, 4),
+    },
+}
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    monkeypatch.setattr(flex, "_compiled", lambda: flex_attention)
+    monkeypatch.setattr(flex, "refusal", lambda query, **_: None)
+
+
+@pytest.mark.parametrize("kv_heads", [H, 2])
+@pytest.mark.parametrize("arguments", CALLS.values(), ids=CALLS)
+def test_flex_equals_the_reference(uncompiled, arguments, kv_heads):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, H, LENGTH, 16), (2, kv_heads, LENGTH, 16), (2, kv_heads, LENGTH, 16))
+    content = [torch.randn(shape, generator=generator) for shape in shapes]
+    with torch.no_grad():  # FlexAttention has no backward on the CPU
+        output = prior_attention(*content, **arguments, backend="flex")
+        expected = prior_attention(*content, **arguments, backend="reference")
+    assert_close(output, expected)
