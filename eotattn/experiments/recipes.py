@@ -147,7 +147,13 @@ _LANGUAGE = {
         corpus=PYTHON_STDLIB,
         variants=_decoders({"num_layers": 3, "embed_dim": 96, "num_heads": 4, "train_length": 128}),
         training=TrainingConfig(
-            steps=1000, batch_size=16, learning_rate=3e-3, prior_learning_rate=3e-3, warmup_steps=50, log_every=50
+            steps=1000,
+            batch_size=16,
+            learning_rate=3e-3,
+            prior_learning_rate=3e-3,
+            warmup_steps=50,
+            log_every=50,
+            checkpoint_every=200,
         ),
         seeds=(0,),
         length_factors=_FACTORS,

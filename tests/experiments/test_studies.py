@@ -121,13 +121,26 @@ def test_language_study_saves_and_draws(small_language, tmp_path):
     assert "2 seeds" in small_language.verdict()
 
 
-def test_language_study_continues_from_its_checkpoints(tmp_path):
+def test_language_study_continues_from_its_checkpoints(tmp_path, monkeypatch):
     recipe = recipes.language("smoke")
     training = replace(recipe.training, steps=2, warmup_steps=1, log_every=1)
-    recipe = replace(recipe, training=training, curve_windows=2, variants=recipe.variants[-1:])
-    first, again = (language.run(recipe, report=lambda line: None, checkpoints=tmp_path) for _ in range(2))
-    assert [path.name for path in tmp_path.iterdir()] == ["goat_seed0.pt"]
-    assert first.bits_per_byte("goat") == again.bits_per_byte("goat")
+    recipe = replace(recipe, training=training, curve_windows=2, variants=recipe.variants[-2:])
+    expected = language.run(recipe, report=lambda line: None)
+
+    def interrupt(line):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        language.run(recipe, report=interrupt, checkpoints=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["alibi_seed0.pt"]
+    batches = []
+    batch = language.LanguageTask.batch
+    monkeypatch.setattr(language.LanguageTask, "batch", lambda *a, **k: batches.append(k) or batch(*a, **k))
+    resumed = language.run(recipe, report=lambda line: None, checkpoints=tmp_path)
+    assert len(batches) == 2  # the second decoder alone was trained
+    assert list(tmp_path.iterdir()) == []
+    for name in ("alibi", "goat"):
+        assert resumed.bits_per_byte(name) == expected.bits_per_byte(name)
 
 
 @pytest.mark.parametrize(("curve", "rise"), [([2.0, 1.8, 2.05], 0.25), ([2.0, 1.9, 1.8], 0.0), ([2.0, 2.1, 2.05], 0.1)])

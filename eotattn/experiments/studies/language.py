@@ -173,7 +173,8 @@ def run(
     Args:
         recipe: From :func:`eotattn.experiments.recipes.language`.
         report: Receives one line a finished decoder.
-        checkpoints: Folder for one checkpoint a decoder, from which an interrupted call continues; it must exist.
+        checkpoints: Folder for one checkpoint a decoder, from which an interrupted call continues; it must exist. A
+            call that finishes removes them, so that the next one trains anew.
     """
     started = time.perf_counter()
     task = LanguageTask.from_corpus(recipe.corpus, length=recipe.train_length)
@@ -186,6 +187,8 @@ def run(
             curve = ", ".join(f"{row['bits_per_byte']:.3f}" for row in result.curve)
             seconds = result.training.wall_seconds
             report(f"{result.variant}, seed {seed}: trained in {seconds:.0f} s; bits per byte {curve}")
+    for finished in () if checkpoints is None else tuple(checkpoints.glob("*.pt")):
+        finished.unlink()
     return LanguageStudy(recipe, tuple(results), time.perf_counter() - started)
 
 
