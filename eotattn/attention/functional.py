@@ -34,14 +34,16 @@ def prior_attention(
     """Compute attention_weights = softmax(scale * <query, key> + log_prior) and apply them to the values.
 
     This is the solution of the one-sided entropic transport problem with score scale * <query, key>, temperature one
-    and the given log-prior. A query without admissible keys gets output, weights and gradients zero.
+    and the given log-prior. A query without admissible keys gets output, weights and gradients zero. The content is
+    not searched for NaN: PyTorch's fused CPU kernel turns a NaN query row into zeros, the reference keeps it.
 
     Args:
         query: (B, H, Q, D), floating.
-        key: (B, Hk, K, D); Hk divides H (grouped-query attention), no head is repeated in memory.
+        key: (B, Hk, K, D); Hk divides H (grouped-query attention); kernels get the Hk heads as they are.
         value: (B, Hk, K, V).
         prior: Log-prior with H heads, nats; ``None`` is the uniform prior of plain attention.
         query_positions: (Q,) or (B, Q), tokens, or a ``range``; by default 0, 1, 2, ... On grids with a trailing axis.
+            Only the prior and ``is_causal`` read positions.
         key_positions: (K,) or (B, K), likewise.
         attn_mask: Broadcastable to (B, H, Q, K): boolean with true where a query may attend, or floating and added to
             the score (nats).

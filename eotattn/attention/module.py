@@ -215,7 +215,8 @@ class PriorAttention(nn.Module):
             average_attn_weights: Return weights averaged over the heads.
             is_causal: Keys at later positions than the query are inadmissible.
             query_positions: (Q,) or (B, Q), tokens, or a ``range``; by default 0, 1, 2, ...
-            key_positions: (K,) or (B, K), likewise; by default those of the query in self-attention.
+            key_positions: (K,) or (B, K), likewise; by default those of the query where ``key`` is left out or is the
+                same object, else 0, 1, 2, ...
             cache: Earlier keys and values of this layer; the new ones are appended to it, positions follow from it, and
                 ``key_padding_mask`` speaks of the new tokens. For inference: no gradient reaches cached tensors.
 
