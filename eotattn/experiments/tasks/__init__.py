@@ -1,13 +1,19 @@
 """Data of the experiments, one file a task; every batch is a function of a seed and a step."""
 
-from eotattn.experiments.tasks.batches import Batch, step_generator
+from eotattn.experiments.tasks.batches import IGNORED, Batch, step_generator
 from eotattn.experiments.tasks.copy_mixture import CopyMixture
 from eotattn.experiments.tasks.language import LanguageTask, TextSplit, find_texts, split_by_file
+from eotattn.experiments.tasks.retrieval import NEEDLE, PASSKEY, Haystack, RetrievalTask
 
 __all__ = [
+    "IGNORED",
+    "NEEDLE",
+    "PASSKEY",
     "Batch",
     "CopyMixture",
+    "Haystack",
     "LanguageTask",
+    "RetrievalTask",
     "TextSplit",
     "find_texts",
     "split_by_file",

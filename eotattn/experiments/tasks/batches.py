@@ -10,7 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "step_generator"]
+__all__ = ["IGNORED", "Batch", "step_generator"]
+
+#: Target of a token that no loss is taken on.
+IGNORED = -100
 
 
 class Batch(NamedTuple):
@@ -18,7 +21,7 @@ class Batch(NamedTuple):
 
     Attributes:
         inputs: (B, L) int64 tokens.
-        targets: (B, L) int64; ``targets[:, i]`` is the token after ``inputs[:, i]``.
+        targets: (B, L) int64; ``targets[:, i]`` is the token after ``inputs[:, i]``, or :data:`IGNORED`.
     """
 
     inputs: Tensor
