@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,48 @@ from torch.nn import functional
 from eotattn.attention import Rotary
 from eotattn.priors import LogPrior
 
-__all__ = ["BareLayer", "GoatLayer", "dense_bias", "flashbias", "flex"]
+__all__ = ["BareLayer", "GoatLayer", "KeyBias", "Rotated", "dense_bias", "flashbias", "flex"]
+
+
+class Rotated:
+    """Queries and keys turned by their positions 0, 1, 2, ...: eagerly, or in one compiled kernel with cached tables.
+
+    Args:
+        width: Head width D.
+        kind: ``"eager"``, operation by operation; ``"fused"``, cosines and sines looked up and applied to both sides
+            by one compiled function, as fast libraries write it.
+    """
+
+    def __init__(self, width: int, *, kind: Literal["eager", "fused"]) -> None:
+        self.rotary = Rotary(width)
+        self.kind, self.turn = kind, torch.compile(_turn, dynamic=False)
+        self.tables: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Turn both, (B, H, L, D), in their dtype."""
+        if self.kind == "eager":
+            positions = torch.arange(query.shape[2], device=query.device)
+            return self.rotary(query, positions), self.rotary(key, positions)
+        if self.tables is None:
+            self.tables = _tables(query)
+        return self.turn(query, key, *self.tables)
+
+
+def _tables(query: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of every position and pair, (L, D / 2), float32."""
+    half = query.shape[-1] // 2
+    steps = torch.arange(half, dtype=torch.float64, device=query.device) / half
+    angle = torch.arange(query.shape[2], dtype=torch.float64, device=query.device)[:, None] * 10_000.0**-steps
+    return angle.cos().float(), angle.sin().float()
+
+
+def _turn(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    sides = []
+    for side in (query, key):
+        first, second = side.float().chunk(2, dim=-1)
+        turned = torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+        sides.append(turned.to(side.dtype))
+    return sides[0], sides[1]
 
 
 class BareLayer(nn.Module):
@@ -25,25 +66,24 @@ class BareLayer(nn.Module):
     Args:
         embed_dim: Model width E.
         num_heads: Heads H.
-        rotary: Turn queries and keys, in eager operations.
+        rotary: How queries and keys are turned, see :class:`Rotated`; ``None`` leaves them.
     """
 
-    def __init__(self, embed_dim: int, num_heads: int, *, rotary: bool = False) -> None:
+    def __init__(self, embed_dim: int, num_heads: int, *, rotary: Literal["eager", "fused"] | None = None) -> None:
         super().__init__()
         self.qkv, self.out = (
             nn.Linear(embed_dim, 3 * embed_dim, bias=False),
             nn.Linear(embed_dim, embed_dim, bias=False),
         )
         self.num_heads = num_heads
-        self.rotary = Rotary(embed_dim // num_heads) if rotary else None
+        self.rotary = None if rotary is None else Rotated(embed_dim // num_heads, kind=rotary)
 
     def forward(self, x: Tensor, *, padding: Tensor | None = None) -> Tensor:
         """Attend over (B, L, E); ``padding`` (B, L) is true where a key is padding."""
         heads = [part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1)]
         query, key, value = heads
         if self.rotary is not None:
-            positions = torch.arange(x.shape[1], device=x.device)
-            query, key = self.rotary(query, positions), self.rotary(key, positions)
+            query, key = self.rotary(query, key)
         mask = None
         if padding is not None:
             mask = (
@@ -73,6 +113,22 @@ class GoatLayer(nn.Module):
         """Attend over (B, L, E); ``padding`` (B, L) is true where a key is padding."""
         with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return self.layer(x, x, x, key_padding_mask=padding, need_weights=False, is_causal=True)[0]
+
+
+class KeyBias:
+    """A learnable number a key, as a score modification.
+
+    Args:
+        bias: (L,) nats.
+    """
+
+    def __init__(self, bias: Tensor) -> None:
+        self.bias = bias
+
+    def score_mod(self) -> Callable[..., Tensor]:
+        """The modification that FlexAttention compiles."""
+        bias = self.bias
+        return lambda score, b, h, q, k: score + bias[k]
 
 
 def flashbias(query: Tensor, key: Tensor, value: Tensor, prior: LogPrior) -> Tensor:
@@ -108,7 +164,6 @@ def flex(prior: Any, length: int, device: torch.device) -> Callable[[Tensor, Ten
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, length, length, device=str(device))
-    torch.compiler.reset()  # each modification is a program of its own; earlier ones would count against a limit
     compiled = torch.compile(flex_attention, dynamic=False)
     modify = None if prior is None else prior.score_mod()
     return lambda query, key, value: compiled(query, key, value, score_mod=modify, block_mask=mask)

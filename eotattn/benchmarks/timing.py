@@ -57,14 +57,15 @@ def measure(candidates: Sequence[Candidate], *, device: torch.device, rounds: in
 
     Returns:
         One row a candidate: ``name``, ``median_ms`` of a call, ``low_ms`` and ``high_ms`` (quartiles), ``ratio`` to the
-        baseline's median, ``peak_mib`` above what was allocated before the call, ``error``, ``failure``.
+        baseline's median, ``peak_mib`` above what was allocated before the call and its ``peak_ratio`` to the
+        baseline's, ``error``, ``failure``.
     """
     ready: list[_Ready | Row] = [_prepare(candidate, device, warmup) for candidate in candidates]
     for _ in range(rounds):
         for one in ready:
             if isinstance(one, _Ready):
                 one.times.append(_time_once(one.run, device))
-    baseline = statistics.median(ready[0].times) if isinstance(ready[0], _Ready) else None
+    baseline = ready[0] if isinstance(ready[0], _Ready) else None
     return [_row(one, baseline) if isinstance(one, _Ready) else one for one in ready]
 
 
@@ -108,11 +109,12 @@ def _time_once(run: Callable[[], Any], device: torch.device) -> float:
     return begin.elapsed_time(end) / CALLS
 
 
-def _row(one: _Ready, baseline: float | None) -> Row:
+def _row(one: _Ready, baseline: _Ready | None) -> Row:
     middle = statistics.median(one.times)
     low, _, high = statistics.quantiles(one.times, n=4) if len(one.times) > 1 else (middle, middle, middle)
     row: Row = {"name": one.candidate.name, "median_ms": middle, "low_ms": low, "high_ms": high}
-    row["ratio"] = None if baseline is None else middle / baseline
+    row["ratio"] = None if baseline is None else middle / statistics.median(baseline.times)
     row["peak_mib"] = one.peak_mib
+    row["peak_ratio"] = one.peak_mib / baseline.peak_mib if one.peak_mib and baseline and baseline.peak_mib else None
     row["error"] = None if one.candidate.error is None else one.candidate.error()
     return row

@@ -1,0 +1,21 @@
+"""Suites: what ``eotattn bench`` can run, one file each, from a configuration to rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from eotattn.benchmarks.suites.attention import attention
+from eotattn.benchmarks.suites.configuration import Configuration, configure
+from eotattn.benchmarks.suites.decode import decode
+from eotattn.benchmarks.suites.gradients import gradients
+from eotattn.benchmarks.suites.layer import layer
+from eotattn.benchmarks.suites.padding import padding
+from eotattn.benchmarks.suites.precision import precision
+from eotattn.benchmarks.timing import Row
+
+__all__ = ["SUITES", "Configuration", "configure"]
+
+#: Every suite by name.
+SUITES: dict[str, Callable[[Configuration], list[Row]]] = {
+    suite.__name__: suite for suite in (attention, layer, decode, padding, precision, gradients)
+}

@@ -1,0 +1,86 @@
+"""A whole layer, forward and backward, against the layers that others would use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eotattn.attention import PriorAttention
+from eotattn.benchmarks import peers
+from eotattn.benchmarks.suites.configuration import Configuration
+from eotattn.benchmarks.suites.inputs import content, gpt_prior, measured
+from eotattn.benchmarks.timing import Candidate, Row
+from eotattn.priors import LogPrior, goat_prior
+
+__all__ = ["layer", "layer_makers", "step"]
+
+
+def layer(config: Configuration) -> list[Row]:
+    """A whole layer, forward and backward, against the bare layer; eager and, on a GPU, compiled."""
+    rows: list[Row] = []
+    small, full = [(1, 128, 64, 2), (2, 512, 256, 4)], [(8, 2048, 768, 12), (2, 8192, 1024, 16)]
+    for batch, length, width, heads in config.pick(small, full):
+        x = content(config, batch, length, width)
+        makers = layer_makers(config, width, heads)
+        candidates = [Candidate(name, partial(step, make, x)) for name, make in makers.items()]
+        if config.device != "cpu":
+            for name in ("bare", "eotattn, recency + sink, reserved", "eotattn, GOAT, 4 frequencies, reserved"):
+                compiled = partial(_compiled, makers[name])
+                candidates.append(Candidate(f"{name}, compiled", partial(step, compiled, x)))
+        size = {"batch": batch, "length": length, "width": width, "heads": heads, "pass": "forward+backward"}
+        rows += [{**size, **row} for row in measured(candidates, config)]
+    return rows
+
+
+def layer_makers(config: Configuration, width: int, heads: int) -> dict[str, Callable[[], Any]]:
+    """Layers by name, each a function that builds it."""
+    dtype, device = config.place["dtype"], config.place["device"]
+
+    def ours(prior: LogPrior | None, **keywords: Any) -> Callable[[], Any]:
+        if keywords.get("lanes") == "reserved":
+            keywords["lane_dtype"] = dtype
+        return lambda: _Ours(PriorAttention(width, heads, prior=prior, bias=False, **keywords).to(**config.place))
+
+    made: dict[str, Callable[[], Any]] = {
+        "bare": lambda: peers.BareLayer(width, heads).to(**config.place),
+        "eotattn, no prior": ours(None),
+        "eotattn, recency + sink, reserved": ours(gpt_prior(heads), lanes="reserved"),
+        "eotattn, GOAT, 4 frequencies, reserved": ours(goat_prior(heads, num_frequencies=4), lanes="reserved"),
+        "eotattn, GOAT, 4 frequencies, appended": ours(goat_prior(heads, num_frequencies=4)),
+        "RoPE, eager": lambda: peers.BareLayer(width, heads, rotary="eager").to(**config.place),
+        "goat-attention": lambda: peers.GoatLayer(width, heads, dtype).to(device),
+    }
+    if config.device != "cpu":
+        made["RoPE, fused"] = lambda: peers.BareLayer(width, heads, rotary="fused").to(**config.place)
+    return made
+
+
+class _Ours(torch.nn.Module):
+    """A :class:`PriorAttention` called like the other layers here."""
+
+    def __init__(self, layer: PriorAttention) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, *, padding: Tensor | None = None) -> Tensor:
+        return self.layer(x, key_padding_mask=padding, is_causal=True, need_weights=False)[0]
+
+
+def _compiled(make: Callable[[], Any]) -> Any:
+    module = make()
+    compiled: Any = torch.compile(module, fullgraph=True)
+    compiled.parameters = module.parameters
+    return compiled
+
+
+def step(make: Callable[[], Any], x: Tensor, mask: Tensor | None = None) -> Callable[[], Any]:
+    """Forward and backward of a layer."""
+    module = make()
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    upstream = torch.randn_like(x)
+    keywords = {} if mask is None else {"padding": mask}
+    return lambda: torch.autograd.grad(module(x, **keywords), [x, *parameters], upstream, allow_unused=True)
