@@ -16,18 +16,48 @@ def _add_reproduce(subparsers: argparse._SubParsersAction[argparse.ArgumentParse
     parser = subparsers.add_parser(
         "reproduce", help="run the notebooks behind the figures", description="Run the notebooks behind the figures."
     )
-    parser.add_argument(
-        "--figure", type=int, nargs="+", action="extend", metavar="N", help="figures by number (default: all)"
-    )
+    _add_figure_arguments(parser)
+    parser.set_defaults(run=_reproduce)
+
+
+def _add_figure_arguments(parser: argparse.ArgumentParser) -> None:
+    """What ``reproduce`` and ``train`` share."""
+    figures = "figures by number or name (default: all)"
+    parser.add_argument("--figure", nargs="+", action="extend", metavar="N", help=figures)
     parser.add_argument("--scale", default="laptop", help="smoke, laptop, h200 or paper (default: laptop)")
     parser.add_argument("--out", default="figures", metavar="DIR", help="folder of results (default: figures)")
-    parser.set_defaults(run=_reproduce)
+    parser.add_argument("--jobs", type=int, metavar="K", help="runs side by side (default: 1 on a GPU, else threads)")
+    parser.add_argument("--fresh", action="store_true", help="forget stored runs and make them anew")
 
 
 def _reproduce(arguments: argparse.Namespace) -> int:
     from eotattn.experiments.reproduce import reproduce
 
-    reproduce(arguments.figure, scale=arguments.scale, out=arguments.out)
+    reproduce(arguments.figure, scale=arguments.scale, out=arguments.out, jobs=arguments.jobs, fresh=arguments.fresh)
+    return 0
+
+
+def _add_train(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "make the runs behind the figures that are not stored yet, without notebooks"
+    parser = subparsers.add_parser("train", help=text, description=text)
+    _add_figure_arguments(parser)
+    parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help='runs by name or pattern, e.g. "goat-*"')
+    parser.set_defaults(run=_train)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from eotattn.experiments.reproduce import make_runs
+    from eotattn.experiments.runs import RunsFailedError
+
+    options = {name: getattr(arguments, name) for name in ("scale", "out", "jobs", "only", "fresh")}
+    try:
+        make_runs(arguments.figure, **options)
+    except RunsFailedError as error:
+        print(f"eotattn: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("eotattn: interrupted; finished runs are kept, the same command continues", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -104,6 +134,7 @@ def _analyze(arguments: argparse.Namespace) -> int:
 #: One function a subcommand.
 SUBCOMMANDS: tuple[Callable[[argparse._SubParsersAction[argparse.ArgumentParser]], None], ...] = (
     _add_reproduce,
+    _add_train,
     _add_verify,
     _add_bench,
     _add_analyze,

@@ -1,4 +1,4 @@
-"""Run the notebooks of the figures: the one function behind ``eotattn reproduce``."""
+"""The figures by number: what ``eotattn train`` makes and ``eotattn reproduce`` draws."""
 
 from __future__ import annotations
 
@@ -9,18 +9,42 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from eotattn.checks import require
+from eotattn.experiments import recipes
+from eotattn.experiments.records import RunFolder
 from eotattn.experiments.results import ResultFolder
+from eotattn.experiments.runs import Plan, RunsFailedError, perform
 from eotattn.experiments.scales import check_scale
+from eotattn.experiments.studies import copy_mixture, language
 from eotattn.records import write_atomically
 
-__all__ = ["FIGURES", "find_notebooks", "reproduce", "strip_machine"]
+__all__ = ["FIGURES", "Figure", "find_notebooks", "make_runs", "reproduce", "strip_machine"]
 
-#: Number in the paper -> name of the notebook and of all its files.
-FIGURES = {1: "fig1_copy_mixture", 2: "fig2_language"}
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure: how it is called and what it is made of.
+
+    Args:
+        name: Of the notebook and of all its files.
+        recipe: Scale -> recipe.
+        runs: Lists the runs of a recipe, as in :mod:`eotattn.experiments.runs`.
+    """
+
+    name: str
+    recipe: Callable[[str], Any]
+    runs: Plan
+
+
+#: Number in the paper, or name -> figure. A new figure is one line.
+FIGURES = {
+    "1": Figure("fig1_copy_mixture", recipes.copy_mixture, copy_mixture.runs),
+    "2": Figure("fig2_language", recipes.language, language.runs),
+}
 
 #: What the notebooks need beyond the package's own requirements.
 REQUIREMENTS = ("accelerate", "ipykernel", "pandas", "papermill")
@@ -33,25 +57,81 @@ def find_notebooks() -> Path:
         ValueError: If the package runs from somewhere without notebooks.
     """
     folder = Path(__file__).resolve().parents[2] / "notebooks"
-    missing = [name for name in FIGURES.values() if not (folder / f"{name}.ipynb").is_file()]
+    missing = [figure.name for figure in FIGURES.values() if not (folder / f"{figure.name}.ipynb").is_file()]
     remedy = "Run from a clone: git clone the repository, then pip install -e '.[experiments]'"
-    require(not missing, "reproduce", "the notebooks", "lie in a folder beside the package", "no such files", remedy)
+    require(not missing, "reproduce", "the notebooks", "lie in a folder beside the package", missing, remedy)
     return folder
 
 
-def reproduce(
-    figures: Sequence[int] | None = None,
+def chosen(owner: str, figures: Sequence[int | str] | None) -> dict[str, Figure]:
+    """Figures by number or by name, each once, in the order of :data:`FIGURES`; all of them by default."""
+    wanted = [str(figure) for figure in figures or FIGURES]
+    known = {name for key, figure in FIGURES.items() for name in (key, figure.name)}
+    unknown = [name for name in wanted if name not in known]
+    require(not unknown, owner, "figures", f"be among {', '.join(FIGURES)}", unknown, "Choose among these")
+    return {key: figure for key, figure in FIGURES.items() if key in wanted or figure.name in wanted}
+
+
+def make_runs(
+    figures: Sequence[int | str] | None = None,
     *,
     scale: str = "laptop",
     out: str = "figures",
+    jobs: int | None = None,
+    only: Sequence[str] = (),
+    fresh: bool = False,
+    report: Callable[[str], None] = print,
+) -> None:
+    """Make the missing runs of figures, without notebooks: the function behind ``eotattn train``.
+
+    Args:
+        figures: Keys of :data:`FIGURES` or names of figures; all of them by default.
+        scale: A name in :data:`eotattn.experiments.scales.SCALES`.
+        out: Folder of results, relative to the working directory or absolute.
+        jobs: Runs side by side, as in :func:`eotattn.experiments.runs.perform`.
+        only: Names of runs, or patterns; all by default.
+        fresh: Forget stored runs first.
+        report: Receives one line a run.
+
+    Raises:
+        ValueError: Before any work, for an unknown figure or scale, or a folder that cannot be written.
+        RunsFailedError: In the end, if a run failed.
+    """
+    check_scale("train", scale)
+    targets = [(figure, ResultFolder(out, scale, figure.name)) for figure in chosen("train", figures).values()]
+    failed: list[str] = []
+    for figure, target in targets:
+        report(f"{figure.name} at scale {scale}")
+        if fresh:
+            RunFolder(target).clear()
+        try:
+            perform(figure.runs, figure.recipe(scale), target, jobs=jobs, only=only, report=report)
+        except RunsFailedError as error:
+            failed += error.names
+    if failed:
+        raise RunsFailedError(failed)
+
+
+def reproduce(
+    figures: Sequence[int | str] | None = None,
+    *,
+    scale: str = "laptop",
+    out: str = "figures",
+    jobs: int | None = None,
+    fresh: bool = False,
     report: Callable[[str], None] = print,
 ) -> list[Path]:
     """Execute the notebooks of figures; tables, plots, provenance and executed notebooks land in ``<out>/<scale>/``.
 
+    Runs whose records are stored there are read, the others are made; so a figure whose runs were made on another
+    machine is drawn on this one.
+
     Args:
-        figures: Numbers in :data:`FIGURES`; all of them by default.
+        figures: Keys of :data:`FIGURES` or names of figures; all of them by default.
         scale: A name in :data:`eotattn.experiments.scales.SCALES`.
         out: Folder of results, relative to the working directory or absolute.
+        jobs: Runs side by side, as in :func:`eotattn.experiments.runs.perform`.
+        fresh: Forget stored runs first.
         report: Receives one line before and after every figure.
 
     Returns:
@@ -61,25 +141,24 @@ def reproduce(
         ValueError: Before any work, for an unknown figure or scale, a folder that cannot be written, or no notebooks.
     """
     check_scale("reproduce", scale)
-    numbers = sorted(FIGURES if not figures else set(figures))
-    unknown = [number for number in numbers if number not in FIGURES]
-    rule = "be among " + ", ".join(str(number) for number in FIGURES)
-    require(not unknown, "reproduce", "figures", rule, unknown, "Choose one of these numbers")
+    found = chosen("reproduce", figures)
     absent = [name for name in REQUIREMENTS if importlib.util.find_spec(name) is None]
     remedy = "pip install 'eotattn[experiments]'"
     got = "without " + ", ".join(absent)
     require(not absent, "reproduce", "the environment", "have " + ", ".join(REQUIREMENTS), got, remedy)
     folder = find_notebooks()
-    targets = [ResultFolder(out, scale, FIGURES[number]) for number in numbers]
+    targets = {key: ResultFolder(out, scale, figure.name) for key, figure in found.items()}
     executed = []
-    for number, target in zip(numbers, targets, strict=True):
-        report(f"figure {number}: running {target.figure} at scale {scale}")
-        executed.append(_execute(folder / f"{target.figure}.ipynb", target))
-        report(f"figure {number}: wrote {target.path / target.figure}.{{ipynb,png,pdf,csv,json}}")
+    for key, target in targets.items():
+        report(f"figure {key}: running {target.figure} at scale {scale}")
+        if fresh:
+            RunFolder(target).clear()
+        executed.append(_execute(folder / f"{target.figure}.ipynb", target, jobs))
+        report(f"figure {key}: wrote {target.path / target.figure}.{{ipynb,png,pdf,csv,json}}")
     return executed
 
 
-def _execute(notebook: Path, target: ResultFolder) -> Path:
+def _execute(notebook: Path, target: ResultFolder, jobs: int | None) -> Path:
     """Run one notebook in the result folder, so that no path of this machine enters it."""
     import papermill
 
@@ -89,7 +168,7 @@ def _execute(notebook: Path, target: ResultFolder) -> Path:
         papermill.execute_notebook(
             str(notebook),
             str(raw),
-            parameters={"scale": target.scale, "out": ".."},
+            parameters={"scale": target.scale, "out": "..", "jobs": jobs},
             kernel_name="python3",
             cwd=str(target.path),
             progress_bar=sys.stderr.isatty(),

@@ -23,7 +23,16 @@ from eotattn.checks import check_choice, check_positive, check_positive_int, req
 from eotattn.experiments.tasks import Batch
 from eotattn.priors import LogPrior
 
-__all__ = ["Evaluate", "Row", "Task", "TrainingConfig", "TrainingResult", "learning_rate_factor", "train"]
+__all__ = [
+    "Evaluate",
+    "Row",
+    "Task",
+    "TrainingConfig",
+    "TrainingResult",
+    "learning_rate_factor",
+    "train",
+    "training_rows",
+]
 
 #: One measurement: column name -> value.
 Row = dict[str, Any]
@@ -106,6 +115,12 @@ class TrainingResult:
     evaluations: list[Row]
     wall_seconds: float
     device: str
+
+
+def training_rows(result: TrainingResult) -> list[Row]:
+    """The loss curve as tidy rows of a record, one a logged step."""
+    what = {"panel": "training", "quantity": "training_loss", "unit": "nats per token"}
+    return [what | {"step": row["step"], "value": row["loss"]} for row in result.rows]
 
 
 def learning_rate_factor(step: int, config: TrainingConfig) -> float:

@@ -6,20 +6,22 @@ Legend: H heads, L tokens.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch.nn import functional
 
-from eotattn.experiments.networks import CopyReader
+from eotattn.experiments.networks import CopyReader, CopyReaderConfig
 from eotattn.experiments.prior_parts import PriorParts, centre_rows, split_prior
 from eotattn.experiments.recipes import CopyMixtureRecipe
+from eotattn.experiments.records import Measurement, Record, Records, Row, Run, merged_provenance
 from eotattn.experiments.results import ResultFolder
-from eotattn.experiments.training import Row, TrainingResult, train
-from eotattn.records import provenance
+from eotattn.experiments.tasks import CopyMixture
+from eotattn.experiments.training import TrainingConfig, train, training_rows
 
-__all__ = ["CopyMixtureStudy", "HeadFindings", "measure_head", "run"]
+__all__ = ["CopyMixtureStudy", "HeadFindings", "ReaderRun", "TrainedReader", "measure", "measure_head", "runs"]
 
 FIGURE = "fig1_copy_mixture"
 
@@ -61,39 +63,97 @@ class HeadFindings:
         return self.top_key == 0 and self.top_lag == 1 and self.deepest_trough < 0
 
 
-@dataclass(frozen=True, eq=False)
-class CopyMixtureStudy:
-    """A trained reader's log-prior and what it shows.
+@dataclass(frozen=True)
+class ReaderRun:
+    """One reader, trained and read: the sizes of data and network, and the run.
 
-    Attributes:
-        recipe: What was run.
-        parts: The learned log-prior, in the gauge without key slope.
-        ideal: (L, L) ideal log-prior, -inf above the diagonal, nats.
-        heads: Findings, one a head.
-        loss: Cross-entropy on fresh sequences, nats a token.
-        best_loss: What the generator itself would reach on them.
-        training: The loss curve, the time and the device.
+    Args:
+        task: The data.
+        network: The reader.
+        training: The run.
+        test_sequences: Fresh sequences that the final loss is measured on.
     """
 
-    recipe: CopyMixtureRecipe
+    task: CopyMixture
+    network: CopyReaderConfig
+    training: TrainingConfig
+    test_sequences: int
+
+    @property
+    def seed(self) -> int:
+        """Seed of weights and batches."""
+        return self.training.seed
+
+
+def runs(recipe: CopyMixtureRecipe, records: Records) -> list[Run]:
+    """One run a seed."""
+    trainings = [replace(recipe.training, seed=seed) for seed in recipe.seeds]
+    readers = [ReaderRun(recipe.task, recipe.network, training, recipe.test_sequences) for training in trainings]
+    return [Run(f"goat-seed{reader.seed}", reader, measure) for reader in readers]
+
+
+def measure(run: ReaderRun, checkpoint: Path) -> Measurement:
+    """Train a reader on the copy mixture and read its log-prior.
+
+    Args:
+        run: What to do.
+        checkpoint: File of the unfinished training.
+    """
+    network = CopyReader(run.network)
+    training = train(network, run.task, run.training, label=f"copy mixture, seed {run.seed}", checkpoint=checkpoint)
+    network.eval()
+    device = next(network.parameters()).device
+    # Training stops at step `steps`, so this batch is new to the network.
+    fresh = run.task.batch(run.test_sequences, seed=run.seed, step=run.training.steps)
+    with torch.no_grad():
+        logits = network(fresh.inputs.to(device)).float().cpu()
+    loss = float(functional.cross_entropy(logits.flatten(0, 1), fresh.targets.flatten()))
+    best = run.task.best_loss(fresh)
+    parts = split_prior(network.prior, run.task.length).without_key_slope()
+    rows: list[Row] = [
+        {"panel": "finding", "quantity": "loss", "unit": "nats per token", "value": loss},
+        {"panel": "finding", "quantity": "best_loss", "unit": "nats per token", "value": best},
+    ]
+    rows += training_rows(training)
+    arrays = {name: getattr(parts, name).numpy() for name in ("key_only", "relative", "total")}
+    return Measurement(rows, arrays, summary=f"loss {loss:.4f}, at best {best:.4f}")
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedReader:
+    """One seed's log-prior and what it shows.
+
+    Attributes:
+        record: Of the run.
+        parts: The learned log-prior, in the gauge without key slope.
+        heads: Findings, one a head.
+    """
+
+    record: Record
     parts: PriorParts
-    ideal: torch.Tensor
     heads: tuple[HeadFindings, ...]
-    loss: float
-    best_loss: float
-    training: TrainingResult
+
+    @classmethod
+    def of(cls, record: Record, ideal: torch.Tensor) -> TrainedReader:
+        """Read a record.
+
+        Args:
+            record: Of a run of this study.
+            ideal: (L, L) ideal log-prior, -inf above the diagonal, nats.
+        """
+        parts = PriorParts(**{name: torch.as_tensor(array) for name, array in record.arrays.items()})
+        return cls(record, parts, tuple(measure_head(parts, ideal, head) for head in range(parts.total.shape[0])))
 
     def rows(self) -> list[Row]:
-        """The tidy table: every plotted value and every finding, one a row."""
-        seed = self.recipe.training.seed
+        """The tidy table of this seed: every plotted value and every finding, one a row."""
         rows: list[Row] = []
 
         def add(panel: str, quantity: str, unit: str, value: float | torch.Tensor, **where: int) -> None:
             place = {name: where.get(name, "") for name in ("head", "query", "key", "lag", "step")}
-            rows.append({"figure": FIGURE, "panel": panel, "variant": "goat", "seed": seed} | place)
+            rows.append({"figure": FIGURE, "panel": panel, "variant": "goat", "seed": self.record.seed} | place)
             rows[-1] |= {"quantity": quantity, "unit": unit, "value": float(value)}
 
-        length = self.recipe.task.length
+        length = self.parts.total.shape[-1]
         centred, induced = centre_rows(self.parts.total), self.parts.total.softmax(-1)
         for h, findings in enumerate(self.heads):
             for j in range(length):
@@ -107,46 +167,75 @@ class CopyMixtureStudy:
             for name, value in asdict(findings).items():
                 if name != "head":
                     add("finding", name, _UNITS[name], value, head=h)
-        for entry in self.training.rows:
-            add("training", "training_loss", "nats per token", entry["loss"], step=entry["step"])
-        add("finding", "loss", "nats per token", self.loss)
-        add("finding", "best_loss", "nats per token", self.best_loss)
+        for row in self.record.rows:
+            add(**row)
         return rows
+
+
+@dataclass(frozen=True, eq=False)
+class CopyMixtureStudy:
+    """Trained readers' log-priors and what they show.
+
+    Attributes:
+        recipe: What was run.
+        records: Of all its runs.
+    """
+
+    recipe: CopyMixtureRecipe
+    records: Records
+
+    @cached_property
+    def readers(self) -> tuple[TrainedReader, ...]:
+        """One a seed."""
+        ideal = self.recipe.task.ideal_log_prior()
+        return tuple(TrainedReader.of(self.records[f"goat-seed{seed}"], ideal) for seed in self.recipe.seeds)
+
+    def rows(self) -> list[Row]:
+        """The tidy table: every plotted value and every finding, one a row."""
+        return [row for reader in self.readers for row in reader.rows()]
 
     def save(self, folder: ResultFolder) -> None:
         """Write the table and its provenance."""
         folder.write_table(self.rows())
-        folder.write_provenance(
-            provenance(
-                command=f"eotattn reproduce --figure 1 --scale {self.recipe.scale}",
-                configuration=self.recipe,
-                seeds=(self.recipe.training.seed,),
-                device=self.training.device,
-                wall_seconds=self.training.wall_seconds,
-            )
-        )
+        command = f"eotattn reproduce --figure 1 --scale {self.recipe.scale}"
+        folder.write_provenance(merged_provenance(self.records, command=command, recipe=self.recipe))
+
+    def findings_table(self) -> list[Row]:
+        """Findings as rows, one a seed and head, for display."""
+        return [{"seed": reader.record.seed} | asdict(head) for reader in self.readers for head in reader.heads]
+
+    def loss_table(self) -> list[Row]:
+        """Training loss against step, one row a seed and logged step, for display."""
+        return [
+            {"seed": reader.record.seed, "step": row["step"], "loss": row["value"]}
+            for reader in self.readers
+            for row in reader.record.rows_of("training_loss")
+        ]
 
     def verdict(self) -> str:
         """The claim, the numbers and whether it held, in Markdown."""
+        lines = [line for reader in self.readers for line in self._verdict_of(reader)]
+        return "\n".join(lines)
+
+    def _verdict_of(self, reader: TrainedReader) -> list[str]:
         lines = []
-        for found in self.heads:
+        for found in reader.heads:
             held = "held" if found.claim_held else "did NOT hold"
             lines.append(
-                f"- **Head {found.head}: the claim {held}.** The key-only part is highest at position {found.top_key} "
-                f"({found.key_gap:.2f} nats above the next), the relative part at lag {found.top_lag} "
-                f"({found.lag_gap:.2f} nats above the next). The deepest trough of the row-centred sum is "
-                f"{found.deepest_trough:.2f} nats, and {found.negative_share:.0%} of the pairs that are never copied "
-                f"are negative. Correlation with the ideal log-prior: {found.correlation:.3f}. The induced prior puts "
+                f"- **Seed {reader.record.seed}, head {found.head}: the claim {held}.** The key-only part is highest "
+                f"at position {found.top_key} ({found.key_gap:.2f} nats above the next), the relative part at lag "
+                f"{found.top_lag} ({found.lag_gap:.2f} nats above the next). The deepest trough of the row-centred sum "
+                f"is {found.deepest_trough:.2f} nats, and {found.negative_share:.0%} of the pairs that are never "
+                f"copied are negative. Correlation with the ideal log-prior: {found.correlation:.3f}. It puts "
                 f"{found.copied_mass:.0%} of its mass on the two sources; its total-variation distance to the ideal "
                 f"attention is {found.total_variation:.3f} (uniform prior: {found.uniform_total_variation:.3f})."
             )
-        excess = self.loss - self.best_loss
+        loss, best = (reader.record.value(name) for name in ("loss", "best_loss"))
         lines.append(
-            f"- Loss on fresh sequences: {self.loss:.4f} nats a token, {excess:.4f} above the generator's own "
-            f"{self.best_loss:.4f}. One seed, scale `{self.recipe.scale}`, trained for "
-            f"{self.training.wall_seconds:.0f} s on {self.training.device}."
+            f"- Seed {reader.record.seed}: loss on fresh sequences {loss:.4f} nats a token, {loss - best:.4f} above "
+            f"the generator's own {best:.4f}; {reader.record.seconds:.0f} s on {reader.record.device}."
         )
-        return "\n".join(lines)
+        return lines
 
 
 _UNITS = {
@@ -161,29 +250,6 @@ _UNITS = {
     "total_variation": "probability",
     "uniform_total_variation": "probability",
 }
-
-
-def run(recipe: CopyMixtureRecipe) -> CopyMixtureStudy:
-    """Train a reader on the copy mixture and read its log-prior.
-
-    Args:
-        recipe: From :func:`eotattn.experiments.recipes.copy_mixture`.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.training.seed)
-        network = CopyReader(recipe.network)
-    training = train(network, recipe.task, recipe.training, label="copy mixture")
-    network.eval()
-    device = next(network.parameters()).device
-    # Training stops at step `steps`, so this batch is new to the network.
-    fresh = recipe.task.batch(recipe.test_sequences, seed=recipe.training.seed, step=recipe.training.steps)
-    with torch.no_grad():
-        logits = network(fresh.inputs.to(device)).cpu()
-    loss = float(functional.cross_entropy(logits.flatten(0, 1), fresh.targets.flatten()))
-    parts = split_prior(network.prior, recipe.task.length).without_key_slope()
-    ideal = recipe.task.ideal_log_prior()
-    heads = tuple(measure_head(parts, ideal, head) for head in range(recipe.network.num_heads))
-    return CopyMixtureStudy(recipe, parts, ideal, heads, loss, recipe.task.best_loss(fresh), training)
 
 
 def measure_head(parts: PriorParts, ideal: torch.Tensor, head: int) -> HeadFindings:
@@ -217,8 +283,3 @@ def measure_head(parts: PriorParts, ideal: torch.Tensor, head: int) -> HeadFindi
         total_variation=float((induced - target).abs().sum(-1).mean() / 2),
         uniform_total_variation=float((uniform - target).abs().sum(-1).mean() / 2),
     )
-
-
-def findings_table(study: CopyMixtureStudy) -> list[dict[str, Any]]:
-    """Findings as rows, one a head, for display."""
-    return [asdict(head) for head in study.heads]

@@ -6,12 +6,13 @@ Legend: B batch, H heads, Q queries, L tokens.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,40 +21,123 @@ from eotattn.experiments.evaluation import length_curve, sink_observations, targ
 from eotattn.experiments.networks import Decoder, DecoderConfig
 from eotattn.experiments.prior_parts import key_only_part
 from eotattn.experiments.recipes import LanguageRecipe
+from eotattn.experiments.records import Measurement, Record, Records, Row, Run, merged_provenance
 from eotattn.experiments.results import ResultFolder
 from eotattn.experiments.tasks import LanguageTask
-from eotattn.experiments.training import Row, TrainingResult, train
+from eotattn.experiments.training import TrainingConfig, train, training_rows
 from eotattn.priors import SumPrior
-from eotattn.records import provenance
 
-__all__ = ["LanguageStudy", "VariantResult", "run"]
+__all__ = ["DecoderRun", "LanguageStudy", "VariantResult", "measure", "runs"]
 
 FIGURE = "fig2_language"
 
 
+@dataclass(frozen=True)
+class DecoderRun:
+    """One decoder, trained on a corpus and measured on its held-out files.
+
+    Args:
+        corpus: As in :func:`eotattn.experiments.tasks.find_texts`.
+        decoder: Sizes and the name of the attention.
+        training: The run.
+        lengths: Evaluation contexts, tokens.
+        curve_windows: Held-out windows behind every point of the curve.
+        sink_windows: Held-out windows behind the sink panel.
+        sink_bins: Bins of signal strength.
+    """
+
+    corpus: str
+    decoder: DecoderConfig
+    training: TrainingConfig
+    lengths: tuple[int, ...]
+    curve_windows: int
+    sink_windows: int
+    sink_bins: int
+
+    @property
+    def seed(self) -> int:
+        """Seed of weights and batches."""
+        return self.training.seed
+
+
+def runs(recipe: LanguageRecipe, records: Records) -> list[Run]:
+    """One run a variant and seed: the same batches for all variants, measured on the same held-out bytes."""
+    measured = (recipe.lengths, recipe.curve_windows, recipe.sink_windows, recipe.sink_bins)
+    return [
+        Run(
+            f"{decoder.attention}-seed{seed}",
+            DecoderRun(recipe.corpus, decoder, replace(recipe.training, seed=seed), *measured),
+            measure,
+        )
+        for seed in recipe.seeds
+        for decoder in recipe.variants
+    ]
+
+
+def measure(run: DecoderRun, checkpoint: Path) -> Measurement:
+    """Train a decoder and measure it.
+
+    Args:
+        run: What to do.
+        checkpoint: File of the unfinished training.
+    """
+    task = LanguageTask.from_corpus(run.corpus, length=run.decoder.train_length)
+    windows = task.held_out_windows(run.lengths[-1], run.curve_windows)  # fails before any training
+    network = Decoder(run.decoder)
+    near = run.decoder.train_length
+    label = f"{run.decoder.attention}, seed {run.seed}"
+    training = train(network, task, run.training, label=label, checkpoint=checkpoint)
+    network.eval()
+    curve = length_curve(network, windows, lengths=run.lengths, num_targets=near)
+    sinks = _sinks(network, windows[: run.sink_windows, -near:], run.sink_bins)
+    arrays = {"near_bits": target_bits(network, windows, length=near, num_targets=near).numpy()}
+    arrays |= {f"sinks.{field.name}": np.asarray(getattr(sinks, field.name)) for field in fields(sinks)}
+    if run.decoder.attention == "goat":
+        arrays["key_only"] = _key_only(network, run.lengths[-1]).numpy()
+    parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    rows = _curve_rows(curve) + training_rows(training)
+    rows.append({"panel": "training", "quantity": "parameters", "unit": "count", "value": parameters})
+    summary = "bits per byte " + ", ".join(f"{row['bits_per_byte']:.3f}" for row in curve)
+    return Measurement(rows, arrays, summary)
+
+
 @dataclass(frozen=True, eq=False)
 class VariantResult:
-    """One trained decoder and what was measured on it.
+    """What was measured on one trained decoder, read from its record.
 
     Attributes:
         variant: Name of its attention.
-        seed: Seed of weights and batches.
-        parameters: Trainable numbers.
-        curve: Rows of :func:`length_curve`.
-        near_bits: (N,) bits per byte of every held-out window at the training length, for paired comparisons.
-        sinks: Sink mass against signal strength, all blocks together, averaged over the heads of a block.
-        key_only: (blocks, H, longest context) learned u(j) in nats, of a GOAT decoder only.
-        training: The loss curve, the time and the device.
+        record: Of the run.
     """
 
     variant: str
-    seed: int
-    parameters: int
-    curve: list[Row]
-    near_bits: Tensor
-    sinks: SinkMassReport
-    key_only: Tensor | None
-    training: TrainingResult
+    record: Record
+
+    @property
+    def seed(self) -> int:
+        """Seed of weights and batches."""
+        return self.record.seed
+
+    @property
+    def curve(self) -> dict[int, float]:
+        """Context length -> bits per byte."""
+        return {row["length"]: row["value"] for row in self.record.rows_of("bits_per_byte")}
+
+    @property
+    def near_bits(self) -> Tensor:
+        """(N,) bits per byte of every held-out window at the training length, for paired comparisons."""
+        return torch.as_tensor(self.record.arrays["near_bits"])
+
+    @property
+    def sinks(self) -> SinkMassReport:
+        """Sink mass against signal strength, all blocks together, averaged over the heads of a block."""
+        return SinkMassReport(**{f.name: self.record.arrays[f"sinks.{f.name}"] for f in fields(SinkMassReport)})
+
+    @property
+    def key_only(self) -> Tensor | None:
+        """(blocks, H, longest context) learned u(j) in nats, of a GOAT decoder only."""
+        found = self.record.arrays.get("key_only")
+        return None if found is None else torch.as_tensor(found)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,13 +146,18 @@ class LanguageStudy:
 
     Attributes:
         recipe: What was run.
-        results: One a variant and seed.
-        wall_seconds: Training and evaluation together.
+        records: Of all its runs.
     """
 
     recipe: LanguageRecipe
-    results: tuple[VariantResult, ...]
-    wall_seconds: float
+    records: Records
+
+    @cached_property
+    def results(self) -> tuple[VariantResult, ...]:
+        """One a variant and seed."""
+        recipe = self.recipe
+        pairs = ((decoder.attention, seed) for seed in recipe.seeds for decoder in recipe.variants)
+        return tuple(VariantResult(variant, self.records[f"{variant}-seed{seed}"]) for variant, seed in pairs)
 
     def of(self, variant: str) -> tuple[VariantResult, ...]:
         """The results of one variant, by seed."""
@@ -77,10 +166,7 @@ class LanguageStudy:
     def bits_per_byte(self, variant: str) -> dict[int, float]:
         """Context length -> bits per byte, averaged over the seeds."""
         found = self.of(variant)
-        return {
-            length: sum(result.curve[k]["bits_per_byte"] for result in found) / len(found)
-            for k, length in enumerate(self.recipe.lengths)
-        }
+        return {length: sum(result.curve[length] for result in found) / len(found) for length in self.recipe.lengths}
 
     @property
     def uniform_mass(self) -> float:
@@ -95,20 +181,16 @@ class LanguageStudy:
     def save(self, folder: ResultFolder) -> None:
         """Write the table and its provenance."""
         folder.write_table(self.rows())
-        folder.write_provenance(
-            provenance(
-                command=f"eotattn reproduce --figure 2 --scale {self.recipe.scale}",
-                configuration=self.recipe,
-                seeds=self.recipe.seeds,
-                device=self.results[0].training.device,
-                wall_seconds=self.wall_seconds,
-            )
-        )
+        command = f"eotattn reproduce --figure 2 --scale {self.recipe.scale}"
+        folder.write_provenance(merged_provenance(self.records, command=command, recipe=self.recipe))
 
     def curve_table(self) -> list[Row]:
         """Bits per byte and perplexity of every variant, seed and length, for display."""
         return [
-            {"variant": result.variant, "seed": result.seed} | row for result in self.results for row in result.curve
+            {"variant": result.variant, "seed": result.seed, "length": length, "bits_per_byte": bits}
+            | {"perplexity": 2.0**bits}
+            for result in self.results
+            for length, bits in result.curve.items()
         ]
 
     def verdict(self) -> str:
@@ -137,8 +219,8 @@ class LanguageStudy:
             f"- **GOAT's sink mass falls as the signal grows: {_held(_mass_falls(sinks['goat']))}.** "
             f"{first:.4f} in the weakest bin of omega, {last:.4f} in the strongest (RoPE: {rope_first:.4f} and "
             f"{rope_last:.4f}); uniform attention would give {self.uniform_mass:.4f}.",
-            f"- {seeds} at scale `{self.recipe.scale}`; {self.wall_seconds:.0f} s on "
-            f"{self.results[0].training.device}. The prior's learning rate was chosen on these same held-out files, so "
+            f"- {seeds} at scale `{self.recipe.scale}`; {sum(r.seconds for r in self.records.values()):.0f} s on "
+            f"{self.results[0].record.device}. The prior's learning rate was chosen on these same held-out files, so "
             f"GOAT's numbers are a little optimistic; intervals over seeds are missing.",
         )
         return "\n".join(lines)
@@ -165,61 +247,6 @@ class LanguageStudy:
         )
 
 
-def run(
-    recipe: LanguageRecipe, *, report: Callable[[str], None] = print, checkpoints: Path | None = None
-) -> LanguageStudy:
-    """Train every variant with every seed on the same batches, and measure them on the same held-out bytes.
-
-    Args:
-        recipe: From :func:`eotattn.experiments.recipes.language`.
-        report: Receives one line a finished decoder.
-        checkpoints: Folder for one checkpoint a decoder, from which an interrupted call continues; it must exist. A
-            call that finishes removes them, so that the next one trains anew.
-    """
-    started = time.perf_counter()
-    task = LanguageTask.from_corpus(recipe.corpus, length=recipe.train_length)
-    windows = task.held_out_windows(recipe.lengths[-1], recipe.curve_windows)  # fails before any training
-    results = []
-    for seed in recipe.seeds:
-        for decoder in recipe.variants:
-            result = _run_variant(recipe, decoder, seed, task, windows, checkpoints)
-            results.append(result)
-            curve = ", ".join(f"{row['bits_per_byte']:.3f}" for row in result.curve)
-            seconds = result.training.wall_seconds
-            report(f"{result.variant}, seed {seed}: trained in {seconds:.0f} s; bits per byte {curve}")
-    for finished in () if checkpoints is None else tuple(checkpoints.glob("*.pt")):
-        finished.unlink()
-    return LanguageStudy(recipe, tuple(results), time.perf_counter() - started)
-
-
-def _run_variant(
-    recipe: LanguageRecipe,
-    config: DecoderConfig,
-    seed: int,
-    task: LanguageTask,
-    windows: Tensor,
-    checkpoints: Path | None,
-) -> VariantResult:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = Decoder(config)
-    label = f"{config.attention}, seed {seed}"
-    checkpoint = None if checkpoints is None else checkpoints / f"{config.attention}_seed{seed}.pt"
-    training = train(network, task, replace(recipe.training, seed=seed), label=label, checkpoint=checkpoint)
-    network.eval()
-    curve = length_curve(network, windows, lengths=recipe.lengths, num_targets=recipe.train_length)
-    return VariantResult(
-        variant=config.attention,
-        seed=seed,
-        parameters=sum(p.numel() for p in network.parameters() if p.requires_grad),
-        curve=curve,
-        near_bits=target_bits(network, windows, length=recipe.train_length, num_targets=recipe.train_length),
-        sinks=_sinks(network, windows[: recipe.sink_windows, -recipe.train_length :], recipe.sink_bins),
-        key_only=_key_only(network, recipe.lengths[-1]),
-        training=training,
-    )
-
-
 def _largest_rise(curve: Sequence[float]) -> float:
     """Largest climb above the best value so far."""
     return max(value - min(curve[: index + 1]) for index, value in enumerate(curve))
@@ -236,11 +263,20 @@ def _sinks(network: Decoder, tokens: Tensor, num_bins: int) -> SinkMassReport:
     return sink_mass_by_score_range(omega, mass, num_bins=num_bins)
 
 
-def _key_only(network: Decoder, length: int) -> Tensor | None:
-    if network.config.attention != "goat":
-        return None
+def _key_only(network: Decoder, length: int) -> Tensor:
     priors = (block.attention.prior for block in network.blocks)
     return torch.stack([key_only_part(cast("SumPrior", prior), length) for prior in priors])
+
+
+def _curve_rows(curve: list[Row]) -> list[Row]:
+    """Tidy rows of :func:`length_curve`."""
+    rows: list[Row] = []
+    for row in curve:
+        place = {"panel": "a", "length": row["length"], "count": row["windows"]}
+        bits = {"quantity": "bits_per_byte", "unit": "bits", "value": row["bits_per_byte"]}
+        rows.append(place | bits | {"standard_error": row["standard_error"]})
+        rows.append(place | {"quantity": "perplexity", "unit": "per byte", "value": row["perplexity"]})
+    return rows
 
 
 def _rows(result: VariantResult) -> list[Row]:
@@ -252,10 +288,8 @@ def _rows(result: VariantResult) -> list[Row]:
         rows.append({"figure": FIGURE, "panel": panel, "variant": result.variant, "seed": result.seed} | place)
         rows[-1] |= {"quantity": quantity, "unit": unit, "value": value}
 
-    for row in result.curve:
-        place = {"length": row["length"], "count": row["windows"]}
-        add("a", "bits_per_byte", "bits", row["bits_per_byte"], standard_error=row["standard_error"], **place)
-        add("a", "perplexity", "per byte", row["perplexity"], **place)
+    for row in result.record.rows:
+        add(**row)
     if result.key_only is not None:
         blocks, heads, length = result.key_only.shape
         positions = sorted({*range(min(length, 128)), *range(0, length, max(1, length // 256))})
@@ -269,10 +303,7 @@ def _rows(result: VariantResult) -> list[Row]:
             place = {"score_range": float(result.sinks.mean_score_range[m]), "count": count}
             error = float(result.sinks.standard_error[m])
             add("c", "sink_mass", "probability", float(result.sinks.mean_sink_mass[m]), standard_error=error, **place)
-    for entry in result.training.rows:
-        add("training", "training_loss", "nats per token", entry["loss"], step=entry["step"])
-    add("training", "parameters", "count", float(result.parameters))
-    add("training", "wall_seconds", "seconds", result.training.wall_seconds)
+    add("training", "wall_seconds", "seconds", result.record.seconds)
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Recipes: for every figure and scale, a frozen configuration. Nothing is trained here; a recipe is only read."""
+"""Figure 2's recipe at every scale."""
 
 from __future__ import annotations
 
@@ -6,32 +6,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from eotattn.experiments.networks import CopyReaderConfig, DecoderConfig
+from eotattn.experiments.networks import DecoderConfig
 from eotattn.experiments.scales import check_scale
-from eotattn.experiments.tasks import CopyMixture
 from eotattn.experiments.tasks.language import PYTHON_STDLIB
 from eotattn.experiments.training import TrainingConfig
 
-__all__ = ["CopyMixtureRecipe", "LanguageRecipe", "copy_mixture", "language"]
-
-
-@dataclass(frozen=True)
-class CopyMixtureRecipe:
-    """Figure 1.
-
-    Args:
-        scale: Name of the scale.
-        task: The data.
-        network: The reader.
-        training: The run.
-        test_sequences: Fresh sequences that the final loss is measured on.
-    """
-
-    scale: str
-    task: CopyMixture
-    network: CopyReaderConfig
-    training: TrainingConfig
-    test_sequences: int
+__all__ = ["LanguageRecipe", "language"]
 
 
 @dataclass(frozen=True)
@@ -69,38 +49,6 @@ class LanguageRecipe:
     def lengths(self) -> tuple[int, ...]:
         """Evaluation contexts, tokens."""
         return tuple(factor * self.train_length for factor in self.length_factors)
-
-
-def copy_mixture(scale: str = "laptop") -> CopyMixtureRecipe:
-    """Figure 1 at a scale. The paper gives no sizes for it, so ``"paper"`` and ``"h200"`` are the same larger task.
-
-    Example:
-        >>> copy_mixture("laptop").task.length
-        32
-    """
-    check_scale("copy_mixture", scale)
-    length = {"smoke": 16, "laptop": 32}.get(scale, 128)
-    steps = {"smoke": 60, "laptop": 1000}.get(scale, 4000)
-    task = CopyMixture(vocabulary_size=16, length=length, first_probability=0.4, previous_probability=0.4)
-    network = CopyReaderConfig(
-        vocabulary_size=task.vocabulary_size,
-        embed_dim=32 if scale in ("smoke", "laptop") else 64,
-        num_heads=1,
-        num_frequencies=16,
-        min_period=2.5,
-        max_period=2.0 * length,
-        length_scale=float(length),
-    )
-    training = TrainingConfig(
-        steps=steps,
-        batch_size=64,
-        learning_rate=3e-3,
-        prior_learning_rate=3e-2,
-        warmup_steps=steps // 20,
-        weight_decay=0.0,
-        log_every=max(1, steps // 20),
-    )
-    return CopyMixtureRecipe(scale, task, network, training, test_sequences=64 if scale == "smoke" else 4096)
 
 
 def language(scale: str = "laptop") -> LanguageRecipe:

@@ -1,23 +1,17 @@
-"""The figures as printed: panels put together from studies with the plots of :mod:`eotattn.plotting`."""
+"""Figure 2 as printed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from eotattn.experiments.prior_parts import centre_rows
-from eotattn.experiments.studies.copy_mixture import CopyMixtureStudy
+from eotattn.experiments.figures.captions import VARIANT_NAMES, title_panels
 from eotattn.experiments.studies.language import LanguageStudy
 from eotattn.plotting import (
     line_styles,
     panels,
-    plot_causal_prior,
     plot_key_only,
     plot_length_curves,
-    plot_relative,
-    plot_row_centred,
     plot_sink_mass,
 )
 
@@ -25,33 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["VARIANT_NAMES", "draw_copy_mixture", "draw_language"]
-
-#: Names in legends.
-VARIANT_NAMES = {
-    "rope": "RoPE",
-    "interpolated_rope": "RoPE, interpolated",
-    "alibi": "ALiBi",
-    "goat": "GOAT",
-    "sinusoidal": "sinusoidal",
-    "none": "no positions",
-}
-
-
-def draw_copy_mixture(study: CopyMixtureStudy, head: int = 0) -> Figure:
-    """Figure 1: (a) key-only part, (b) relative part, (c) row-centred sum, (d) induced causal prior of one head."""
-    figure, grid = panels(2, 2, size=(9.2, 7.4))
-    parts = study.parts
-    plot_key_only(parts.key_only[head : head + 1].numpy(), axes=grid[0, 0])
-    lags = np.arange(1, parts.relative.shape[-1] + 1)
-    plot_relative(parts.relative[head : head + 1].numpy(), lags=lags, axes=grid[0, 1])
-    grid[0, 1].set_xlabel("lag to the predicted token, i + 1 − j (tokens)")
-    _mark(grid[0, 0], 0, float(parts.key_only[head, 0]), "first token")
-    _mark(grid[0, 1], 1, float(parts.relative[head, 0]), "lag one")
-    plot_row_centred(centre_rows(parts.total[head]).numpy(), axes=grid[1, 0])
-    plot_causal_prior(parts.total[head].softmax(-1).numpy(), axes=grid[1, 1])
-    _title(grid.flat, ("key-only part", "relative part", "row-centred log-prior", "induced causal prior"))
-    return figure
+__all__ = ["draw_language"]
 
 
 def draw_language(study: LanguageStudy) -> Figure:
@@ -68,7 +36,7 @@ def draw_language(study: LanguageStudy) -> Figure:
     contrast = [name for name in names if name in ("rope", "goat")]
     reports = {VARIANT_NAMES[name]: study.of(name)[0].sinks for name in contrast}
     plot_sink_mass(reports, uniform_mass=study.uniform_mass, order=list(curves), axes=right)
-    _title((left, middle, right), ("length extrapolation", "learned key-only part", "sink mass"))
+    title_panels((left, middle, right), ("length extrapolation", "learned key-only part", "sink mass"))
     return figure
 
 
@@ -91,14 +59,5 @@ def _enlarge(axes: Axes, lengths: Sequence[int], curves: dict[str, list[float]],
     inset.set_xticks([])
     inset.tick_params(labelsize=8)
     inset.margins(y=0.15)
-    inset.set_title("enlarged", fontsize=8, pad=2, color="0.3")
+    inset.settitle_panels("enlarged", fontsize=8, pad=2, color="0.3")
     axes.legend(frameon=False, fontsize=9, loc="center right", bbox_to_anchor=(1.0, 0.63))
-
-
-def _mark(axes: Axes, x: float, y: float, text: str) -> None:
-    axes.annotate(text, (x, y), xytext=(14, -4), textcoords="offset points", fontsize=9, va="center")
-
-
-def _title(axes: object, titles: tuple[str, ...]) -> None:
-    for letter, panel, title in zip("abcd", axes, titles, strict=False):  # type: ignore[call-overload]
-        panel.set_title(f"({letter}) {title}", loc="left", fontsize=10.5)

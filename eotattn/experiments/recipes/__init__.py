@@ -1,0 +1,6 @@
+"""Recipes: for every figure and scale, a frozen configuration. Nothing is trained here; a recipe is only read."""
+
+from eotattn.experiments.recipes.copy_mixture import CopyMixtureRecipe, copy_mixture
+from eotattn.experiments.recipes.language import LanguageRecipe, language
+
+__all__ = ["CopyMixtureRecipe", "LanguageRecipe", "copy_mixture", "language"]

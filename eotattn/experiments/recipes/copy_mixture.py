@@ -1,0 +1,67 @@
+"""Figure 1's recipe at every scale."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from eotattn.experiments.networks import CopyReaderConfig
+from eotattn.experiments.scales import check_scale
+from eotattn.experiments.tasks import CopyMixture
+from eotattn.experiments.training import TrainingConfig
+
+__all__ = ["CopyMixtureRecipe", "copy_mixture"]
+
+
+@dataclass(frozen=True)
+class CopyMixtureRecipe:
+    """Figure 1.
+
+    Args:
+        scale: Name of the scale.
+        task: The data.
+        network: The reader.
+        training: The run, once a seed.
+        seeds: Seeds of weights and batches.
+        test_sequences: Fresh sequences that the final loss is measured on.
+    """
+
+    scale: str
+    task: CopyMixture
+    network: CopyReaderConfig
+    training: TrainingConfig
+    seeds: tuple[int, ...]
+    test_sequences: int
+
+
+def copy_mixture(scale: str = "laptop") -> CopyMixtureRecipe:
+    """Figure 1 at a scale. The paper gives no sizes for it, so ``"paper"`` and ``"h200"`` are the same larger task.
+
+    Example:
+        >>> copy_mixture("laptop").task.length
+        32
+    """
+    check_scale("copy_mixture", scale)
+    length = {"smoke": 16, "laptop": 32}.get(scale, 128)
+    steps = {"smoke": 60, "laptop": 1000}.get(scale, 4000)
+    task = CopyMixture(vocabulary_size=16, length=length, first_probability=0.4, previous_probability=0.4)
+    network = CopyReaderConfig(
+        vocabulary_size=task.vocabulary_size,
+        embed_dim=32 if scale in ("smoke", "laptop") else 64,
+        num_heads=1,
+        num_frequencies=16,
+        min_period=2.5,
+        max_period=2.0 * length,
+        length_scale=float(length),
+    )
+    training = TrainingConfig(
+        steps=steps,
+        batch_size=64,
+        learning_rate=3e-3,
+        prior_learning_rate=3e-2,
+        warmup_steps=steps // 20,
+        weight_decay=0.0,
+        log_every=max(1, steps // 20),
+    )
+    return CopyMixtureRecipe(
+        scale, task, network, training, seeds=(0, 1, 2), test_sequences=64 if scale == "smoke" else 4096
+    )

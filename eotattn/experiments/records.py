@@ -1,0 +1,242 @@
+"""The record of one run: what it measured and where that comes from, as JSON and npz, written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from eotattn.checks import require
+from eotattn.experiments.results import ResultFolder
+from eotattn.records import provenance, write_atomically
+
+__all__ = [
+    "Configuration",
+    "Measurement",
+    "Record",
+    "Records",
+    "Row",
+    "Run",
+    "RunFolder",
+    "device_name",
+    "make",
+    "merged_provenance",
+]
+
+#: One measurement: column name -> value that JSON can hold.
+Row = dict[str, Any]
+
+
+class Configuration(Protocol):
+    """A frozen dataclass: everything that a run's result depends on."""
+
+    @property
+    def seed(self) -> int:
+        """Seed of weights and batches."""
+        ...
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a run hands back.
+
+    Args:
+        rows: Measurements as a tidy table, one a row, with at least the columns ``quantity`` and ``value``; values that
+            JSON can hold.
+        arrays: Small named arrays.
+        summary: The headline for the progress line.
+    """
+
+    rows: list[Row]
+    arrays: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    summary: str = ""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One independent run of a study.
+
+    Args:
+        name: Unique in the study and a file name, e.g. ``"goat-seed0"``.
+        configuration: Frozen dataclass with a ``seed``.
+        measure: Function of a module (so that another process can call it): (configuration, checkpoint file) ->
+            measurement. The checkpoint is of this run and configuration, or does not exist yet.
+    """
+
+    name: str
+    configuration: Configuration
+    measure: Callable[[Any, Path], Measurement]
+
+    def __post_init__(self) -> None:
+        plain = self.name.replace("-", "").replace("_", "").replace(".", "").isalnum()
+        require(plain, "Run", "name", "have letters, digits and - _ . alone", self.name, "It becomes a file's name")
+
+    def configuration_json(self) -> dict[str, Any]:
+        """The configuration as JSON knows it."""
+        found: dict[str, Any] = json.loads(json.dumps(asdict(self.configuration)))  # type: ignore[call-overload]
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """A finished run.
+
+    Attributes:
+        name: Of the run.
+        configuration: Of the run, as JSON.
+        seed: Of the run.
+        rows: Measurements.
+        arrays: Small named arrays.
+        summary: The headline.
+        device: Name of the device, e.g. ``"cpu"`` or ``"NVIDIA H200"``.
+        seconds: Time in the process that finished the run.
+        provenance: From :func:`eotattn.records.provenance`.
+    """
+
+    name: str
+    configuration: dict[str, Any]
+    seed: int
+    rows: list[Row]
+    arrays: Mapping[str, NDArray[Any]]
+    summary: str
+    device: str
+    seconds: float
+    provenance: dict[str, Any]
+
+    @property
+    def date(self) -> str:
+        """When it was finished, UTC."""
+        return str(self.provenance["date"])
+
+    def rows_of(self, quantity: str) -> list[Row]:
+        """The rows whose column ``quantity`` has this name."""
+        return [row for row in self.rows if row["quantity"] == quantity]
+
+    def value(self, quantity: str) -> Any:
+        """The value of the only row of a quantity."""
+        (row,) = self.rows_of(quantity)
+        return row["value"]
+
+
+#: Records by the names of their runs.
+Records = Mapping[str, Record]
+
+
+def device_name() -> str:
+    """Name of the device that training uses."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The records of a figure's finished runs and the checkpoints of unfinished ones: ``<out>/<scale>/.runs/<figure>``.
+
+    Args:
+        results: The figure's folder of results.
+    """
+
+    results: ResultFolder
+
+    @property
+    def path(self) -> Path:
+        """The folder, made if it is missing."""
+        path = self.results.path / ".runs" / self.results.figure
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def checkpoint(self, run: Run) -> Path:
+        """File of an unfinished run; its name depends on the configuration, so that no other one continues it."""
+        digest = hashlib.sha256(json.dumps(run.configuration_json(), sort_keys=True).encode()).hexdigest()
+        return self.path / f"{run.name}-{digest[:12]}.pt"
+
+    def read(self, run: Run) -> Record | None:
+        """The record of a run with this name and an equal configuration, or None."""
+        file = self.path / f"{run.name}.json"
+        if not file.exists():
+            return None
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        if stored["configuration"] != run.configuration_json():
+            return None
+        with np.load(file.with_suffix(".npz"), allow_pickle=False) as arrays:
+            return Record(**stored, arrays={name: arrays[name] for name in arrays.files})
+
+    def write(self, record: Record) -> None:
+        """Store a record; its JSON comes last, so that a record with JSON is whole."""
+        file = self.path / f"{record.name}.json"
+        file.unlink(missing_ok=True)
+        content = io.BytesIO()
+        np.savez_compressed(content, allow_pickle=False, **record.arrays)
+        write_atomically(file.with_suffix(".npz"), content.getvalue())
+        text = {name: value for name, value in vars(record).items() if name != "arrays"}
+        write_atomically(file, (json.dumps(text, indent=1) + "\n").encode())
+
+    def clear(self) -> None:
+        """Forget every record and checkpoint."""
+        for pattern in ("*.json", "*.npz", "*.pt"):
+            for file in self.path.glob(pattern):
+                file.unlink()
+
+
+def make(run: Run, store: RunFolder) -> Record:
+    """Make a run and store its record; an unfinished one continues from its checkpoint.
+
+    The run sees torch's generators seeded with its own seed, whatever was made before it in this process.
+    """
+    checkpoint = store.checkpoint(run)
+    started = time.perf_counter()
+    with torch.random.fork_rng():
+        torch.manual_seed(run.configuration.seed)
+        measurement = run.measure(run.configuration, checkpoint)
+    seconds = time.perf_counter() - started
+    origin = provenance(
+        command=f"eotattn train --figure {store.results.figure} --scale {store.results.scale} --only {run.name}",
+        configuration=run.configuration,
+        seeds=(run.configuration.seed,),
+        device=device_name(),
+        wall_seconds=seconds,
+    )
+    del origin["configuration"]  # stands beside it
+    record = Record(
+        name=run.name,
+        configuration=run.configuration_json(),
+        seed=run.configuration.seed,
+        rows=measurement.rows,
+        arrays=measurement.arrays,
+        summary=measurement.summary,
+        device=device_name(),
+        seconds=seconds,
+        provenance=origin,
+    )
+    store.write(record)
+    checkpoint.unlink(missing_ok=True)
+    return record
+
+
+def merged_provenance(records: Records, *, command: str, recipe: Any) -> dict[str, Any]:
+    """Provenance of a figure made of records: the recipe, and for every run when, where and from which commit.
+
+    Args:
+        records: All records behind the figure.
+        command: The shell command that makes the figure, relative to a clone.
+        recipe: The recipe, a dataclass.
+    """
+    seeds: Sequence[int] = sorted({record.seed for record in records.values()})
+    devices = ", ".join(sorted({record.device for record in records.values()}))
+    seconds = sum(record.seconds for record in records.values())
+    found = provenance(command=command, configuration=recipe, seeds=seeds, device=devices, wall_seconds=seconds)
+    kept = ("commit", "dirty", "threads", "date", "wall_seconds")
+    runs = {
+        record.name: {"device": record.device} | {name: record.provenance[name] for name in kept}
+        for record in records.values()
+    }
+    versions = [record.provenance["versions"] for record in records.values()]
+    return found | {"versions": [v for k, v in enumerate(versions) if v not in versions[:k]], "runs": runs}

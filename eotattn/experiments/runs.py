@@ -1,0 +1,235 @@
+"""Runs: the one notion of an independent run, the records that finished runs leave, and how runs are made.
+
+A study is a list of runs. Each run trains one network and measures it; what it found is a record: rows, a few small
+arrays, and where they come from. A study is built from records alone, so that it can be drawn where nothing was
+trained. How one is written (``studies/copy_mixture.py`` is a real one):
+
+1. A frozen dataclass that holds everything a run's result depends on, with a ``seed``, and a function of a module that
+   makes the run. torch's global generator has been seeded with that seed when it is called::
+
+    @dataclass(frozen=True)
+    class ReaderRun:
+        network: CopyReaderConfig
+        training: TrainingConfig
+
+        @property
+        def seed(self) -> int:
+            return self.training.seed
+
+    def measure(configuration: ReaderRun, checkpoint: Path) -> Measurement:
+        network = CopyReader(configuration.network)
+        training = train(network, task, configuration.training, checkpoint=checkpoint)
+        return Measurement(rows=[{"quantity": "loss", "value": 1.2}], arrays={"prior": array}, summary="loss 1.20")
+
+2. A function that lists the runs. It is given the records that exist, and asked again until it names no new run; so a
+   run may depend on what others found, such as the best rate of a sweep::
+
+    def runs(recipe: Recipe, records: Records) -> list[Run]:
+        return [Run(f"goat-seed{seed}", ReaderRun(...), measure) for seed in recipe.seeds]
+
+3. A study made of a recipe and ``perform(runs, recipe, folder)``, the records by name::
+
+    CopyMixtureStudy(recipe, records)
+
+One line in :data:`eotattn.experiments.reproduce.FIGURES` then gives the study to ``eotattn train`` and ``reproduce``.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from multiprocessing import connection, get_context
+from typing import Any
+
+import torch
+
+from eotattn.checks import check_positive_int, require
+from eotattn.experiments.records import Measurement, Record, Records, Run, RunFolder, make
+from eotattn.experiments.results import ResultFolder
+
+__all__ = ["Measurement", "Plan", "Record", "Records", "Run", "RunsFailedError", "default_jobs", "perform"]
+
+#: (recipe, records so far) -> the runs that can be named by now.
+Plan = Callable[[Any, Records], Sequence[Run]]
+
+
+class RunsFailedError(RuntimeError):
+    """Some runs of a study failed; the others are finished and kept.
+
+    Attributes:
+        names: Names of the runs that failed.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__(f"runs failed: {', '.join(names)}. The others are kept; the same command tries these again")
+        self.names = tuple(names)
+
+
+def default_jobs() -> int:
+    """One run at a time on a GPU, as many as torch has threads on a CPU."""
+    return 1 if torch.cuda.is_available() else torch.get_num_threads()
+
+
+def perform(
+    plan: Plan,
+    recipe: Any,
+    folder: ResultFolder,
+    *,
+    jobs: int | None = None,
+    only: Sequence[str] = (),
+    report: Callable[[str], None] = print,
+) -> dict[str, Record]:
+    """Make the runs of a study that are missing, and return the records of all.
+
+    A stored record is used if its configuration is equal to the run's, compared as JSON. Interrupt the call at any
+    time: finished runs are kept, unfinished ones continue from their last checkpoint at the next call.
+
+    Args:
+        plan: Lists the study's runs.
+        recipe: Handed to ``plan``.
+        folder: Where the figure's files are; records go to ``.runs/<figure>`` in it.
+        jobs: Runs side by side, each in a process of its own; 1 makes them in this process. By default
+            :func:`default_jobs`. Results do not depend on it.
+        only: Names of runs, or patterns such as ``"goat-*"``; all runs by default. Others are read, not made.
+        report: Receives one line a run.
+
+    Returns:
+        Records by name, in the order of the plan.
+
+    Raises:
+        RunsFailedError: In the end, if a run raised; the report has its traceback.
+        ValueError: If ``only`` names no run.
+    """
+    jobs = default_jobs() if jobs is None else check_positive_int("perform", "jobs", jobs)
+    store = RunFolder(folder)
+    records: dict[str, Record] = {}
+    failed: list[str] = []
+    named: dict[str, Run] = {}
+    while new := [run for run in plan(recipe, records) if run.name not in named]:
+        named |= {run.name: run for run in new}
+        missing = []
+        for run in new:
+            record = store.read(run)
+            if record is not None:
+                records[run.name] = record
+                report(f"{run.name}: stored, {record.device}, {record.date}; {record.summary}")
+            elif not only or any(fnmatch(run.name, pattern) for pattern in only):
+                missing.append(run)
+        for name, outcome in _made(missing, store, min(jobs, len(missing))):
+            if isinstance(outcome, Record):
+                records[name] = outcome
+                report(f"{name}: {outcome.seconds:.0f} s on {outcome.device}; {outcome.summary}")
+            else:
+                failed.append(name)
+                report(f"{name}: FAILED\n{outcome}")
+    unknown = [pattern for pattern in only if not any(fnmatch(name, pattern) for name in named)]
+    require(not unknown, "perform", "only", "name runs of the study", unknown, f"There are {', '.join(named)}")
+    if failed:
+        raise RunsFailedError(failed)
+    return {name: records[name] for name in named if name in records}
+
+
+def _made(runs: Sequence[Run], store: RunFolder, jobs: int) -> Iterator[tuple[str, Record | str]]:
+    """Make runs; yield the record of each, or the traceback where it failed, as they finish."""
+    if jobs > 1:
+        yield from _side_by_side(runs, store, jobs)
+        return
+    for run in runs:
+        yield run.name, _attempt(run, store)
+
+
+def _attempt(run: Run, store: RunFolder) -> Record | str:
+    """A run's record, or the traceback of its exception: one failing run must not take the others with it."""
+    try:
+        return make(run, store)
+    except Exception:
+        return traceback.format_exc()
+
+
+# Side by side -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Worker:
+    """A spawned process that makes one run after the other."""
+
+    process: Any
+    pipe: connection.Connection
+    run: Run | None = None
+
+    @classmethod
+    def start(cls, store: RunFolder, threads: int, device: int) -> _Worker:
+        """Spawn: a forked process could not use CUDA."""
+        context = get_context("spawn")
+        here, there = context.Pipe()
+        process = context.Process(target=_work, args=(there, store, threads, device), daemon=True)
+        process.start()
+        there.close()
+        return cls(process, here)
+
+    def give(self, run: Run) -> None:
+        self.run = run
+        self.pipe.send(run)
+
+    def result(self) -> str | None:
+        """The traceback of the run that has just ended, None where it left a record."""
+        try:
+            answer: str | None = self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            return f"its process ended with exit code {self.process.exitcode}"
+        return answer
+
+    def stop(self) -> None:
+        """End the process; what it was making continues from its checkpoint another time."""
+        self.pipe.close()
+        self.process.join(0 if self.run else 10)
+        if self.process.is_alive():
+            self.process.terminate()
+            self.process.join()
+
+
+def _work(pipe: connection.Connection, store: RunFolder, threads: int, device: int) -> None:
+    """Make the runs that come through ``pipe`` until it closes."""
+    torch.set_num_threads(threads)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device)
+    try:
+        while True:
+            outcome = _attempt(pipe.recv(), store)
+            pipe.send(None if isinstance(outcome, Record) else outcome)
+    except (EOFError, KeyboardInterrupt):
+        return
+
+
+def _side_by_side(runs: Sequence[Run], store: RunFolder, jobs: int) -> Iterator[tuple[str, Record | str]]:
+    """Like :func:`_made` in ``jobs`` processes; a process that dies loses one run, and another takes its place."""
+    threads = max(1, torch.get_num_threads() // jobs)
+    devices = max(1, torch.cuda.device_count())
+    waiting = list(runs)
+    workers = [_Worker.start(store, threads, k % devices) for k in range(jobs)]
+    try:
+        for worker in workers:
+            worker.give(waiting.pop(0))
+        while busy := [worker for worker in workers if worker.run is not None]:
+            for ready in connection.wait([worker.pipe for worker in busy]):
+                k = next(k for k, worker in enumerate(workers) if worker.pipe is ready)
+                run, error = workers[k].run, workers[k].result()
+                assert run is not None
+                workers[k].run = None
+                if waiting:
+                    if not workers[k].process.is_alive():
+                        workers[k] = _Worker.start(store, threads, k % devices)
+                    workers[k].give(waiting.pop(0))
+                yield run.name, _record(run, store) if error is None else error
+    finally:
+        for worker in workers:
+            worker.stop()
+
+
+def _record(run: Run, store: RunFolder) -> Record:
+    record = store.read(run)
+    assert record is not None
+    return record
