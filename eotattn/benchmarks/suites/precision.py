@@ -71,17 +71,17 @@ def _scores(query: Tensor, key: Tensor) -> Tensor:
 
 def _output_errors(config: Configuration, length: int, heads: int = 12, width: int = 64) -> list[Row]:
     with torch.no_grad():
-        inputs = [content(replace(config, seed=config.seed + n), 1, heads, length, width) for n in range(3)]
-        rows = torch.linspace(0, length - 1, min(64, length), device=inputs[0].device).long()
+        query, key, value = (content(replace(config, seed=config.seed + n), 1, heads, length, width) for n in range(3))
+        rows = torch.linspace(0, length - 1, min(64, length), device=query.device).long()
         prior = trained(goat_prior(heads, num_frequencies=4), config)
-        plain, with_prior = (causal_rows(*inputs, rows, one, 1 / math.sqrt(width)) for one in (None, prior))
+        plain, with_prior = (causal_rows(query, key, value, rows, one, 1 / math.sqrt(width)) for one in (None, prior))
         outputs = {
-            "SDPA, no prior": (functional.scaled_dot_product_attention(*inputs, is_causal=True), plain),
+            "SDPA, no prior": (functional.scaled_dot_product_attention(query, key, value, is_causal=True), plain),
             "eotattn, GOAT": (
-                output_of(prior_attention(*inputs, prior=prior, is_causal=True, backend="sdpa")),
+                output_of(prior_attention(query, key, value, prior=prior, is_causal=True, backend="sdpa")),
                 with_prior,
             ),
-            "FlashBias as SDPA, GOAT": (peers.flashbias(*inputs, prior), with_prior),
+            "FlashBias as SDPA, GOAT": (peers.flashbias(query, key, value, prior), with_prior),
         }
         errors = {name: relative_error(found[0, :, rows], exact) for name, (found, exact) in outputs.items()}
     at = {"quantity": "output error", "length": length}
