@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from eotattn.checks import check_choice
+from eotattn.checks import check_choice, require
 from eotattn.priors.base import LogPrior
 from eotattn.priors.expansion import Expansion, known_numbers
 from eotattn.priors.lanes import NUM_DIGITS, LaneFactors, computing_dtype, is_low_precision, position_digits
 
-__all__ = ["RecencyPrior", "alibi_slopes"]
+__all__ = ["RecencyPrior", "alibi_slopes", "slope_of_mean_lag"]
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
@@ -35,17 +36,35 @@ def alibi_slopes(num_heads: int) -> list[float]:
     return slopes + alibi_slopes(2 * whole)[0::2][: num_heads - whole]
 
 
+def slope_of_mean_lag(mean_lag: float) -> float:
+    """Slope of the causal recency prior whose mean lag is ``mean_lag`` tokens, nats a token; zero for infinity.
+
+    Among all distributions of the lags 0, 1, 2, ... with this mean, the geometric one has maximum entropy; the log of
+    its ratio is -ln(1 + 1 / mean_lag).
+
+    Source:
+        Litman and Guo 2026 (arXiv 2601.15380), appendix F, theorem 3.
+
+    Example:
+        >>> round(slope_of_mean_lag(1.0), 4), slope_of_mean_lag(math.inf)
+        (0.6931, 0.0)
+    """
+    return math.log1p(1 / mean_lag)
+
+
 class RecencyPrior(LogPrior):
     """Recency: log_prior = -slope * (query_position - key_position), one learnable slope a head, never negative.
 
     It is directional: future keys get a *higher* log-prior, so it belongs under a causal mask, where it equals ALiBi
-    and is the maximum-entropy prior of a given mean lag. The slope is ``strength`` times the head's ALiBi slope, so
+    and is the maximum-entropy prior of a given mean lag. The slope is ``strength`` times the head's unit slope, so
     that one optimiser step changes all slopes by the same fraction. The slope depends on the size of the strength, not
     on its sign, and has a gradient at zero too, so that a head without recency can gain it.
 
     Args:
         num_heads: Number of query heads H.
-        init: ``"alibi"`` starts at ALiBi's slopes, ``"neutral"`` at exactly zero (every parameter has a gradient).
+        init: ``"alibi"`` starts at the unit slopes, ``"neutral"`` at exactly zero (every parameter has a gradient).
+        mean_lags: H mean lags, tokens, that the unit slopes belong to; ALiBi's slopes by default. A head whose mean lag
+            is infinite has no recency, and cannot learn any: it forgets nothing at any length.
 
     Attributes:
         strength: (H,) dimensionless.
@@ -61,21 +80,27 @@ class RecencyPrior(LogPrior):
 
     unit_slopes: Tensor
 
-    def __init__(self, num_heads: int, init: str = "alibi") -> None:
+    def __init__(self, num_heads: int, init: str = "alibi", mean_lags: Sequence[float] | None = None) -> None:
         super().__init__(num_heads)
+        if mean_lags is not None:
+            good = len(mean_lags) == num_heads and all(lag > 0 for lag in mean_lags)
+            rule, remedy = f"hold {num_heads} positive numbers", "Pass one a head, math.inf for no recency"
+            require(good, "RecencyPrior", "mean_lags", rule, mean_lags, remedy)
+        self.mean_lags = None if mean_lags is None else tuple(mean_lags)
         self.init = check_choice("RecencyPrior", "init", init, ("alibi", "neutral"))
         self.strength = nn.Parameter(torch.empty(num_heads, dtype=torch.float32))
         self.register_buffer("unit_slopes", None, persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start at ALiBi's slopes or at zero."""
+        """Start at the unit slopes or at zero."""
         nn.init.constant_(self.strength, 1.0 if self.init == "alibi" else 0.0)
         self.fill_constants()
 
     def fill_constants(self) -> None:
-        """Compute ALiBi's slopes."""
-        slopes = alibi_slopes(self.num_heads)
+        """Compute the unit slopes."""
+        given = self.mean_lags
+        slopes = alibi_slopes(self.num_heads) if given is None else [slope_of_mean_lag(lag) for lag in given]
         self.unit_slopes = torch.tensor(slopes, dtype=torch.float64, device=self.strength.device)
 
     @property

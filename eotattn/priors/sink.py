@@ -24,11 +24,15 @@ class SinkPrior(LogPrior):
     and yet every weight has a gradient, and so that each weight can be read. The length scale is fixed at construction:
     u(j) never depends on the current length. A query-independent default needs exactly one lane.
 
+    Waves that were trained on part of a period bend where no data held them. With a ``horizon``, u(j) keeps the value
+    that it has there: all later keys are alike.
+
     Args:
         num_heads: Number of query heads H.
         num_frequencies: Number of wave frequencies M, 0 for none.
         length_scale: Tokens over which u varies; about the training length.
         min_period: Shortest wave, tokens.
+        horizon: Position from which u is constant, tokens; by default it never is.
 
     Attributes:
         first_token: (H,) nats, added at position 0: the attention sink.
@@ -47,12 +51,18 @@ class SinkPrior(LogPrior):
     frequencies: Tensor
 
     def __init__(
-        self, num_heads: int, num_frequencies: int = 4, length_scale: float = 2048.0, min_period: float = 16.0
+        self,
+        num_heads: int,
+        num_frequencies: int = 4,
+        length_scale: float = 2048.0,
+        min_period: float = 16.0,
+        horizon: float = math.inf,
     ) -> None:
         super().__init__(num_heads)
         check_positive_int("SinkPrior", "num_frequencies", num_frequencies, minimum=0)
         self.length_scale = check_positive("SinkPrior", "length_scale", length_scale)
         self.min_period = check_positive("SinkPrior", "min_period", min_period)
+        self.horizon = check_positive("SinkPrior", "horizon", horizon, allow_inf=True)
         fits = self.min_period <= 2 * math.pi * self.length_scale
         require(fits, "SinkPrior", "min_period", "be at most 2 pi length_scale", min_period, "Lower it")
         self.first_token = nn.Parameter(torch.empty(num_heads, dtype=torch.float32))
@@ -77,7 +87,7 @@ class SinkPrior(LogPrior):
 
     def key_only(self, key_positions: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
         """u(j) of every head and key: (H, K) or (B, H, K), in nats."""
-        position = key_positions.double().unsqueeze(-2)
+        position = key_positions.double().clamp(max=self.horizon).unsqueeze(-2)
         log_position = torch.log1p(position.clamp(min=0)) / math.log1p(self.length_scale)
         u = self.first_token.double()[:, None] * (position == 0) + self.growth.double()[:, None] * log_position
         if self.frequencies.shape[0] > 0:
@@ -87,6 +97,7 @@ class SinkPrior(LogPrior):
 
     def evaluate(self, head: Tensor, query_position: Tensor, key_position: Tensor) -> Tensor:
         """u(key_position), in nats."""
+        key_position = key_position.clamp(max=self.horizon)
         log_position = torch.log1p(key_position.clamp(min=0)) / math.log1p(self.length_scale)
         u = self.first_token[head] * (key_position == 0) + self.growth[head] * log_position
         for m in range(self.frequencies.shape[0]):
@@ -107,7 +118,7 @@ class SinkPrior(LogPrior):
             return None
         coefficients = (self.first_token, self.growth, *((self.even, self.odd) if numbers else ()))
         part = Expansion(
-            name=("sink", numbers, self.length_scale),
+            name=("sink", numbers, self.length_scale, self.horizon),
             coefficients=coefficients,
             sources=(tuple(range(2 + 2 * len(numbers))),),
             learned="key",
@@ -120,7 +131,7 @@ class SinkPrior(LogPrior):
 
     def _features(self, positions: Tensor) -> Tensor:
         """What the weights multiply, (L, 2 + 2 M) float32: first token, growth, cosines, sines."""
-        position = positions.double()
+        position = positions.double().clamp(max=self.horizon)
         growth = torch.log1p(position.clamp(min=0)) / math.log1p(self.length_scale)
         cos, sin = phases(position, self.frequencies, torch.float32)
         first = torch.stack([(position == 0).float(), growth.float()], dim=-1)

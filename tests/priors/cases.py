@@ -30,9 +30,9 @@ def off_neutral(prior, *, seed=0, size=0.7):
     return prior
 
 
-def recency(init="alibi"):
+def recency(init="alibi", mean_lags=None):
     """Slopes off ALiBi's powers of two, so that no product is exact by luck."""
-    prior = RecencyPrior(HEADS, init)
+    prior = RecencyPrior(HEADS, init, mean_lags)
     with torch.no_grad():
         prior.strength.copy_(torch.tensor([1.3, 0.4, 2.2]))
     return prior
@@ -56,7 +56,9 @@ CASES = {
     "fourier": (fourier, ()),
     "recency": (recency, ()),
     "recency neutral": (lambda: recency("neutral"), ()),
+    "recency of mean lags": (lambda: recency(mean_lags=(1.5, math.inf, 60.0)), ("start",)),
     "sink": (lambda: off_neutral(SinkPrior(HEADS, 3, length_scale=40.0)), ()),
+    "sink with a horizon": (lambda: off_neutral(SinkPrior(HEADS, 3, length_scale=40.0, horizon=4.5)), ()),
     "sink without waves": (lambda: off_neutral(SinkPrior(HEADS, 0, length_scale=40.0)), ()),
     "table": (lambda: off_neutral(TablePrior(HEADS, max_lag=3)), ()),
     "key table": (lambda: off_neutral(KeyTablePrior(HEADS, length=4)), ()),

@@ -153,6 +153,17 @@ def test_recency_is_never_negative_and_can_come_back():
     torch.testing.assert_close(gradient, torch.tensor([-1.0, 1.0, 1.0]) * unit)
 
 
+def test_mean_lags_are_the_mean_lags_of_the_prior():
+    """Of the distribution that attention without signal returns to, over more lags than matter."""
+    wanted = [0.5, 3.0, 40.0]
+    prior = RecencyPrior(4, mean_lags=[*wanted, math.inf])
+    query, keys = torch.tensor([6000]), torch.arange(6001)
+    weights = prior.dense(query, keys, dtype=torch.float64).softmax(-1)[:, 0]
+    means = (weights * (query - keys)).sum(-1).detach()
+    assert_close(means[:3], torch.tensor(wanted, dtype=torch.float64), tolerance=1e-4)  # slopes pass through float32
+    assert_close(weights[3].detach(), torch.full((6001,), 1 / 6001, dtype=torch.float64))
+
+
 # Sink ---------------------------------------------------------------------------------------------------------------
 
 
@@ -170,6 +181,15 @@ def test_u_does_not_depend_on_the_current_length():
     for length in (1, 7, 41, 333):
         torch.testing.assert_close(prior.key_only(torch.arange(length), dtype=torch.float64), long[:, :length])
     torch.testing.assert_close(prior.key_only(torch.arange(41, 45), dtype=torch.float64), long[:, 41:45])
+
+
+def test_u_is_constant_from_its_horizon_on_and_the_same_before():
+    prior = off_neutral(SinkPrior(HEADS, 3, length_scale=40.0, horizon=40.0))
+    free = off_neutral(SinkPrior(HEADS, 3, length_scale=40.0))
+    u = prior.key_only(torch.arange(500), dtype=torch.float64)
+    assert torch.equal(u[:, :41], free.key_only(torch.arange(41), dtype=torch.float64))
+    assert torch.equal(u[:, 40:], u[:, 40:41].expand(-1, 460))
+    assert bool((u[:, :40].diff(dim=-1) != 0).all())
 
 
 def test_growth_reaches_one_at_the_length_scale():
@@ -371,6 +391,9 @@ def test_a_part_of_a_sum_can_be_frozen():
         (lambda: FourierPrior(2, 3, 9.0, 4.0), ValueError, "max_period must be at least min_period"),
         (lambda: FourierPrior(2, periods=3), TypeError, "unexpected keyword"),
         (lambda: RecencyPrior(2, "zero"), ValueError, "init must be one of 'alibi', 'neutral'; got 'zero'"),
+        (lambda: RecencyPrior(2, mean_lags=[3.0]), ValueError, r"mean_lags must hold 2 positive numbers; got \[3.0\]"),
+        (lambda: RecencyPrior(2, mean_lags=[3.0, 0.0]), ValueError, "mean_lags must hold 2 positive numbers"),
+        (lambda: SinkPrior(2, horizon=0.0), ValueError, "horizon must be positive; got 0.0"),
         (lambda: SinkPrior(2, -1), ValueError, "num_frequencies must be at least 0"),
         (lambda: SinkPrior(2, length_scale=0.0), ValueError, "length_scale must be positive"),
         (lambda: SinkPrior(2, length_scale=1.0, min_period=9.0), ValueError, "min_period must be at most 2 pi"),

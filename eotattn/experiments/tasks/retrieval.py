@@ -65,10 +65,10 @@ PASSKEY = Haystack(
     filler=ALPHABET[:27],
     symbols="0123456789",
     answer_length=8,
-    preamble="remember the passkey. ",
+    preamble="read on. ",
     marker="passkey: ",
     end=". ",
-    question=" what is the passkey? passkey: ",
+    question="? passkey: ",
     train_depths=(0.0, 0.8),
 )
 
@@ -101,9 +101,9 @@ class RetrievalTask:
         marked, are ours.
 
     Example:
-        >>> batch = RetrievalTask(length=96).batch(4, seed=0, step=0)
+        >>> batch = RetrievalTask(length=64).batch(4, seed=0, step=0)
         >>> batch.inputs.shape, (batch.targets >= 0).sum(-1).tolist()
-        (torch.Size([4, 96]), [8, 12, 8, 12])
+        (torch.Size([4, 64]), [8, 12, 8, 12])
     """
 
     length: int = 256
