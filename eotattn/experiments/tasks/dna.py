@@ -1,0 +1,185 @@
+"""DNA: the next base of windows of a genome, made of isochores, read from a FASTA file or from the Hub.
+
+Legend: B batch, L tokens, M held-out blocks, N training blocks, S bases of a block, W window.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eotattn.checks import check_positive_int, require
+from eotattn.experiments.tasks.batches import Batch, step_generator
+from eotattn.experiments.tasks.dna_records import BASES, DnaRecord, read_fasta, read_hub
+from eotattn.experiments.tasks.isochores import IsochoreModel
+
+__all__ = ["HUB", "ISOCHORES", "DnaTask", "gc_fraction", "open_genome"]
+
+#: Name of the corpus that needs no data: :class:`IsochoreModel`.
+ISOCHORES = "isochores"
+#: Prefix of corpora that come from the Hugging Face Hub.
+HUB = "hub:"
+#: Token of a base that is not known.
+UNKNOWN = BASES.index("N")
+
+
+def open_genome(corpus: str) -> Iterable[DnaRecord]:
+    """Find the records of a genome.
+
+    Args:
+        corpus: Path of a FASTA file, or ``"hub:"`` and what :func:`read_hub` takes, e.g. ``"hub:GenerTeam/hg38"``, the
+            human reference genome.
+
+    Raises:
+        ValueError: When the first record is asked for, if there is no such file or data set.
+    """
+    return read_hub(corpus.removeprefix(HUB)) if corpus.startswith(HUB) else read_fasta(corpus)
+
+
+def gc_fraction(tokens: Tensor, window: int) -> Tensor:
+    """Share of G and C among the known bases of consecutive windows.
+
+    Args:
+        tokens: (..., L) bases, L a multiple of ``window``.
+        window: Bases a window.
+
+    Returns:
+        (..., L / window) float64; NaN where a window knows no base.
+
+    Example:
+        >>> gc_fraction(torch.tensor([1, 2, 0, 0, 4, 1]), 2).tolist()
+        [1.0, 0.0, 1.0]
+    """
+    check_positive_int("gc_fraction", "window", window)
+    fits = tokens.shape[-1] % window == 0
+    require(fits, "gc_fraction", "tokens", f"be a multiple of window = {window} long", tokens, "Crop them")
+    windows = tokens.unflatten(-1, (-1, window))
+    strong = ((windows == BASES.index("G")) | (windows == BASES.index("C"))).sum(-1)
+    return strong.double() / (windows != UNKNOWN).sum(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class DnaTask:
+    """Next-base prediction; windows for evaluation come from blocks that training never sees.
+
+    Args:
+        train_blocks: (N, S) uint8, each block one stretch of a genome.
+        held_out_blocks: (M, S) uint8.
+        length: Tokens L of a training window, below S.
+
+    Example:
+        >>> blocks = IsochoreModel().sample(4, 40, seed=0)
+        >>> task = DnaTask(blocks[:3], blocks[3:], length=16)
+        >>> task.batch(2, seed=0, step=0).inputs.shape
+        torch.Size([2, 16])
+    """
+
+    train_blocks: Tensor
+    held_out_blocks: Tensor
+    length: int
+
+    def __post_init__(self) -> None:
+        check_positive_int("DnaTask", "length", self.length)
+        for name in ("train_blocks", "held_out_blocks"):
+            blocks = getattr(self, name)
+            fits = blocks.dim() == 2 and blocks.shape[0] > 0 and blocks.shape[1] > self.length
+            rule = f"be (blocks, bases) with more than length = {self.length} bases"
+            require(fits, "DnaTask", name, rule, blocks, "Use longer blocks or shorter windows")
+
+    @classmethod
+    def from_isochores(
+        cls, model: IsochoreModel, *, length: int, num_blocks: int, block_length: int, num_held_out: int, seed: int = 0
+    ) -> DnaTask:
+        """Blocks of an artificial genome; the held-out ones are as long as a window, so that its likelihood is exact.
+
+        Args:
+            model: The genome.
+            length: Tokens of a training window.
+            num_blocks: Training blocks N.
+            block_length: Bases of a training block.
+            num_held_out: Held-out blocks M, of ``length + 1`` bases each.
+            seed: Seed of the training blocks; the held-out ones are the same for all.
+        """
+        held_out = model.sample(num_held_out, length + 1, seed=2**31 - 1)
+        return cls(model.sample(num_blocks, block_length, seed=seed), held_out, length)
+
+    @classmethod
+    def from_records(
+        cls, records: Iterable[DnaRecord], *, length: int, block_length: int = 65_536, held_out_percent: int = 5
+    ) -> DnaTask:
+        """Cut records into blocks and hold out those whose hash says so: the same ones on every machine.
+
+        What is left at the end of a record, and blocks that are unknown for more than a half, are dropped.
+
+        Args:
+            records: From :func:`open_genome`.
+            length: Tokens of a training window.
+            block_length: Bases S of a block.
+            held_out_percent: Share of the hash range that is held out, 1 to 99.
+        """
+        check_positive_int("DnaTask", "block_length", block_length)
+        check_positive_int("DnaTask", "held_out_percent", held_out_percent)
+        require(held_out_percent < 100, "DnaTask", "held_out_percent", "be below 100", held_out_percent, "Use e.g. 5")
+        train: list[Tensor] = []
+        held_out: list[Tensor] = []
+        for record in records:
+            whole = record.tokens.numel() // block_length * block_length
+            for k, block in enumerate(record.tokens[:whole].view(-1, block_length)):
+                if 2 * int((block == UNKNOWN).sum()) <= block_length:
+                    is_held_out = _hash_percent(f"{record.name}:{k}") < held_out_percent
+                    (held_out if is_held_out else train).append(block)
+        counts = f"{len(train)} training and {len(held_out)} held-out blocks of {block_length} bases"
+        remedy = "Use a longer genome, a shorter block_length or another held_out_percent"
+        both = len(train) > 0 and len(held_out) > 0
+        require(both, "DnaTask", "records", "fill blocks on both sides of the split", counts, remedy)
+        return cls(torch.stack(train), torch.stack(held_out), length)
+
+    def batch(self, batch_size: int, *, seed: int, step: int) -> Batch:
+        """Draw training windows from random blocks at random offsets.
+
+        Args:
+            batch_size: Number of windows B.
+            seed: Seed of the stream.
+            step: Position in the stream; equal (seed, step) give equal batches.
+
+        Returns:
+            A :class:`Batch` of (B, L) bases and their successors.
+        """
+        generator = step_generator(seed, step)
+        count, size = self.train_blocks.shape
+        rows = torch.randint(count, (batch_size,), generator=generator)
+        starts = torch.randint(size - self.length, (batch_size,), generator=generator)
+        windows = self.train_blocks[rows[:, None], starts[:, None] + torch.arange(self.length + 1)].long()
+        return Batch(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())
+
+    def held_out_windows(self, window_length: int, count: int) -> Tensor:
+        """Non-overlapping windows, each inside one held-out block; the same ones at every call.
+
+        Blocks take turns, so that as many of them as possible are represented.
+
+        Args:
+            window_length: Predicted tokens W of a window; a window holds one base more.
+            count: Number of windows.
+
+        Returns:
+            (count, W + 1) int64.
+        """
+        check_positive_int("DnaTask.held_out_windows", "window_length", window_length)
+        check_positive_int("DnaTask.held_out_windows", "count", count)
+        size = window_length + 1
+        turns = self.held_out_blocks.shape[1] // size
+        cut = self.held_out_blocks[:, : turns * size].view(self.held_out_blocks.shape[0], turns, size)
+        windows = cut.transpose(0, 1).flatten(0, 1)
+        rule = f"be at most the number of held-out windows of {size} bases, {windows.shape[0]}"
+        remedy = "Ask for fewer or shorter windows, or hold out more"
+        require(count <= len(windows), "DnaTask.held_out_windows", "count", rule, count, remedy)
+        return windows[:count].long()
+
+
+def _hash_percent(text: str) -> int:
+    """A number 0 to 99 that depends on ``text`` alone."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 100

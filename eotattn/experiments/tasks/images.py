@@ -1,0 +1,238 @@
+"""Images: classification at a base resolution, and the same images again with more pixels.
+
+Legend: B batch, N images, H rows, W columns of pixels, Ch channels.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from eotattn.checks import check_choice, check_positive_int, require
+from eotattn.experiments.tasks.batches import Batch, step_generator
+
+__all__ = ["DIGITS", "FolderImages", "ImageSource", "ImageTask", "StoredImages", "load_digits", "open_images"]
+
+#: Name of the images that scikit-learn brings along: 1797 handwritten digits of 8 x 8 pixels.
+DIGITS = "digits"
+#: Endings of the files that an image folder is searched for.
+_ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
+
+
+class ImageSource(ABC):
+    """Labelled images that can be had at any resolution.
+
+    Attributes:
+        labels: (N,) int64.
+        class_names: One a label.
+    """
+
+    labels: Tensor
+    class_names: tuple[str, ...]
+
+    @abstractmethod
+    def pixels(self, indices: Tensor, size: int) -> Tensor:
+        """Images as (B, Ch, size, size) float32 in [0, 1].
+
+        Args:
+            indices: (B,) int64.
+            size: Rows and columns.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False)
+class StoredImages(ImageSource):
+    """Images in memory; other sizes are interpolated (bilinear, without aligned corners, smoothed when smaller).
+
+    Args:
+        images: (N, Ch, H, W) float32 in [0, 1].
+        labels: (N,) int64.
+        class_names: One a label.
+    """
+
+    images: Tensor
+    labels: Tensor
+    class_names: tuple[str, ...]
+
+    def pixels(self, indices: Tensor, size: int) -> Tensor:
+        """Interpolated images."""
+        found = self.images[indices]
+        if found.shape[-2:] == (size, size):
+            return found
+        smooth = size < min(found.shape[-2:])
+        return functional.interpolate(found, size=(size, size), mode="bilinear", antialias=smooth)
+
+
+@dataclass(frozen=True, eq=False)
+class FolderImages(ImageSource):
+    """Images in files, read when they are asked for: the largest square in the middle, resized (bilinear, smoothed).
+
+    Args:
+        files: N paths.
+        labels: (N,) int64.
+        class_names: One a label.
+    """
+
+    files: tuple[Path, ...]
+    labels: Tensor
+    class_names: tuple[str, ...]
+
+    @classmethod
+    def scan(cls, folder: str | Path) -> FolderImages:
+        """Find ``folder/<class>/**/<image>``, the layout of ImageNet, in a fixed order.
+
+        Raises:
+            ValueError: If there are no two classes with images.
+            ModuleNotFoundError: Without Pillow.
+        """
+        if importlib.util.find_spec("PIL") is None:
+            message = "FolderImages: the library 'pillow' is missing. Install it with pip install 'eotattn[data]'."
+            raise ModuleNotFoundError(message)
+        root, remedy = Path(folder), "Pass a folder with one folder of images a class"
+        require(root.is_dir(), "FolderImages", "folder", "be a folder that exists", str(folder), remedy)
+        classes = sorted(path for path in root.iterdir() if path.is_dir())
+        found = {path.name: sorted(f for f in path.rglob("*") if f.suffix.lower() in _ENDINGS) for path in classes}
+        names = tuple(name for name, files in found.items() if files)
+        require(len(names) > 1, "FolderImages", "folder", "hold images of two classes", list(names), remedy)
+        labels = torch.tensor([k for k, name in enumerate(names) for _ in found[name]])
+        return cls(tuple(file for name in names for file in found[name]), labels, names)
+
+    def pixels(self, indices: Tensor, size: int) -> Tensor:
+        """Read, cropped and resized images, three channels."""
+        return torch.stack([_read(self.files[int(index)], size) for index in indices])
+
+
+def _read(file: Path, size: int) -> Tensor:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(file) as raw:
+            image = raw.convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        message = f"FolderImages: every file must be a whole image; got {file.name} ({error}). Remove or replace it."
+        raise ValueError(message) from error
+    width, height = image.size
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    box = (left, top, left + side, top + side)
+    resized = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    return torch.from_numpy(np.array(resized, dtype=np.float32) / 255).movedim(-1, 0)
+
+
+def load_digits() -> StoredImages:
+    """The digits of scikit-learn, real handwriting, (1797, 1, 8, 8).
+
+    Raises:
+        ModuleNotFoundError: Without scikit-learn.
+
+    Source:
+        Alpaydin and Kaynak 1998, the test set of *Optical Recognition of Handwritten Digits* (UCI).
+    """
+    if importlib.util.find_spec("sklearn") is None:
+        message = "load_digits: the library 'scikit-learn' is missing. Install it with pip install 'eotattn[data]'."
+        raise ModuleNotFoundError(message)
+    from sklearn import datasets
+
+    digits = datasets.load_digits()
+    images = torch.from_numpy(digits.images / 16).float().unsqueeze(1)
+    return StoredImages(images, torch.from_numpy(digits.target).long(), tuple(str(k) for k in range(10)))
+
+
+def open_images(corpus: str) -> ImageSource:
+    """Find labelled images.
+
+    Args:
+        corpus: ``"digits"``, or a folder of one folder a class.
+    """
+    return load_digits() if corpus == DIGITS else FolderImages.scan(corpus)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageTask:
+    """Classification of images; a fixed random part of them is held out.
+
+    Args:
+        source: The images.
+        size: Rows and columns of a training image, pixels.
+        max_shift: Training images are shifted by up to this many pixels up, down, left and right; what comes in is 0.
+        held_out_percent: Share of the images that training never sees, 1 to 99.
+
+    Example:
+        >>> images = StoredImages(torch.rand(20, 1, 4, 4), torch.arange(20) % 2, ("even", "odd"))
+        >>> ImageTask(images, size=4).batch(3, seed=0, step=0).inputs.shape
+        torch.Size([3, 1, 4, 4])
+    """
+
+    source: ImageSource
+    size: int
+    max_shift: int = 0
+    held_out_percent: int = 20
+
+    def __post_init__(self) -> None:
+        check_positive_int("ImageTask", "size", self.size)
+        check_positive_int("ImageTask", "max_shift", self.max_shift, minimum=0)
+        check_positive_int("ImageTask", "held_out_percent", self.held_out_percent)
+        fits = self.held_out_percent < 100
+        require(fits, "ImageTask", "held_out_percent", "be below 100", self.held_out_percent, "Use e.g. 20")
+        counts = tuple(len(self.indices(part)) for part in ("train", "held_out"))
+        require(min(counts) > 0, "ImageTask", "source", "have images on both sides of the split", counts, "Use more")
+
+    @property
+    def num_classes(self) -> int:
+        """Number of labels."""
+        return len(self.source.class_names)
+
+    def indices(self, part: str) -> Tensor:
+        """Indices of the ``"train"`` or ``"held_out"`` images: the same ones at every call."""
+        check_choice("ImageTask", "part", part, ("train", "held_out"))
+        count = len(self.source.labels)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+        held_out = count * self.held_out_percent // 100
+        return order[:held_out] if part == "held_out" else order[held_out:]
+
+    def batch(self, batch_size: int, *, seed: int, step: int) -> Batch:
+        """Draw training images at random, shifted at random.
+
+        Args:
+            batch_size: Number of images B.
+            seed: Seed of the stream.
+            step: Position in the stream; equal (seed, step) give equal batches.
+
+        Returns:
+            A :class:`Batch` of (B, Ch, size, size) float32 pixels and (B,) int64 labels.
+        """
+        generator = step_generator(seed, step)
+        train = self.indices("train")
+        chosen = train[torch.randint(len(train), (batch_size,), generator=generator)]
+        pixels = self.source.pixels(chosen, self.size)
+        return Batch(self._shifted(pixels, generator), self.source.labels[chosen])
+
+    def _shifted(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
+        if self.max_shift == 0:
+            return pixels
+        padded = functional.pad(pixels, (self.max_shift,) * 4)
+        starts = torch.randint(2 * self.max_shift + 1, (2, len(pixels), 1), generator=generator)
+        rows, columns = (start + torch.arange(self.size) for start in starts)
+        image = torch.arange(len(pixels))[:, None, None]
+        return padded[image, :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1).contiguous()
+
+    def held_out_batches(self, size: int, batch_size: int) -> Iterator[Batch]:
+        """All held-out images once, read as they are asked for.
+
+        Args:
+            size: Rows and columns, pixels; other than the training size they are interpolated.
+            batch_size: Images a batch.
+        """
+        check_positive_int("ImageTask.held_out_batches", "size", size)
+        check_positive_int("ImageTask.held_out_batches", "batch_size", batch_size)
+        for indices in self.indices("held_out").split(batch_size):
+            yield Batch(self.source.pixels(indices, size), self.source.labels[indices])
