@@ -1,17 +1,18 @@
 """Training through accelerate: one loop for a laptop, one GPU, many processes and mixed precision.
 
-Legend: B batch, L tokens, V vocabulary.
+Legend: B batch, V classes (the vocabulary, for tokens).
 """
 
 from __future__ import annotations
 
-import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from accelerate import Accelerator
@@ -19,23 +20,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from eotattn.checks import check_choice, check_positive, check_positive_int, require
-from eotattn.experiments.tasks import Batch
-from eotattn.priors import LogPrior
+from eotattn.checks import require
+from eotattn.experiments.optimisation import TrainingConfig, learning_rate_factor, parameter_groups
+from eotattn.experiments.records import Row
+from eotattn.experiments.tasks.batches import IGNORED, Batch
 
-__all__ = [
-    "Evaluate",
-    "Row",
-    "Task",
-    "TrainingConfig",
-    "TrainingResult",
-    "learning_rate_factor",
-    "train",
-    "training_rows",
-]
-
-#: One measurement: column name -> value.
-Row = dict[str, Any]
+__all__ = ["Evaluate", "Row", "Task", "TrainingConfig", "TrainingResult", "train", "training_rows"]
 
 #: Called with (network, step) while the network is in evaluation mode; returns measurements.
 Evaluate = Callable[[nn.Module, int], Sequence[Row]]
@@ -47,57 +37,6 @@ class Task(Protocol):
     def batch(self, batch_size: int, *, seed: int, step: int) -> Batch:
         """Batch of ``batch_size`` sequences; equal (seed, step) give equal batches."""
         ...
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """Everything that a training run depends on, apart from network and task.
-
-    Args:
-        steps: Optimiser steps.
-        batch_size: Sequences a step, over all processes; divisible by their number.
-        learning_rate: Peak rate of AdamW for the content.
-        prior_learning_rate: Peak rate for log-priors, whose parameters are nats. They get no weight decay, which would
-            pull a learned prior back to uniform.
-        warmup_steps: Steps of linear warm-up; a cosine to a tenth of the peak follows.
-        weight_decay: Decay of matrices, relative to the rate.
-        gradient_clip: Largest gradient norm.
-        seed: Seed of the batches.
-        precision: ``"no"`` (fp32), ``"bf16"`` or ``"fp16"``, as accelerate names them.
-        log_every: Steps that one row of the loss averages over.
-        evaluate_every: Steps between calls of the evaluation hook; 0 calls it at the end alone.
-        checkpoint_every: Steps between checkpoints; 0 writes one at the end alone.
-
-    Example:
-        >>> TrainingConfig(steps=10, batch_size=4).learning_rate
-        0.001
-    """
-
-    steps: int
-    batch_size: int
-    learning_rate: float = 1e-3
-    prior_learning_rate: float = 1e-3
-    warmup_steps: int = 0
-    weight_decay: float = 0.1
-    gradient_clip: float = 1.0
-    seed: int = 0
-    precision: str = "no"
-    log_every: int = 10
-    evaluate_every: int = 0
-    checkpoint_every: int = 0
-
-    def __post_init__(self) -> None:
-        owner = "TrainingConfig"
-        for name in ("steps", "batch_size", "log_every"):
-            check_positive_int(owner, name, getattr(self, name))
-        for name in ("warmup_steps", "seed", "evaluate_every", "checkpoint_every"):
-            check_positive_int(owner, name, getattr(self, name), minimum=0)
-        for name in ("learning_rate", "prior_learning_rate", "gradient_clip"):
-            check_positive(owner, name, getattr(self, name))
-        check_positive(owner, "weight_decay", self.weight_decay, allow_zero=True)
-        check_choice(owner, "precision", self.precision, ("no", "bf16", "fp16"))
-        fits = self.warmup_steps < self.steps
-        require(fits, owner, "warmup_steps", f"be below steps = {self.steps}", self.warmup_steps, "Train for longer")
 
 
 @dataclass(frozen=True)
@@ -123,20 +62,6 @@ def training_rows(result: TrainingResult) -> list[Row]:
     return [what | {"step": row["step"], "value": row["loss"]} for row in result.rows]
 
 
-def learning_rate_factor(step: int, config: TrainingConfig) -> float:
-    """Share of the peak rate at a step: linear warm-up, then a cosine down to a tenth.
-
-    Example:
-        >>> config = TrainingConfig(steps=100, batch_size=1, warmup_steps=10)
-        >>> [round(learning_rate_factor(step, config), 3) for step in (0, 9, 10, 99)]
-        [0.1, 1.0, 1.0, 0.1]
-    """
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.steps - 1 - config.warmup_steps)
-    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
-
-
 def train(
     network: nn.Module,
     task: Task,
@@ -146,17 +71,20 @@ def train(
     evaluate: Evaluate | None = None,
     checkpoint: Path | None = None,
 ) -> TrainingResult:
-    """Train ``network`` in place with AdamW on the mean cross-entropy of the next token.
+    """Train ``network`` in place with AdamW on the mean cross-entropy of the targets that count.
+
+    What is predicted is the task's affair: tokens that follow tokens, or the classes of images. The network maps a
+    batch's inputs to logits whose last axis has the classes and whose other axes are those of the targets.
 
     Interrupt it at any time: with ``checkpoint``, the same call continues from the last one written and ends, on one
     CPU, with the same bits as a run that was never interrupted.
 
     Args:
-        network: Maps (B, L) tokens to (B, L, V) logits.
+        network: Maps (B, ...) inputs to logits of shape (*targets.shape, V).
         task: Source of batches.
         config: The run's numbers.
         label: Name on the progress bar, which shows on terminals only.
-        evaluate: Called every ``config.evaluate_every`` steps and at the end.
+        evaluate: Called before the first step, every ``config.evaluate_every`` steps and at the end.
         checkpoint: File to write and to resume from; its folder must exist.
 
     Returns:
@@ -173,35 +101,43 @@ def train(
         run.resume(checkpoint)
     started = time.perf_counter()
     quiet = None if run.accelerator.is_local_main_process else True
+    if evaluate is not None and run.step == 0 and config.evaluate_every:
+        run.evaluate(evaluate)
+    batches = _batches(task, config, run.step, ahead=run.device.type == "cuda")
     with tqdm(total=config.steps, initial=run.step, desc=label, unit="step", disable=quiet, leave=False) as bar:
-        while run.step < config.steps:
-            run.advance(task)
+        for batch in batches:
+            run.advance(batch)
             bar.update()
             at_end = run.step == config.steps
             if evaluate is not None and _is_due(run.step, config.evaluate_every, at_end):
                 run.evaluate(evaluate)
             if checkpoint is not None and _is_due(run.step, config.checkpoint_every, at_end):
                 run.save(checkpoint)
-    return TrainingResult(run.rows, run.evaluations, time.perf_counter() - started, run.accelerator.device.type)
+    run.finish()
+    return TrainingResult(run.rows, run.evaluations, time.perf_counter() - started, run.device.type)
+
+
+def _batches(task: Task, config: TrainingConfig, start: int, *, ahead: bool) -> Iterator[Batch]:
+    """The batches of the steps from ``start`` on; where ``ahead``, a thread makes the next one in pinned memory."""
+
+    def make(step: int) -> Batch:
+        batch = task.batch(config.batch_size, seed=config.seed, step=step)
+        return Batch(*(x.pin_memory() for x in batch)) if ahead and torch.cuda.is_available() else batch
+
+    if not ahead:
+        yield from (make(step) for step in range(start, config.steps))
+        return
+    with ThreadPoolExecutor(1) as thread:
+        coming = [thread.submit(make, step) for step in range(start, min(start + 1, config.steps))]
+        for step in range(start, config.steps):
+            batch = coming.pop().result()
+            if step + 1 < config.steps:
+                coming.append(thread.submit(make, step + 1))
+            yield batch
 
 
 def _is_due(step: int, every: int, at_end: bool) -> bool:
     return at_end or (every > 0 and step % every == 0)
-
-
-def _parameter_groups(network: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
-    """Matrices with decay, vectors without, log-priors without and at their own rate; frozen parameters in none."""
-    of_priors = {id(p) for module in network.modules() if isinstance(module, LogPrior) for p in module.parameters()}
-    trainable = [p for p in network.parameters() if p.requires_grad]
-    matrices = [p for p in trainable if id(p) not in of_priors and p.dim() >= 2]
-    vectors = [p for p in trainable if id(p) not in of_priors and p.dim() < 2]
-    priors = [p for p in trainable if id(p) in of_priors]
-    groups = [
-        {"params": matrices, "peak": config.learning_rate, "weight_decay": config.weight_decay},
-        {"params": vectors, "peak": config.learning_rate, "weight_decay": 0.0},
-        {"params": priors, "peak": config.prior_learning_rate, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
 
 
 @dataclass
@@ -217,41 +153,59 @@ class _Run:
     def __post_init__(self) -> None:
         # Log-priors compute positions in float64, which Apple's GPUs lack: without CUDA, train on the CPU.
         self.accelerator = Accelerator(mixed_precision=self.config.precision, cpu=not torch.cuda.is_available())
-        shares = self.config.batch_size % self.accelerator.num_processes == 0
-        rule = f"be a multiple of the number of processes, {self.accelerator.num_processes}"
-        require(shares, "train", "batch_size", rule, self.config.batch_size, "Change one of them")
-        groups = _parameter_groups(self.network, self.config)
-        optimizer = torch.optim.AdamW(groups, lr=self.config.learning_rate, betas=(0.9, 0.95))
-        self.model, self.optimizer = self.accelerator.prepare(self.network, optimizer)
-        self.recent = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
+        self.device = self.accelerator.device
+        parts = self.accelerator.num_processes * self.config.accumulation
+        rule = f"be a multiple of processes times accumulation, {parts}"
+        whole = self.config.batch_size % parts == 0
+        require(whole, "train", "batch_size", rule, self.config.batch_size, "Change one of them")
+        groups = parameter_groups(self.network, self.config)
+        fused = {"fused": True} if self.device.type == "cuda" else {}
+        optimizer = torch.optim.AdamW(groups, lr=self.config.learning_rate, betas=(0.9, 0.95), **fused)
+        trained = torch.compile(self.network, dynamic=False) if self.config.compile else self.network
+        self.model, self.optimizer = self.accelerator.prepare(trained, optimizer)
+        self.recent = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.unread: list[tuple[Row, Tensor]] = []
 
-    def advance(self, task: Task) -> None:
-        """Take one optimiser step."""
+    def advance(self, batch: Batch) -> None:
+        """Take one optimiser step, without waiting for the device."""
         factor = learning_rate_factor(self.step, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         self.model.train()
-        loss = self._loss(self._share(task.batch(self.config.batch_size, seed=self.config.seed, step=self.step)))
         self.optimizer.zero_grad()
-        self.accelerator.backward(loss)
+        parts = self._parts(batch)
+        counted = int((batch.targets != IGNORED).sum())
+        require(counted > 0, "train", "a batch", "have a target that counts", batch.targets, "Mend the task")
+        for k, part in enumerate(parts):
+            last = k == len(parts) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                loss = self._loss(part, counted)
+                self.accelerator.backward(loss)
+            self.recent += loss.detach()
         self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip)
         self.optimizer.step()
-        self.recent += loss.detach()
         self.step += 1
         if self.step % self.config.log_every == 0:
-            mean = self.accelerator.reduce(self.recent / self.config.log_every, reduction="mean")
             rate = self.config.learning_rate * factor
-            self.rows.append({"step": self.step, "loss": float(mean), "learning_rate": rate})
+            self.unread.append(({"step": self.step, "learning_rate": rate}, self.recent / self.config.log_every))
             self.recent.zero_()
+
+    def read_losses(self) -> None:
+        """Fetch logged losses from the device, which waits for it; every process must call it."""
+        for row, loss in self.unread:
+            mean = float(self.accelerator.reduce(loss, reduction="mean"))
+            self.rows.append({"step": row["step"], "loss": mean, "learning_rate": row["learning_rate"]})
+        self.unread.clear()
 
     def evaluate(self, evaluate: Evaluate) -> None:
         """Call the hook with the bare network in evaluation mode."""
-        bare = self.accelerator.unwrap_model(self.model).eval()
-        with torch.no_grad():
-            self.evaluations.extend({"step": self.step, **row} for row in evaluate(bare, self.step))
+        self.network.eval()
+        with torch.no_grad(), self.accelerator.autocast():
+            self.evaluations.extend({"step": self.step, **row} for row in evaluate(self.network, self.step))
 
     def save(self, path: Path) -> None:
         """Write a checkpoint; whoever reads sees the old file or the new one, never a part."""
+        self.read_losses()
         if not self.accelerator.is_main_process:
             return
         state = {
@@ -260,7 +214,7 @@ class _Run:
             "rows": self.rows,
             "evaluations": self.evaluations,
             "recent": self.recent,
-            "network": self.accelerator.unwrap_model(self.model).state_dict(),
+            "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "random_state": torch.get_rng_state(),
         }
@@ -278,16 +232,30 @@ class _Run:
         require(same, "train", "checkpoint", "come from the same TrainingConfig", state["config"], remedy)
         self.step, self.rows, self.evaluations = state["step"], state["rows"], state["evaluations"]
         self.recent.copy_(state["recent"])
-        self.accelerator.unwrap_model(self.model).load_state_dict(state["network"])
+        self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["random_state"])
 
-    def _share(self, batch: Batch) -> Batch:
-        """This process's rows of the global batch, on its device."""
-        rank, world, device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
-        return Batch(batch.inputs[rank::world].to(device), batch.targets[rank::world].to(device))
+    def finish(self) -> None:
+        """Leave the network as it came, but for its weights: accelerate had put mixed precision around it."""
+        self.read_losses()
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        self.network.eval()
 
-    def _loss(self, batch: Batch) -> Tensor:
-        """Mean cross-entropy, nats a token."""
-        logits: Tensor = self.model(batch.inputs)
-        return functional.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten())
+    def _parts(self, batch: Batch) -> list[Batch]:
+        """This process's rows of the global batch, on its device, in as many parts as are accumulated."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        inputs, targets = (
+            x[rank::world].to(self.device, non_blocking=True).chunk(self.config.accumulation) for x in batch
+        )
+        return [Batch(*pair) for pair in zip(inputs, targets, strict=True)]
+
+    def _loss(self, part: Batch, counted: int) -> Tensor:
+        """This part's share of the mean cross-entropy over the ``counted`` targets of the global batch, nats a target.
+
+        Times the number of processes, because gradients are averaged over them.
+        """
+        logits: Tensor = self.model(part.inputs)
+        target = part.targets.flatten()
+        total = functional.cross_entropy(logits.flatten(0, -2).float(), target, ignore_index=IGNORED, reduction="sum")
+        return total * (self.accelerator.num_processes / counted)

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from eotattn.experiments.networks import CopyReader, CopyReaderConfig, Decoder, DecoderConfig
+from eotattn.experiments.optimisation import TrainingConfig, learning_rate_factor, parameter_groups
 from eotattn.experiments.tasks import CopyMixture
-from eotattn.experiments.training import TrainingConfig, _parameter_groups, learning_rate_factor, train
+from eotattn.experiments.training import train
 
 TASK = CopyMixture(vocabulary_size=5, length=7)
 CONFIG = TrainingConfig(steps=9, batch_size=3, warmup_steps=2, log_every=2, checkpoint_every=4, evaluate_every=3)
@@ -59,7 +60,7 @@ def test_interrupted_and_resumed_run_equals_the_uninterrupted_one_to_the_bit(at,
 def test_rows_come_every_few_steps_and_hooks_when_due(tmp_path):
     result = train(reader(), TASK, CONFIG, evaluate=weight_norm)
     assert [row["step"] for row in result.rows] == [2, 4, 6, 8]
-    assert [row["step"] for row in result.evaluations] == [3, 6, 9]
+    assert [row["step"] for row in result.evaluations] == [0, 3, 6, 9]
     assert result.device == "cpu"
 
 
@@ -99,7 +100,7 @@ def test_training_lowers_the_loss_towards_the_best_possible():
 
 def test_log_priors_have_their_own_rate_and_no_decay():
     network = Decoder(DecoderConfig("goat", embed_dim=12, num_heads=3, train_length=6))
-    matrices, vectors, priors = _parameter_groups(network, CONFIG)
+    matrices, vectors, priors = parameter_groups(network, CONFIG)
     assert priors["peak"] == CONFIG.prior_learning_rate
     assert (matrices["weight_decay"], vectors["weight_decay"], priors["weight_decay"]) == (0.1, 0.0, 0.0)
     in_priors = sum(p.numel() for block in network.blocks for p in block.attention.prior.parameters())
@@ -110,7 +111,7 @@ def test_log_priors_have_their_own_rate_and_no_decay():
 
 def test_frozen_priors_are_in_no_group():
     network = Decoder(DecoderConfig("alibi", embed_dim=12, num_heads=3, train_length=6))
-    assert len(_parameter_groups(network, CONFIG)) == 2
+    assert len(parameter_groups(network, CONFIG)) == 2
 
 
 def test_learning_rate_warms_up_then_falls_to_a_tenth():

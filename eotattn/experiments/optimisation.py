@@ -1,0 +1,99 @@
+"""How a network is optimised: the numbers of a run, the learning rate at a step, and which parameters decay."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from eotattn.checks import check_choice, check_positive, check_positive_int, require
+from eotattn.priors import LogPrior
+
+__all__ = ["TrainingConfig", "learning_rate_factor", "parameter_groups"]
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Everything that a training run depends on, apart from network and task.
+
+    Args:
+        steps: Optimiser steps.
+        batch_size: Sequences a step, over all processes and parts.
+        learning_rate: Peak rate of AdamW for the content.
+        prior_learning_rate: Peak rate for log-priors, whose parameters are nats. They get no weight decay, which would
+            pull a learned prior back to uniform.
+        warmup_steps: Steps of linear warm-up; a cosine to a tenth of the peak follows.
+        weight_decay: Decay of matrices, relative to the rate.
+        gradient_clip: Largest gradient norm.
+        seed: Seed of the batches.
+        accumulation: Parts that a process's share of the batch is computed in, for memory; the step is the same.
+        compile: Whether ``torch.compile`` compiles the network's training step; evaluation never is.
+        precision: ``"no"`` (fp32), ``"bf16"`` or ``"fp16"``, as accelerate names them.
+        log_every: Steps that one row of the loss averages over.
+        evaluate_every: Steps between calls of the evaluation hook, which start before the first step; 0 calls it at
+            the end alone.
+        checkpoint_every: Steps between checkpoints; 0 writes one at the end alone.
+
+    Example:
+        >>> TrainingConfig(steps=10, batch_size=4).learning_rate
+        0.001
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float = 1e-3
+    prior_learning_rate: float = 1e-3
+    warmup_steps: int = 0
+    weight_decay: float = 0.1
+    gradient_clip: float = 1.0
+    seed: int = 0
+    accumulation: int = 1
+    compile: bool = False
+    precision: str = "no"
+    log_every: int = 10
+    evaluate_every: int = 0
+    checkpoint_every: int = 0
+
+    def __post_init__(self) -> None:
+        owner = "TrainingConfig"
+        for name in ("steps", "batch_size", "accumulation", "log_every"):
+            check_positive_int(owner, name, getattr(self, name))
+        for name in ("warmup_steps", "seed", "evaluate_every", "checkpoint_every"):
+            check_positive_int(owner, name, getattr(self, name), minimum=0)
+        for name in ("learning_rate", "prior_learning_rate", "gradient_clip"):
+            check_positive(owner, name, getattr(self, name))
+        check_positive(owner, "weight_decay", self.weight_decay, allow_zero=True)
+        check_choice(owner, "precision", self.precision, ("no", "bf16", "fp16"))
+        fits = self.warmup_steps < self.steps
+        require(fits, owner, "warmup_steps", f"be below steps = {self.steps}", self.warmup_steps, "Train for longer")
+
+
+def learning_rate_factor(step: int, config: TrainingConfig) -> float:
+    """Share of the peak rate at a step: linear warm-up, then a cosine down to a tenth.
+
+    Example:
+        >>> config = TrainingConfig(steps=100, batch_size=1, warmup_steps=10)
+        >>> [round(learning_rate_factor(step, config), 3) for step in (0, 9, 10, 99)]
+        [0.1, 1.0, 1.0, 0.1]
+    """
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.steps - 1 - config.warmup_steps)
+    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def parameter_groups(network: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
+    """Matrices with decay, vectors without, log-priors without and at their own rate; frozen parameters in none."""
+    of_priors = {id(p) for module in network.modules() if isinstance(module, LogPrior) for p in module.parameters()}
+    trainable = [p for p in network.parameters() if p.requires_grad]
+    matrices = [p for p in trainable if id(p) not in of_priors and p.dim() >= 2]
+    vectors = [p for p in trainable if id(p) not in of_priors and p.dim() < 2]
+    priors = [p for p in trainable if id(p) in of_priors]
+    groups = [
+        {"params": matrices, "peak": config.learning_rate, "weight_decay": config.weight_decay},
+        {"params": vectors, "peak": config.learning_rate, "weight_decay": 0.0},
+        {"params": priors, "peak": config.prior_learning_rate, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
