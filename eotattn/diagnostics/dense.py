@@ -138,10 +138,12 @@ def context_sensitivity(weights: Tensor, key: int = 0) -> Tensor:
 def row_certificate(weights: Tensor, logits: Tensor) -> Tensor:
     """Compute the duality gap of computed rows, lse_i - sum_j p_ij z_ij + sum_j p_ij ln p_ij = KL(p_i || softmax(z_i)).
 
-    Zero exactly for the true weights of the entropic problem; the total variation error is at most sqrt(gap / 2).
+    Zero exactly for the true weights of the entropic problem; the total variation error is at most sqrt(gap / 2). Where
+    rounding leaves a row that does not sum to one, it is the divergence of unnormalised measures, which is not negative
+    either.
 
     Args:
-        weights: (..., Q, K) computed weights, rows sum to one.
+        weights: (..., Q, K) computed weights, rows sum to one up to rounding.
         logits: (..., Q, K) scores plus log-prior, nats; -inf where inadmissible.
 
     Returns:
@@ -159,8 +161,9 @@ def row_certificate(weights: Tensor, logits: Tensor) -> Tensor:
     rule = f"have the shape {tuple(weights.shape)} of the weights"
     require(logits.shape == weights.shape, "row_certificate", "logits", rule, logits, "Match them")
     wide, p = logits.double(), weights.double()
-    reward = torch.where(p > 0, p * wide, 0.0).sum(-1)
-    return (torch.logsumexp(wide, -1) - reward + torch.special.xlogy(p, p).sum(-1)).to(weights.dtype)
+    total, reward = p.sum(-1), torch.where(p > 0, p * wide, 0.0).sum(-1)
+    gap = total * torch.logsumexp(wide, -1) - reward + torch.special.xlogy(p, p).sum(-1) + (1 - total)
+    return gap.to(weights.dtype)
 
 
 def score_variance_split(query: Tensor, key: Tensor, *, scale: float) -> dict[str, Tensor]:

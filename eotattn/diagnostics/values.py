@@ -16,6 +16,17 @@ __all__ = ["is_dormant", "massive_activations", "matrix_entropy", "sink_kind", "
 
 SinkKind = Literal["none", "no-operation", "broadcast", "other"]
 
+#: A key is a sink if this share of the queries gives it at least half of their weight.
+SINK_QUERIES = 0.9
+#: A sink whose drain is at most this part of the mean is a no-operation.
+NO_OPERATION_DRAIN = 0.2
+#: A sink whose drain is at least this part of the mean broadcasts, if the head's output has about one direction:
+BROADCAST_DRAIN, ONE_DIRECTION = 0.5, 1.5
+#: A head that adds less than this part of its layer's mean is dormant.
+DORMANT = 0.1
+#: Tokens whose drains are computed at once.
+DRAIN_BLOCK = 8192
+
 
 def value_drain(value: Tensor, output_weight: Tensor) -> Tensor:
     """Compute ||W_O^h v_j||, the size of what a query that attends key j alone gets from head h.
@@ -44,8 +55,11 @@ def value_drain(value: Tensor, output_weight: Tensor) -> Tensor:
     dtype = torch.promote_types(value.dtype, torch.float32)
     by_head = output_weight.to(dtype).unflatten(-1, (heads, width)).movedim(1, 0)  # (H, E, V)
     gram = (by_head.mT @ by_head).unflatten(0, (kv_heads, heads // kv_heads))  # (Hk, G, V, V)
-    wide = value.to(dtype).unsqueeze(2)
-    return ((wide @ gram) * wide).sum(-1).clamp(min=0).sqrt().flatten(1, 2)
+    parts = []
+    for block in value.split(DRAIN_BLOCK, dim=2):
+        wide = block.to(dtype).unsqueeze(2)
+        parts.append(((wide @ gram) * wide).sum(-1).clamp(min=0).sqrt().flatten(1, 2))
+    return torch.cat(parts, dim=-1)
 
 
 def stable_rank(output: Tensor) -> Tensor:
@@ -91,21 +105,21 @@ def sink_kind(attention_weights: Tensor, drain: Tensor, output: Tensor, *, key: 
     batch, heads, queries, keys = attention_weights.shape
     check_shape("sink_kind", "drain", drain, (batch, heads, keys), "See value_drain")
     check_shape("sink_kind", "output", output, (batch, heads, queries, None), "Pass the head's output")
-    is_sink = (attention_weights[..., key] >= 0.5).float().mean(-1) >= 0.9
+    is_sink = (attention_weights[..., key] >= 0.5).float().mean(-1) >= SINK_QUERIES
     relative = drain[..., key] / drain.mean(-1)
     rank = stable_rank(output)
 
     def kind(b: int, h: int) -> SinkKind:
         if not is_sink[b, h]:
             return "none"
-        if relative[b, h] <= 0.2:
+        if relative[b, h] <= NO_OPERATION_DRAIN:
             return "no-operation"
-        return "broadcast" if relative[b, h] >= 0.5 and rank[b, h] <= 1.5 else "other"
+        return "broadcast" if relative[b, h] >= BROADCAST_DRAIN and rank[b, h] <= ONE_DIRECTION else "other"
 
     return [[kind(b, h) for h in range(heads)] for b in range(batch)]
 
 
-def is_dormant(output: Tensor, *, threshold: float = 0.1) -> Tensor:
+def is_dormant(output: Tensor, *, threshold: float = DORMANT) -> Tensor:
     """Whether a head adds little to the residual stream compared with the other heads of its layer.
 
     Args:

@@ -7,12 +7,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from eotattn.attention.running import SequenceStatistics
 from eotattn.attention.statistics import AttentionStatistics
 from eotattn.checks import check_positive_int, require
+from eotattn.diagnostics.value_statistics import ValueStatistics
 from eotattn.integrations import hugging_face, prior_calls
 from eotattn.integrations.recorder import Recorder
 from eotattn.integrations.torch_calls import TorchCalls
@@ -43,6 +44,16 @@ class Capture:
         """Log-priors of the layers that were called through :func:`eotattn.prior_attention`."""
         return dict(self.recorder.priors)
 
+    @property
+    def values(self) -> dict[str, ValueStatistics]:
+        """Drains, contributions and ranks of the layers whose output projection was seen to read their output."""
+        return self.recorder.values
+
+    @property
+    def certificates(self) -> dict[str, Tensor]:
+        """Largest duality gap (N, H) of the last rows of every certified call, by layer, nats."""
+        return dict(self.recorder.certificates)
+
 
 @contextmanager
 def capture(
@@ -52,6 +63,7 @@ def capture(
     *,
     keys: Sequence[int] = (0,),
     on_rows: Callable[[str, AttentionStatistics], None] | None = None,
+    certify: bool = False,
 ) -> Iterator[Capture]:
     """Stream statistics from every attention call that ``model`` makes inside the ``with`` block.
 
@@ -71,6 +83,8 @@ def capture(
         heads: Indices of heads to keep; all by default.
         keys: Chosen keys, counted from the first token of each sequence; the first one is the sink of margins.
         on_rows: Called with (layer name, row statistics) after every call, e.g. to keep rows.
+        certify: Also certify the weights of the last rows of every call, as the model's own kernel makes them. That
+            takes K / V more calls, so calls of more than 1024 keys are left out.
 
     Yields:
         :class:`Capture`; read ``layers`` at any time, also after the block.
@@ -93,7 +107,7 @@ def capture(
     for key in keys:
         check_positive_int("capture", "keys", key, minimum=0)
     require(len(keys) > 0, "capture", "keys", "name at least one key", keys, "Pass keys=(0,)")
-    recorder = Recorder(layers, heads, tuple(keys), on_rows)
+    recorder = Recorder(layers, heads, tuple(keys), on_rows, certify)
     with ExitStack() as stack:
         stack.enter_context(_following(model, recorder))
         stack.enter_context(hugging_face.listen(model, recorder))
@@ -113,6 +127,7 @@ def _following(model: nn.Module, recorder: Recorder) -> Iterator[None]:
             if not recorder.stack:
                 recorder.begin_forward()
             recorder.stack.append(name)
+            recorder.value_probe.entered(module, inputs)
 
         return hook
 

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from eotattn.attention.score_rows import RowSource, tensor_rows
+from eotattn.integrations.captured_call import CapturedCall
 from eotattn.integrations.lazy_mask import LazyMask
-from eotattn.integrations.recorder import CapturedCall, Recorder
+from eotattn.integrations.recorder import Recorder
 
 __all__ = ["configurations", "listen"]
 
@@ -117,18 +118,20 @@ def _attention_function(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **arguments: Any
     ) -> tuple[Tensor, Tensor | None]:
         own = function or _own_function(module, implementation)
-        content = (query, key, value)
-        with recorder.muted():
-            if implementation == "eager":
-                output, weights = _run_by_rows(own, module, content, attention_mask, arguments)
-            else:
+
+        def run(value: Tensor) -> tuple[Tensor, Tensor | None]:
+            with recorder.muted():
+                if implementation == "eager":
+                    return _run_by_rows(own, module, (query, key, value), attention_mask, arguments)
                 mask = attention_mask.original() if isinstance(attention_mask, LazyMask) else attention_mask
-                output, weights = own(module, *content, mask, **arguments)
+                return own(module, query, key, value, mask, **arguments)
+
+        output, weights = run(value)
         name = names.get(id(module), type(module).__name__)
         if recorder.keeps(name):
-            call = _as_call(
-                module, implementation, content, attention_mask, arguments, crosses=bool(CROSS.search(name))
-            )
+            content, crosses = (query, key, value), bool(CROSS.search(name))
+            call = _as_call(module, implementation, content, attention_mask, arguments, crosses=crosses)
+            call = replace(call, attend=lambda other: run(other)[0].transpose(1, 2))
             dropped = module.training and bool(arguments.get("dropout"))
             recorder.record(name, call, None if dropped else output.transpose(1, 2))
         return output, weights

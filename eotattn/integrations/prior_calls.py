@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from eotattn.attention import functional
 from eotattn.attention.call import AttentionCall
 from eotattn.attention.positions import Positions
 from eotattn.attention.score_rows import RowSource, tensor_rows
-from eotattn.integrations.recorder import CapturedCall, Recorder
+from eotattn.integrations.captured_call import CapturedCall
+from eotattn.integrations.recorder import Recorder
 
 __all__ = ["listen"]
 
@@ -34,7 +36,8 @@ def listen(recorder: Recorder) -> Iterator[None]:
         layer = recorder.stack[-1]
         if recorder.keeps(layer):
             recorder.priors[layer] = call.prior
-            recorder.record(layer, _as_call(call), None if call.dropout_p else output)
+            captured = replace(_as_call(call), attend=lambda value: run(name, replace(call, value=value))[0])
+            recorder.record(layer, captured, None if call.dropout_p else output)
         return output, weights
 
     functional.run = run_and_record

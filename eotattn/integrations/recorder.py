@@ -1,92 +1,33 @@
 """What a capture collects: one attention call at a time, checked against what the model itself computed.
 
-Legend: B batch, H query heads, Hk key heads, Q queries, K keys, D score width, V value width.
+Legend: B batch, N sequences, H query heads, Q queries, V value width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from eotattn.attention.running import SequenceStatistics
-from eotattn.attention.score_rows import RowSource
-from eotattn.attention.statistics import AttentionStatistics, row_statistics
+from eotattn.attention.statistics import AttentionStatistics
 from eotattn.checks import require
+from eotattn.diagnostics.value_statistics import ValueStatistics
+from eotattn.integrations.captured_call import CapturedCall
+from eotattn.integrations.certificates import call_certificate
+from eotattn.integrations.value_probe import ValueProbe
 
-__all__ = ["CapturedCall", "Recorder"]
+__all__ = ["Recorder"]
 
 OWNER = "capture"
 
-#: Rows of every call whose output is compared with the model's.
+#: Rows of every call whose output is compared with the model's, and that are certified.
 CHECKED_ROWS = 4
 #: Largest admissible deviation of those rows, relative to the largest entry.
 OUTPUT_BOUND = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-
-
-@dataclass(frozen=True, eq=False)
-class CapturedCall:
-    """One attention call of a model, in the terms of :func:`eotattn.attention.statistics.row_statistics`.
-
-    Args:
-        query: (B, H, Q, D).
-        key: (B, Hk, K, D).
-        value: (B, Hk, K, V).
-        scale: Factor on the inner products; ``None`` for 1 / sqrt(D).
-        softcap: Soft cap of the content scores, nats.
-        log_prior: Rows of what is added to the scores, nats.
-        mask: Rows of the mask.
-        is_causal: Whether later positions are inadmissible.
-        window: Sliding window, tokens.
-        sink_logits: (H,) explicit sink, nats.
-        query_start: Position of the first query, tokens.
-        key_start: Position of the first key, tokens.
-        sequence_start: (B,) position of the first token that is not padding.
-        counted: (B, Q) false where a query is padding.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    scale: float | None = None
-    softcap: float | None = None
-    log_prior: RowSource | None = None
-    mask: RowSource | None = None
-    is_causal: bool = False
-    window: int | None = None
-    sink_logits: Tensor | None = None
-    query_start: int = 0
-    key_start: int = 0
-    sequence_start: Tensor | None = None
-    counted: Tensor | None = None
-
-    def statistics(self, keys: tuple[int, ...], *, with_output: bool = False) -> AttentionStatistics:
-        """Statistics of all rows."""
-        names = ("scale", "softcap", "log_prior", "mask", "is_causal", "window", "sink_logits", "query_start")
-        more = ("key_start", "sequence_start", "counted")
-        arguments: dict[str, Any] = {name: getattr(self, name) for name in (*names, *more)}
-        value = self.value if with_output else None
-        return row_statistics(self.query, self.key, value, keys=keys, **arguments)
-
-    def tail(self, count: int) -> CapturedCall:
-        """The last ``count`` queries alone."""
-        skipped = max(0, self.query.shape[2] - count)
-
-        def shifted(rows: RowSource | None) -> RowSource | None:
-            return None if rows is None else lambda start, stop: rows(start + skipped, stop + skipped)
-
-        return replace(
-            self,
-            query=self.query[:, :, skipped:],
-            log_prior=shifted(self.log_prior),
-            mask=shifted(self.mask),
-            query_start=self.query_start + skipped,
-            counted=None if self.counted is None else self.counted[:, skipped:],
-        )
 
 
 class Recorder:
@@ -97,6 +38,12 @@ class Recorder:
         heads: Indices of the heads to keep; ``None`` for all.
         keys: Chosen keys, counted from the start of each sequence.
         on_rows: Called with (layer name, row statistics) after every call that is kept.
+        certify: Whether the weights of the last rows of every call are certified.
+
+    Attributes:
+        statistics: Layer -> sums by sequence.
+        values: Layer -> what its values do, where its output projection was seen.
+        certificates: Layer -> (N, H) largest duality gap of the last rows of every call, nats.
     """
 
     def __init__(
@@ -105,10 +52,13 @@ class Recorder:
         heads: Sequence[int] | None,
         keys: tuple[int, ...],
         on_rows: Callable[[str, AttentionStatistics], None] | None,
+        certify: bool = False,
     ) -> None:
         self.wanted = None if layers is None else list(layers)
         self.heads = None if heads is None else list(heads)
-        self.keys, self.on_rows = keys, on_rows
+        self.keys, self.on_rows, self.certify = keys, on_rows, certify
+        self.value_probe = ValueProbe(keys[0], self.heads)
+        self.certificates: dict[str, Tensor] = {}
         self.statistics: dict[str, SequenceStatistics] = {}
         self.seen: dict[str, int] = {}
         self.priors: dict[str, Any] = {}
@@ -132,6 +82,12 @@ class Recorder:
         finally:
             self._muted -= 1
 
+    @property
+    def values(self) -> dict[str, ValueStatistics]:
+        """What values do, by layer, in the order of the layers."""
+        found = self.value_probe.statistics
+        return {name: found[name] for name in self.statistics if name in found}
+
     def begin_forward(self) -> None:
         """A new pass of the whole model starts."""
         self.num_forwards += 1
@@ -152,9 +108,22 @@ class Recorder:
             rows = call.statistics(self.keys)
             if self.on_rows is not None:
                 self.on_rows(name, rows)
-            self._accumulate(name, call, SequenceStatistics.of(rows))
+            follows = self._accumulate(name, call, SequenceStatistics.of(rows))
+            if output is not None and not follows:
+                self.value_probe.offer(name, call, output, rows.key_mass[..., 0])
+            if self.certify and output is not None:
+                self._certify(name, call)
 
-    def _accumulate(self, name: str, call: CapturedCall, new: SequenceStatistics) -> None:
+    def _certify(self, name: str, call: CapturedCall) -> None:
+        with self.muted():
+            gaps = call_certificate(call, rows=CHECKED_ROWS)
+        if gaps is not None:
+            gaps = gaps if self.heads is None else gaps[:, self.heads]
+            old = self.certificates.get(name)
+            self.certificates[name] = gaps if old is None else torch.cat([old, gaps])
+
+    def _accumulate(self, name: str, call: CapturedCall, new: SequenceStatistics) -> bool:
+        """Add ``new``; return whether it continues sequences that are there."""
         if self.heads is not None:
             known = all(-new.num_heads <= head < new.num_heads for head in self.heads)
             rule = f"name heads from 0 to {new.num_heads - 1} of layer {name!r}"
@@ -164,13 +133,14 @@ class Recorder:
         follows = start > 0 and self._next.get(name) == (batch, start)
         self._continuing = self._continuing or follows
         old = self.statistics.get(name)
+        follows = follows or (self._continuing and call.query.shape[2] == 1)
+        follows = follows and old is not None and old.num_sequences >= batch
         if old is None:
             self.statistics[name] = new
-        elif follows or (self._continuing and call.query.shape[2] == 1 and old.num_sequences >= batch):
-            self.statistics[name] = old.continued(new)
         else:
-            self.statistics[name] = old + new
+            self.statistics[name] = old.continued(new) if follows else old + new
         self._next[name] = (batch, start + call.query.shape[2])
+        return follows
 
     def _compare(self, name: str, call: CapturedCall, output: Tensor) -> None:
         """Raise unless the statistics describe the attention that the model computed."""

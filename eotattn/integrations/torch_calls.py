@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from eotattn.attention.score_rows import tensor_rows
-from eotattn.integrations.recorder import CapturedCall, Recorder
+from eotattn.integrations.captured_call import CapturedCall
+from eotattn.integrations.recorder import Recorder
 
 __all__ = ["TorchCalls"]
 
@@ -53,19 +55,26 @@ class TorchCalls(TorchFunctionMode):
         output = func(*args, **kwargs)
         call = {**dict(zip(NAMES, args, strict=False)), **kwargs}
         dropped = call.get("dropout_p", 0.0) > 0
-        self.recorder.record(self.recorder.stack[-1], _as_call(call), None if dropped else _with_heads(output))
+
+        def attend(value: Tensor) -> Tensor:
+            return _with_heads(func(**{**call, "value": value.view(call["value"].shape)}))
+
+        captured = replace(_as_call(call), attend=attend)
+        self.recorder.record(self.recorder.stack[-1], captured, None if dropped else _with_heads(output))
         return output
 
     def _multi_head(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = inspect.signature(func).bind(*args, **kwargs)
         given.apply_defaults()
-        if not given.arguments["need_weights"]:
+        if given.arguments["need_weights"]:
+            result = func(*args, **kwargs)
+            given.arguments.update(need_weights=False, training=False)
+            with torch.no_grad(), self._within():
+                func(*given.args, **given.kwargs)
+        else:
             with self._within():
-                return func(*args, **kwargs)
-        result = func(*args, **kwargs)
-        given.arguments.update(need_weights=False, training=False)
-        with torch.no_grad(), self._within():
-            func(*given.args, **given.kwargs)
+                result = func(*args, **kwargs)
+        self.recorder.value_probe.projected(lambda: given.arguments["out_proj_weight"])
         return result
 
     @contextmanager
