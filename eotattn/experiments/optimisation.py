@@ -30,7 +30,7 @@ class TrainingConfig:
         seed: Seed of the batches.
         accumulation: Parts that a process's share of the batch is computed in, for memory; the step is the same.
         compile: Whether ``torch.compile`` compiles the network's training step; evaluation never is.
-        precision: ``"no"`` (fp32), ``"bf16"`` or ``"fp16"``, as accelerate names them.
+        precision: ``"no"`` (fp32) or ``"bf16"`` (autocast; weights stay fp32).
         log_every: Steps that one row of the loss averages over.
         evaluate_every: Steps between calls of the evaluation hook, which start before the first step; 0 calls it at
             the end alone.
@@ -65,7 +65,7 @@ class TrainingConfig:
         for name in ("learning_rate", "prior_learning_rate", "gradient_clip"):
             check_positive(owner, name, getattr(self, name))
         check_positive(owner, "weight_decay", self.weight_decay, allow_zero=True)
-        check_choice(owner, "precision", self.precision, ("no", "bf16", "fp16"))
+        check_choice(owner, "precision", self.precision, ("no", "bf16"))
         fits = self.warmup_steps < self.steps
         require(fits, owner, "warmup_steps", f"be below steps = {self.steps}", self.warmup_steps, "Train for longer")
 

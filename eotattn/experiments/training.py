@@ -25,7 +25,7 @@ from eotattn.experiments.optimisation import TrainingConfig, learning_rate_facto
 from eotattn.experiments.records import Row
 from eotattn.experiments.tasks.batches import IGNORED, Batch
 
-__all__ = ["Evaluate", "Row", "Task", "TrainingConfig", "TrainingResult", "train", "training_rows"]
+__all__ = ["Evaluate", "Row", "Task", "TrainingConfig", "TrainingResult", "autocast", "train", "training_rows"]
 
 #: Called with (network, step) while the network is in evaluation mode; returns measurements.
 Evaluate = Callable[[nn.Module, int], Sequence[Row]]
@@ -60,6 +60,11 @@ def training_rows(result: TrainingResult) -> list[Row]:
     """The loss curve as tidy rows of a record, one a logged step."""
     what = {"panel": "training", "quantity": "training_loss", "unit": "nats per token"}
     return [what | {"step": row["step"], "value": row["loss"]} for row in result.rows]
+
+
+def autocast(config: TrainingConfig, device: torch.device) -> torch.autocast:
+    """The context in which a run's forward passes are computed, for whoever measures the network as it was trained."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
 
 def train(
@@ -113,7 +118,8 @@ def train(
                 run.evaluate(evaluate)
             if checkpoint is not None and _is_due(run.step, config.checkpoint_every, at_end):
                 run.save(checkpoint)
-    run.finish()
+    run.read_losses()
+    network.eval()
     return TrainingResult(run.rows, run.evaluations, time.perf_counter() - started, run.device.type)
 
 
@@ -152,7 +158,8 @@ class _Run:
 
     def __post_init__(self) -> None:
         # Log-priors compute positions in float64, which Apple's GPUs lack: without CUDA, train on the CPU.
-        self.accelerator = Accelerator(mixed_precision=self.config.precision, cpu=not torch.cuda.is_available())
+        # Its mixed precision cannot differ between two runs of one process; autocast can.
+        self.accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
         self.device = self.accelerator.device
         parts = self.accelerator.num_processes * self.config.accumulation
         rule = f"be a multiple of processes times accumulation, {parts}"
@@ -200,7 +207,7 @@ class _Run:
     def evaluate(self, evaluate: Evaluate) -> None:
         """Call the hook with the bare network in evaluation mode."""
         self.network.eval()
-        with torch.no_grad(), self.accelerator.autocast():
+        with torch.no_grad(), autocast(self.config, self.device):
             self.evaluations.extend({"step": self.step, **row} for row in evaluate(self.network, self.step))
 
     def save(self, path: Path) -> None:
@@ -236,12 +243,6 @@ class _Run:
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["random_state"])
 
-    def finish(self) -> None:
-        """Leave the network as it came, but for its weights: accelerate had put mixed precision around it."""
-        self.read_losses()
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        self.network.eval()
-
     def _parts(self, batch: Batch) -> list[Batch]:
         """This process's rows of the global batch, on its device, in as many parts as are accumulated."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
@@ -255,7 +256,8 @@ class _Run:
 
         Times the number of processes, because gradients are averaged over them.
         """
-        logits: Tensor = self.model(part.inputs)
+        with autocast(self.config, self.device):
+            logits: Tensor = self.model(part.inputs)
         target = part.targets.flatten()
         total = functional.cross_entropy(logits.flatten(0, -2).float(), target, ignore_index=IGNORED, reduction="sum")
         return total * (self.accelerator.num_processes / counted)

@@ -1,7 +1,11 @@
 """Training: resumes to the bit, learns, and keeps log-priors in a group of their own."""
 
+import signal
+import subprocess
+import sys
 from dataclasses import FrozenInstanceError, replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +13,9 @@ from torch import nn
 
 from eotattn.experiments.networks import CopyReader, CopyReaderConfig, Decoder, DecoderConfig
 from eotattn.experiments.optimisation import TrainingConfig, learning_rate_factor, parameter_groups
-from eotattn.experiments.tasks import CopyMixture
-from eotattn.experiments.training import train
+from eotattn.experiments.tasks import CopyMixture, step_generator
+from eotattn.experiments.tasks.batches import IGNORED, Batch
+from eotattn.experiments.training import _batches, train
 
 TASK = CopyMixture(vocabulary_size=5, length=7)
 CONFIG = TrainingConfig(steps=9, batch_size=3, warmup_steps=2, log_every=2, checkpoint_every=4, evaluate_every=3)
@@ -57,6 +62,34 @@ def test_interrupted_and_resumed_run_equals_the_uninterrupted_one_to_the_bit(at,
         assert torch.equal(one, other)
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import test_training as here
+
+class Deadly:
+    def batch(self, batch_size, *, seed, step):
+        if step == int(sys.argv[3]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return here.TASK.batch(batch_size, seed=seed, step=step)
+
+here.train(here.reader(), Deadly(), here.CONFIG, evaluate=here.weight_norm, checkpoint=Path(sys.argv[2]))
+"""
+
+
+def test_killed_and_resumed_run_equals_the_uninterrupted_one_to_the_bit(tmp_path):
+    path, whole = tmp_path / "run.pt", reader()
+    expected = train(whole, TASK, CONFIG, evaluate=weight_norm)
+    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(path), "6"]
+    assert subprocess.run(command, check=False, capture_output=True).returncode == -signal.SIGKILL
+    assert torch.load(path)["step"] == 4
+    resumed = reader()
+    assert train(resumed, TASK, CONFIG, evaluate=weight_norm, checkpoint=path).rows == expected.rows
+    for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_rows_come_every_few_steps_and_hooks_when_due(tmp_path):
     result = train(reader(), TASK, CONFIG, evaluate=weight_norm)
     assert [row["step"] for row in result.rows] == [2, 4, 6, 8]
@@ -89,6 +122,83 @@ def test_failed_checkpoint_leaves_the_old_one(tmp_path, monkeypatch):
         train(reader(), TASK, CONFIG, checkpoint=path)
     assert calls == [4, 8]
     assert torch.load(path)["step"] == 4
+
+
+def test_accumulation_takes_the_same_steps():
+    plain, parted = reader().eval(), reader().eval()
+    plain.readout[0].p = parted.readout[0].p = 0.0  # random numbers of parts are others than those of the whole
+    config = replace(CONFIG, batch_size=6)
+    expected = train(plain, TASK, config).rows
+    found = train(parted, TASK, replace(config, accumulation=3)).rows
+    assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], abs=1e-6)
+    inputs = TASK.batch(2, seed=1, step=0).inputs
+    torch.testing.assert_close(plain(inputs), parted(inputs), rtol=0, atol=1e-5)
+
+
+def test_compiled_training_takes_the_same_steps_and_compiles_the_network(monkeypatch):
+    compiled = []
+
+    def trace_only(module, **options):
+        compiled.append(options)
+        return compile_module(module, backend="eager", **options)
+
+    compile_module = torch.compile
+    monkeypatch.setattr(torch, "compile", trace_only)
+    plain, traced = reader(), reader()
+    plain.readout[0].p = traced.readout[0].p = 0.0
+    expected = train(plain, TASK, CONFIG, evaluate=weight_norm)
+    result = train(traced, TASK, replace(CONFIG, compile=True), evaluate=weight_norm)
+    assert len(compiled) == 1
+    assert [row["loss"] for row in result.rows] == pytest.approx([row["loss"] for row in expected.rows], abs=1e-6)
+    assert result.evaluations[-1]["norm"] == pytest.approx(expected.evaluations[-1]["norm"], rel=1e-5)
+
+
+def test_mixed_precision_ends_with_training():
+    network, seen = reader(), set()
+    network.readout.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    rows = train(network, TASK, replace(CONFIG, precision="bf16"), evaluate=weight_norm).rows
+    assert seen == {torch.bfloat16}
+    assert rows[0]["loss"] == pytest.approx(train(reader(), TASK, CONFIG).rows[0]["loss"], abs=3e-2)
+    assert network(TASK.batch(2, seed=0, step=0).inputs).dtype == torch.float32
+    assert network.attention.out_proj(torch.ones(1, 6)).dtype == torch.float32
+
+
+class Images:
+    """Two classes of (1, 2, 2) images that a linear map tells apart."""
+
+    def batch(self, batch_size, *, seed, step):
+        generator = step_generator(seed, step)
+        classes = torch.randint(2, (batch_size,), generator=generator)
+        noise = torch.randn(batch_size, 1, 2, 2, generator=generator)
+        return Batch(noise / 4 + classes.view(-1, 1, 1, 1), classes)
+
+
+def test_images_are_classified_by_the_same_loop():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    config = TrainingConfig(steps=60, batch_size=16, learning_rate=5e-2, log_every=10)
+    losses = [row["loss"] for row in train(network, Images(), config).rows]
+    assert losses[-1] < 0.3 < losses[0]
+
+
+def test_batches_made_ahead_are_the_same_ones_in_the_same_order():
+    made = list(_batches(TASK, CONFIG, 2, ahead=True))
+    expected = list(_batches(TASK, CONFIG, 2, ahead=False))
+    assert len(made) == CONFIG.steps - 2
+    assert all(torch.equal(one.inputs, other.inputs) for one, other in zip(made, expected, strict=True))
+    with pytest.raises(BreakOffError):
+        list(_batches(Interrupting(5), CONFIG, 2, ahead=True))
+    assert list(_batches(TASK, CONFIG, CONFIG.steps, ahead=True)) == []
+
+
+def test_a_batch_without_targets_is_refused():
+    class Silent:
+        def batch(self, batch_size, *, seed, step):
+            batch = TASK.batch(batch_size, seed=seed, step=step)
+            return Batch(batch.inputs, torch.full_like(batch.targets, IGNORED))
+
+    with pytest.raises(ValueError, match="a batch must have a target that counts"):
+        train(reader(), Silent(), CONFIG)
 
 
 def test_training_lowers_the_loss_towards_the_best_possible():
@@ -134,7 +244,8 @@ def test_configuration_is_frozen():
         ({"steps": 0}, "steps must be at least 1; got 0"),
         ({"warmup_steps": 9}, "warmup_steps must be below steps = 9; got 9"),
         ({"learning_rate": 0.0}, "learning_rate must be positive and finite"),
-        ({"precision": "fp8"}, "precision must be one of 'no', 'bf16', 'fp16'; got 'fp8'"),
+        ({"accumulation": 0}, "accumulation must be at least 1; got 0"),
+        ({"precision": "fp8"}, "precision must be one of 'no', 'bf16'; got 'fp8'"),
         ({"checkpoint_every": -1}, "checkpoint_every must be at least 0"),
     ],
 )
