@@ -10,13 +10,24 @@ that is added to it (log-priors, position biases, floating masks). Masks decide 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["RowSource", "ScoreBlock", "ScoreRows", "ScoreSource", "WeightRows", "tensor_rows"]
+from eotattn.priors.lanes import Lanes
+
+__all__ = [
+    "LaneRows",
+    "RowSource",
+    "ScoreBlock",
+    "ScoreRows",
+    "ScoreSource",
+    "TensorRows",
+    "WeightRows",
+    "split_table",
+]
 
 #: Gives rows ``start`` to ``stop`` of a Q x K table, broadcastable to (B, H, stop - start, K).
 RowSource = Callable[[int, int], Tensor]
@@ -27,9 +38,27 @@ BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**25}
 KEY_PARTS = 8
 
 
-def tensor_rows(table: Tensor) -> RowSource:
-    """Rows of a tensor broadcastable to (B, H, Q, K)."""
-    return lambda start, stop: table if table.dim() < 2 or table.shape[-2] == 1 else table[..., start:stop, :]
+@dataclass(frozen=True, eq=False)
+class TensorRows:
+    """Rows of a table that broadcasts to (B, H, Q, K)."""
+
+    table: Tensor
+
+    def __call__(self, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop``."""
+        shared = self.table.dim() < 2 or self.table.shape[-2] == 1
+        return self.table if shared else self.table[..., start:stop, :]
+
+
+@dataclass(frozen=True, eq=False)
+class LaneRows:
+    """Rows of a log-prior given by its lanes, which state it up to a constant of each row."""
+
+    lanes: Lanes
+
+    def __call__(self, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop``, (..., H, stop - start, K), float32 or float64."""
+        return replace(self.lanes, query=self.lanes.query[..., start:stop, :]).dense()
 
 
 @dataclass(frozen=True)
@@ -94,7 +123,7 @@ class ScoreRows:
     """Logits of an attention call.
 
     Args:
-        query: (B, H, Q, D), float32 or float64.
+        query: (B, H, Q, D), floating; blocks are made from float32 and float64.
         key: (B, Hk, K, D); Hk divides H, nothing is repeated in memory.
         scale: Factor on the inner products.
         softcap: c of c tanh(score / c), nats.
@@ -118,6 +147,10 @@ class ScoreRows:
     query_start: int = 0
     key_start: int = 0
 
+    def widened(self) -> ScoreRows:
+        """The same call with content in the dtype of the logits."""
+        return replace(self, query=self.query.to(self.dtype), key=self.key.to(self.dtype))
+
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """(B, H, Q, K)."""
@@ -126,8 +159,8 @@ class ScoreRows:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the logits."""
-        return self.query.dtype
+        """The dtype of the logits: float64 for float64, else float32."""
+        return torch.promote_types(self.query.dtype, torch.float32)
 
     @property
     def device(self) -> torch.device:
@@ -137,12 +170,12 @@ class ScoreRows:
     def block(self, start: int, stop: int) -> ScoreBlock:
         """Logits of rows ``start`` to ``stop``, without keys that causality or the window exclude for all of them."""
         first, last = self._key_span(start, stop)
-        content = self._content(start, stop, first, last)
+        content = self.content(start, stop, first, last)
         prior, admissible = None, self._by_position(start, stop, first, last)
         for source in (self.log_prior, self.mask):
             if source is None:
                 continue
-            added, seen = _split(_columns(source(start, stop), first, last), self.dtype)
+            added, seen = split_table(_columns(source(start, stop), first, last), self.dtype)
             if added is not None:
                 prior = added if prior is None else prior + added
             if seen is not None:
@@ -157,11 +190,13 @@ class ScoreRows:
         last = min(keys, -(-max(last, 1) // step) * step)
         return min(first, last - 1), last
 
-    def _content(self, start: int, stop: int, first: int, last: int) -> Tensor:
+    def content(self, start: int, stop: int, first: int = 0, last: int | None = None) -> Tensor:
+        """(B, H, stop - start, last - first) content scores, nats."""
         query = self.query[:, :, start:stop] * self.scale
         key = self.key[:, :, first:last]
+        shape = (*query.shape[:3], key.shape[2])
         grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # (B, Hk, G r, D)
-        score = (grouped @ key.transpose(-1, -2)).view(query.shape[0], query.shape[1], stop - start, last - first)
+        score = (grouped @ key.transpose(-1, -2)).view(shape)
         return score if self.softcap is None else self.softcap * torch.tanh(score / self.softcap)
 
     def _by_position(self, start: int, stop: int, first: int, last: int) -> Tensor | None:
@@ -216,7 +251,7 @@ def _columns(rows: Tensor, first: int, last: int) -> Tensor:
     return rows if rows.dim() == 0 or rows.shape[-1] == 1 else rows[..., first:last]
 
 
-def _split(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+def split_table(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
     """What a table adds, finite everywhere, and which keys it admits."""
     if rows.dtype == torch.bool:
         return None, rows

@@ -1,14 +1,17 @@
-"""Statistics of attention rows and columns, streamed over blocks of rows: O(L d) memory, never an L x L tensor.
+"""Statistics of attention rows and columns, streamed: O(L d) memory, never an L x L tensor.
 
 Legend: B batch, H query heads, Hk key heads, Q queries, K keys, D score width, V value width, N chosen keys, T lags.
 
 With logits z_ij = s_ij + K_ij (content and prior, nats) and weights p_ij = exp(z_ij - lse_i). An explicit sink is one
 further outcome of every row, with logit b and no value: lse_i includes it, and so does the entropy.
+
+Two forms compute the same: blocks of rows, for every call and device, and on CUDA kernels that store no logit.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,8 +19,27 @@ from torch import Tensor
 
 from eotattn.attention.block_statistics import block_statistics
 from eotattn.attention.column_sums import ColumnSums
-from eotattn.attention.score_rows import RowSource, ScoreRows, ScoreSource, WeightRows, block_spans
-from eotattn.checks import check_floating, check_positive, check_positive_int, check_same_device, check_shape, require
+from eotattn.attention.score_rows import (
+    LaneRows,
+    RowSource,
+    ScoreRows,
+    ScoreSource,
+    TensorRows,
+    WeightRows,
+    block_spans,
+)
+from eotattn.attention.tile_statistics import as_tiles, tile_statistics
+from eotattn.checks import (
+    check_choice,
+    check_floating,
+    check_positive,
+    check_positive_int,
+    check_same_device,
+    check_shape,
+    require,
+)
+from eotattn.kernels.score_sums import ScoreTiles, refusal
+from eotattn.priors.lanes import Lanes
 
 __all__ = ["AttentionStatistics", "row_statistics", "source_statistics", "weight_statistics"]
 
@@ -97,7 +119,7 @@ def row_statistics(
     *,
     scale: float | None = None,
     softcap: float | None = None,
-    log_prior: Tensor | RowSource | None = None,
+    log_prior: Tensor | Lanes | RowSource | None = None,
     mask: Tensor | RowSource | None = None,
     is_causal: bool = False,
     window: int | None = None,
@@ -107,11 +129,12 @@ def row_statistics(
     sequence_start: Tensor | None = None,
     counted: Tensor | None = None,
     keys: tuple[int, ...] = (0,),
+    backend: str = "auto",
     block_elements: int | None = None,
 ) -> AttentionStatistics:
-    """Compute all statistics of softmax(softcap(scale * <query, key>) + log_prior) in one pass over blocks of rows.
+    """Compute all statistics of softmax(softcap(scale * <query, key>) + log_prior) without storing a row of weights.
 
-    16-bit inputs are computed in float32; columns and lags are summed in float64.
+    16-bit inputs are computed in float32; columns and lags are summed in float64 or finer.
 
     Args:
         query: (B, H, Q, D), floating.
@@ -119,7 +142,9 @@ def row_statistics(
         value: (B, Hk, K, V); give it to get the output as well.
         scale: Factor on the inner products, default 1 / sqrt(D).
         softcap: c of c tanh(score / c), nats, positive; ``None`` for none.
-        log_prior: Broadcastable to (B, H, Q, K), nats, or a function (start, stop) -> those rows; the prior part.
+        log_prior: Broadcastable to (B, H, Q, K), nats, or a function (start, stop) -> those rows, or the lanes of a
+            prior; the prior part. Lanes state it up to a constant of each row, which moves both log-sum-exps alike and
+            nothing else.
         mask: Likewise; boolean with true where a query may attend, or floating and added to the prior part, with -inf
             or the dtype's lowest number at inadmissible keys.
         is_causal: Keys at later positions than the query are inadmissible.
@@ -130,8 +155,11 @@ def row_statistics(
         sequence_start: (B,) position of the first token that is not padding; chosen keys and columns count from it.
         counted: (B, Q) boolean, false where a query is padding; all by default.
         keys: Chosen keys, counted from the start of the sequence; the first one is j* of the margin.
+        backend: ``"kernel"`` for the kernel, ``"blocks"`` for blocks of rows; ``"auto"`` takes the kernel where it
+            serves: on CUDA with Triton, in 16 or 32 bits, heads and lanes up to 128 wide, masks that all queries and
+            heads share, priors as lanes, no output wanted.
         block_elements: Entries of a block of logits, default 2^18 on a CPU and 2^25 on a GPU; memory is about ten such
-            blocks.
+            blocks. Asks for blocks.
 
     Returns:
         :class:`AttentionStatistics`.
@@ -139,6 +167,7 @@ def row_statistics(
     Raises:
         ValueError: For shapes, devices or values that do not fit.
         TypeError: For dtypes that do not fit.
+        NotImplementedError: If the kernel is asked for and does not serve the call; it says why.
 
     Source:
         Definitions: Litman and Guo 2026 (arXiv 2601.15380), theorem 5.1 and definitions 5.2 and 5.3; Gu et al. 2024
@@ -150,14 +179,14 @@ def row_statistics(
         tensor([1.0000, 0.5000, 0.3333, 0.2500])
     """
     _check_content(query, key, value, sink_logits)
-    dtype = torch.promote_types(query.dtype, torch.float32)
+    check_choice(OWNER, "backend", backend, ("auto", "kernel", "blocks"))
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else check_positive(OWNER, "scale", scale)
     softcap = None if softcap is None else check_positive(OWNER, "softcap", softcap)
     window = None if window is None else check_positive_int(OWNER, "window", window)
     shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     rows = ScoreRows(
-        query.to(dtype),
-        key.to(dtype),
+        query,
+        key,
         scale,
         softcap=softcap,
         log_prior=_as_rows("log_prior", log_prior, shape),
@@ -167,15 +196,15 @@ def row_statistics(
         query_start=query_start,
         key_start=key_start,
     )
-    return source_statistics(
-        rows,
-        value=None if value is None else value.to(dtype),
-        sink_logits=None if sink_logits is None else sink_logits.to(dtype),
-        sequence_start=sequence_start,
-        counted=counted,
-        keys=keys,
-        block_elements=block_elements,
-    )
+    tiles = None if backend == "blocks" else _tiles(rows, value, block_elements)
+    if backend == "kernel" and isinstance(tiles, str):
+        raise NotImplementedError(f"{OWNER}: backend 'kernel' does not serve this call: {tiles}. Use 'blocks'.")
+    sink = None if sink_logits is None else sink_logits.to(rows.dtype)
+    place = {"sequence_start": sequence_start, "counted": counted, "keys": keys}
+    if isinstance(tiles, ScoreTiles):
+        return _statistics(rows, lambda chosen, seen: tile_statistics(rows, tiles, chosen, sink, seen), **place)
+    wide = None if value is None else value.to(rows.dtype)
+    return source_statistics(rows.widened(), value=wide, sink_logits=sink, block_elements=block_elements, **place)
 
 
 @torch.no_grad()
@@ -227,6 +256,28 @@ def source_statistics(
     block_elements: int | None = None,
 ) -> AttentionStatistics:
     """The statistics of any source of blocks of logits; arguments as in :func:`row_statistics`."""
+
+    def by_blocks(chosen: Tensor, counted: Tensor) -> tuple[dict[str, Tensor], ColumnSums]:
+        columns, parts = ColumnSums.empty(source), []
+        for start, stop in block_spans(source, block_elements):
+            block = source.block(start, stop)
+            weights, rows = block_statistics(block, chosen, sink_logits, value)
+            columns.add(weights, block, counted[:, start:stop])
+            parts.append(rows)
+        return {name: torch.cat([part[name] for part in parts], dim=2) for name in parts[0]}, columns
+
+    return _statistics(source, by_blocks, sequence_start=sequence_start, counted=counted, keys=keys)
+
+
+def _statistics(
+    source: ScoreSource,
+    compute: Callable[[Tensor, Tensor], tuple[dict[str, Tensor], ColumnSums]],
+    *,
+    sequence_start: Tensor | None,
+    counted: Tensor | None,
+    keys: tuple[int, ...],
+) -> AttentionStatistics:
+    """Find the chosen keys (B, N) and the queries that count (B, Q), and put together what is computed from them."""
     batch, _, queries, num_keys = source.shape
     starts = torch.zeros(batch, dtype=torch.int64) if sequence_start is None else sequence_start
     counted = torch.ones(batch, queries, dtype=torch.bool) if counted is None else counted
@@ -235,25 +286,28 @@ def source_statistics(
     known = len(keys) > 0 and all(isinstance(key, int) and key >= 0 for key in keys)
     require(known, OWNER, "keys", "name at least one key, from 0 up", keys, "Count from the first token")
     starts, counted = starts.to(source.device), counted.to(source.device)
-    columns = ColumnSums.empty(source)
-    parts = []
-    chosen = starts[:, None] + torch.tensor(keys, device=source.device) - source.key_start  # (B, N)
-    for start, stop in block_spans(source, block_elements):
-        block = source.block(start, stop)
-        weights, rows = block_statistics(block, chosen, sink_logits, value)
-        columns.add(weights, block, counted[:, start:stop])
-        parts.append(rows)
-    joined = {name: torch.cat([part[name] for part in parts], dim=2) for name in parts[0]}
+    chosen = starts[:, None] + torch.tensor(keys, device=source.device) - source.key_start
+    rows, columns = compute(chosen, counted)
     statistics = AttentionStatistics(
-        **joined,
+        **rows,
         column_mass=columns.mass,
         column_count=columns.count,
         lag_mass=columns.lags,
         first_lag=source.query_start - source.key_start - num_keys + 1,
-        counted=counted & (joined["num_keys"][:, 0] > 0),
+        counted=counted & (rows["num_keys"][:, 0] > 0),
     )
     moved = sequence_start is not None or source.key_start > 0
     return _aligned(statistics, starts, source.key_start) if moved else statistics
+
+
+def _tiles(rows: ScoreRows, value: Tensor | None, block_elements: int | None) -> ScoreTiles | str:
+    """The call in the kernel's terms, or why the kernel does not serve it."""
+    if value is not None:
+        return "an output is wanted, and the kernel multiplies no values"
+    if block_elements is not None:
+        return "block_elements asks for blocks"
+    tiles = as_tiles(rows)
+    return tiles if isinstance(tiles, str) else refusal(tiles) or tiles
 
 
 def _aligned(statistics: AttentionStatistics, starts: Tensor, key_start: int) -> AttentionStatistics:
@@ -266,13 +320,20 @@ def _aligned(statistics: AttentionStatistics, starts: Tensor, key_start: int) ->
     return replace(statistics, column_mass=mass, column_count=count)
 
 
-def _as_rows(name: str, table: Tensor | RowSource | None, shape: tuple[int, ...]) -> RowSource | None:
-    if table is None or not isinstance(table, Tensor):
+def _as_rows(name: str, table: Tensor | Lanes | RowSource | None, shape: tuple[int, ...]) -> RowSource | None:
+    if isinstance(table, Lanes):
+        heads, queries, keys = shape[1:]
+        sides = (table.query.shape[-3:-1], table.key.shape[-2:-1]) == ((heads, queries), (keys,))
+        rule = f"have lanes of {heads} heads, {queries} queries and {keys} keys"
+        remedy = "Take the lanes at the positions of this call"
+        require(sides, OWNER, name, rule, (tuple(table.query.shape), tuple(table.key.shape)), remedy)
+        return LaneRows(table)
+    if not isinstance(table, Tensor):
         return table
     padded = (1,) * (4 - table.dim()) + tuple(table.shape)
     fits = table.dim() <= 4 and all(have in (1, want) for have, want in zip(padded, shape, strict=True))
     require(fits, OWNER, name, f"broadcast to {shape}", table, "Add or drop axes")
-    return lambda start, stop: table[..., start:stop, :] if padded[2] > 1 else table
+    return TensorRows(table)
 
 
 def _check_content(query: Tensor, key: Tensor, value: Tensor | None, sink: Tensor | None) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eotattn.attention.score_rows import RowSource, tensor_rows
+from eotattn.attention.score_rows import RowSource, TensorRows
 from eotattn.integrations.captured_call import CapturedCall
 from eotattn.integrations.lazy_mask import LazyMask
 from eotattn.integrations.recorder import Recorder
@@ -170,7 +170,7 @@ def _run_by_rows(
         stop = min(start + rows, queries)
         part = dict(arguments)
         if part.get("position_bias") is not None:
-            part["position_bias"] = tensor_rows(part["position_bias"])(start, stop)
+            part["position_bias"] = TensorRows(part["position_bias"])(start, stop)
         masked = mask.original_rows(start, stop) if isinstance(mask, LazyMask) else _rows_of(mask, start, stop)
         rows_output = function(module, query[:, :, start:stop], key, value, masked, **part)[0]
         if output is None:  # one tensor from the start: small ones between large ones would keep memory from reuse
@@ -181,7 +181,7 @@ def _run_by_rows(
 
 
 def _rows_of(mask: Tensor | None, start: int, stop: int) -> Tensor | None:
-    return None if mask is None else tensor_rows(mask)(start, stop)
+    return None if mask is None else TensorRows(mask)(start, stop)
 
 
 def _as_call(
@@ -203,7 +203,7 @@ def _as_call(
         value,
         scale=arguments.get("scaling"),
         softcap=arguments.get("softcap"),
-        log_prior=None if bias is None else _cropped(tensor_rows(bias), keys),
+        log_prior=None if bias is None else _cropped(TensorRows(bias), keys),
         sink_logits=None if sink is None else sink.flatten(),
     )
     if isinstance(mask, LazyMask):
@@ -214,7 +214,7 @@ def _as_call(
     causal = arguments.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     causal = bool(causal) and mask is None and queries > 1 and implementation != "eager"
-    rows = None if mask is None else _cropped(tensor_rows(mask), keys)
+    rows = None if mask is None else _cropped(TensorRows(mask), keys)
     shift = keys - queries if causal or (mask is not None and not crosses) else 0
     if causal and implementation == "sdpa":
         shift = 0  # query i sees keys 0 to i there
@@ -241,7 +241,7 @@ def _pattern(mask: LazyMask, keys: int) -> dict[str, Any]:
     if not is_plain or (padding is not None and padding.shape != (mask.shape[0], keys)):
         return {"mask": _cropped(mask.rows, keys)}
     real = None if padding is None or bool(padding.all()) else padding.bool()[:, None, None, :]
-    rows = None if real is None else tensor_rows(real)
+    rows = None if real is None else TensorRows(real)
     return {"mask": rows, "is_causal": function is causal_mask_function}
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from eotattn.attention import functional
 from eotattn.attention.call import AttentionCall
 from eotattn.attention.positions import Positions
-from eotattn.attention.score_rows import RowSource, tensor_rows
+from eotattn.attention.score_rows import RowSource, TensorRows
 from eotattn.integrations.captured_call import CapturedCall
 from eotattn.integrations.recorder import Recorder
 
@@ -96,11 +96,11 @@ def _mask_rows(call: AttentionCall) -> RowSource | None:
     if dense is None and padding is None:
         return None
     if padding is None:
-        return tensor_rows(dense) if dense is not None else None
+        return TensorRows(dense) if dense is not None else None
     real = ~padding[:, None, None, :]
     if dense is None:
         return lambda start, stop: real
-    rows = tensor_rows(dense)
+    rows = TensorRows(dense)
 
     def both(start: int, stop: int) -> Tensor:
         part = rows(start, stop)

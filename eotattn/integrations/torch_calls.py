@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from eotattn.attention.score_rows import tensor_rows
+from eotattn.attention.score_rows import TensorRows
 from eotattn.integrations.captured_call import CapturedCall
 from eotattn.integrations.recorder import Recorder
 
@@ -107,7 +107,7 @@ def _as_call(given: dict[str, Any]) -> CapturedCall:
         key,
         value,
         scale=given.get("scale"),
-        mask=None if mask is None else tensor_rows(mask),
+        mask=None if mask is None else TensorRows(mask),
         is_causal=bool(given.get("is_causal", False)),
         query_start=key.shape[2] - query.shape[2] if decodes else 0,
     )

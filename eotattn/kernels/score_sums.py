@@ -1,0 +1,152 @@
+"""Sums over the softmax of scores, by row, by key and by lag, where a kernel makes them without storing a score.
+
+Legend: B batch, H query heads, Hk key heads, Q queries, K keys, D score width, P lanes.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["RowSums", "ScoreTiles", "column_sums", "refusal", "row_sums"]
+
+#: The widest scores and lanes that a tile holds.
+WIDEST = 128
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreTiles:
+    """An attention call whose logits a kernel can make tile by tile: content + <query lanes, key lanes>.
+
+    Key j is admissible for query i if the key mask admits it, ``j <= i + shift`` (causal) and
+    ``j > i + shift - window`` (window).
+
+    Args:
+        query: (B, H, Q, D).
+        key: (B, Hk, K, D); Hk divides H.
+        scale: Factor on the inner products, positive.
+        softcap: c of c tanh(score / c), nats, or ``None``.
+        query_lanes: (B, H, Q, P), nats, in the dtype of ``query``; ``None`` without a prior.
+        key_lanes: (B, Hk, K, P).
+        key_mask: (B, K) boolean, true at admissible keys; ``None`` for all.
+        is_causal: Whether later keys are inadmissible.
+        window: Tokens, or ``None``.
+        shift: Position of the first query less that of the first key, tokens.
+    """
+
+    query: Tensor
+    key: Tensor
+    scale: float
+    softcap: float | None = None
+    query_lanes: Tensor | None = None
+    key_lanes: Tensor | None = None
+    key_mask: Tensor | None = None
+    is_causal: bool = False
+    window: int | None = None
+    shift: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class RowSums:
+    """Of each row over its admissible keys, without an explicit sink; (B, H, Q) float32, undefined in rows without.
+
+    Attributes:
+        log_sum_exp: nats.
+        entropy: nats.
+        participation: Sum of squared weights.
+        score_min: Smallest content, nats.
+        score_max: Largest content, nats.
+        expected_score: Mean content, nats.
+        rival: Largest logit among the other keys than the chosen one, nats.
+        rival_score: Its content, nats; the larger one where several share that logit.
+        prior_log_sum_exp: ln sum_j exp(<query lanes, key lanes>), nats; zero without lanes.
+    """
+
+    log_sum_exp: Tensor
+    entropy: Tensor
+    participation: Tensor
+    score_min: Tensor
+    score_max: Tensor
+    expected_score: Tensor
+    rival: Tensor
+    rival_score: Tensor
+    prior_log_sum_exp: Tensor
+
+
+def refusal(tiles: ScoreTiles) -> str | None:
+    """Why no kernel serves the call, or ``None`` if one does.
+
+    Example:
+        >>> refusal(ScoreTiles(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), scale=1.0))
+        'the tensors are on cpu; the kernel runs on CUDA'
+    """
+    if tiles.query.device.type != "cuda" and not _interpreted():
+        return f"the tensors are on {tiles.query.device.type}; the kernel runs on CUDA"
+    if _triton() is None:
+        return "Triton is not installed"
+    if tiles.query.dtype not in DTYPES or tiles.key.dtype != tiles.query.dtype:
+        return f"the kernel multiplies one of bfloat16, float16 and float32; got {tiles.query.dtype}, {tiles.key.dtype}"
+    lanes = 0 if tiles.query_lanes is None else tiles.query_lanes.shape[-1]
+    if max(tiles.query.shape[-1], lanes) > WIDEST:
+        return f"scores of width {tiles.query.shape[-1]} and {lanes} lanes; a tile holds {WIDEST} of each"
+    return None
+
+
+def row_sums(tiles: ScoreTiles, chosen: Tensor) -> RowSums:
+    """Sum over the keys of every row, in one sweep.
+
+    Args:
+        tiles: A call that :func:`refusal` does not refuse.
+        chosen: (B,) index of the key that is no rival of itself; any other number where there is none.
+
+    Source: online softmax, Milakov and Gimelshein 2018, carried on to further sums.
+    """
+    return RowSums(*_triton().launch_rows(_contiguous(tiles), chosen))
+
+
+def column_sums(tiles: ScoreTiles, log_sum_exp: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum ``exp(logit_ij - log_sum_exp_i)`` over the queries that count, in a second sweep.
+
+    Every sum is exact to 2^-40 a tile and does not depend on the order in which programs finish.
+
+    Args:
+        tiles: A call that :func:`refusal` does not refuse.
+        log_sum_exp: (B, H, Q) float32, nats; rows of -inf have no weights.
+        counted: (B, Q) boolean.
+
+    Returns:
+        Mass by key (B, H, K), and by lag i - j, from the smallest: (B, H, Q + K - 1); float64.
+
+    Source: original.
+    """
+    mass, lags = _triton().launch_columns(_contiguous(tiles), log_sum_exp, counted)
+    return mass, lags
+
+
+def _contiguous(tiles: ScoreTiles) -> ScoreTiles:
+    """Rows that a kernel can read: entries side by side."""
+    names = ("query", "key", "query_lanes", "key_lanes")
+    sides = {name: getattr(tiles, name) for name in names}
+    dense = {name: side if side is None or side.stride(-1) == 1 else side.contiguous() for name, side in sides.items()}
+    return replace(tiles, **dense)
+
+
+@cache
+def _triton() -> Any:
+    """The file with the kernels, or ``None`` without Triton."""
+    try:
+        from eotattn.kernels import score_sums_triton
+    except ImportError:
+        return None
+    return score_sums_triton
+
+
+def _interpreted() -> bool:
+    """Whether Triton runs its kernels in Python, which serves tensors on a CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
