@@ -5,6 +5,7 @@ from eotattn.priors.fourier import FourierPrior
 from eotattn.priors.given import DensePrior
 from eotattn.priors.goat import goat_prior
 from eotattn.priors.grid import ClassTokenPrior, GridPrior, grid_positions
+from eotattn.priors.grid_tables import GridKeyPrior, GridTablePrior
 from eotattn.priors.key_table import KeyTablePrior
 from eotattn.priors.lanes import LaneFactors, Lanes
 from eotattn.priors.recency import RecencyPrior, alibi_slopes
@@ -15,7 +16,9 @@ __all__ = [
     "ClassTokenPrior",
     "DensePrior",
     "FourierPrior",
+    "GridKeyPrior",
     "GridPrior",
+    "GridTablePrior",
     "KeyTablePrior",
     "LaneFactors",
     "Lanes",
