@@ -5,8 +5,11 @@ import math
 import pytest
 import torch
 
+from eotattn.attention import PriorAttention, Rotary
 from eotattn.experiments.networks import ATTENTION_KINDS, CopyReader, CopyReaderConfig, Decoder, DecoderConfig
-from eotattn.priors import LogPrior
+from eotattn.experiments.networks.growing_scores import GrowingScoreAttention
+from eotattn.experiments.networks.rotations import LeadingHeadsRotary, StretchedRotary
+from eotattn.priors import LogPrior, RecencyPrior
 
 
 def decoder(attention, num_layers=2):
@@ -49,7 +52,9 @@ def test_kinds_differ_in_their_priors_alone():
         return [tuple(p.shape) for p in network.parameters() if id(p) not in of_priors]
 
     shapes = {name: content(decoder(name)) for name in ATTENTION_KINDS}
-    assert all(shape == shapes["none"] for shape in shapes.values())
+    extra = {"learned": [(6, 12)]}  # the table of positions
+    for name, shape in shapes.items():
+        assert sorted(shape) == sorted(shapes["none"] + extra.get(name, [])), name
 
 
 def test_alibi_is_frozen_and_goat_learns():
@@ -72,13 +77,81 @@ def test_interpolation_squeezes_long_positions_only():
     assert inside.positions(3, torch.device("cpu")).tolist() == [0.0, 1.0, 2.0]
 
 
-def test_one_block_without_positions_cannot_tell_order():
-    network, mixed = decoder("none", num_layers=1), tokens(5)
+ORDERLESS = {"none", "growing_none"}
+NEUTRAL = {"sink_only", "relative_only"}  # their log-priors start at zero
+
+
+@pytest.mark.parametrize("attention", ATTENTION_KINDS)
+def test_one_block_tells_order_unless_nothing_tells_it_positions(attention):
+    network, mixed = decoder(attention, num_layers=1), tokens(5)
     swapped = mixed[:, [1, 0, 2, 3, 4]]
     with torch.no_grad():
-        assert torch.allclose(network(mixed)[:, -1], network(swapped)[:, -1], atol=1e-5)
-        ordered = decoder("sinusoidal", num_layers=1)
-        assert not torch.allclose(ordered(mixed)[:, -1], ordered(swapped)[:, -1], atol=1e-3)
+        same = torch.allclose(network(mixed)[:, -1], network(swapped)[:, -1], atol=1e-5)
+        assert same == (attention in ORDERLESS | NEUTRAL)
+        for parameter in network.blocks[0].attention.prior.parameters() if attention in NEUTRAL else ():
+            parameter.add_(torch.arange(1.0, 1 + parameter.numel()).reshape(parameter.shape))
+        same = torch.allclose(network(mixed)[:, -1], network(swapped)[:, -1], atol=1e-5)
+        assert same == (attention in ORDERLESS)
+
+
+def test_positions_beyond_the_learned_table_share_its_last_entry():
+    network, seen = decoder("learned"), []
+    network.blocks[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        network(torch.zeros(1, 9, dtype=torch.long))
+    hidden = seen[0][0]
+    assert torch.equal(hidden[5:], hidden[5:6].expand(4, -1))  # the table has six entries
+    assert not torch.allclose(hidden[4], hidden[5], atol=1e-3)
+
+
+def test_stretched_rotary_keeps_the_fastest_wave_and_stretches_the_slowest_with_the_window():
+    width, train_length, length = 8, 16, 64
+    rotary = StretchedRotary(width, train_length=train_length)
+    content = torch.zeros(1, 1, length, width, dtype=torch.float64)
+    content[..., : width // 2] = 1.0  # turned pairs are (cos, sin) of the phase
+    turned = rotary(content, torch.arange(length))[0, 0]
+    phase = torch.atan2(turned[:, width // 2 :], turned[:, : width // 2])
+    assert float(phase[1, 0]) == pytest.approx(1.0)
+    slowest = 10_000 ** -((width - 2) / width)
+    assert float(phase[-1, -1]) == pytest.approx((length - 1) * slowest / (length / train_length))
+    short = content[:, :, :train_length]
+    assert torch.equal(rotary(short, torch.arange(train_length)), Rotary(width)(short, torch.arange(train_length)))
+
+
+def test_leading_heads_turn_and_the_others_stay():
+    rotary = LeadingHeadsRotary(4, num_rotated=2)
+    content = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(0))
+    turned = rotary(content, torch.arange(5))
+    assert torch.equal(turned[:, 2], content[:, 2])
+    assert torch.equal(turned[:, :2], Rotary(4)(content, torch.arange(5))[:, :2])
+
+
+def test_growing_scores_multiply_the_score_by_the_log_of_the_position():
+    torch.manual_seed(0)
+    layer = GrowingScoreAttention(12, num_heads=3, train_length=4, prior=RecencyPrior(3)).double()
+    plain = PriorAttention(12, num_heads=3, prior=RecencyPrior(3)).double()
+    plain.load_state_dict(layer.state_dict())
+    hidden = torch.randn(2, 9, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    grown, _ = layer(hidden, need_weights=False, is_causal=True)
+    heads = plain.project(hidden)
+    factor = torch.tensor([max(1.0, math.log(2 + i) / math.log(4)) for i in range(9)], dtype=torch.float64)
+    score = plain.scale * factor[:, None] * (heads.query @ heads.key.mT)
+    score = score + plain.prior.dense(torch.arange(9), torch.arange(9), dtype=torch.float64)
+    score = score.masked_fill(torch.ones(9, 9, dtype=torch.bool).triu(1), -math.inf)
+    expected = plain.out_proj((score.softmax(-1) @ heads.value).transpose(1, 2).flatten(2))
+    assert torch.allclose(grown, expected, atol=1e-12)
+    assert float(factor[3]) == pytest.approx(math.log(5) / math.log(4))  # so growth shows in the comparison
+
+
+def test_growing_scores_belong_to_positions_and_not_to_lengths():
+    torch.manual_seed(0)
+    layer = GrowingScoreAttention(12, num_heads=3, train_length=4)
+    hidden = torch.randn(2, 9, 12, generator=torch.Generator().manual_seed(1))
+    whole = layer.project(hidden).query
+    part = layer.project(hidden[:, 6:], query_positions=torch.arange(6, 9), key_positions=torch.arange(6, 9)).query
+    rows = layer.project(hidden, query_positions=torch.arange(9).expand(2, -1)).query
+    assert torch.allclose(whole[:, :, 6:], part, atol=1e-6)
+    assert torch.allclose(whole, rows, atol=1e-6)
 
 
 def test_copy_reader_starts_without_any_preference():

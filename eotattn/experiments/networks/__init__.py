@@ -1,6 +1,7 @@
 """Networks of the experiments, one file a network."""
 
+from eotattn.experiments.networks.attention_kinds import ATTENTION_KINDS, AttentionKind
 from eotattn.experiments.networks.copy_reader import CopyReader, CopyReaderConfig
-from eotattn.experiments.networks.decoder import ATTENTION_KINDS, AttentionKind, Decoder, DecoderConfig
+from eotattn.experiments.networks.decoder import Decoder, DecoderConfig
 
 __all__ = ["ATTENTION_KINDS", "AttentionKind", "CopyReader", "CopyReaderConfig", "Decoder", "DecoderConfig"]

@@ -6,18 +6,17 @@ Legend: B batch, L tokens, E embedding width, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from eotattn.attention import PriorAttention, Rotary
 from eotattn.checks import check_choice, check_positive_int, require
-from eotattn.priors import LogPrior, RecencyPrior, goat_prior
+from eotattn.experiments.networks.attention_kinds import ATTENTION_KINDS, AttentionKind, sinusoids
 
-__all__ = ["ATTENTION_KINDS", "AttentionKind", "Decoder", "DecoderConfig"]
+__all__ = ["Decoder", "DecoderConfig"]
 
 
 @dataclass(frozen=True)
@@ -58,66 +57,15 @@ class DecoderConfig:
         rule = f"be a multiple of 2 * num_heads = {2 * self.num_heads}"
         require(divides, "DecoderConfig", "embed_dim", rule, self.embed_dim, "Heads need an even width")
 
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        return self.embed_dim // self.num_heads
 
-def _interpolated_positions(length: int, config: DecoderConfig) -> Tensor:
-    """(L,) positions squeezed into the training window where the sequence is longer than it, tokens."""
-    return torch.arange(length) * min(1.0, config.train_length / length)
-
-
-def _sinusoids(length: int, width: int) -> Tensor:
-    """(L, E) sine and cosine waves of geometric frequencies, base 10 000 (Vaswani et al. 2017, section 3.5)."""
-    angle = torch.arange(length)[:, None] * 10_000.0 ** (-torch.arange(0, width, 2) / width)
-    return torch.cat([angle.sin(), angle.cos()], dim=-1)
-
-
-def _attention(config: DecoderConfig, *, prior: LogPrior | None = None, rotary: Rotary | None = None) -> PriorAttention:
-    """The attention layer that all kinds share; they differ in the prior and the rotation."""
-    return PriorAttention(config.embed_dim, config.num_heads, prior=prior, rotary=rotary)
-
-
-def _goat(config: DecoderConfig) -> PriorAttention:
-    prior = goat_prior(
-        config.num_heads,
-        num_frequencies=config.num_frequencies,
-        min_period=config.min_period,
-        max_period=config.max_period,
-        length_scale=float(config.train_length),
-    )
-    return _attention(config, prior=prior)
-
-
-def _alibi(config: DecoderConfig) -> PriorAttention:
-    return _attention(config, prior=RecencyPrior(config.num_heads).freeze())
-
-
-def _rope(config: DecoderConfig) -> PriorAttention:
-    return _attention(config, rotary=Rotary(config.embed_dim // config.num_heads))
-
-
-@dataclass(frozen=True)
-class AttentionKind:
-    """How one kind of attention knows positions.
-
-    Args:
-        build: Makes the layer of one block.
-        positions: (length, config) -> (L,) positions handed to every layer, tokens; None stands for 0 ... L - 1.
-        embed: (length, width) -> (L, E) added to the token embedding; None adds nothing.
-    """
-
-    build: Callable[[DecoderConfig], PriorAttention]
-    positions: Callable[[int, DecoderConfig], Tensor] | None = None
-    embed: Callable[[int, int], Tensor] | None = None
-
-
-#: Every attention that an experiment can name. A new one is one entry.
-ATTENTION_KINDS = {
-    "goat": AttentionKind(_goat),
-    "alibi": AttentionKind(_alibi),
-    "rope": AttentionKind(_rope),
-    "interpolated_rope": AttentionKind(_rope, positions=_interpolated_positions),
-    "sinusoidal": AttentionKind(_attention, embed=_sinusoids),
-    "none": AttentionKind(_attention),
-}
+    @property
+    def kind(self) -> AttentionKind:
+        """What the name of the attention stands for."""
+        return ATTENTION_KINDS[self.attention]
 
 
 class Block(nn.Module):
@@ -127,7 +75,7 @@ class Block(nn.Module):
         super().__init__()
         width = config.embed_dim
         self.attention_norm = nn.LayerNorm(width)
-        self.attention = ATTENTION_KINDS[config.attention].build(config)
+        self.attention = config.kind.build(config)
         self.mlp_norm = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
@@ -142,7 +90,8 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """A decoder-only transformer: tokens in, logits of the next token out.
 
-    All kinds of attention have the same content path and the same parameters, apart from the prior's own.
+    All kinds of attention have the same content path and the same parameters, apart from the prior's own and the table
+    of learned positions.
 
     Args:
         config: Sizes and the name of the attention.
@@ -156,12 +105,15 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.kind = ATTENTION_KINDS[config.attention]
         self.embedding = nn.Embedding(config.vocabulary_size, config.embed_dim)
         blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.blocks = cast("Sequence[Block]", blocks)
         self.norm = nn.LayerNorm(config.embed_dim)
         self.readout = nn.Linear(config.embed_dim, config.vocabulary_size, bias=False)
+        self.position_embedding: nn.Embedding | None = None
+        if config.kind.embedding == "learned":
+            self.position_embedding = nn.Embedding(config.train_length, config.embed_dim)
+            nn.init.normal_(self.position_embedding.weight, std=0.1)
         nn.init.normal_(self.embedding.weight, std=0.1)
         nn.init.normal_(self.readout.weight, std=config.embed_dim**-0.5 / 4)
 
@@ -193,10 +145,14 @@ class Decoder(nn.Module):
 
     def positions(self, length: int, device: torch.device) -> Tensor | None:
         """(L,) positions that every layer gets, tokens; None stands for 0 ... L - 1."""
-        return None if self.kind.positions is None else self.kind.positions(length, self.config).to(device)
+        positions = self.config.kind.positions(length, self.config)
+        return None if positions is None else positions.to(device)
 
     def _embed(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-        hidden = self.embedding(tokens)
-        if self.kind.embed is not None:
-            hidden = hidden + self.kind.embed(tokens.shape[1], self.config.embed_dim).to(hidden.device)
-        return hidden, self.positions(tokens.shape[1], tokens.device)
+        hidden, length = self.embedding(tokens), tokens.shape[1]
+        if self.config.kind.embedding == "sinusoidal":
+            hidden = hidden + sinusoids(length, self.config.embed_dim).to(hidden)
+        if self.position_embedding is not None:
+            last = self.config.train_length - 1
+            hidden = hidden + self.position_embedding(torch.arange(length, device=tokens.device).clamp(max=last))
+        return hidden, self.positions(length, tokens.device)
