@@ -1,6 +1,7 @@
 """Attention with priors: the functional door, the module, rotary content."""
 
 from eotattn.attention.cache import KeyValueCache
+from eotattn.attention.documents import PackedDocuments
 from eotattn.attention.explanation import Explanation, explain
 from eotattn.attention.functional import prior_attention
 from eotattn.attention.goat import GoatAttention
@@ -11,6 +12,7 @@ __all__ = [
     "Explanation",
     "GoatAttention",
     "KeyValueCache",
+    "PackedDocuments",
     "PriorAttention",
     "Rotary",
     "explain",

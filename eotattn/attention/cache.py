@@ -1,14 +1,18 @@
 """KeyValueCache: keys and values of earlier tokens, preallocated, with positions and padding of every sample.
 
-Legend: B batch, Hk key heads, L tokens, D key width, V value width.
+Legend: B batch, Hk key heads, S slots, L new tokens, D key width, V value width, W kernel width.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from eotattn.attention.key_storage import KeyStorage
 from eotattn.checks import check_positive_int, check_shape, require
+from eotattn.priors import LogPrior
+from eotattn.priors.base import check_prior
 
 __all__ = ["KeyValueCache"]
 
@@ -19,12 +23,17 @@ class KeyValueCache:
     All samples share slots; a sample with fewer tokens has padding in some of them, at any side, and its positions go
     on from its own count. So left padding, right padding and prompts of unequal length are one case.
 
+    With ``prior``, keys are stored with the prior's lanes beside them: a decoding step writes one row and attends to
+    views, nothing is copied. Parameters of the prior may change between the steps; lanes are then made again.
+
     Args:
         batch_size: Samples B.
         num_kv_heads: Key heads Hk.
-        max_length: Slots to allocate, tokens.
+        max_length: Slots S to allocate, tokens.
         key_width: Width D of a key.
         value_width: Width V of a value.
+        prior: Log-prior that the keys will be attended with, at scale 1 / sqrt(D).
+        first_position: Position of the first slot, tokens.
         dtype: Dtype of keys and values.
         device: Device of the storage.
 
@@ -34,6 +43,7 @@ class KeyValueCache:
     Example:
         >>> cache = KeyValueCache(1, 2, max_length=8, key_width=4, value_width=4)
         >>> cache.append(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4))
+        range(0, 3)
         >>> cache.length, cache.keys.shape
         (3, torch.Size([1, 2, 3, 4]))
     """
@@ -46,33 +56,44 @@ class KeyValueCache:
         key_width: int,
         value_width: int,
         *,
+        prior: LogPrior | None = None,
+        first_position: int = 0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
         sizes = {"batch_size": batch_size, "num_kv_heads": num_kv_heads, "max_length": max_length}
         for name, size in (*sizes.items(), ("key_width", key_width), ("value_width", value_width)):
             check_positive_int("KeyValueCache", name, size)
-        self.max_length, self.length = max_length, 0
-        self._keys = torch.zeros(batch_size, num_kv_heads, max_length, key_width, dtype=dtype, device=device)
-        self._values = torch.zeros(batch_size, num_kv_heads, max_length, value_width, dtype=dtype, device=device)
-        self._positions = torch.zeros(batch_size, max_length, dtype=torch.int64, device=device)
+        if prior is not None:
+            check_prior("KeyValueCache", "prior", prior)
+            rule, heads = f"have a multiple of {num_kv_heads} heads", prior.num_heads
+            require(heads % num_kv_heads == 0, "KeyValueCache", "prior", rule, heads, "Build it for query heads")
+        self.max_length, self.length, self.first_position = max_length, 0, first_position
+        self.value_width, shape = value_width, (batch_size, num_kv_heads, max_length)
+        self._keys = KeyStorage(prior, (*shape, key_width), dtype=dtype, device=device)
+        self._values = torch.zeros(*shape, value_width, dtype=dtype, device=device)
+        slots = torch.arange(first_position, first_position + max_length, device=device)
+        self._positions = slots.repeat(batch_size, 1)  # those of free slots are what comes if no padding comes
         self._padding = torch.zeros(batch_size, max_length, dtype=torch.bool, device=device)
         self._has_padding = False
+        self._widen_values()
 
     @property
     def keys(self) -> Tensor:
         """(B, Hk, length, D), a view."""
-        return self._keys[:, :, : self.length]
+        return self._keys.content[:, :, : self.length]
 
     @property
     def values(self) -> Tensor:
         """(B, Hk, length, V), a view."""
-        return self._values[:, :, : self.length]
+        return self._values[:, :, : self.length, : self.value_width]
 
     @property
     def positions(self) -> Tensor | range:
         """Positions of the filled slots: a ``range`` while no sample has padding, else (B, length), tokens."""
-        return self._positions[:, : self.length] if self._has_padding else range(self.length)
+        if self._has_padding:
+            return self._positions[:, : self.length]
+        return range(self.first_position, self.first_position + self.length)
 
     @property
     def padding(self) -> Tensor | None:
@@ -90,14 +111,19 @@ class KeyValueCache:
         Args:
             count: New tokens.
             padding: (B, count), true where a new token is padding.
-        """
-        if padding is None and not self._has_padding:
-            return range(self.length, self.length + count)
-        new = torch.ones(self._positions.shape[0], count, dtype=torch.int64, device=self._positions.device)
-        new = new if padding is None else (~padding).to(torch.int64)
-        return (self.lengths[:, None] + new.cumsum(dim=1) - 1).clamp(min=0)
 
-    def append(self, key: Tensor, value: Tensor, padding: Tensor | None = None) -> None:
+        Raises:
+            ValueError: If the slots do not suffice.
+        """
+        end, rule = self.length + count, f"leave room in {self.max_length} slots"
+        require(end <= self.max_length, "KeyValueCache", "key", rule, f"{end} tokens", "Allocate more or crop")
+        if padding is not None:
+            return self.first_position + self._counts((~padding).to(torch.int64))
+        if self._has_padding:
+            return self._positions[:, self.length : end]
+        return range(self.first_position + self.length, self.first_position + end)
+
+    def append(self, key: Tensor, value: Tensor, padding: Tensor | None = None) -> Tensor | range:
         """Write new tokens into the next slots.
 
         Args:
@@ -105,26 +131,48 @@ class KeyValueCache:
             value: (B, Hk, L, V).
             padding: (B, L), true where a token is padding.
 
+        Returns:
+            The positions of the new tokens.
+
         Raises:
             ValueError: If the shapes do not fit or the slots do not suffice.
         """
-        (batch, heads), count = self._keys.shape[:2], key.shape[-2]
-        check_shape("KeyValueCache", "key", key, (batch, heads, count, self._keys.shape[-1]), "Match the cache")
-        check_shape("KeyValueCache", "value", value, (batch, heads, count, self._values.shape[-1]), "Match the cache")
-        end = self.length + count
-        rule = f"leave room in {self.max_length} slots"
-        require(end <= self.max_length, "KeyValueCache", "key", rule, f"{end} tokens", "Allocate more or crop")
-        positions = self.next_positions(count, padding)
+        (batch, heads), start, count = self._values.shape[:2], self.length, key.shape[-2]
+        width = self._keys.content_width
+        check_shape("KeyValueCache", "key", key, (batch, heads, count, width), "Match the cache")
+        check_shape("KeyValueCache", "value", value, (batch, heads, count, self.value_width), "Match the cache")
         if padding is not None:
             check_shape("KeyValueCache", "padding", padding, (batch, count), "One entry a token")
-            self._padding[:, self.length : end] = padding
-            self._has_padding = True
-        if isinstance(positions, range):
-            positions = torch.arange(positions.start, positions.stop, device=self._positions.device)
-        self._positions[:, self.length : end] = positions
-        self._keys[:, :, self.length : end] = key.detach()
-        self._values[:, :, self.length : end] = value.detach()
+        positions, end = self.next_positions(count, padding), start + count
+        self._keys.write(start, key, padding)
+        self._values[:, :, start:end, : self.value_width] = value.detach()
         self.length = end
+        if padding is not None and not isinstance(positions, range):
+            self._has_padding = True
+            self._padding[:, start:end], self._positions[:, start:end] = padding, positions
+            self._expect_no_padding(start)
+            self._widen_values()
+        return positions
+
+    def operands(self, query: Tensor, prior: LogPrior | None, *, scale: float) -> tuple[Tensor, Tensor, Tensor] | None:
+        """What a fused kernel takes for the newest queries: lanes in place, keys and values as views.
+
+        Args:
+            query: (B, H, Q, D), of the Q slots filled last.
+            prior: Log-prior of the call.
+            scale: Factor on the inner products.
+
+        Returns:
+            Query (B, H, Q, W), keys (B, Hk, length, W) and values (B, Hk, length, V or wider), or ``None`` where what
+            is stored does not serve: another prior, scale or dtype, gradients of the prior, compilation.
+        """
+        if not self._keys.serves(query, prior, scale):
+            return None
+        positions = self._positions if self._has_padding else self._positions[0]
+        lanes = self._keys.lanes(positions, self.length - query.shape[2], self.length)
+        if lanes.shape[-1] > 0:
+            query = torch.cat([query, lanes.expand(*query.shape[:-1], -1)], dim=-1)
+        return query, self._keys.tensor[:, :, : self.length], self._values[:, :, : self.length]
 
     def crop(self, length: int) -> None:
         """Forget all but the first ``length`` slots."""
@@ -133,11 +181,31 @@ class KeyValueCache:
         require(length <= self.length, "KeyValueCache", "length", rule, length, "Crop to fewer")
         self._padding[:, length : self.length] = False
         self.length = length
+        if self._has_padding:
+            self._expect_no_padding(length)
 
     def reorder(self, samples: Tensor) -> None:
         """Let sample b continue what sample ``samples[b]`` was, as beam search does; ``samples`` is (B,) integer."""
-        check_shape("KeyValueCache", "samples", samples, (self._keys.shape[0],), "One index a sample")
-        for storage in (self._keys, self._values):
+        check_shape("KeyValueCache", "samples", samples, (self._values.shape[0],), "One index a sample")
+        for storage in (self._keys.tensor, self._values):
             storage[:, :, : self.length] = storage[samples, :, : self.length]
-        for storage in (self._positions, self._padding):
-            storage[:, : self.length] = storage[samples, : self.length]
+        if self._has_padding:
+            self._padding[:, : self.length] = self._padding[samples, : self.length]
+            self._positions[:, : self.length] = self._positions[samples, : self.length]
+            self._expect_no_padding(self.length)
+
+    def _counts(self, new: Tensor) -> Tensor:
+        """(B, L) tokens of each sample before each new one, ``new`` being 1 for a token and 0 for padding."""
+        return (self.lengths[:, None] + new.cumsum(dim=1) - 1).clamp(min=0)
+
+    def _expect_no_padding(self, changed: int) -> None:
+        """Positions of free slots as they are if no padding comes; lanes from slot ``changed`` on are made again."""
+        free = torch.ones_like(self._positions[:, self.length :])
+        self._positions[:, self.length :] = self.first_position + self._counts(free)
+        self._keys.forget_lanes(changed)
+
+    def _widen_values(self) -> None:
+        """On a CPU values as wide as keys with their lanes, zeros behind: the fused kernel there wants equal widths."""
+        missing = self._keys.tensor.shape[-1] - self._values.shape[-1]
+        if self._values.device.type == "cpu" and missing > 0:
+            self._values = functional.pad(self._values, (0, missing))

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eotattn.attention.cache import KeyValueCache
+from eotattn.attention.documents import PackedDocuments
 from eotattn.attention.masks import Masks, gather_masks
-from eotattn.attention.positions import Positions, causal_mask, resolve_positions
-from eotattn.checks import check_floating, check_positive, check_same_device, check_shape, require
+from eotattn.attention.positions import Band, Positions, causal_pattern, resolve_positions
+from eotattn.checks import check_floating, check_positive, check_positive_int, check_same_device, check_shape, require
 from eotattn.priors import LogPrior
 from eotattn.priors.base import check_prior
 
@@ -39,6 +41,7 @@ class AttentionCall:
         scale: Factor on the inner products.
         dropout_p: Probability of dropping a weight.
         return_weights: Whether the weights are asked for.
+        cache: Where ``key`` and ``value`` are stored, with lanes beside the keys.
     """
 
     query: Tensor
@@ -51,6 +54,7 @@ class AttentionCall:
     scale: float
     dropout_p: float
     return_weights: bool
+    cache: KeyValueCache | None = None
 
     @classmethod
     def check(
@@ -59,15 +63,18 @@ class AttentionCall:
         key: Tensor,
         value: Tensor,
         *,
-        prior: LogPrior | None,
-        query_positions: Tensor | range | None,
-        key_positions: Tensor | range | None,
-        attn_mask: Tensor | None,
-        key_padding_mask: Tensor | None,
-        is_causal: bool,
-        scale: float | None,
-        dropout_p: float,
-        return_weights: bool,
+        prior: LogPrior | None = None,
+        query_positions: Tensor | range | None = None,
+        key_positions: Tensor | range | None = None,
+        attn_mask: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+        window: int | None = None,
+        documents: PackedDocuments | None = None,
+        scale: float | None = None,
+        dropout_p: float = 0.0,
+        return_weights: bool = False,
+        cache: KeyValueCache | None = None,
     ) -> AttentionCall:
         """Check the arguments of :func:`prior_attention`; raises what that function documents."""
         query, key, value = _as_autocast(query, key, value)
@@ -75,15 +82,24 @@ class AttentionCall:
         _check_prior(prior, query.shape[1])
         scale = 1 / math.sqrt(query.shape[-1]) if scale is None else check_positive(OWNER, "scale", scale)
         require(0 <= dropout_p < 1, OWNER, "dropout_p", "lie in [0, 1)", dropout_p, "Pass a probability")
+        if documents is not None:
+            _check_documents(documents, query, key, query_positions, key_positions, key_padding_mask)
+            query_positions = key_positions = documents.positions(query.shape[0], query.shape[2], query.device)
         queries = _resolve("query_positions", query_positions, query, prior)
         keys = _resolve("key_positions", key_positions, key, prior)
-        shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
         remedy = "Pass attn_mask for an order of cells"
         require(not (is_causal and queries.on_grid), OWNER, "is_causal", "be false on grids", is_causal, remedy)
-        seen = causal_mask(queries, keys) if is_causal else False
-        masks = gather_masks(OWNER, shape, attn_mask, key_padding_mask, seen)
+        if window is not None:
+            check_positive_int(OWNER, "window", window)
+            require(is_causal, OWNER, "window", "be left out without is_causal", window, "Pass is_causal=True")
+        if documents is not None:
+            seen = Band(0, window) if is_causal else None
+        else:
+            seen = causal_pattern(queries, keys, window) if is_causal else None
+        shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+        masks = gather_masks(OWNER, shape, attn_mask, key_padding_mask, seen, documents)
         check_same_device(OWNER, ("query", query), attn_mask=attn_mask, key_padding_mask=key_padding_mask)
-        return cls(query, key, value, prior, queries, keys, masks, scale, dropout_p, return_weights)
+        return cls(query, key, value, prior, queries, keys, masks, scale, dropout_p, return_weights, cache)
 
     @property
     def prior_name(self) -> str:
@@ -92,7 +108,7 @@ class AttentionCall:
 
     def dense_mask(self) -> Tensor | None:
         """All masks as one, boolean or floating."""
-        return self.masks.as_dense(self.query.shape[2], self.key.shape[2], self.query.device)
+        return self.masks.as_dense(self.query.shape[0], self.query.shape[2], self.key.shape[2], self.query.device)
 
 
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -136,6 +152,26 @@ def _check_prior(prior: LogPrior | None, num_heads: int) -> None:
     check_prior(OWNER, "prior", prior)
     rule = f"have the query's {num_heads} heads"
     require(prior.num_heads == num_heads, OWNER, "prior", rule, prior.num_heads, "Build it for query heads")
+
+
+def _check_documents(
+    documents: PackedDocuments,
+    query: Tensor,
+    key: Tensor,
+    query_positions: Tensor | range | None,
+    key_positions: Tensor | range | None,
+    key_padding_mask: Tensor | None,
+) -> None:
+    is_packing, remedy = isinstance(documents, PackedDocuments), "Pass their lengths to PackedDocuments"
+    require(is_packing, OWNER, "documents", "be PackedDocuments", documents, remedy, error=TypeError)
+    documents.check(OWNER, query.shape[0], query.shape[2])
+    check_shape(OWNER, "key", key, (None, None, query.shape[2], None), "Documents attend to themselves")
+    given = (("query_positions", query_positions), ("key_positions", key_positions))
+    for name, positions in given:
+        rule = "be left out with documents, whose positions start at 0"
+        require(positions is None, OWNER, name, rule, positions, "Drop it")
+    rule, remedy = "be left out with documents", "Make the padding at the end of a row a document of its own"
+    require(key_padding_mask is None, OWNER, "key_padding_mask", rule, key_padding_mask, remedy)
 
 
 def _resolve(argument: str, given: Tensor | range | None, content: Tensor, prior: LogPrior | None) -> Positions:

@@ -6,20 +6,22 @@ Legend: B batch, H query heads, Hk key heads, Q queries, K keys, D score width, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from eotattn.attention.backends import BACKENDS, choose, refusal
 from eotattn.attention.call import AttentionCall
+from eotattn.attention.measured import preference
 from eotattn.checks import check_choice
 from eotattn.kernels import sdpa
-from eotattn.priors import LogPrior
 
 __all__ = ["Explanation", "explain"]
 
 _WORDS = {
     "sdpa": "one fused call; the prior rides in lanes",
+    "varlen": "one variable-length call; the prior rides in lanes, windows and documents cost what they see",
     "flex": "one compiled call; the prior is a score modification",
     "reference": "dense tensor operations; Q x K weights in memory",
 }
@@ -57,45 +59,22 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    prior: LogPrior | None = None,
-    query_positions: Tensor | range | None = None,
-    key_positions: Tensor | range | None = None,
-    attn_mask: Tensor | None = None,
-    key_padding_mask: Tensor | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-    return_weights: bool = False,
-    backend: str = "auto",
-) -> Explanation:
+def explain(query: Tensor, key: Tensor, value: Tensor, *, backend: str = "auto", **options: Any) -> Explanation:
     """Say what :func:`prior_attention` would do with these arguments; nothing is attended.
 
     Args:
         query: (B, H, Q, D).
         key: (B, Hk, K, D).
         value: (B, Hk, K, V).
-        prior: As in :func:`prior_attention`, like all that follow.
-        query_positions: Positions of the queries.
-        key_positions: Positions of the keys.
-        attn_mask: Mask, boolean or additive.
-        key_padding_mask: (B, K), true where a key is padding.
-        is_causal: Whether later keys are inadmissible.
-        scale: Factor on the inner products.
-        dropout_p: Probability of dropping a weight.
-        return_weights: Whether the weights are asked for.
         backend: The backend asked for.
+        options: Every other argument of :func:`prior_attention` except ``cache``, by its name there.
 
     Returns:
         An :class:`Explanation`; print it.
 
     Raises:
         ValueError: As :func:`prior_attention` does.
-        TypeError: Likewise.
+        TypeError: Likewise, and for arguments that it does not have.
 
     Example:
         >>> from eotattn.priors import TablePrior
@@ -104,33 +83,22 @@ def explain(
         backend      reference: dense tensor operations; Q x K weights in memory
         not sdpa     this prior has no lanes; use backend='reference' or 'flex'
         not flex     it compiles for a GPU and the query is on cpu
+        not varlen   this prior has no lanes; use backend='reference' or 'flex'
     """
     check_choice("explain", "backend", backend, ("auto", *BACKENDS))
-    call = AttentionCall.check(
-        query,
-        key,
-        value,
-        prior=prior,
-        query_positions=query_positions,
-        key_positions=key_positions,
-        attn_mask=attn_mask,
-        key_padding_mask=key_padding_mask,
-        is_causal=is_causal,
-        scale=scale,
-        dropout_p=dropout_p,
-        return_weights=return_weights,
-    )
+    call = AttentionCall.check(query, key, value, **options)
     wanted = choose(call) if backend == "auto" else backend
     refused = refusal(wanted, call)
-    others = {name: refusal(name, call) or f"would serve: {_WORDS[name]}" for name in BACKENDS if name != wanted}
+    others = {name: refusal(name, call) or f"would serve: {_WORDS[name]}" for name in preference(call.masks)}
+    del others[wanted]
     chosen = None if refused else wanted
     reason = f"{wanted} cannot serve the call with {call.prior_name}: {refused}" if refused else _WORDS[wanted]
-    if chosen != "sdpa":
+    if chosen not in ("sdpa", "varlen"):
         return Explanation(chosen, reason, None, call.query.shape[-1], 0, 0.0, others)
-    return _fused(call, reason, others)
+    return _fused(chosen, call, reason, others)
 
 
-def _fused(call: AttentionCall, reason: str, others: dict[str, str]) -> Explanation:
+def _fused(chosen: str, call: AttentionCall, reason: str, others: dict[str, str]) -> Explanation:
     """The explanation of a call that goes through lanes."""
     num_lanes, error_bound = 0, 0.0
     if call.prior is not None:
@@ -140,7 +108,8 @@ def _fused(call: AttentionCall, reason: str, others: dict[str, str]) -> Explanat
     num_lanes += call.masks.padding is not None and call.masks.dense is None
     width = call.query.shape[-1] + num_lanes
     width = sdpa.kernel_width(width, call.query.device) if num_lanes else width
-    return Explanation("sdpa", reason, _kernel(call, width), width, num_lanes, error_bound, others)
+    kernel = "varlen_attn" if chosen == "varlen" else _kernel(call, width)
+    return Explanation(chosen, reason, kernel, width, num_lanes, error_bound, others)
 
 
 def _kernel(call: AttentionCall, width: int) -> str:

@@ -8,8 +8,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from eotattn.attention.backends import BACKENDS, choose, refusal, run
+from eotattn.attention.cache import KeyValueCache
 from eotattn.attention.call import AttentionCall, without_autocast
-from eotattn.checks import check_choice
+from eotattn.attention.documents import PackedDocuments
+from eotattn.checks import check_choice, check_shape, require
 from eotattn.priors import LogPrior
 
 __all__ = ["prior_attention"]
@@ -26,6 +28,9 @@ def prior_attention(
     attn_mask: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
     is_causal: bool = False,
+    window: int | None = None,
+    documents: PackedDocuments | None = None,
+    cache: KeyValueCache | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     return_weights: bool = False,
@@ -49,13 +54,18 @@ def prior_attention(
             the score (nats).
         key_padding_mask: (B, K) boolean, true where a key is padding, as in ``nn.MultiheadAttention``.
         is_causal: Keys at later *positions* than the query are inadmissible.
+        window: Keys ``window`` or more tokens before the query are inadmissible too, by positions; with ``is_causal``.
+            Where positions are ranges or left out, work and memory grow with Q * window.
+        documents: Documents packed into the batch, each of which attends to itself alone, at positions from 0 on.
+        cache: Earlier keys and values. ``key`` and ``value`` are appended to it, all positions follow from it, and
+            ``key_padding_mask`` (B, Q) speaks of the new tokens. For inference: no gradient reaches cached tensors.
         scale: Factor on the inner products, default 1 / sqrt(D).
         dropout_p: Probability of dropping a weight, in [0, 1).
         return_weights: Also return the weights (backend ``"reference"``).
-        backend: ``"auto"``, ``"sdpa"`` (lanes through one fused call), ``"flex"`` (GPU) or ``"reference"`` (dense). A
-            backend asked for by name is used or refused, never replaced. ``"auto"`` takes ``"reference"`` where weights
-            are returned, else ``"sdpa"`` where the prior has lanes, else ``"flex"`` where it can serve the call, else
-            ``"reference"``.
+        backend: ``"auto"``, ``"sdpa"`` (lanes through stock fused calls), ``"varlen"`` (lanes through the
+            variable-length kernel; GPU, 16 bits), ``"flex"`` (GPU) or ``"reference"`` (dense). A backend asked for by
+            name is used or refused, never replaced; ``"auto"`` takes the fastest that can serve the call, as measured;
+            :func:`explain` says which, and why.
 
     Returns:
         (B, H, Q, V) in the dtype of ``query``, under autocast in autocast's; with ``return_weights`` also (B, H, Q, K),
@@ -77,6 +87,10 @@ def prior_attention(
         torch.Size([1, 2, 5, 8])
     """
     check_choice("prior_attention", "backend", backend, ("auto", *BACKENDS))
+    if cache is not None:
+        _check_left_to_cache(query, key, query_positions, key_positions, documents)
+        query_positions = cache.append(key, value, key_padding_mask)
+        key, value, key_positions, key_padding_mask = cache.keys, cache.values, cache.positions, cache.padding
     call = AttentionCall.check(
         query,
         key,
@@ -86,10 +100,13 @@ def prior_attention(
         key_positions=key_positions,
         attn_mask=attn_mask,
         key_padding_mask=key_padding_mask,
-        is_causal=is_causal,
+        is_causal=is_causal and (cache is None or query.shape[2] > 1 or window is not None),  # one query sees all
+        window=window,
+        documents=documents,
         scale=scale,
         dropout_p=dropout_p,
         return_weights=return_weights,
+        cache=cache,
     )
     chosen = choose(call) if backend == "auto" else backend
     if reason := refusal(chosen, call):
@@ -99,3 +116,17 @@ def prior_attention(
     with without_autocast(call.query.device):
         output, weights = run(chosen, call)
     return (output, weights) if return_weights and weights is not None else output
+
+
+def _check_left_to_cache(
+    query: Tensor,
+    key: Tensor,
+    query_positions: Tensor | range | None,
+    key_positions: Tensor | range | None,
+    documents: PackedDocuments | None,
+) -> None:
+    owner, remedy = "prior_attention", "Keep only new tokens in the call"
+    check_shape(owner, "key", key, (None, None, query.shape[2], None), remedy)
+    others = (("query_positions", query_positions), ("key_positions", key_positions), ("documents", documents))
+    for name, given in others:
+        require(given is None, owner, name, "be left to the cache", given, "Drop it")

@@ -9,15 +9,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from eotattn.attention.documents import PackedDocuments
+from eotattn.attention.positions import Band
 from eotattn.checks import check_floating, check_shape, fail, require
 
 __all__ = ["Masks", "from_multihead_convention", "gather_masks"]
-
-
-def triangle_mask(queries: int, keys: int, device: torch.device) -> Tensor:
-    """(Q, K) boolean: query index i sees key indices 0 to i."""
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril()
 
 
 @dataclass(frozen=True)
@@ -26,37 +24,62 @@ class Masks:
 
     Args:
         dense: Broadcastable to (B, H, Q, K): boolean with true where a query may attend, or floating and added, nats.
+            Then there is neither ``band`` nor ``documents``.
         padding: (B, K) boolean, true where a key is padding; a lane can carry it.
-        triangle: Query index i sees key indices 0 to i; kernels do this themselves. Never together with ``dense``.
+        band: A causal pattern of indices that kernels know, within each document.
+        documents: Queries see keys of their own document.
     """
 
     dense: Tensor | None = None
     padding: Tensor | None = None
-    triangle: bool = False
+    band: Band | None = None
+    documents: PackedDocuments | None = None
 
-    def as_dense(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
+    @property
+    def triangle(self) -> bool:
+        """Whether query i sees keys 0 to i, and padding and ``dense`` say the rest."""
+        return self.band is not None and self.band.is_triangle and self.documents is None
+
+    def spelled_out(self, batch: int, queries: int, keys: int, device: torch.device) -> Masks:
+        """The same masks with a pattern other than the triangle as a dense mask, for those who read nothing else."""
+        if self.triangle or (self.band is None and self.documents is None):
+            return self
+        return Masks(_pattern(self.band, self.documents, batch, queries, keys, device), self.padding)
+
+    def as_dense(self, batch: int, queries: int, keys: int, device: torch.device) -> Tensor | None:
         """All of it as one mask, boolean or floating."""
-        boolean: list[Tensor] = [triangle_mask(queries, keys, device)] if self.triangle else []
+        combined = _pattern(self.band, self.documents, batch, queries, keys, device)
         if self.padding is not None:
-            boolean.append(~self.padding[:, None, None, :])
-        bias = None
-        if self.dense is not None and self.dense.dtype == torch.bool:
-            boolean.append(self.dense)
-        elif self.dense is not None:
-            bias = self.dense
-        if not boolean:
-            return bias
-        combined = boolean[0]
-        for mask in boolean[1:]:
-            combined = combined & mask
-        return combined if bias is None else torch.where(combined, bias, float("-inf"))
+            combined = _both(combined, ~self.padding[:, None, None, :])
+        return combined if self.dense is None else self.dense if combined is None else _both(combined, self.dense)
 
-    def has_keys(self) -> Tensor | None:
-        """Whether each query has an admissible key, (B, 1 or Q); ``None`` if more than padding and triangle decide."""
+    def has_keys(self, queries: int) -> Tensor | None:
+        """Whether each query has an admissible key, (B, 1 or Q); ``None`` if more than padding and band decide."""
         if self.padding is None or self.dense is not None:
             return None
         real = ~self.padding
-        return real.cumsum(dim=1) > 0 if self.triangle else real.any(dim=1, keepdim=True)
+        if self.band is None:
+            return real.any(dim=1, keepdim=True)
+        counts, offset, window = real.cumsum(dim=1), self.band.offset, self.band.window
+        seen = counts[:, offset : offset + queries]
+        if window is None:
+            return seen > 0
+        return seen > functional.pad(counts, (window, 0))[:, offset : offset + queries]
+
+
+def _pattern(
+    band: Band | None, documents: PackedDocuments | None, batch: int, queries: int, keys: int, device: torch.device
+) -> Tensor | None:
+    """What index and document decide, (Q, K) or (B, 1, Q, K) boolean."""
+    visible = None if band is None else band.mask(queries, keys, device)
+    return visible if documents is None else _both(visible, documents.mask(batch, keys, device))
+
+
+def _both(visible: Tensor | None, mask: Tensor) -> Tensor:
+    """A boolean mask and another one, boolean or floating."""
+    if visible is None:
+        return mask
+    return visible & mask if mask.dtype == torch.bool else torch.where(visible, mask, float("-inf"))
 
 
 def gather_masks(
@@ -64,7 +87,8 @@ def gather_masks(
     shape: tuple[int, int, int, int],
     attn_mask: Tensor | None,
     key_padding_mask: Tensor | None,
-    causal: Tensor | bool,
+    causal: Band | Tensor | None,
+    documents: PackedDocuments | None = None,
 ) -> Masks:
     """Check all masks of a call and bring them into as few as possible.
 
@@ -73,24 +97,25 @@ def gather_masks(
         shape: (B, H, Q, K).
         attn_mask: Broadcastable to ``shape``; boolean with true where a query may attend, or floating, added in nats.
         key_padding_mask: (B, K) boolean, true where a key is padding.
-        causal: A mask of visible keys, or ``True`` for the kernel's own triangle, or ``False`` for none.
+        causal: A pattern of indices or a mask of visible keys.
+        documents: Documents packed into the batch.
     """
+    batch, _, queries, keys = shape
     if key_padding_mask is not None:
         is_boolean = isinstance(key_padding_mask, Tensor) and key_padding_mask.dtype == torch.bool
         remedy = "Compare the tokens with the padding token"
         require(is_boolean, owner, "key_padding_mask", "be a boolean tensor", key_padding_mask, remedy, error=TypeError)
-        check_shape(owner, "key_padding_mask", key_padding_mask, (shape[0], shape[3]), "One entry a key")
+        check_shape(owner, "key_padding_mask", key_padding_mask, (batch, keys), "One entry a key")
     if attn_mask is not None:
         _check_attn_mask(owner, attn_mask, shape)
         attn_mask = torch.atleast_2d(attn_mask)  # fused calls want the two last axes to be there
-    if isinstance(causal, Tensor) and attn_mask is None:
-        attn_mask, causal = causal, False
-    if attn_mask is None or causal is False:
-        return Masks(attn_mask, key_padding_mask, causal is True)
-    visible = causal if isinstance(causal, Tensor) else triangle_mask(shape[2], shape[3], attn_mask.device)
-    if attn_mask.dtype == torch.bool:
-        return Masks(attn_mask & visible, key_padding_mask)
-    return Masks(torch.where(visible, attn_mask, float("-inf")), key_padding_mask)
+    if isinstance(causal, Tensor):
+        dense = causal if attn_mask is None else _both(causal, attn_mask)
+        return Masks(dense, key_padding_mask)
+    if attn_mask is None:
+        return Masks(None, key_padding_mask, causal, documents)
+    pattern = _pattern(causal, documents, batch, queries, keys, attn_mask.device)
+    return Masks(_both(pattern, attn_mask), key_padding_mask)
 
 
 def _check_attn_mask(owner: str, mask: Tensor, shape: tuple[int, ...]) -> None:

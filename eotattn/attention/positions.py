@@ -16,7 +16,7 @@ from torch import Tensor
 from eotattn.checks import fail, require
 from eotattn.priors.positions import check_positions, consecutive
 
-__all__ = ["Positions", "causal_mask", "resolve_positions"]
+__all__ = ["Band", "Positions", "causal_pattern", "resolve_positions"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,29 @@ class Positions:
     tensor: Tensor
     first: int | None = None
     on_grid: bool = False
+
+
+@dataclass(frozen=True)
+class Band:
+    """A causal pattern of indices: query i sees keys i + offset - window + 1 to i + offset, all of which exist.
+
+    Args:
+        offset: Keys before the first query, at least 0.
+        window: Keys that a query sees at most, itself included; ``None`` for all.
+    """
+
+    offset: int = 0
+    window: int | None = None
+
+    @property
+    def is_triangle(self) -> bool:
+        """Whether it is the pattern that every kernel knows: query i sees keys 0 to i."""
+        return self.window is None and self.offset == 0
+
+    def mask(self, queries: int, keys: int, device: torch.device) -> Tensor:
+        """(Q, K) boolean, true where visible."""
+        visible = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(self.offset)
+        return visible if self.window is None else visible.triu(self.offset - self.window + 1)
 
 
 def resolve_positions(
@@ -74,18 +97,23 @@ def resolve_positions(
     return Positions(given, None, on_grid)
 
 
-def causal_mask(query: Positions, key: Positions) -> Tensor | bool:
-    """Which keys lie at or before each query.
+def causal_pattern(query: Positions, key: Positions, window: int | None = None) -> Band | Tensor | None:
+    """Which keys lie at or before each query, and less than ``window`` tokens before it.
 
     Returns:
-        ``True`` if the pattern is the triangle that kernels know (query index i sees key indices 0 to i), ``False`` if
-        every key is visible, else a boolean mask (Q, K) or (B, 1, Q, K), true where visible.
+        A :class:`Band` of indices where positions are known to be consecutive, ``None`` if every key is visible, else a
+        boolean mask (Q, K) or (B, 1, Q, K), true where visible.
     """
     queries, keys = query.tensor.shape[-1], key.tensor.shape[-1]
     if query.first is not None and key.first is not None:
-        if query.first == key.first and queries == keys:
-            return True
-        if query.first >= key.first + keys - 1:
-            return False
-    visible = key.tensor.unsqueeze(-2) <= query.tensor.unsqueeze(-1)
+        offset = query.first - key.first
+        window = None if window is not None and window >= queries + offset else window
+        if offset == 0 and queries == keys:
+            return Band(0, window)
+        if window is None and offset >= keys - 1:
+            return None
+        if offset >= 0 and keys >= queries + offset:
+            return Band(offset, window)
+    lag = query.tensor.unsqueeze(-1) - key.tensor.unsqueeze(-2)
+    visible = lag >= 0 if window is None else (lag >= 0) & (lag < window)
     return visible.unsqueeze(1) if visible.dim() == 3 else visible

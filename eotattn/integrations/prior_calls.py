@@ -92,7 +92,8 @@ def _prior_rows(call: AttentionCall) -> RowSource | None:
 
 
 def _mask_rows(call: AttentionCall) -> RowSource | None:
-    dense, padding = call.masks.dense, call.masks.padding
+    masks = call.masks.spelled_out(call.query.shape[0], call.query.shape[2], call.key.shape[2], call.query.device)
+    dense, padding = masks.dense, masks.padding
     if dense is None and padding is None:
         return None
     if padding is None:

@@ -15,8 +15,8 @@ from torch import Tensor
 __all__ = ["attend", "refusal"]
 
 
-def refusal(query: Tensor, *, mask: Tensor | None, dropout_p: float) -> str | None:
-    """Why this backend cannot serve a call, or ``None`` if it can."""
+def refusal(query: Tensor, *, mask: Tensor | None, dropout_p: float, learned: bool) -> str | None:
+    """Why this backend cannot serve a call, or ``None`` if it can; ``learned`` asks for gradients of a prior."""
     if query.device.type != "cuda":
         return f"it compiles for a GPU and the query is on {query.device.type}"
     if dropout_p:
@@ -42,10 +42,10 @@ def attend(
     *,
     scale: float,
     score_mod: Callable[..., Tensor] | None = None,
-    mask: Tensor | None = None,
-    is_causal: bool = False,
+    visible: Callable[..., Tensor] | None = None,
+    by_sample: bool = False,
 ) -> Tensor:
-    """Compute attention with ``score_mod`` inside the kernel.
+    """Compute attention with ``score_mod`` inside the kernel; blocks without a visible pair are skipped.
 
     Args:
         query: (B, H, Q, D).
@@ -53,24 +53,17 @@ def attend(
         value: (B, H / G, K, V).
         scale: Factor on the inner products.
         score_mod: Function (score, batch, head, query_index, key_index) -> score, e.g. ``LogPrior.score_mod()``.
-        mask: Boolean, broadcastable to (B, H, Q, K); true where a query may attend.
-        is_causal: Query i sees keys 0 to i.
+        visible: Function (batch, head, query_index, key_index) -> boolean, true where a query may attend.
+        by_sample: Whether ``visible`` reads the sample and the head.
 
     Returns:
         (B, H, Q, V) in the dtype of ``query``.
     """
     from torch.nn.attention.flex_attention import create_block_mask
 
-    batch, heads, queries, keys = query.shape[0], query.shape[1], query.shape[2], key.shape[2]
-    full = None if mask is None else mask.expand(batch, heads, queries, keys)
-
-    def admissible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        allowed = q >= k if is_causal else q >= 0
-        return allowed if full is None else allowed & full[b, h, q, k]
-
     block_mask = None
-    if is_causal or full is not None:
-        sizes = (None, None) if full is None else (batch, heads)
-        block_mask = create_block_mask(admissible, sizes[0], sizes[1], queries, keys, device=str(query.device))
+    if visible is not None:
+        sizes = (query.shape[0], query.shape[1]) if by_sample else (None, None)
+        block_mask = create_block_mask(visible, *sizes, query.shape[2], key.shape[2], device=str(query.device))
     grouped = query.shape[1] != key.shape[1]
     return _compiled()(query, key, value, score_mod=score_mod, block_mask=block_mask, scale=scale, enable_gqa=grouped)

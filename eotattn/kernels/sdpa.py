@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["attend", "far_lane", "kernel_width", "padding_lane"]
+__all__ = ["append_lanes", "attend", "far_lane", "kernel_width", "padding_lane"]
 
 #: Fused kernels on a GPU want head widths that are multiples of this.
 WIDTH_STEP = 8
@@ -28,20 +28,17 @@ def attend(
     value: Tensor,
     *,
     scale: float,
-    lanes: Sequence[tuple[Tensor, Tensor]] = (),
     mask: Tensor | None = None,
     is_causal: bool = False,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """Compute attention whose score is scale * (<query, key> + sum of <query_lanes, key_lanes>).
+    """Compute softmax(scale * <query, key>) and apply it to the values, in one fused call.
 
     Args:
-        query: (B, H, Q, D).
+        query: (B, H, Q, D), lanes included.
         key: (B, H / G, K, D); G query heads share a key head, nothing is repeated in memory.
         value: (B, H / G, K, V).
         scale: Factor on all inner products, lanes included.
-        lanes: Pairs of query lanes, broadcastable to (B, H, Q, P) and already divided by ``scale``, and key lanes,
-            broadcastable to (B, H / G, K, P).
         mask: Boolean (true may attend) or additive, broadcastable to (B, H, Q, K).
         is_causal: Query i sees keys 0 to i; not together with ``mask``.
         dropout_p: Probability of dropping a weight.
@@ -49,11 +46,6 @@ def attend(
     Returns:
         (B, H, Q, V) in the dtype of ``query``.
     """
-    if lanes:
-        num_lanes = sum(query_lanes.shape[-1] for query_lanes, _ in lanes)
-        width = kernel_width(query.shape[-1] + num_lanes, query.device)
-        query = _append(query, [query_lanes for query_lanes, _ in lanes], width)
-        key = _append(key, [key_lanes for _, key_lanes in lanes], width)
     value_width = value.shape[-1]
     padded = query.device.type == "cpu" and value_width < query.shape[-1]
     if padded:  # the fused CPU kernel wants equal widths; the path without it is several times slower
@@ -69,6 +61,26 @@ def attend(
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return output[..., :value_width] if padded else output
+
+
+def append_lanes(query: Tensor, key: Tensor, lanes: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Content and lanes side by side, so that the score is scale * (<query, key> + sum of <query_lanes, key_lanes>).
+
+    Args:
+        query: (B, H, Q, D).
+        key: (B, H / G, K, D).
+        lanes: Pairs of query lanes, broadcastable to (B, H, Q, P) and already divided by ``scale``, and key lanes,
+            broadcastable to (B, H / G, K, P).
+
+    Returns:
+        (B, H, Q, W) and (B, H / G, K, W), zeros behind the lanes up to the kernel's width.
+    """
+    if not lanes:
+        return query, key
+    num_lanes = sum(query_lanes.shape[-1] for query_lanes, _ in lanes)
+    width = kernel_width(query.shape[-1] + num_lanes, query.device)
+    query = _append(query, [query_lanes for query_lanes, _ in lanes], width)
+    return query, _append(key, [key_lanes for _, key_lanes in lanes], width)
 
 
 def far_lane(dtype: torch.dtype, *, scale: float) -> float:

@@ -154,7 +154,7 @@ FUNCTIONAL = {
     "unknown backend": (
         call(backend="flash"),
         ValueError,
-        "backend must be one of 'auto', 'sdpa', 'flex', 'reference'",
+        "backend must be one of 'auto', 'sdpa', 'varlen', 'flex', 'reference'",
     ),
     "misspelled keyword": (call(causal=True), TypeError, "unexpected keyword argument 'causal'"),
     "positional prior": (lambda: prior_attention(QUERY, KEY, VALUE, RECENCY), TypeError, "positional"),

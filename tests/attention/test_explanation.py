@@ -39,7 +39,7 @@ def test_the_backend_named_is_the_backend_used(arguments, monkeypatch):
     assert used == []
     prior_attention(*content(), **arguments)
     assert used == [explanation.backend]
-    assert set(explanation.alternatives) == {"sdpa", "flex", "reference"} - {explanation.backend}
+    assert set(explanation.alternatives) == {"sdpa", "flex", "varlen", "reference"} - {explanation.backend}
 
 
 def test_a_refusal_is_explained_and_not_raised():

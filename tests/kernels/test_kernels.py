@@ -69,7 +69,7 @@ def test_sdpa_with_lanes(kv_heads, dtype, value_width):
     group = H // kv_heads
     log_prior = shared[0] @ shared[1].transpose(-1, -2) + own[0] @ own[1].repeat_interleave(group, 1).transpose(-1, -2)
     expected, _ = reference.attend(query, key, value, scale=scale, log_prior=log_prior)
-    output = sdpa.attend(query, key, value, scale=scale, lanes=lanes)
+    output = sdpa.attend(*sdpa.append_lanes(query, key, lanes), value, scale=scale)
     assert output.shape == (B, H, Q, value_width)
     assert_close(output, expected)
 
@@ -91,11 +91,12 @@ def test_a_padding_lane_removes_padding_and_nothing_else(dtype):
     padding = torch.tensor([[False] * 5 + [True] * 2, [True] + [False] * 6])
     lane = sdpa.padding_lane(padding, dtype, scale=0.3)
     assert lane[1].isfinite().all()
-    output = sdpa.attend(query, key, value, scale=0.3, lanes=[lane])
+    output = sdpa.attend(*sdpa.append_lanes(query, key, [lane]), value, scale=0.3)
     expected, _ = reference.attend(query, key, value, scale=0.3, mask=~padding[:, None, None, :])
     assert_close(output, expected)
     changed = value.masked_fill(padding[:, None, :, None], 1000.0)
-    assert torch.equal(sdpa.attend(query, key, changed, scale=0.3, lanes=[lane]), output)
+    again = sdpa.attend(*sdpa.append_lanes(query, key, [lane]), changed, scale=0.3)
+    assert torch.equal(again, output)
 
 
 @pytest.mark.parametrize("width", [1, 7, 8, 9, 64])
@@ -118,7 +119,7 @@ def test_reference_does_not_hide_nan():
 
 def test_flex_says_why_it_refuses():
     query = torch.zeros(1, 1, 2, 4)
-    assert "cpu" in flex.refusal(query, mask=None, dropout_p=0.0)
+    assert "cpu" in flex.refusal(query, mask=None, dropout_p=0.0, learned=False)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,94 @@
+"""PackedDocuments: several documents laid end to end in one batch, each of which attends to itself alone.
+
+Legend: B batch, L tokens of a row, T = B * L tokens, N documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from eotattn.checks import check_positive_int, require
+
+__all__ = ["PackedDocuments"]
+
+
+class PackedDocuments:
+    """Lengths of the documents of a packed batch, row after row; positions start again at 0 in every document.
+
+    The lengths are known on the host, so that no call waits for the device. Make the object once a batch and hand it to
+    every layer. Padding at the end of a row is one more document, whose output is to be ignored.
+
+    Args:
+        lengths: Tokens of each document; no document goes on from one row of the batch to the next.
+
+    Example:
+        >>> documents = PackedDocuments([3, 2])
+        >>> documents.positions(1, 5, torch.device("cpu"))
+        tensor([[0, 1, 2, 0, 1]])
+    """
+
+    def __init__(self, lengths: Iterable[int]) -> None:
+        self.lengths = tuple(check_positive_int("PackedDocuments", "lengths", length) for length in lengths)
+        require(len(self.lengths) > 0, "PackedDocuments", "lengths", "not be empty", self.lengths, "Pass some lengths")
+        self._made: dict[tuple[str, torch.device], Tensor] = {}
+
+    @classmethod
+    def from_ids(cls, ids: Tensor) -> PackedDocuments:
+        """Documents of (B, L) or (L,) integer ids: a run of equal ids in a row is a document. Waits for the device.
+
+        Example:
+            >>> PackedDocuments.from_ids(torch.tensor([[7, 7, 7, 9], [9, 9, 2, 2]])).lengths
+            (3, 1, 2, 2)
+        """
+        is_ids = isinstance(ids, Tensor) and not ids.is_floating_point() and ids.dim() in (1, 2) and ids.numel() > 0
+        rule = "be an integer tensor (B, L) or (L,)"
+        require(is_ids, "PackedDocuments", "ids", rule, ids, "Number the documents of each row", error=TypeError)
+        lengths: list[int] = []
+        for row in torch.atleast_2d(ids):
+            lengths += torch.unique_consecutive(row, return_counts=True)[1].tolist()
+        return cls(lengths)
+
+    def check(self, owner: str, batch: int, length: int) -> None:
+        """Raise unless the documents fill ``batch`` rows of ``length`` tokens and respect their ends."""
+        end, ends = 0, {0}
+        for tokens in self.lengths:
+            end += tokens
+            ends.add(end)
+        fits = end == batch * length and all(row * length in ends for row in range(batch))
+        rule, got = f"fill {batch} rows of {length} tokens", f"{len(self.lengths)} documents of {end} tokens"
+        require(fits, owner, "documents", rule, got, "End a document with its row; add one for padding")
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document."""
+        return max(self.lengths)
+
+    def offsets(self, device: torch.device) -> Tensor:
+        """(N + 1,) int32: where each document begins among the T tokens, and where the last one ends."""
+        return self._on("offsets", device, lambda: torch.tensor([0, *self.lengths]).cumsum(0).to(torch.int32))
+
+    def positions(self, batch: int, length: int, device: torch.device) -> Tensor:
+        """(B, L) int64: the position of each token in its document."""
+        made = self._on("positions", device, lambda: torch.cat([torch.arange(tokens) for tokens in self.lengths]))
+        return made.view(batch, length)
+
+    def ids(self, batch: int, length: int, device: torch.device) -> Tensor:
+        """(B, L) int64: which document each token is of."""
+        numbers = torch.arange(len(self.lengths))
+        made = self._on("ids", device, lambda: numbers.repeat_interleave(torch.tensor(self.lengths)))
+        return made.view(batch, length)
+
+    def mask(self, batch: int, length: int, device: torch.device) -> Tensor:
+        """(B, 1, L, L) boolean: true where query and key are of one document."""
+        ids = self.ids(batch, length, device)
+        return (ids.unsqueeze(-1) == ids.unsqueeze(-2)).unsqueeze(1)
+
+    def _on(self, name: str, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
+        """What ``make`` gives, made once and moved once to each device."""
+        if (name, device) not in self._made:
+            with torch.inference_mode(False):
+                self._made[name, device] = make().to(device)
+        return self._made[name, device]

@@ -1,0 +1,147 @@
+"""KeyStorage: the keys of a cache with the prior's lanes beside them, as a fused kernel wants them.
+
+Legend: B batch, H query heads, Hk key heads, S slots, Q queries, D key width, P lanes, W kernel width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from eotattn.kernels import sdpa
+from eotattn.priors import LogPrior
+from eotattn.priors.positions import may_remember
+
+__all__ = ["KeyStorage"]
+
+#: Slots for which lanes are made ahead, so that a decoding step makes none.
+AHEAD = 256
+
+
+class KeyStorage:
+    """Keys (B, Hk, S, W): content, lanes of the key's position, and one lane that is far below any score on padding.
+
+    The lanes of a key depend on its position, which never changes while the key is there, and on the parameters of the
+    prior, whose versions are watched: when one was written to, lanes are made again.
+
+    Args:
+        prior: Log-prior whose lanes are stored; a prior without lanes is left to others.
+        shape: (B, Hk, S, D).
+        dtype: Dtype of the keys.
+        device: Their device.
+    """
+
+    def __init__(
+        self,
+        prior: LogPrior | None,
+        shape: tuple[int, int, int, int],
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str | None,
+    ) -> None:
+        self.prior, self.scale, self.content_width = prior, 1 / math.sqrt(shape[-1]), shape[-1]
+        self.tensor = torch.zeros(shape, dtype=dtype, device=device)
+        self._num_lanes, self._marks_padding = 0, False
+        if prior is not None and prior.has_lanes and prior.num_coordinates == 1:
+            zero = torch.zeros(1, dtype=torch.int64, device=self.tensor.device)
+            self._num_lanes = self._make(zero, zero)[1].shape[-1]
+        self._widen()
+        self._num_ready, self._stamp = 0, self._versions()
+        self._query_first, self._query_lanes = 0, self.tensor.new_zeros(0, 0)
+
+    @property
+    def content(self) -> Tensor:
+        """(B, Hk, S, D), a view."""
+        return self.tensor[..., : self.content_width]
+
+    def write(self, start: int, key: Tensor, padding: Tensor | None) -> None:
+        """Put new keys (B, Hk, L, D) into the slots from ``start`` on; ``padding`` is (B, L), true on padding."""
+        end = start + key.shape[2]
+        self.tensor[:, :, start:end, : self.content_width] = key.detach()
+        if padding is not None and not self._marks_padding:
+            self._marks_padding = True
+            self._widen()
+        if self._marks_padding:
+            far = sdpa.far_lane(self.tensor.dtype, scale=self.scale)
+            mark = 0.0 if padding is None else (far * padding).to(self.tensor.dtype).unsqueeze(1)
+            self.tensor[:, :, start:end, self.content_width + self._num_lanes] = mark
+
+    def forget_lanes(self, start: int) -> None:
+        """Make lanes again from slot ``start`` on: positions there are new."""
+        self._num_ready = min(self._num_ready, start)
+        self._query_lanes = self._query_lanes[..., :0, :]
+
+    def serves(self, query: Tensor, prior: LogPrior | None, scale: float) -> bool:
+        """Whether what is stored is right for a call: the same prior, scale and dtype, and no gradient of the prior."""
+        if prior is not self.prior or query.dtype != self.tensor.dtype or not may_remember(query.device):
+            return False
+        if prior is None:
+            return True
+        learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in prior.parameters())
+        return self._num_lanes > 0 and math.isclose(scale, self.scale) and not learns
+
+    @torch.no_grad()
+    def lanes(self, positions: Tensor, start: int, end: int) -> Tensor:
+        """Bring the lanes of keys up to date and give those of the queries in the slots from ``start`` to ``end``.
+
+        Args:
+            positions: (S,) or (B, S), tokens, of filled slots and as expected of those to come.
+            start: Slot of the first query.
+            end: Slots filled.
+
+        Returns:
+            (H, Q, W - D) or (B, H, Q, W - D).
+        """
+        if self._num_lanes > 0 and self._stamp != (stamp := self._versions()):
+            self.forget_lanes(0)
+            self._stamp = stamp
+        stop, first = min(self.tensor.shape[2], end + AHEAD), positions[..., :1]
+        if self._num_lanes > 0 and self._num_ready < end:
+            columns = slice(self.content_width, self.content_width + self._num_lanes)
+            ready = slice(self._num_ready, stop)
+            self.tensor[:, :, ready, columns] = self._make(first, positions[..., ready])[1]
+            self._num_ready = stop
+        at = start - self._query_first
+        if at < 0 or end - self._query_first > self._query_lanes.shape[-2]:
+            made = self._query_side(positions[..., start:stop], first)
+            self._query_first, self._query_lanes = end, made[..., end - start :, :].clone()
+            return made[..., : end - start, :]
+        return self._query_lanes[..., at : at + end - start, :]
+
+    def _query_side(self, positions: Tensor, first: Tensor) -> Tensor:
+        """What stands beside a query's content: lanes, the constant that meets the padding lane, zeros."""
+        spare = self.tensor.shape[-1] - self.content_width - self._num_lanes
+        if self._num_lanes > 0:
+            made = functional.pad(self._make(positions, first)[0], (0, spare))
+        else:
+            made = self.tensor.new_zeros(1, positions.shape[-1], spare)
+        if self._marks_padding:
+            lift, _ = sdpa.padding_lane(torch.ones(1, 1, dtype=torch.bool), made.dtype, scale=self.scale)
+            made[..., self._num_lanes] = float(lift)
+        return made
+
+    def _make(self, query_positions: Tensor, key_positions: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.prior is not None
+        dtype, num_kv_heads = self.tensor.dtype, self.tensor.shape[1]
+        lanes = self.prior.lanes(query_positions, key_positions, dtype=dtype, query_scale=1 / self.scale)
+        grouped = lanes.grouped(num_kv_heads)
+        return grouped.query, grouped.key
+
+    def _versions(self) -> tuple[Any, ...]:
+        """What changes when a parameter or buffer of the prior is replaced, moved or written to."""
+        if self.prior is None:
+            return ()
+        tensors = [*self.prior.parameters(), *self.prior.buffers()]
+        return tuple((id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+
+    def _widen(self) -> None:
+        """Make room for lanes and for the padding lane."""
+        beside = self._num_lanes + self._marks_padding
+        width = sdpa.kernel_width(self.content_width + beside, self.tensor.device) if beside else self.content_width
+        if width > self.tensor.shape[-1]:
+            self.tensor = functional.pad(self.tensor, (0, width - self.tensor.shape[-1]))
+        self._query_lanes = self.tensor.new_zeros(0, 0)  # of another width
