@@ -7,18 +7,22 @@ from eotattn.plotting.priors import (
     plot_relative,
     plot_row_centred,
 )
+from eotattn.plotting.retrieval import plot_depth_grid, plot_log_prior_by_lag
 from eotattn.plotting.sinks import plot_sink_mass
-from eotattn.plotting.style import OKABE_ITO, line_styles, panels, resolve_axes
+from eotattn.plotting.style import OKABE_ITO, line_styles, mosaic, panels, resolve_axes
 from eotattn.plotting.theory import plot_identity, plot_measured_and_bound
 
 __all__ = [
     "OKABE_ITO",
     "line_styles",
+    "mosaic",
     "panels",
     "plot_causal_prior",
+    "plot_depth_grid",
     "plot_identity",
     "plot_key_only",
     "plot_length_curves",
+    "plot_log_prior_by_lag",
     "plot_measured_and_bound",
     "plot_relative",
     "plot_row_centred",

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from eotattn.checks import require
 
-__all__ = ["MARKERS", "OKABE_ITO", "line_styles", "panels", "resolve_axes", "to_array"]
+__all__ = ["MARKERS", "OKABE_ITO", "line_styles", "mosaic", "panels", "resolve_axes", "to_array"]
 
 #: Okabe and Ito's qualitative palette without yellow, which is too light for lines on white.
 OKABE_ITO = {
@@ -75,3 +75,17 @@ def panels(rows: int, columns: int, *, size: tuple[float, float]) -> tuple[Figur
     """A figure of ``size`` inches with a (rows, columns) grid of axes that do not overlap."""
     figure, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     return figure, grid
+
+
+def mosaic(
+    layout: Sequence[Sequence[str]], *, size: tuple[float, float], heights: Sequence[float]
+) -> tuple[Figure, dict[str, Axes]]:
+    """A figure of ``size`` inches with named axes: a name that is repeated in ``layout`` spans those cells.
+
+    Args:
+        layout: Rows of names.
+        size: Width and height, inches.
+        heights: Relative heights of the rows.
+    """
+    figure = plt.figure(figsize=size, layout="constrained")
+    return figure, figure.subplot_mosaic([list(row) for row in layout], height_ratios=list(heights))

@@ -3,5 +3,6 @@
 from eotattn.experiments.figures.captions import VARIANT_NAMES, title_panels
 from eotattn.experiments.figures.copy_mixture import draw_copy_mixture
 from eotattn.experiments.figures.language import draw_language
+from eotattn.experiments.figures.retrieval import draw_retrieval
 
-__all__ = ["VARIANT_NAMES", "draw_copy_mixture", "draw_language", "title_panels"]
+__all__ = ["VARIANT_NAMES", "draw_copy_mixture", "draw_language", "draw_retrieval", "title_panels"]

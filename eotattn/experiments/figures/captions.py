@@ -16,6 +16,7 @@ VARIANT_NAMES = {
     "interpolated_rope": "RoPE, interpolated",
     "alibi": "ALiBi",
     "goat": "GOAT",
+    "paper_goat": "GOAT, paper's form",
     "sinusoidal": "sinusoidal",
     "none": "no positions",
 }

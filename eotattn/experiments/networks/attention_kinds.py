@@ -115,6 +115,7 @@ def _goat(**options: Any) -> MakePrior:
 #: Every attention that an experiment can name. A new one is one entry.
 ATTENTION_KINDS = {
     "goat": AttentionKind(prior=_goat()),
+    "paper_goat": AttentionKind(prior=_goat()),
     "alibi": AttentionKind(prior=_alibi),
     "rope": AttentionKind(rotary=_rotary),
     "interpolated_rope": AttentionKind(rotary=_rotary, interpolated=True),

@@ -2,5 +2,6 @@
 
 from eotattn.experiments.recipes.copy_mixture import CopyMixtureRecipe, copy_mixture
 from eotattn.experiments.recipes.language import LanguageRecipe, language
+from eotattn.experiments.recipes.retrieval import RetrievalRecipe, retrieval
 
-__all__ = ["CopyMixtureRecipe", "LanguageRecipe", "copy_mixture", "language"]
+__all__ = ["CopyMixtureRecipe", "LanguageRecipe", "RetrievalRecipe", "copy_mixture", "language", "retrieval"]

@@ -1,0 +1,248 @@
+"""Figure 3: who still finds a passkey and a needle in contexts many times longer than those of training?
+
+Legend: S seeds, N lengths, D depths, H heads, T lags.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from eotattn.experiments.examination import examine
+from eotattn.experiments.networks import Decoder, DecoderConfig
+from eotattn.experiments.recipes.retrieval import RetrievalRecipe
+from eotattn.experiments.records import Measurement, Records, Row, Run, merged_provenance
+from eotattn.experiments.results import ResultFolder
+from eotattn.experiments.tasks import RetrievalTask
+from eotattn.experiments.training import TrainingConfig, autocast, train, training_rows
+
+__all__ = ["SCORES", "RetrievalRun", "RetrievalStudy", "learned_log_prior", "measure", "runs"]
+
+FIGURE = "fig3_retrieval"
+
+#: Task -> what the paper reports of it.
+SCORES = {"passkey": "exact_match", "needle": "token_accuracy"}
+
+
+@dataclass(frozen=True)
+class RetrievalRun:
+    """One decoder, trained and examined.
+
+    Args:
+        decoder: The network.
+        task: The data.
+        training: The run.
+        lengths: Examined contexts, tokens.
+        depths: Examined depths.
+        count: Sequences examined a task, length and depth.
+    """
+
+    decoder: DecoderConfig
+    task: RetrievalTask
+    training: TrainingConfig
+    lengths: tuple[int, ...]
+    depths: tuple[float, ...]
+    count: int
+
+    @property
+    def seed(self) -> int:
+        """Seed of weights and batches."""
+        return self.training.seed
+
+
+def runs(recipe: RetrievalRecipe, records: Records) -> list[Run]:
+    """One run a seed and variant; the first seed's come first."""
+    return [
+        Run(
+            f"{decoder.attention}-seed{seed}",
+            RetrievalRun(
+                decoder,
+                recipe.task,
+                replace(recipe.training, seed=seed),
+                recipe.lengths,
+                recipe.depths,
+                recipe.count,
+            ),
+            measure,
+        )
+        for seed in recipe.seeds
+        for decoder in recipe.variants
+    ]
+
+
+def measure(run: RetrievalRun, checkpoint: Path) -> Measurement:
+    """Train a decoder on both tasks and examine it at every length and depth.
+
+    Args:
+        run: What to do.
+        checkpoint: File of the unfinished training.
+    """
+    network = Decoder(run.decoder)
+    label = f"{run.decoder.attention}, seed {run.seed}"
+    training = train(network, run.task, run.training, label=label, checkpoint=checkpoint)
+    with autocast(run.training, next(network.parameters()).device):
+        rows = examine(network, run.task.haystacks, lengths=run.lengths, depths=run.depths, count=run.count)
+    near, far = (_mean_score(rows, length) for length in (run.lengths[0], run.lengths[-1]))
+    rows += training_rows(training)
+    rows.append({"quantity": "training_seconds", "unit": "seconds", "value": training.wall_seconds})
+    arrays = {}
+    if run.decoder.attention in ("goat", "paper_goat"):
+        arrays["log_prior"] = learned_log_prior(network, 2 * run.decoder.train_length)
+    summary = f"accuracy {near:.3f} at {run.lengths[0]} tokens, {far:.3f} at {run.lengths[-1]}"
+    return Measurement(rows, arrays, summary)
+
+
+@torch.no_grad()
+def learned_log_prior(network: Decoder, length: int) -> NDArray[np.float32]:
+    """(blocks, H, T) log-prior of the last of ``length`` queries at the lags 0 ... T - 1, with maximum zero, nats."""
+    device = next(network.parameters()).device
+    query = torch.tensor([length - 1], device=device)
+    keys = torch.arange(length - 1, -1, -1, device=device)
+    found = []
+    for block in network.blocks:
+        prior = block.attention.prior
+        assert prior is not None
+        log_prior = prior.dense(query, keys)[:, 0]
+        found.append((log_prior - log_prior.amax(-1, keepdim=True)).cpu())
+    return torch.stack(found).numpy().astype(np.float32)
+
+
+def _mean_score(rows: Sequence[Row], length: int) -> float:
+    """Mean over tasks and depths of what the paper reports."""
+    return float(np.mean([r["value"] for r in rows if r["length"] == length and r["quantity"] == SCORES[r["task"]]]))
+
+
+@dataclass(frozen=True, eq=False)
+class RetrievalStudy:
+    """All decoders of figure 3.
+
+    Attributes:
+        recipe: What was run.
+        records: Of all its runs.
+    """
+
+    recipe: RetrievalRecipe
+    records: Records
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Names of the decoders."""
+        return tuple(decoder.attention for decoder in self.recipe.variants)
+
+    def scores(self, variant: str, task: str, quantity: str | None = None) -> NDArray[np.float64]:
+        """(S, N, D) accuracy of one variant by seed, length and depth.
+
+        Args:
+            variant: Name of its attention.
+            task: ``"passkey"`` or ``"needle"``.
+            quantity: ``"exact_match"`` or ``"token_accuracy"``; by default what the paper reports.
+        """
+        recipe = self.recipe
+        found = np.full((len(recipe.seeds), len(recipe.lengths), len(recipe.depths)), np.nan)
+        for s, seed in enumerate(recipe.seeds):
+            for row in self.records[f"{variant}-seed{seed}"].rows_of(quantity or SCORES[task]):
+                if row["task"] == task:
+                    found[s, recipe.lengths.index(row["length"]), recipe.depths.index(row["depth"])] = row["value"]
+        return found
+
+    def rows(self) -> list[Row]:
+        """The tidy table: every plotted value, one a row."""
+        columns = ("panel", "task", "length", "depth", "step", "block", "head", "lag", "count", "quantity", "unit")
+        rows = []
+        for name, record in self.records.items():
+            variant = name.rsplit("-seed", 1)[0]
+            for row in record.rows:
+                place = {"figure": FIGURE, "variant": variant, "seed": record.seed}
+                rows.append(place | {column: row.get(column, "") for column in columns} | {"value": row["value"]})
+            drawn = name == f"goat-seed{self.recipe.seeds[0]}"
+            for place, value in self._prior_entries(record.arrays["log_prior"]) if drawn else ():
+                entry = {"figure": FIGURE, "variant": variant, "seed": record.seed}
+                entry |= {column: place.get(column, "") for column in columns}
+                rows.append(entry | {"panel": "c", "quantity": "log_prior", "unit": "nats", "value": value})
+        return rows
+
+    def _prior_entries(self, log_prior: NDArray[np.float32]) -> list[tuple[Row, float]]:
+        """Every entry that panel (c) draws: all blocks and heads."""
+        lags = shown_lags(log_prior.shape[-1])
+        return [
+            ({"block": b, "head": h, "lag": int(lag)}, float(log_prior[b, h, lag]))
+            for b in range(log_prior.shape[0])
+            for h in range(log_prior.shape[1])
+            for lag in lags
+        ]
+
+    def save(self, folder: ResultFolder) -> None:
+        """Write the table and its provenance."""
+        folder.write_table(self.rows())
+        command = f"eotattn reproduce --figure 3 --scale {self.recipe.scale}"
+        folder.write_provenance(merged_provenance(self.records, command=command, recipe=self.recipe))
+
+    def accuracy_table(self) -> list[Row]:
+        """Mean over depths of every variant, task and length, and its range over the seeds, for display."""
+        rows = []
+        for variant in self.variants:
+            for task, quantity in SCORES.items():
+                scores = self.scores(variant, task)
+                for k, length in enumerate(self.recipe.lengths):
+                    seeds = scores[:, k].mean(-1)
+                    place = {"variant": variant, "task": task, "score": quantity, "length": length}
+                    found = {"mean": seeds.mean(), "lowest seed": seeds.min(), "highest seed": seeds.max()}
+                    rows.append(place | found | {"worst depth": scores[:, k].min()})
+        return rows
+
+    def verdict(self) -> str:
+        """The claims, the numbers and whether they held, in Markdown."""
+        recipe = self.recipe
+        factor = max(factor for factor in recipe.length_factors if factor <= 16)
+        at = recipe.length_factors.index(factor)
+        lines = []
+        for variant in ("goat", "paper_goat"):
+            for task, quantity in SCORES.items():
+                scores = self.scores(variant, task)[:, at]
+                lines.append(
+                    f"- **{_NAMES[variant]}, {task}, {factor}x: {_held(scores.min() >= 0.99)}** (every seed and depth "
+                    f"at least 0.99). {quantity.replace('_', ' ')}: mean {scores.mean():.3f}, worst seed and depth "
+                    f"{scores.min():.3f}."
+                )
+        lines += [self._against("goat", "alibi"), self._against("paper_goat", "alibi")]
+        for variant in ("rope", "interpolated_rope", "sinusoidal"):
+            near, far = ([self.scores(variant, task)[:, k].mean() for task in SCORES] for k in (0, at))
+            lines.append(
+                f"- {variant}: passkey {near[0]:.3f}, needle {near[1]:.3f} at the training length; "
+                f"{far[0]:.3f} and {far[1]:.3f} at {factor}x."
+            )
+        count = len(recipe.seeds)
+        devices = sorted({record.device for record in self.records.values()})
+        lines.append(f"- {count} seed{'s' if count > 1 else ''} at scale `{recipe.scale}` on {', '.join(devices)}.")
+        return "\n".join(lines)
+
+    def _against(self, variant: str, other: str) -> str:
+        """Whether a variant is nowhere below another, by task and length, mean over seeds and depths."""
+        gaps = {
+            (task, length): self.scores(variant, task)[:, k].mean() - self.scores(other, task)[:, k].mean()
+            for task in SCORES
+            for k, length in enumerate(self.recipe.lengths)
+        }
+        (task, length), gap = min(gaps.items(), key=lambda item: item[1])
+        return (
+            f"- **{_NAMES[variant]} never below ALiBi: {_held(gap >= 0)}.** Smallest difference of the means over "
+            f"seeds and depths: {gap:+.3f} ({task}, {length} tokens)."
+        )
+
+
+_NAMES = {"goat": "GOAT", "paper_goat": "GOAT in the paper's form"}
+
+
+def shown_lags(count: int) -> list[int]:
+    """Lags that a curve over 0 ... count - 1 is drawn at: all short ones, then about forty an octave."""
+    grid = {round(float(lag)) for lag in np.geomspace(1, count - 1, 96)}
+    return sorted({*range(min(32, count)), *grid})
+
+
+def _held(condition: bool) -> str:
+    return "held" if condition else "did NOT hold"
