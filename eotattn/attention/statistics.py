@@ -1,9 +1,6 @@
 """Statistics of attention rows and columns, streamed: O(L d) memory, never an L x L tensor.
 
-Legend: B batch, H query heads, Hk key heads, Q queries, K keys, D score width, V value width, N chosen keys, T lags.
-
-With logits z_ij = s_ij + K_ij (content and prior, nats) and weights p_ij = exp(z_ij - lse_i). An explicit sink is one
-further outcome of every row, with logit b and no value: lse_i includes it, and so does the entropy.
+Legend: B batch, H query heads, Hk key heads, Q queries, K keys, D score width, V value width, N chosen keys.
 
 Two forms compute the same: blocks of rows, for every call and device, and on CUDA kernels that store no logit.
 """
@@ -11,12 +8,12 @@ Two forms compute the same: blocks of rows, for every call and device, and on CU
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from eotattn.attention.attention_statistics import AttentionStatistics
 from eotattn.attention.block_statistics import block_statistics
 from eotattn.attention.column_sums import ColumnSums
 from eotattn.attention.score_rows import (
@@ -41,74 +38,9 @@ from eotattn.checks import (
 from eotattn.kernels.score_sums import ScoreTiles, refusal
 from eotattn.priors.lanes import Lanes
 
-__all__ = ["AttentionStatistics", "row_statistics", "source_statistics", "weight_statistics"]
+__all__ = ["AttentionStatistics", "row_statistics", "weight_statistics"]
 
 OWNER = "row_statistics"
-
-
-@dataclass(frozen=True, eq=False)
-class AttentionStatistics:
-    """What one attention call did, without its weights. Rows without admissible keys hold zeros (lse: -inf).
-
-    Attributes:
-        log_sum_exp: (B, H, Q) nats.
-        entropy: (B, H, Q) -sum p ln p, nats, in [0, ln(num_keys)] (one outcome more with an explicit sink).
-        participation: (B, H, Q) sum of squared weights, in [1 / num_keys, 1]; its inverse counts keys.
-        num_keys: (B, H, Q) admissible keys.
-        score_min: (B, H, Q) smallest admissible content score, nats.
-        score_max: (B, H, Q) largest admissible content score, nats; the difference is omega.
-        expected_score: (B, H, Q) sum_j p_ij s_ij, nats.
-        prior_log_sum_exp: (B, H, Q) ln sum_j exp(K_ij) over admissible keys, nats; ln(num_keys) without prior.
-        key_mass: (B, H, Q, N) weight on the chosen keys.
-        explicit_sink_mass: (B, H, Q) weight on the explicit sink; zero without one.
-        margin: (B, H, Q) z_ij* - max_{k != j*} z_ik of the first chosen key j*, nats; NaN without competitor.
-        content_margin: (B, H, Q) the content part of that difference, nats.
-        prior_margin: (B, H, Q) its prior part, nats.
-        column_mass: (B, H, K) sum of weights over the queries that count, keys in order of the sequence.
-        column_count: (B, H, K) queries that count and admit the key.
-        lag_mass: (B, H, Q + K - 1) sum of weights of the queries that count, by lag.
-        first_lag: Lag of the first entry of ``lag_mass``: query position - key position, tokens.
-        counted: (B, Q) queries that count: not padding.
-        output: (B, H, Q, V) attention output, or ``None`` where no value was given.
-    """
-
-    log_sum_exp: Tensor
-    entropy: Tensor
-    participation: Tensor
-    num_keys: Tensor
-    score_min: Tensor
-    score_max: Tensor
-    expected_score: Tensor
-    prior_log_sum_exp: Tensor
-    key_mass: Tensor
-    explicit_sink_mass: Tensor
-    margin: Tensor
-    content_margin: Tensor
-    prior_margin: Tensor
-    column_mass: Tensor
-    column_count: Tensor
-    lag_mass: Tensor
-    first_lag: int
-    counted: Tensor
-    output: Tensor | None = None
-
-    @property
-    def score_range(self) -> Tensor:
-        """(B, H, Q) omega_i = max_j s_ij - min_j s_ij, nats."""
-        return self.score_max - self.score_min
-
-    @property
-    def context_sensitivity(self) -> Tensor:
-        """(B, H, Q) Psi_i = sum_{k != j*} p_ik: the weight on other keys than the first chosen one."""
-        held = (self.num_keys > 0).to(self.entropy.dtype)
-        return (held - self.key_mass[..., 0] - self.explicit_sink_mass).clamp(min=0)
-
-    @property
-    def context_sensitivity_bound(self) -> Tensor:
-        """(B, H, Q) (n - 1) / (exp(margin) + n - 1), at least Psi, over n admissible keys; one without a margin."""
-        others = (self.num_keys - 1).clamp(min=0)
-        bound = torch.sigmoid(others.log() - self.margin)
-        return torch.where(self.margin.isnan(), 1.0, bound)
 
 
 @torch.no_grad()
@@ -196,15 +128,15 @@ def row_statistics(
         query_start=query_start,
         key_start=key_start,
     )
-    tiles = None if backend == "blocks" else _tiles(rows, value, block_elements)
+    tiles = "blocks are asked for" if backend == "blocks" else _tiles(rows, value, block_elements)
     if backend == "kernel" and isinstance(tiles, str):
         raise NotImplementedError(f"{OWNER}: backend 'kernel' does not serve this call: {tiles}. Use 'blocks'.")
     sink = None if sink_logits is None else sink_logits.to(rows.dtype)
-    place = {"sequence_start": sequence_start, "counted": counted, "keys": keys}
-    if isinstance(tiles, ScoreTiles):
-        return _statistics(rows, lambda chosen, seen: tile_statistics(rows, tiles, chosen, sink, seen), **place)
-    wide = None if value is None else value.to(rows.dtype)
-    return source_statistics(rows.widened(), value=wide, sink_logits=sink, block_elements=block_elements, **place)
+    places = _places(rows, sequence_start, counted, keys)
+    if isinstance(tiles, str):
+        wide = None if value is None else value.to(rows.dtype)
+        return _statistics(rows, places, _by_blocks(rows.widened(), places, wide, sink, block_elements))
+    return _statistics(rows, places, tile_statistics(rows, tiles, places.chosen, sink, places.counted))
 
 
 @torch.no_grad()
@@ -241,44 +173,24 @@ def weight_statistics(
     remedy = "Add batch and head axes"
     require(weights.dim() == 4, "weight_statistics", "weights", "have shape (B, H, Q, K)", weights, remedy)
     source = WeightRows(weights, query_start, key_start)
-    return source_statistics(source, sequence_start=sequence_start, counted=counted, keys=keys)
+    places = _places(source, sequence_start, counted, keys)
+    return _statistics(source, places, _by_blocks(source, places))
 
 
-@torch.no_grad()
-def source_statistics(
-    source: ScoreSource,
-    *,
-    value: Tensor | None = None,
-    sink_logits: Tensor | None = None,
-    sequence_start: Tensor | None = None,
-    counted: Tensor | None = None,
-    keys: tuple[int, ...] = (0,),
-    block_elements: int | None = None,
-) -> AttentionStatistics:
-    """The statistics of any source of blocks of logits; arguments as in :func:`row_statistics`."""
+@dataclass(frozen=True, eq=False)
+class _Places:
+    """Where to look: sequence starts (B,), whether they were given, queries that count (B, Q), chosen keys (B, N)."""
 
-    def by_blocks(chosen: Tensor, counted: Tensor) -> tuple[dict[str, Tensor], ColumnSums]:
-        columns, parts = ColumnSums.empty(source), []
-        for start, stop in block_spans(source, block_elements):
-            block = source.block(start, stop)
-            weights, rows = block_statistics(block, chosen, sink_logits, value)
-            columns.add(weights, block, counted[:, start:stop])
-            parts.append(rows)
-        return {name: torch.cat([part[name] for part in parts], dim=2) for name in parts[0]}, columns
-
-    return _statistics(source, by_blocks, sequence_start=sequence_start, counted=counted, keys=keys)
+    starts: Tensor
+    given: bool
+    counted: Tensor
+    chosen: Tensor
 
 
-def _statistics(
-    source: ScoreSource,
-    compute: Callable[[Tensor, Tensor], tuple[dict[str, Tensor], ColumnSums]],
-    *,
-    sequence_start: Tensor | None,
-    counted: Tensor | None,
-    keys: tuple[int, ...],
-) -> AttentionStatistics:
-    """Find the chosen keys (B, N) and the queries that count (B, Q), and put together what is computed from them."""
-    batch, _, queries, num_keys = source.shape
+def _places(
+    source: ScoreSource, sequence_start: Tensor | None, counted: Tensor | None, keys: tuple[int, ...]
+) -> _Places:
+    batch, _, queries, _ = source.shape
     starts = torch.zeros(batch, dtype=torch.int64) if sequence_start is None else sequence_start
     counted = torch.ones(batch, queries, dtype=torch.bool) if counted is None else counted
     check_shape(OWNER, "sequence_start", starts, (batch,), "One index a sequence")
@@ -287,17 +199,40 @@ def _statistics(
     require(known, OWNER, "keys", "name at least one key, from 0 up", keys, "Count from the first token")
     starts, counted = starts.to(source.device), counted.to(source.device)
     chosen = starts[:, None] + torch.tensor(keys, device=source.device) - source.key_start
-    rows, columns = compute(chosen, counted)
+    return _Places(starts, sequence_start is not None, counted, chosen)
+
+
+def _by_blocks(
+    source: ScoreSource,
+    places: _Places,
+    value: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+    block_elements: int | None = None,
+) -> tuple[dict[str, Tensor], ColumnSums]:
+    """Fields of rows and sums of columns of any source of blocks of logits."""
+    columns, parts = ColumnSums.empty(source), []
+    for start, stop in block_spans(source, block_elements):
+        block = source.block(start, stop)
+        weights, rows = block_statistics(block, places.chosen, sink_logits, value)
+        columns.add(weights, block, places.counted[:, start:stop])
+        parts.append(rows)
+    return {name: torch.cat([part[name] for part in parts], dim=2) for name in parts[0]}, columns
+
+
+def _statistics(
+    source: ScoreSource, places: _Places, found: tuple[dict[str, Tensor], ColumnSums]
+) -> AttentionStatistics:
+    rows, columns = found
     statistics = AttentionStatistics(
         **rows,
         column_mass=columns.mass,
         column_count=columns.count,
         lag_mass=columns.lags,
-        first_lag=source.query_start - source.key_start - num_keys + 1,
-        counted=counted & (rows["num_keys"][:, 0] > 0),
+        first_lag=source.query_start - source.key_start - source.shape[3] + 1,
+        counted=places.counted & (rows["num_keys"][:, 0] > 0),
     )
-    moved = sequence_start is not None or source.key_start > 0
-    return _aligned(statistics, starts, source.key_start) if moved else statistics
+    moved = places.given or source.key_start > 0
+    return statistics.counted_from(places.starts, source.key_start) if moved else statistics
 
 
 def _tiles(rows: ScoreRows, value: Tensor | None, block_elements: int | None) -> ScoreTiles | str:
@@ -308,16 +243,6 @@ def _tiles(rows: ScoreRows, value: Tensor | None, block_elements: int | None) ->
         return "block_elements asks for blocks"
     tiles = as_tiles(rows)
     return tiles if isinstance(tiles, str) else refusal(tiles) or tiles
-
-
-def _aligned(statistics: AttentionStatistics, starts: Tensor, key_start: int) -> AttentionStatistics:
-    """Columns counted from the start of each sequence; what precedes it is dropped, zeros follow at the end."""
-    width = statistics.column_mass.shape[-1]
-    index = torch.arange(width + key_start, device=starts.device) + starts[:, None] - key_start
-    inside = ((index >= 0) & (index < width))[:, None, :]
-    at = index.clamp(0, width - 1)[:, None, :].expand(-1, statistics.column_mass.shape[1], -1)
-    mass, count = (x.gather(-1, at) * inside for x in (statistics.column_mass, statistics.column_count))
-    return replace(statistics, column_mass=mass, column_count=count)
 
 
 def _as_rows(name: str, table: Tensor | Lanes | RowSource | None, shape: tuple[int, ...]) -> RowSource | None:

@@ -16,6 +16,7 @@ Sums that several programs share are added as whole multiples of 2^-40, so that 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 import triton
@@ -314,8 +315,10 @@ def launch_columns(tiles: ScoreTiles, log_sum_exp: Tensor, counted: Tensor) -> t
     block, warps, stages = _fitting(COLUMN_TILES, tiles)
     summed = counted[:, None, :] & (log_sum_exp > -math.inf)
     offsets = torch.where(summed, log_sum_exp * LOG2_E, math.inf)
-    make = {"dtype": torch.int64, "device": tiles.query.device}
-    mass, lags = (torch.zeros(batch, heads, size, **make) for size in (keys, queries + keys - 1))
+    mass, lags = (
+        torch.zeros(batch, heads, size, dtype=torch.int64, device=tiles.query.device)
+        for size in (keys, queries + keys - 1)
+    )
     segments = triton.cdiv(triton.cdiv(min(queries, keys), block), SEGMENT)
     for first, last, masked in _diagonals(tiles, block):
         _columns[((last - first) * segments, batch * heads)](
@@ -363,7 +366,7 @@ def _diagonals(tiles: ScoreTiles, block: int) -> list[tuple[int, int, bool]]:
     return [span for span in spans if span[0] < span[1]]
 
 
-def _fitting(sizes: dict[int, tuple[int, ...]], tiles: ScoreTiles) -> tuple[int, ...]:
+def _fitting(sizes: Mapping[int, tuple[int, ...]], tiles: ScoreTiles) -> tuple[int, ...]:
     return sizes[tiles.query.element_size()]
 
 
