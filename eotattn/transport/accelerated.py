@@ -1,4 +1,4 @@
-"""Sinkhorn's iteration, extrapolated from its last steps (Anderson), with the plain iteration as its safety net."""
+"""Sinkhorn's iteration, extrapolated from its last steps, with the plain iteration as its safety net."""
 
 # Legend: m keys, w remembered steps; the leading dimensions are a batch.
 
@@ -13,19 +13,24 @@ from eotattn.transport.sinkhorn import sinkhorn_step
 
 __all__ = ["AcceleratedStep"]
 
+#: A change is a new direction if at least this part of it is, and if it exceeds so many roundings of the potential.
+_NEW = 1e-4
+_ROUNDINGS = 4
 #: Steps that are remembered, and the changes that must be known before the first extrapolation.
 _WINDOW = 10
 _WARM_UP = 2
-#: Ridge of the least squares, relative to its trace.
-_RIDGE = 1e-10
 
 
 class AcceleratedStep:
     """A step that remembers: the combination of the last plain steps whose residuals cancel best.
 
-    With residuals r_k = S(g_k) - g_k of Sinkhorn's map S, the next potential is ``S(g) - sum_k gamma_k (S(g_k+1) -
-    S(g_k))`` with gamma minimising ``|r - sum_k gamma_k (r_k+1 - r_k)|``. A step after which the marginal
-    error exceeds the best one is taken back: that problem goes on from the plain step it had, and forgets.
+    With residuals r = S(g) - g of Sinkhorn's map S, every change of the residual is kept orthogonal to the ones before
+    and of length one, together with the change of S(g) that belongs to it. The next potential is S(g) less the changes
+    of S(g) weighted by the components of r. A step after which the marginal error exceeds the best one is taken back:
+    that problem goes on from the plain step it had, and forgets.
+
+    What is remembered lies in tensors that are changed in place, and nothing is asked of the host, so that a GPU can
+    record and repeat a step.
 
     Example:
         >>> from eotattn.transport.keys import balance
@@ -33,64 +38,59 @@ class AcceleratedStep:
         >>> AcceleratedStep()(problem, torch.zeros(2), balance(problem, torch.zeros(2)), 1.0)
         tensor([0., 0.])
 
-    Source: Anderson 1965, type II; for Sinkhorn, Chizat et al. 2020, as a safeguarded variant (original).
+    Source: Anderson 1965, type II, by truncated orthogonal directions as in He et al. 2024 (nonlinear truncated
+    generalised conjugate residuals); for Sinkhorn, Chizat et al. 2020; the safeguard is original.
     """
 
     def __init__(self) -> None:
         self._epsilon = float("nan")
 
-    def _forget(self, state: KeyBalance, epsilon: float) -> None:
+    def _forget(self, key_potential: Tensor, state: KeyBalance, epsilon: float) -> None:
+        batch, m = state.error.shape, key_potential.shape[-1]
         self._epsilon = epsilon
-        self._changes: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._last: tuple[Tensor, Tensor, Tensor] | None = None
-        self._best = torch.full_like(state.error, float("inf"))
-        self._fallback = torch.zeros_like(state.mass)
-        self._extrapolating = torch.zeros_like(state.error, dtype=torch.bool)
+        self._residuals, self._images = (key_potential.new_zeros(*batch, _WINDOW, m) for _ in range(2))
+        self._slot = torch.zeros(1, dtype=torch.int64, device=key_potential.device)
+        self._last_image, self._last_residual, self._fallback = (key_potential.new_zeros(*batch, m) for _ in range(3))
+        self._known, self._best = torch.zeros_like(state.error), torch.full_like(state.error, float("inf"))
+        self._usable, self._extrapolated = (torch.zeros_like(state.error, dtype=torch.bool) for _ in range(2))
 
     def __call__(self, problem: TransportProblem, key_potential: Tensor, state: KeyBalance, epsilon: float) -> Tensor:
         """Return the next key potential, shape (..., m); see ``sinkhorn_step`` for the arguments."""
         if epsilon != self._epsilon:
-            self._forget(state, epsilon)
+            self._forget(key_potential, state, epsilon)
+        assert problem.key_marginal is not None
         image = sinkhorn_step(problem, key_potential, state, epsilon)
-        residual = torch.where(image.isfinite(), image - key_potential, 0.0)
-        taken_back = self._extrapolating & ~(state.error <= self._best)
-        changes = [(left, right, valid & ~taken_back) for left, right, valid in self._changes]
-        if self._last is not None:
-            before, rest, usable = self._last
-            change = _difference(before, image), residual - rest, usable & ~taken_back
-            changes = [*changes, change][-_WINDOW:]
-        self._changes, self._last = changes, (image, residual, ~taken_back)
-        correction, self._extrapolating = self._correction(residual, state.mass + state.target)
-        moved = torch.where(image.isfinite(), image - correction, image)
-        self._best = torch.minimum(self._best, state.error)
-        fallback, self._fallback = self._fallback, torch.where(taken_back[..., None], self._fallback, image)
-        return torch.where(taken_back[..., None], fallback, moved)
+        root = problem.key_marginal.sqrt()
+        residual = (image - key_potential).nan_to_num(0.0, 0.0, 0.0) * root
+        taken_back = self._extrapolated & ~(state.error <= self._best)
+        self._remember(image, residual, root, taken_back)
+        extrapolates = (self._known >= _WARM_UP)[..., None]
+        correction = (self._images.mT @ (self._residuals @ residual[..., None])).squeeze(-1)
+        moved = torch.where(extrapolates & image.isfinite(), image - correction, image)
+        found = torch.where(taken_back[..., None], self._fallback, moved)
+        self._extrapolated.copy_(extrapolates.squeeze(-1))
+        self._best.copy_(torch.minimum(self._best, state.error))
+        self._fallback.copy_(torch.where(taken_back[..., None], self._fallback, image))
+        return found
 
-    def _correction(self, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """What to subtract from the plain step, and for which problems there is something to go by."""
-        if len(self._changes) < _WARM_UP:
-            return torch.zeros_like(weight), torch.zeros_like(self._extrapolating)
-        valid = torch.stack([usable for *_, usable in self._changes], -1)
-        known = valid.sum(-1) >= _WARM_UP
-        usable = (valid & known[..., None])[..., None]
-        images, residuals = (torch.stack([change[side] for change in self._changes], -2) for side in (0, 1))
-        residuals = torch.where(usable, residuals, 0.0)
-        weighted = (residuals * weight[..., None, :]).double()
-        system = weighted @ torch.cat([residuals, residual[..., None, :]], -2).double().mT
-        # A handful of unknowns a problem: the CPU solves them sooner than a GPU starts to.
-        gamma = _least_squares(system.cpu(), usable.cpu()).to(residual)
-        return (gamma * torch.where(usable, images, 0.0)).sum(-2), known
-
-
-def _least_squares(system: Tensor, usable: Tensor) -> Tensor:
-    """Solve the normal equations, (..., w, w + 1), for the usable of the unknowns, shape (..., w, 1)."""
-    gram, right = system[..., :-1], system[..., -1:]
-    ridge = _RIDGE * gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] + torch.finfo(gram.dtype).tiny
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype)
-    gamma = torch.linalg.solve_ex(gram + eye * torch.where(usable, ridge, 1.0), right)[0]
-    return torch.where(gamma.isfinite(), gamma, 0.0)
-
-
-def _difference(before: Tensor, after: Tensor) -> Tensor:
-    """The change of what is finite."""
-    return torch.where(after.isfinite() & before.isfinite(), after - before, 0.0)
+    def _remember(self, image: Tensor, residual: Tensor, root: Tensor, taken_back: Tensor) -> None:
+        """Add the change since the last step as one more direction; a problem that was taken back starts anew."""
+        usable = (self._usable & ~taken_back)[..., None]
+        size = (image.nan_to_num(0.0, 0.0, 0.0) * root).norm(dim=-1, keepdim=True)
+        noise = _ROUNDINGS * torch.finfo(image.dtype).eps * size
+        self._residuals.masked_fill_(taken_back[..., None, None], 0.0)
+        change = torch.where(usable, residual - self._last_residual, 0.0)
+        moved = torch.where(usable, (image - self._last_image).nan_to_num(0.0, 0.0, 0.0), 0.0)
+        whole = change.norm(dim=-1, keepdim=True)
+        components = self._residuals @ change[..., None]
+        change = change - (self._residuals.mT @ components).squeeze(-1)
+        moved = moved - (self._images.mT @ components).squeeze(-1)
+        length = change.norm(dim=-1, keepdim=True)
+        inverse = torch.where((length > _NEW * whole) & (whole > noise), 1.0 / length, 0.0)
+        self._residuals.index_copy_(-2, self._slot, (change * inverse)[..., None, :])
+        self._images.index_copy_(-2, self._slot, (moved * inverse)[..., None, :])
+        self._slot.add_(1).remainder_(_WINDOW)
+        self._known.copy_(torch.where(taken_back, 0.0, self._known) + usable.squeeze(-1))
+        self._last_image.copy_(image)
+        self._last_residual.copy_(residual)
+        self._usable.copy_(~taken_back)

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -78,6 +79,10 @@ class Affinity(ABC):
     @abstractmethod
     def soft_maximum(self, price: Tensor, epsilon: float) -> Tensor:
         """Soft maximum over the keys, cost units, shape (..., n); -inf for a query without keys. Differentiable."""
+
+    def tempered(self, epsilon: float) -> Callable[[Tensor], Tensor]:
+        """The soft maximum as a function of the price alone, for many prices: the rest is prepared here, once."""
+        return partial(self.soft_maximum, epsilon=epsilon)
 
     @abstractmethod
     def average(self, price: Tensor, value: Tensor, epsilon: float) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,14 +26,23 @@ __all__ = ["METHODS", "solve"]
 METHODS = ("auto", "closed_form", "newton", "sinkhorn", "streaming")
 
 _OWNER = "solve"
-#: The default number of iterations, and the most keys for which ``"auto"`` factorises a keys-by-keys matrix.
-_MAX_ITERATIONS = {"newton": 200, "sinkhorn": 10_000, "streaming": 10_000}
+#: The most keys for which ``"auto"`` factorises a keys-by-keys matrix.
 _NEWTON_KEYS = 1024
-#: What makes a step; a step may remember earlier ones.
-_STEPS: dict[str, Callable[[], Step]] = {
-    "newton": lambda: newton_step,
-    "sinkhorn": lambda: sinkhorn_step,
-    "streaming": AcceleratedStep,
+
+
+@dataclass(frozen=True)
+class _Iterative:
+    """What makes a step, which may remember earlier ones; how many by default; whether it reads numbers back."""
+
+    make_step: Callable[[], Step]
+    max_iterations: int = 10_000
+    asks_host: bool = False
+
+
+_ITERATIVE = {
+    "newton": _Iterative(lambda: newton_step, max_iterations=200, asks_host=True),
+    "sinkhorn": _Iterative(lambda: sinkhorn_step),
+    "streaming": _Iterative(AcceleratedStep),
 }
 
 
@@ -53,7 +63,7 @@ def solve(
     Args:
         problem: The problem.
         method: ``"closed_form"`` for free keys; ``"sinkhorn"``, the plain iteration; ``"streaming"``, the same
-            iteration extrapolated from its last steps (Anderson), in O(n + m) memory beyond the problem's;
+            iteration extrapolated from its last steps, in O(n + m) memory beyond the problem's;
             ``"newton"``, few steps, each with a linear system of the size of the keys, for small epsilon; or
             ``"auto"``: the closed form for free keys; else, where the scores are dense, Newton up to 1024 keys and
             streaming beyond; else streaming. The solution's ``method`` says which one ran. On a factored problem
@@ -97,7 +107,7 @@ def solve(
             f"got {problem}. Choose method='closed_form' or 'auto'."
         )
     bound = default_tolerance(problem) if tolerance is None else check_positive(_OWNER, "tolerance", tolerance)
-    limit = _MAX_ITERATIONS[method] if max_iterations is None else max_iterations
+    limit = _ITERATIVE[method].max_iterations if max_iterations is None else max_iterations
     limit = check_positive_int(_OWNER, "max_iterations", limit)
     return _iterative(problem, method, bound, limit, None if start is None else _checked_start(problem, start))
 
@@ -130,9 +140,10 @@ def _iterative(
     problem: TransportProblem, method: str, tolerance: float, max_iterations: int, start: Tensor | None
 ) -> TransportSolution:
     """Iterate without gradients, then attach them."""
+    how = _ITERATIVE[method]
     with torch.no_grad():
         raw, num_iterations, converged = iterate(
-            problem.detached(), _STEPS[method](), tolerance, max_iterations, start=start
+            problem.detached(), how.make_step(), tolerance, max_iterations, start=start, asks_host=how.asks_host
         )
     key_potential = attach_key_potential(problem, raw)
     query_potential = respond(problem, key_potential).potential

@@ -5,20 +5,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from eotattn.kernels.log_sum_exp import attend, biased_log_sum_exp
-from eotattn.priors.lanes import LaneFactors, Lanes, computing_dtype
+from eotattn.priors.lanes import LaneFactors, computing_dtype
 from eotattn.transport.affinity import Affinity, Rows
+from eotattn.transport.fused import FusedCalls
 
 __all__ = ["FactoredAffinity"]
-
-#: What a removed key adds to a logit, nats: finite, since fused kernels multiply lanes, and below any real logit.
-_FAR = -1e9
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,74 +120,32 @@ class FactoredAffinity(Affinity):
 
     def soft_maximum(self, price: Tensor, epsilon: float) -> Tensor:
         """See ``Affinity``."""
-        log_sum_exp = self._kernel(price, epsilon)
-        log_sum_exp = self._fused(price, None, epsilon)[1] if log_sum_exp is None else log_sum_exp
-        total = epsilon * log_sum_exp
-        for row in (part.row for part in self.factors if part.row is not None):
-            total = total + epsilon * row
-        if self.query_bias is not None:
-            total = total + self.query_bias
-        nobody = log_sum_exp < 0.5 * _FAR
-        return torch.where(nobody if self.query_padding is None else nobody | self.query_padding, -math.inf, total)
+        return self.tempered(epsilon)(price)
+
+    def tempered(self, epsilon: float) -> Callable[[Tensor], Tensor]:
+        """See ``Affinity``."""
+        calls, constant = self._calls(epsilon), self._row_constant(epsilon)
+        if constant is None:
+            return lambda price: epsilon * calls.log_sum_exp(price)
+        return lambda price: torch.add(constant, calls.log_sum_exp(price), alpha=epsilon)
 
     def average(self, price: Tensor, value: Tensor, epsilon: float) -> Tensor:
         """See ``Affinity``."""
-        output, log_sum_exp = self._fused(price, value, epsilon)
-        nobody = log_sum_exp < 0.5 * _FAR
-        nobody = nobody if self.query_padding is None else nobody | self.query_padding
-        return torch.where(nobody[..., None], 0.0, output.to(self.dtype))
+        found = self._calls(epsilon).average(price, value).to(self.dtype)
+        return found if self.query_padding is None else found.masked_fill(self.query_padding[..., None], 0.0)
 
-    def _kernel(self, price: Tensor, epsilon: float) -> Tensor | None:
-        """The log-sum-exp by the kernel made for it, shape (..., n), or ``None`` where it does not serve."""
-        if self.direction or self.device.type != "cuda":
-            return None
-        pairs = [(self.query, self.key)]
-        if self.factors:
-            lanes = Lanes.from_factors(self.factors, dtype=self.query.dtype, query_scale=epsilon)
-            pairs.append((lanes.query, lanes.key))
-        *batch, n, m = torch.broadcast_shapes(self.shape, (*price.shape[:-1], 1, 1))
-        count = math.prod(batch)
-        query, key = (
-            side.expand(*batch, *side.shape[-2:]).reshape(count, *side.shape[-2:])
-            for side in (_beside(tensors) for tensors in zip(*pairs, strict=True))
-        )
-        bias = (self._lane(price, epsilon) / epsilon).expand(*batch, m).reshape(count, m)
-        found = biased_log_sum_exp(query, key, bias, scale=1.0 / epsilon)
-        return None if found is None else found.reshape(*batch, n)
+    def _calls(self, epsilon: float) -> FusedCalls:
+        keys = {"key_bias": self.key_bias, "key_padding": self.key_padding, "direction": self.direction}
+        return FusedCalls.prepare(self.query, self.key, self.factors, epsilon=epsilon, **keys)
 
-    def _lane(self, price: Tensor, epsilon: float) -> Tensor:
-        """Price and bias of the keys in cost units, far below any score where a key is removed."""
-        lane = torch.where(price.isfinite(), price, 0.0)
-        if self.key_bias is not None:
-            lane = lane + self.key_bias
-        removed = price == -math.inf
-        removed = removed if self.key_padding is None else removed | self.key_padding
-        return torch.where(removed, _FAR * epsilon, lane)
-
-    def _fused(self, price: Tensor, value: Tensor | None, epsilon: float) -> tuple[Tensor, Tensor]:
-        """One attention call over all problems: output (..., n, v) and log-sum-exp (..., n) of the lanes' logits."""
-        query, key = self._operands(price, epsilon)
-        *batch, n, _ = torch.broadcast_shapes(self.shape, (*price.shape[:-1], 1, 1))
-        operands = [query, key] if value is None else [query, key, value.to(query.dtype)]
-        operands = [one.expand(*batch, *one.shape[-2:]).reshape(-1, 1, *one.shape[-2:]) for one in operands]
-        if self.direction < 0:
-            operands = [one.flip(-2) for one in operands]
-        output, log_sum_exp = attend(*operands, scale=1.0 / epsilon, is_causal=self.direction != 0)
-        if self.direction < 0:
-            output, log_sum_exp = output.flip(-2), log_sum_exp.flip(-1)
-        return output.reshape(*batch, n, output.shape[-1]), log_sum_exp.reshape(*batch, n)
-
-    def _operands(self, price: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-        """Content, lanes of the log-prior and lanes of the price side by side; the kernel divides by epsilon."""
-        kernel = self.query.dtype
-        lane = self._lane(price, epsilon)
-        carrier = LaneFactors(lane.new_ones(1, 1), lane[..., None], exact="query")
-        pairs = [(self.query, self.key), carrier.split(kernel)]
-        if self.factors:
-            lanes = Lanes.from_factors(self.factors, dtype=kernel, query_scale=epsilon)
-            pairs.append((lanes.query, lanes.key))
-        left, right = zip(*pairs, strict=True)
-        return _beside(left), _beside(right)
+    def _row_constant(self, epsilon: float) -> Tensor | None:
+        """What no key changes of a query's soft maximum, cost units; -inf for a query without keys."""
+        parts = [epsilon * part.row for part in self.factors if part.row is not None]
+        parts += [] if self.query_bias is None else [self.query_bias]
+        if self.query_padding is not None:
+            zero = torch.zeros(self.query_padding.shape, dtype=self.dtype, device=self.device)
+            parts.append(zero.masked_fill(self.query_padding, -math.inf))
+        return sum(parts[1:], start=parts[0]) if parts else None
 
     def rows(self, index: Rows) -> tuple[Tensor, Tensor | None]:
         """See ``Affinity``."""
@@ -247,9 +203,3 @@ class FactoredAffinity(Affinity):
     def spread(self) -> float:
         """Twice the bound of a single score."""
         return 2 * self.largest
-
-
-def _beside(tensors: tuple[Tensor, ...]) -> Tensor:
-    """Concatenate along the last axis after broadcasting the others."""
-    shape = torch.broadcast_shapes(*(tensor.shape[:-1] for tensor in tensors))
-    return torch.cat([tensor.expand(*shape, tensor.shape[-1]) for tensor in tensors], dim=-1)

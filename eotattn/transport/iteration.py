@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from eotattn.transport.keys import KeyBalance, starting_potential
+from eotattn.transport.keys import Balance, KeyBalance, starting_potential
 from eotattn.transport.problem import TransportProblem
-from eotattn.transport.repeated import RepeatedBalance
+from eotattn.transport.recorded import repeat_while
 
 __all__ = ["Step", "default_tolerance", "iterate", "temperatures"]
 
@@ -63,7 +63,13 @@ def temperatures(problem: TransportProblem) -> list[float]:
 
 
 def iterate(
-    problem: TransportProblem, step: Step, tolerance: float, max_iterations: int, *, start: Tensor | None = None
+    problem: TransportProblem,
+    step: Step,
+    tolerance: float,
+    max_iterations: int,
+    *,
+    start: Tensor | None = None,
+    asks_host: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Repeat ``step`` down the temperatures until every problem of the batch has converged or time is up.
 
@@ -75,6 +81,7 @@ def iterate(
         tolerance: Bound for the error of ``KeyBalance``, a fraction of the total mass.
         max_iterations: Steps a problem may take, all temperatures together.
         start: Potential to start from, at the problem's own temperature; ``None`` starts from nothing.
+        asks_host: Whether the step reads numbers back; one that does not is recorded and repeated on a GPU.
 
     Returns:
         ``(key_potential, num_iterations, converged)``, shapes (..., m), (...), (...).
@@ -95,13 +102,48 @@ def iterate(
         final = epsilon == problem.epsilon
         bound = tolerance if final else max(tolerance, _GUIDING_TOLERANCE)
         allowed = max_iterations if final else (count + _GUIDING_ITERATIONS).clamp(max=max_iterations)
-        look = RepeatedBalance(problem, epsilon)
-        while True:
-            state = look(potential)
-            done = state.error <= bound
-            active = ~done & (count < allowed)
-            if not bool(active.any()):
-                break
-            potential = torch.where(active[..., None], step(problem, potential, state, epsilon), potential)
-            count = count + active
-    return potential, count, done
+        level = _Level(problem, step, epsilon, potential, count, bound, allowed)
+        if asks_host or potential.device.type != "cuda":
+            while level.look():
+                level.move()
+        else:
+            repeat_while(level.advance, level.running)
+    return potential, count, level.done
+
+
+class _Level:
+    """The iterations at one temperature; ``potential`` and ``count`` are changed in place."""
+
+    def __init__(
+        self,
+        problem: TransportProblem,
+        step: Step,
+        epsilon: float,
+        potential: Tensor,
+        count: Tensor,
+        bound: float,
+        allowed: int | Tensor,
+    ) -> None:
+        self.problem, self.step, self.epsilon, self.bound, self.allowed = problem, step, epsilon, bound, allowed
+        self.potential, self.count = potential, count
+        self.done = torch.zeros_like(count, dtype=torch.bool)
+        self.running = torch.ones((), dtype=torch.bool, device=count.device)
+        self.balance = Balance(problem, epsilon)
+
+    def look(self) -> Tensor:
+        """Draw the balance, and return whether any problem goes on."""
+        self.state = self.balance(self.potential)
+        self.done.copy_(self.state.error <= self.bound)
+        self.active = ~self.done & (self.count < self.allowed)
+        return self.running.copy_(self.active.any())
+
+    def move(self) -> None:
+        """Take the step where a problem goes on."""
+        found = self.step(self.problem, self.potential, self.state, self.epsilon)
+        self.potential.copy_(torch.where(self.active[..., None], found, self.potential))
+        self.count.add_(self.active)
+
+    def advance(self) -> None:
+        """Both; once nothing is running this changes nothing."""
+        self.look()
+        self.move()

@@ -1,31 +1,32 @@
 """The problem as seen from the keys: their mass, their target and the residual between them."""
 
-# Legend: n queries, m keys; the leading dimensions are a batch. The queries always answer by `respond`.
+# Legend: n queries, m keys; the leading dimensions are a batch. The queries always give their best answer.
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from eotattn.transport.problem import TransportProblem
-from eotattn.transport.response import QueryResponse, respond
+from eotattn.transport.response import QueryResponse, answer
 
-__all__ = ["KeyBalance", "balance", "query_price", "starting_potential"]
+__all__ = ["Balance", "KeyBalance", "balance", "query_price", "starting_potential"]
 
 
 @dataclass(frozen=True, eq=False)
 class KeyBalance:
-    """What ``balance`` returns; all masses are relative to ``exp(log_scale)``.
+    """What a ``Balance`` returns; all masses are relative to ``exp(log_scale)``.
 
     Args:
         response: The queries' answer.
-        row_mass: Shape (..., n).
-        mass: Mass that the keys receive, shape (..., m).
-        target: Mass at which the keys would be content, shape (..., m).
-        log_ratio: Log of target over mass, nats, shape (..., m); zero on keys that carry nothing.
+        log_rows: Log of what the queries send, nats, shape (..., n).
+        log_mass: Log of what the keys receive, nats, shape (..., m); -inf on keys that carry nothing.
+        log_target: Log of the mass at which the keys would be content, likewise.
+        log_scale: Log of the larger total, nats, shape (..., 1); ``None`` for zero, in balanced problems.
 
     Example:
         >>> problem = TransportProblem(torch.zeros(1, 2), key_marginal=torch.tensor([0.25, 0.75]))
@@ -36,21 +37,87 @@ class KeyBalance:
     """
 
     response: QueryResponse
-    row_mass: Tensor
-    mass: Tensor
-    target: Tensor
-    log_ratio: Tensor
+    log_rows: Tensor
+    log_mass: Tensor
+    log_target: Tensor
+    log_scale: Tensor | None
 
-    @property
+    def _relative(self, nats: Tensor) -> Tensor:
+        return (nats if self.log_scale is None else nats - self.log_scale).exp()
+
+    @cached_property
+    def row_mass(self) -> Tensor:
+        """What the queries send, shape (..., n)."""
+        return self._relative(self.log_rows)
+
+    @cached_property
+    def mass(self) -> Tensor:
+        """What the keys receive, shape (..., m)."""
+        return self._relative(self.log_mass)
+
+    @cached_property
+    def target(self) -> Tensor:
+        """The mass at which the keys would be content, shape (..., m)."""
+        return self._relative(self.log_target)
+
+    @cached_property
+    def log_ratio(self) -> Tensor:
+        """Log of target over mass, nats, shape (..., m); zero on keys that carry nothing."""
+        return (self.log_target - self.log_mass).masked_fill(self.log_mass == -math.inf, 0.0)
+
+    @cached_property
     def error(self) -> Tensor:
         """Summed distance of mass and target, relative to the larger total, shape of the batch."""
         return (self.mass - self.target).abs().sum(-1)
 
 
-def balance(problem: TransportProblem, key_potential: Tensor, *, epsilon: float | None = None) -> KeyBalance:
-    """Compare what the keys receive with what they should: ``key_marginal exp(-key_potential / key_penalty)``.
+class Balance:
+    """Compares what the keys receive with what they should, ``key_marginal exp(-key_potential / key_penalty)``.
 
-    The difference is the gradient of the dual after the queries answered, so it vanishes exactly at the optimum.
+    The difference is the gradient of the dual after the queries answered, so it vanishes exactly at the optimum. What
+    does not depend on the potential is prepared once, and a call asks nothing of the host.
+
+    Args:
+        problem: The problem, with a key marginal.
+        epsilon: Temperature, cost units.
+
+    Example:
+        >>> problem = TransportProblem(torch.zeros(1, 2), key_marginal=torch.tensor([0.25, 0.75]))
+        >>> Balance(problem, 1.0)(torch.zeros(2)).log_ratio.exp()
+        tensor([0.5000, 1.5000])
+
+    Source: optimality conditions, Chizat et al. 2018.
+    """
+
+    def __init__(self, problem: TransportProblem, epsilon: float) -> None:
+        assert problem.key_marginal is not None
+        self._problem, self._epsilon = problem, epsilon
+        self._ask_queries = problem.affinity.tempered(epsilon)
+        self._ask_keys = problem.affinity.transposed.tempered(epsilon)
+        self._log_query_marginal, self._log_key_marginal = problem.query_marginal.log(), problem.key_marginal.log()
+
+    def __call__(self, key_potential: Tensor) -> KeyBalance:
+        """Return the balance at a key potential of shape (..., m), cost units."""
+        problem, epsilon = self._problem, self._epsilon
+        response = answer(problem, self._ask_queries(key_potential), epsilon)
+        log_rows = self._log_query_marginal
+        log_rows = log_rows if math.isinf(problem.query_penalty) else log_rows + response.log_growth
+        offered = self._ask_keys(torch.sub(epsilon * log_rows, response.soft_maximum))
+        log_mass = (offered + key_potential) / epsilon
+        # +inf belongs to keys that nobody may use, NaN to those that are offered nothing as well.
+        log_mass = log_mass.masked_fill(~key_potential.isfinite(), -math.inf)
+        log_target = self._log_key_marginal
+        if not math.isinf(problem.key_penalty):
+            log_target = log_target - key_potential / problem.key_penalty
+        log_target = log_target.masked_fill(log_mass == -math.inf, -math.inf)
+        log_scale = None
+        if not problem.is_balanced:
+            log_scale = torch.maximum(log_mass.logsumexp(-1), log_target.logsumexp(-1))[..., None]
+        return KeyBalance(response, log_rows, log_mass, log_target, log_scale)
+
+
+def balance(problem: TransportProblem, key_potential: Tensor, *, epsilon: float | None = None) -> KeyBalance:
+    """Compare what the keys receive with what they should, once; see ``Balance``.
 
     Args:
         problem: The problem, with a key marginal.
@@ -65,26 +132,9 @@ def balance(problem: TransportProblem, key_potential: Tensor, *, epsilon: float 
         >>> balance(problem, torch.zeros(2)).log_ratio.exp()
         tensor([0.5000, 1.5000])
 
-    Source: optimality conditions, Chizat et al. 2018.
+    Source: as for ``Balance``.
     """
-    assert problem.key_marginal is not None
-    epsilon = problem.epsilon if epsilon is None else epsilon
-    response = respond(problem, key_potential, epsilon=epsilon)
-    log_rows = problem.query_marginal.log() + response.log_growth
-    price = torch.where(key_potential.isfinite(), key_potential, 0.0)
-    offered = problem.affinity.transposed.soft_maximum(query_price(problem, response, epsilon), epsilon)
-    log_mass = (offered + price) / epsilon
-    live = key_potential.isfinite() & (log_mass > -math.inf)
-    log_target = problem.key_marginal.log() - price / problem.key_penalty
-    log_mass, log_target = (torch.where(live, value, -math.inf) for value in (log_mass, log_target))
-    log_scale = torch.maximum(log_mass.logsumexp(-1), log_target.logsumexp(-1))[..., None]
-    return KeyBalance(
-        response,
-        (log_rows - log_scale).exp(),
-        (log_mass - log_scale).exp(),
-        (log_target - log_scale).exp(),
-        torch.where(live, log_target, 0.0) - torch.where(live, log_mass, 0.0),
-    )
+    return Balance(problem, problem.epsilon if epsilon is None else epsilon)(key_potential)
 
 
 def query_price(problem: TransportProblem, response: QueryResponse, epsilon: float) -> Tensor:
@@ -103,6 +153,7 @@ def query_price(problem: TransportProblem, response: QueryResponse, epsilon: flo
 
     Example:
         >>> problem = TransportProblem(torch.zeros(1, 2))
+        >>> from eotattn.transport.response import respond
         >>> query_price(problem, respond(problem, torch.zeros(2)), 1.0)
         tensor([-0.6931])
 

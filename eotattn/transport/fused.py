@@ -1,0 +1,127 @@
+"""Fused calls at one temperature: everything that does not depend on the price is prepared once."""
+
+# Legend: n queries, m keys, d content width, w operand width; the leading dimensions (...) are a batch.
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eotattn.kernels.log_sum_exp import attend, biased_log_sum_exp
+from eotattn.priors.lanes import LaneFactors, Lanes
+
+__all__ = ["FusedCalls"]
+
+#: What a removed key adds to a logit, nats: finite, since fused kernels multiply lanes, and below any real logit.
+_FAR = -1e9
+
+
+@dataclass(frozen=True, eq=False)
+class FusedCalls:
+    r"""Log-sum-exps and averages over ``(<query_i, key_j> + price_j) / epsilon``, for one price after another.
+
+    Args:
+        query: Content and lanes of the log-prior, shape (..., n, w), the kernel's dtype.
+        key: The same for keys, shape (..., m, w).
+        constant: What is added to every price, cost units, shape (..., m), or ``None`` for zero.
+        epsilon: Temperature, cost units.
+        direction: 1 where query i may use keys 0 to i, -1 where keys i to m, 0 without such an order.
+
+    Example:
+        >>> calls = FusedCalls.prepare(torch.zeros(1, 4), torch.zeros(2, 4), (), epsilon=1.0)
+        >>> calls.log_sum_exp(torch.zeros(2))
+        tensor([0.6931])
+
+    Source: original.
+    """
+
+    query: Tensor
+    key: Tensor
+    constant: Tensor | None
+    epsilon: float
+    direction: int = 0
+
+    @classmethod
+    def prepare(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        factors: tuple[LaneFactors, ...],
+        *,
+        epsilon: float,
+        key_bias: Tensor | None = None,
+        key_padding: Tensor | None = None,
+        direction: int = 0,
+    ) -> FusedCalls:
+        """Lay content and the lanes of ``factors`` side by side, and join what biases keys."""
+        pairs = [(query, key)]
+        if factors:
+            lanes = Lanes.from_factors(factors, dtype=query.dtype, query_scale=epsilon)
+            pairs.append((lanes.query, lanes.key))
+        left, right = (_beside(side) for side in zip(*pairs, strict=True))
+        constant = key_bias
+        if key_padding is not None:
+            dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+            removed = torch.zeros(key_padding.shape, dtype=dtype, device=key.device)
+            removed = removed.masked_fill(key_padding, _FAR * epsilon)
+            constant = removed if key_bias is None else removed + key_bias
+        return cls(left, right, constant, epsilon, direction)
+
+    def log_sum_exp(self, price: Tensor) -> Tensor:
+        """Log-sum-exp over the keys, nats, shape (..., n), -inf where no key is left; ``price`` of shape (..., m)."""
+        lane = self._lane(price)
+        found = self._by_its_own_kernel(lane)
+        found = self._attend(lane, None)[1] if found is None else found
+        return found.masked_fill(found < 0.5 * _FAR, -math.inf)
+
+    def average(self, price: Tensor, value: Tensor) -> Tensor:
+        """Softmax average of values (..., m, v), shape (..., n, v), the kernel's dtype; zero where no key is left."""
+        output, log_sum_exp = self._attend(self._lane(price), value)
+        return output.masked_fill((log_sum_exp < 0.5 * _FAR)[..., None], 0.0)
+
+    def _lane(self, price: Tensor) -> Tensor:
+        """Price and constant, cost units, far below any score where a key is removed; +inf counts as zero."""
+        lane = price.nan_to_num(nan=math.nan, posinf=0.0, neginf=_FAR * self.epsilon)
+        return lane if self.constant is None else lane + self.constant
+
+    def _batch(self, lane: Tensor) -> list[int]:
+        return list(torch.broadcast_shapes(self.query.shape[:-2], self.key.shape[:-2], lane.shape[:-1]))
+
+    def _by_its_own_kernel(self, lane: Tensor) -> Tensor | None:
+        """The log-sum-exp by the kernel that computes nothing else, or ``None`` where it does not serve."""
+        if self.direction or self.query.device.type != "cuda":
+            return None
+        batch = self._batch(lane)
+        count = math.prod(batch)
+        query, key = (
+            side.expand(*batch, *side.shape[-2:]).reshape(count, *side.shape[-2:]) for side in (self.query, self.key)
+        )
+        bias = (lane / self.epsilon).expand(*batch, lane.shape[-1]).reshape(count, lane.shape[-1])
+        found = biased_log_sum_exp(query, key, bias, scale=1.0 / self.epsilon)
+        return None if found is None else found.reshape(*batch, query.shape[-2])
+
+    def _attend(self, lane: Tensor, value: Tensor | None) -> tuple[Tensor, Tensor]:
+        """One attention call with the price in lanes: output (..., n, v) and log-sum-exp (..., n)."""
+        batch = self._batch(lane)
+        carrier = LaneFactors(lane.new_ones(1, 1), lane[..., None], exact="query").split(self.query.dtype)
+        query, key = (_beside(pair) for pair in ((self.query, carrier[0]), (self.key, carrier[1])))
+        operands = [query, key] if value is None else [query, key, value.to(query.dtype)]
+        operands = [one.expand(*batch, *one.shape[-2:]).reshape(-1, 1, *one.shape[-2:]) for one in operands]
+        if self.direction < 0:
+            operands = [one.flip(-2) for one in operands]
+        output, log_sum_exp = attend(*operands, scale=1.0 / self.epsilon, is_causal=self.direction != 0)
+        if self.direction < 0:
+            output, log_sum_exp = output.flip(-2), log_sum_exp.flip(-1)
+        n = query.shape[-2]
+        return output.reshape(*batch, n, output.shape[-1]), log_sum_exp.reshape(*batch, n)
+
+
+def _beside(tensors: tuple[Tensor, ...]) -> Tensor:
+    """Concatenate along the last axis after broadcasting the others; one tensor is itself."""
+    if len(tensors) == 1:
+        return tensors[0]
+    shape = torch.broadcast_shapes(*(tensor.shape[:-1] for tensor in tensors))
+    return torch.cat([tensor.expand(*shape, tensor.shape[-1]) for tensor in tensors], dim=-1)
