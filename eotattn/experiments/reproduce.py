@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,20 +51,23 @@ FIGURES = {
 REQUIREMENTS = ("accelerate", "ipykernel", "pandas", "papermill")
 
 
-def find_notebooks() -> Path:
+def find_notebooks(figures: Iterable[Figure]) -> Path:
     """The folder of notebooks beside the package, as in a clone with an editable installation.
 
+    Args:
+        figures: Whose notebooks must be there.
+
     Raises:
-        ValueError: If the package runs from somewhere without notebooks.
+        ValueError: If the package runs from somewhere without them.
     """
     folder = Path(__file__).resolve().parents[2] / "notebooks"
-    missing = [figure.name for figure in FIGURES.values() if not (folder / f"{figure.name}.ipynb").is_file()]
+    missing = [figure.name for figure in figures if not (folder / f"{figure.name}.ipynb").is_file()]
     remedy = "Run from a clone: git clone the repository, then pip install -e '.[experiments]'"
-    require(not missing, "reproduce", "the notebooks", "lie in a folder beside the package", missing, remedy)
+    require(not missing, "reproduce", "the notebooks", "lie in a folder beside the package", f"no {missing}", remedy)
     return folder
 
 
-def chosen(owner: str, figures: Sequence[int | str] | None) -> dict[str, Figure]:
+def choose_figures(owner: str, figures: Sequence[int | str] | None) -> dict[str, Figure]:
     """Figures by number or by name, each once, in the order of :data:`FIGURES`; all of them by default."""
     wanted = [str(figure) for figure in figures or FIGURES]
     known = {name for key, figure in FIGURES.items() for name in (key, figure.name)}
@@ -99,7 +102,7 @@ def make_runs(
         RunsFailedError: In the end, if a run failed.
     """
     check_scale("train", scale)
-    targets = [(figure, ResultFolder(out, scale, figure.name)) for figure in chosen("train", figures).values()]
+    targets = [(figure, ResultFolder(out, scale, figure.name)) for figure in choose_figures("train", figures).values()]
     failed: list[str] = []
     for figure, target in targets:
         report(f"{figure.name} at scale {scale}")
@@ -142,12 +145,12 @@ def reproduce(
         ValueError: Before any work, for an unknown figure or scale, a folder that cannot be written, or no notebooks.
     """
     check_scale("reproduce", scale)
-    found = chosen("reproduce", figures)
+    found = choose_figures("reproduce", figures)
     absent = [name for name in REQUIREMENTS if importlib.util.find_spec(name) is None]
     remedy = "pip install 'eotattn[experiments]'"
     got = "without " + ", ".join(absent)
     require(not absent, "reproduce", "the environment", "have " + ", ".join(REQUIREMENTS), got, remedy)
-    folder = find_notebooks()
+    folder = find_notebooks(found.values())
     targets = {key: ResultFolder(out, scale, figure.name) for key, figure in found.items()}
     executed = []
     for key, target in targets.items():

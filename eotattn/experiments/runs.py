@@ -36,8 +36,10 @@ One line in :data:`eotattn.experiments.reproduce.FIGURES` then gives the study t
 
 from __future__ import annotations
 
+import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from multiprocessing import connection, get_context
@@ -170,8 +172,10 @@ class _Worker:
         return cls(process, here)
 
     def give(self, run: Run) -> None:
+        """Hand over a run; if the process is dead, that is what :meth:`result` will say."""
         self.run = run
-        self.pipe.send(run)
+        with suppress(OSError):
+            self.pipe.send(run)
 
     def result(self) -> str | None:
         """The traceback of the run that has just ended, None where it left a record."""
@@ -192,7 +196,8 @@ class _Worker:
 
 
 def _work(pipe: connection.Connection, store: RunFolder, threads: int, device: int) -> None:
-    """Make the runs that come through ``pipe`` until it closes."""
+    """Make the runs that come through ``pipe`` until it closes; Ctrl-C is the parent's affair."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
     if torch.cuda.is_available():
         torch.cuda.set_device(device)
@@ -200,7 +205,7 @@ def _work(pipe: connection.Connection, store: RunFolder, threads: int, device: i
         while True:
             outcome = _attempt(pipe.recv(), store)
             pipe.send(None if isinstance(outcome, Record) else outcome)
-    except (EOFError, KeyboardInterrupt):
+    except EOFError:
         return
 
 
