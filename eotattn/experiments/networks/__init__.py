@@ -3,5 +3,15 @@
 from eotattn.experiments.networks.attention_kinds import ATTENTION_KINDS, AttentionKind
 from eotattn.experiments.networks.copy_reader import CopyReader, CopyReaderConfig
 from eotattn.experiments.networks.decoder import Decoder, DecoderConfig
+from eotattn.experiments.networks.vision import VisionConfig, VisionTransformer
 
-__all__ = ["ATTENTION_KINDS", "AttentionKind", "CopyReader", "CopyReaderConfig", "Decoder", "DecoderConfig"]
+__all__ = [
+    "ATTENTION_KINDS",
+    "AttentionKind",
+    "CopyReader",
+    "CopyReaderConfig",
+    "Decoder",
+    "DecoderConfig",
+    "VisionConfig",
+    "VisionTransformer",
+]

@@ -13,8 +13,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from eotattn.attention import KeyValueCache
 from eotattn.checks import check_choice, check_positive_int, require
 from eotattn.experiments.networks.attention_kinds import ATTENTION_KINDS, AttentionKind, sinusoids
+from eotattn.experiments.networks.rotations import StretchedRotary
 
 __all__ = ["Decoder", "DecoderConfig"]
 
@@ -79,10 +81,10 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, hidden: Tensor, positions: Tensor | None) -> Tensor:
-        """Map (B, L, E) hidden states at (L,) positions to (B, L, E)."""
+    def forward(self, hidden: Tensor, positions: Tensor | None, cache: KeyValueCache | None = None) -> Tensor:
+        """Map (B, L, E) hidden states at (L,) positions, or at those that follow the cache's, to (B, L, E)."""
         normed = self.attention_norm(hidden)
-        attended, _ = self.attention(normed, need_weights=False, is_causal=True, query_positions=positions)
+        attended, _ = self.attention(normed, need_weights=False, is_causal=True, query_positions=positions, cache=cache)
         hidden = hidden + attended
         return hidden + self.mlp(self.mlp_norm(hidden))
 
@@ -117,22 +119,42 @@ class Decoder(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.1)
         nn.init.normal_(self.readout.weight, std=config.embed_dim**-0.5 / 4)
 
-    def forward(self, tokens: Tensor, *, num_targets: int | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, *, num_targets: int | None = None, caches: Sequence[KeyValueCache] | None = None
+    ) -> Tensor:
         """Predict the token after every token.
 
         Args:
             tokens: (B, L) int64.
             num_targets: How many of the last positions to read out; all of them by default.
+            caches: From :meth:`make_caches`, one a block: ``tokens`` follow those that were read with them before.
 
         Returns:
             (B, L, V) logits, or (B, num_targets, V).
         """
-        hidden, positions = self._embed(tokens)
-        for block in self.blocks:
-            hidden = block(hidden, positions)
+        if caches is None:
+            hidden, positions = self._embed(tokens)
+        else:
+            hidden, positions = self.embedding(tokens), None
+        for k, block in enumerate(self.blocks):
+            hidden = block(hidden, positions, None if caches is None else caches[k])
         if num_targets is not None:
             hidden = hidden[:, -num_targets:]
         return self.readout(self.norm(hidden))
+
+    def make_caches(self, batch_size: int, max_length: int) -> list[KeyValueCache]:
+        """Empty caches, one a block, for sequences of up to ``max_length`` tokens.
+
+        Raises:
+            NotImplementedError: If positions depend on the length of the whole sequence, or are embedded.
+        """
+        kind, rotary = self.config.kind, self.blocks[0].attention.rotary
+        if kind.embedding is not None or kind.interpolated or isinstance(rotary, StretchedRotary):
+            raise NotImplementedError(
+                f"Decoder.make_caches: attention {self.config.attention!r} does not read positions token by token. "
+                f"Read the whole sequence at every step, or choose another attention."
+            )
+        return [block.attention.make_cache(batch_size, max_length) for block in self.blocks]
 
     def attention_inputs(self, tokens: Tensor) -> list[Tensor]:
         """What every block's attention reads, (B, L, E) a block: the door through which diagnostics look."""
