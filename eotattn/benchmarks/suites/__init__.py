@@ -11,11 +11,13 @@ from eotattn.benchmarks.suites.gradients import gradients
 from eotattn.benchmarks.suites.layer import layer
 from eotattn.benchmarks.suites.padding import padding
 from eotattn.benchmarks.suites.precision import precision
+from eotattn.benchmarks.suites.statistics import statistics
+from eotattn.benchmarks.suites.transport import transport
 from eotattn.benchmarks.timing import Row
 
 __all__ = ["SUITES", "Configuration", "configure"]
 
 #: Every suite by name.
 SUITES: dict[str, Callable[[Configuration], list[Row]]] = {
-    suite.__name__: suite for suite in (attention, layer, decode, padding, precision, gradients)
+    suite.__name__: suite for suite in (attention, layer, decode, padding, precision, gradients, transport, statistics)
 }
