@@ -1,11 +1,10 @@
 """The implicit prior of a head: how much of its attention is a function of position alone.
 
-Legend: N sequences, H heads, L positions, F folds.
+Legend: N sequences, H heads, L positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,43 +13,35 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eotattn.attention.running import SequenceStatistics
-from eotattn.checks import check_positive, check_positive_int, require
-from eotattn.diagnostics.lag_key_model import LagKeyModel, fit_margins
+from eotattn.checks import check_positive_int, require
+from eotattn.diagnostics.lag_key_model import LagKeyModel, RowGroup
 from eotattn.diagnostics.margin_problem import MarginProblem
-from eotattn.priors import LogPrior, TablePrior
-from eotattn.priors.key_table import KeyTablePrior
+from eotattn.diagnostics.prior_fit import FitOptions, PriorFit, fit_problem
+from eotattn.priors import FourierPrior, KeyTablePrior, LogPrior, TablePrior
 
 __all__ = ["ImplicitPriorReport", "fit_prior"]
 
 OWNER = "fit_prior"
 
+#: Ridge on the amplitudes of waves, against a design whose columns have squares of about a half: waves of nearly equal
+#: periods must not grow large and cancel, which no kernel's arithmetic would forgive.
+RIDGE = 1e-6
+
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
-class ImplicitPriorReport:
+class ImplicitPriorReport(PriorFit):
     """The two-part prior of every head, and how much of its attention that prior explains on other sequences.
 
     Attributes:
         lag: (H, 2 L - 1) a_t for lags -(L - 1) to L - 1, nats; NaN at inadmissible lags.
         key: (H, L) v_j, nats; NaN at keys that no sequence has. Gauge: sum_j v_j = 0 and sum_j j v_j = 0.
-        explained: (H,) held-out 1 - E KL(p || prior) / E KL(p || uniform), at most one; NaN below two sequences.
-        interval: (H, 2) its 2.5% and 97.5% quantiles over a bootstrap of the sequences.
-        explained_in_sample: (H,) the same on the sequences of the fit.
-        divergence_to_uniform: (H,) E KL(p || uniform) a query, nats.
-        deviation: (H,) deviation of the column mass from its target that was left, relative to the total.
-        num_sequences: N.
         is_causal: Whether only keys up to the query are admissible.
     """
 
     lag: Array
     key: Array
-    explained: Array
-    interval: Array
-    explained_in_sample: Array
-    divergence_to_uniform: Array
-    deviation: Array
-    num_sequences: int
     is_causal: bool
 
     @property
@@ -62,28 +53,59 @@ class ImplicitPriorReport:
     def prior(self) -> LogPrior:
         """The fitted prior, a :class:`TablePrior` plus a :class:`KeyTablePrior`, for any attention call.
 
-        Inadmissible lags repeat the nearest admissible one: masks stay masks.
+        Inadmissible lags repeat the nearest admissible one: masks stay masks. A free table of lags has no lanes; see
+        :meth:`factored`.
         """
         heads, length = self.key.shape
-        relative, key_only = TablePrior(heads, length - 1), KeyTablePrior(heads, length)
+        relative = TablePrior(heads, length - 1)
         with torch.no_grad():
             relative.table.copy_(torch.from_numpy(_filled(self.lag)))
+        return relative + self._key_prior()
+
+    def factored(self, *, num_frequencies: int = 16) -> LogPrior:
+        """The fitted prior with lanes, so that any fused kernel carries it: waves instead of the table of lags.
+
+        Waves of geometric periods, up to eight times the length, are fitted to the table by least squares; a lag counts
+        by the weight that the prior itself gives it on a sequence of full length. Compare :meth:`prior` to see what is
+        lost; more frequencies lose less.
+
+        Args:
+            num_frequencies: Waves; the prior has two lanes for each and one for the keys, before splitting.
+        """
+        check_positive_int("ImplicitPriorReport.factored", "num_frequencies", num_frequencies)
+        heads, length = self.key.shape
+        waves = FourierPrior(heads, num_frequencies, min_period=2.5, max_period=max(8.0 * length, 2.5))
+        angle = torch.from_numpy(self.lags)[:, None] * waves.frequencies
+        basis = torch.cat([torch.ones(len(angle), 1), angle.cos(), angle.sin()], -1).double()
+        weight = self._lag_weight().sqrt()[..., None]  # the constant is free: softmax does not see it
+        table = torch.from_numpy(np.nan_to_num(self.lag))[..., None]
+        weighted = weight * basis
+        ridge = RIDGE * torch.eye(basis.shape[-1], dtype=torch.float64)
+        solved = torch.linalg.solve(weighted.mT @ weighted + ridge, weighted.mT @ (weight * table)).squeeze(-1)
+        with torch.no_grad():
+            waves.even.copy_(solved[:, 1 : 1 + num_frequencies])
+            waves.odd.copy_(solved[:, 1 + num_frequencies :])
+        return waves + self._key_prior()
+
+    def _key_prior(self) -> LogPrior:
+        key_only = KeyTablePrior(*self.key.shape)
+        with torch.no_grad():
             key_only.table.copy_(torch.from_numpy(_filled(self.key)))
-        return relative + key_only
+        return key_only
+
+    def _lag_weight(self) -> Tensor:
+        """(H, 2 L - 1) share of attention by lag under the fitted prior, with a little of every admissible lag."""
+        lag, key = (torch.from_numpy(np.exp(_filled(part))) for part in (self.lag, self.key))
+        seen = torch.from_numpy(~np.isnan(self.lag[0])).double()
+        ones = torch.ones(key.shape[1], dtype=torch.float64)
+        model = LagKeyModel(lag * seen, key)
+        mass = model.lag * model.lag_rates(RowGroup(ones, ones))
+        return mass / mass.sum(-1, keepdim=True) + 1e-6 * seen
 
     def to_dict(self) -> dict[str, NDArray[np.generic]]:
         """Arrays by name."""
         names = ("lags", "lag", "key", "explained", "interval", "explained_in_sample", "divergence_to_uniform")
         return {name: np.asarray(getattr(self, name)) for name in (*names, "deviation")}
-
-    def __str__(self) -> str:
-        """One line a head."""
-        lines = ["head  explained  95% interval      in sample  KL to uniform (nats)"]
-        for h in range(len(self.explained)):
-            low, high = self.interval[h]
-            numbers = f"{self.explained_in_sample[h]:9.3f}  {self.divergence_to_uniform[h]:20.3f}"
-            lines.append(f"{h:4d}  {self.explained[h]:9.3f}  {low:6.3f} to {high:6.3f}  {numbers}")
-        return "\n".join(lines)
 
 
 def fit_prior(
@@ -101,13 +123,13 @@ def fit_prior(
 
     The problem is convex; lag mass and column mass are its sufficient statistics, entropy gives the value. Sequences
     may differ in length. Every sequence is predicted by a fit to the other folds; the bootstrap resamples sequences
-    with those predictions fixed.
+    with those predictions fixed. For grids see :func:`eotattn.diagnostics.fit_grid_prior`.
 
     Args:
         statistics: Of one layer; every sequence whole, from its first token (cached decoding is whole).
         is_causal: Whether only keys up to the query are admissible; by default read off the lag mass.
         window: Sliding window, tokens.
-        num_folds: Folds F of the cross-validation, at least 2; no more than sequences are used.
+        num_folds: Folds of the cross-validation, at least 2; no more than sequences are used.
         num_bootstraps: Resamples for the interval.
         smoothing: Share of the uniform prior mixed into the targets, so that unseen lags stay finite; in (0, 1).
         tolerance: Relative deviation of the margins to stop at.
@@ -129,60 +151,12 @@ def fit_prior(
         >>> report.prior().dense(torch.arange(3), torch.arange(3)).shape
         torch.Size([3, 3, 3])
     """
-    _check(statistics, num_folds, num_bootstraps, smoothing)
-    check_positive(OWNER, "tolerance", tolerance)
+    options = FitOptions(num_folds, num_bootstraps, smoothing, tolerance, seed)
+    _check(statistics)
     problem = MarginProblem.of(statistics, is_causal, window, smoothing)
-    everything = torch.arange(statistics.num_sequences)
-
-    def fit(chosen: Tensor) -> tuple[LagKeyModel, Tensor]:
-        targets = problem.targets(chosen)
-        seen, groups = problem.lag_seen, problem.groups(chosen)
-        return fit_margins(*targets, groups, lag_seen=seen, tolerance=tolerance)
-
-    model, deviation = fit(everything)
-    uniform, in_sample = problem.divergences(None, everything), problem.divergences(model, everything)
-    explained, interval = _held_out(problem, fit, uniform, num_folds, num_bootstraps, seed)
-    lag, key = _gauged(model, problem.lag_seen, problem.key_count(everything) > 0)
-    queries = problem.lengths.sum()
-    return ImplicitPriorReport(
-        lag=lag.numpy(),
-        key=key.numpy(),
-        explained=explained.numpy(),
-        interval=interval.numpy(),
-        explained_in_sample=_share(in_sample, uniform).numpy(),
-        divergence_to_uniform=(uniform.sum(0) / queries).numpy(),
-        deviation=deviation.numpy(),
-        num_sequences=statistics.num_sequences,
-        is_causal=problem.is_causal,
-    )
-
-
-def _held_out(
-    problem: MarginProblem,
-    fit: Callable[[Tensor], tuple[LagKeyModel, Tensor]],
-    uniform: Tensor,
-    num_folds: int,
-    num_bootstraps: int,
-    seed: int,
-) -> tuple[Tensor, Tensor]:
-    """Explained share (H,) and its interval (H, 2) from cross-validation."""
-    count, heads = uniform.shape
-    if count < 2:
-        return torch.full((heads,), torch.nan), torch.full((heads, 2), torch.nan)
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(count, generator=generator)
-    held_out = torch.empty_like(uniform)
-    for fold in order.tensor_split(min(num_folds, count)):
-        others = order[~torch.isin(order, fold)]
-        held_out[fold] = problem.divergences(fit(others)[0], fold)
-    drawn = torch.randint(count, (num_bootstraps, count), generator=generator)
-    resampled = 1 - held_out[drawn].sum(1) / uniform[drawn].sum(1)
-    quantiles = torch.quantile(resampled, torch.tensor([0.025, 0.975], dtype=resampled.dtype), dim=0)
-    return _share(held_out, uniform), quantiles.T
-
-
-def _share(divergence: Tensor, uniform: Tensor) -> Tensor:
-    return 1 - divergence.sum(0) / uniform.sum(0)
+    model, numbers = fit_problem(problem, options)
+    lag, key = _gauged(model, problem.lag_seen, problem.present.any(0))
+    return ImplicitPriorReport(**numbers, lag=lag.numpy(), key=key.numpy(), is_causal=problem.is_causal)
 
 
 def _gauged(model: LagKeyModel, lag_seen: Tensor, key_seen: Tensor) -> tuple[Tensor, Tensor]:
@@ -205,11 +179,7 @@ def _filled(values: Array) -> Array:
     return values[:, nearest]
 
 
-def _check(statistics: SequenceStatistics, num_folds: int, num_bootstraps: int, smoothing: float) -> None:
-    check_positive_int(OWNER, "num_folds", num_folds, minimum=2)
-    check_positive_int(OWNER, "num_bootstraps", num_bootstraps)
-    inside = check_positive(OWNER, "smoothing", smoothing) < 1
-    require(inside, OWNER, "smoothing", "be below one", smoothing, "Use the default")
+def _check(statistics: SequenceStatistics) -> None:
     queries = statistics.num_queries
     full = bool((queries >= 1).all())
     require(full, OWNER, "statistics", "have a query in every sequence", queries.tolist(), "Drop the empty ones")

@@ -1,14 +1,15 @@
 """The two-part model pi_ij proportional to exp(a_(i-j) + v_j), solved from its margins, never with an L x L tensor.
 
-Legend: H heads, L positions, G groups of sequences of one pattern.
+Legend: H heads, L positions on a line, F tokens that lie on no line, G groups of sequences of one pattern.
 
 Queries and keys sit at positions 0 to L - 1; lags run from -(L - 1) to L - 1. Every sum over keys, queries or pairs of
-one lag is a convolution, done by FFT in float64.
+one lag is a convolution, done by FFT in float64. Class tokens lie nowhere: they come after the line, no lag reaches
+them, and as keys they have a number of their own.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,8 +22,8 @@ class RowGroup:
     """Sequences that share which keys exist.
 
     Args:
-        row_weight: (L,) number of sequences that have a query at each position.
-        key_seen: (L,) 1.0 where they have a key, else 0.0.
+        row_weight: (L + F,) number of sequences that have a query at each position.
+        key_seen: (L + F,) 1.0 where they have a key, else 0.0.
     """
 
     row_weight: Tensor
@@ -35,24 +36,38 @@ class LagKeyModel:
 
     Args:
         lag: (H, 2 L - 1) exp(a_t), zero at inadmissible lags.
-        key: (H, L) exp(v_j).
+        key: (H, L + F) exp(v_j).
+        num_free: F, the last tokens, which lie off the line.
     """
 
     lag: Tensor
     key: Tensor
+    num_free: int = 0
 
     def normaliser(self, group: RowGroup) -> Tensor:
-        """(H, L) Z_i = sum_j exp(a_(i-j) + v_j) over the keys of the group."""
-        return _band(self.lag, self.key * group.key_seen)
+        """(H, L + F) Z_i = sum_j exp(a_(i-j) + v_j) over the keys of the group, without a where i or j is off."""
+        line, free = self._split(self.key * group.key_seen)
+        off = free.sum(-1, keepdim=True)
+        rows = _band(self.lag, line) + off
+        return torch.cat([rows, (line.sum(-1, keepdim=True) + off).expand_as(free)], -1)
 
     def column_rates(self, group: RowGroup) -> Tensor:
-        """(H, L) expected column mass divided by exp(v_j)."""
-        return _band(self.lag.flip(-1), self._row_scale(group)) * group.key_seen
+        """(H, L + F) expected column mass divided by exp(v_j)."""
+        line, free = self._split(self._row_scale(group))
+        off = free.sum(-1, keepdim=True)
+        columns = _band(self.lag.flip(-1), line) + off
+        return torch.cat([columns, (line.sum(-1, keepdim=True) + off).expand_as(free)], -1) * group.key_seen
 
     def lag_rates(self, group: RowGroup) -> Tensor:
-        """(H, 2 L - 1) expected lag mass divided by exp(a_t)."""
-        lags = 2 * self.key.shape[-1] - 1
-        return _convolve(self._row_scale(group), (self.key * group.key_seen).flip(-1), lags)[..., :lags]
+        """(H, 2 L - 1) expected lag mass between positions of the line, divided by exp(a_t)."""
+        lags = self.lag.shape[-1]
+        rows, keys = self._split(self._row_scale(group))[0], self._split(self.key * group.key_seen)[0]
+        return _convolve(rows, keys.flip(-1), lags)[..., :lags]
+
+    def _split(self, by_token: Tensor) -> tuple[Tensor, Tensor]:
+        """What belongs to the line, and what lies off it."""
+        length = by_token.shape[-1] - self.num_free
+        return by_token[..., :length], by_token[..., length:]
 
     def _row_scale(self, group: RowGroup) -> Tensor:
         normaliser = self.normaliser(group)
@@ -89,9 +104,9 @@ class _Targets:
         """Rescale keys, then lags; also the relative deviation (H,) of the column mass before."""
         rates = _sum([model.column_rates(group) for group in self.groups])
         deviation = (model.key * rates - self.column_mass).abs().sum(-1) / self.column_mass.sum(-1)
-        model = LagKeyModel(model.lag, _ratio(self.column_mass, rates))
+        model = replace(model, key=_ratio(self.column_mass, rates))
         rates = _sum([model.lag_rates(group) for group in self.groups])
-        return LagKeyModel(_ratio(self.lag_mass, rates) * self.lag_seen, model.key), deviation
+        return replace(model, lag=_ratio(self.lag_mass, rates) * self.lag_seen), deviation
 
     def objective(self, model: LagKeyModel) -> Tensor:
         """(H,) sum_i KL(p_i || pi_i) up to a constant, nats."""
@@ -109,6 +124,7 @@ def fit_margins(
     groups: tuple[RowGroup, ...],
     *,
     lag_seen: Tensor,
+    num_free: int = 0,
     max_iterations: int = 1000,
     tolerance: float = 1e-4,
 ) -> tuple[LagKeyModel, Tensor]:
@@ -120,9 +136,10 @@ def fit_margins(
 
     Args:
         lag_mass: (H, 2 L - 1) targets, non-negative.
-        column_mass: (H, L) targets with the same totals.
+        column_mass: (H, L + F) targets; their total is the rows'.
         groups: Rows and keys that exist.
         lag_seen: (2 L - 1,) true at admissible lags.
+        num_free: F, tokens off the line.
         max_iterations: Largest number of sweeps.
         tolerance: Largest total deviation of the column mass from its target, relative to the total, to stop at.
 
@@ -137,7 +154,7 @@ def fit_margins(
     deviation = column_mass.new_full(column_mass.shape[:1], torch.inf)
     active = torch.arange(len(lag_mass))
     for _ in range(max_iterations // 3):
-        start, part = LagKeyModel(lag[active], key[active]), targets.heads(active)
+        start, part = LagKeyModel(lag[active], key[active], num_free), targets.heads(active)
         once, deviation[active] = part.sweep(start)
         lag[active], key[active] = once.lag, once.key
         remaining = deviation[active] > tolerance
@@ -148,7 +165,7 @@ def fit_margins(
         final, _ = part.sweep(better)
         lag[active], key[active] = final.lag, final.key
         active = active[remaining]
-    return LagKeyModel(lag, key), deviation
+    return LagKeyModel(lag, key, num_free), deviation
 
 
 def _extrapolated(start: LagKeyModel, once: LagKeyModel, twice: LagKeyModel) -> LagKeyModel:
@@ -158,13 +175,14 @@ def _extrapolated(start: LagKeyModel, once: LagKeyModel, twice: LagKeyModel) -> 
     move, bend = points[1] - points[0], points[2] - 2 * points[1] + points[0]
     length = (move.norm(dim=-1) / bend.norm(dim=-1).clamp(min=1e-300)).clamp(1.0, 1e3)[:, None]
     lag, key = (points[0] + 2 * length * move + length.square() * bend).clamp(-600, 600).exp().split(sizes, -1)
-    return LagKeyModel(torch.where(twice.lag > 0, lag, 0.0), torch.where(twice.key > 0, key, 0.0))
+    return replace(twice, lag=torch.where(twice.lag > 0, lag, 0.0), key=torch.where(twice.key > 0, key, 0.0))
 
 
 def _better(targets: _Targets, first: LagKeyModel, second: LagKeyModel) -> LagKeyModel:
     """Of two models, head by head, the one of lower objective; the second where that of the first is no number."""
     wins = (targets.objective(first) < targets.objective(second))[:, None]
-    return LagKeyModel(torch.where(wins, first.lag, second.lag), torch.where(wins, first.key, second.key))
+    chosen = [torch.where(wins, getattr(first, part), getattr(second, part)) for part in ("lag", "key")]
+    return replace(second, lag=chosen[0], key=chosen[1])
 
 
 def _ratio(target: Tensor, rate: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """What the two-part prior is fitted to: lag mass, column mass and entropy of every sequence, at one size.
 
-Legend: N sequences, H heads, L positions.
+Legend: N sequences, H heads, L positions on a line, F tokens off the line, h rows and w columns of a grid.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from eotattn.attention.running import SequenceStatistics
 from eotattn.checks import check_positive_int
+from eotattn.diagnostics.grid_statistics import GridStatistics, grid_line
 from eotattn.diagnostics.lag_key_model import LagKeyModel, RowGroup
 
 __all__ = ["MarginProblem"]
@@ -25,22 +26,24 @@ class MarginProblem:
     """Margins of every sequence, at one size L.
 
     Args:
-        lag_mass: (N, H, 2 L - 1) sums of weights by lag.
-        column_mass: (N, H, L) sums of weights by key.
+        lag_mass: (N, H, 2 L - 1) sums of weights by lag, between positions of the line.
+        column_mass: (N, H, L + F) sums of weights by key.
         entropy: (N, H) sums over queries, nats.
-        lengths: (N,) queries of each sequence, tokens.
+        present: (N, L + F) true where a sequence has a token.
         lag_seen: (2 L - 1,) true at admissible lags.
         is_causal: Whether only keys up to the query are admissible.
         smoothing: Share of the uniform prior mixed into targets.
+        num_free: F, class tokens, which lie off the line.
     """
 
     lag_mass: Tensor
     column_mass: Tensor
     entropy: Tensor
-    lengths: Tensor
+    present: Tensor
     lag_seen: Tensor
     is_causal: bool
     smoothing: float
+    num_free: int = 0
 
     @classmethod
     def of(
@@ -61,28 +64,40 @@ class MarginProblem:
         seen = at >= 0 if is_causal else torch.ones_like(at, dtype=torch.bool)
         if window is not None:
             seen = seen & (at < check_positive_int(OWNER, "window", window))
-        return cls(lags, columns[..., :size], statistics.sums["entropy"], lengths, seen, is_causal, smoothing)
+        present = lengths[:, None] > torch.arange(size)
+        return cls(lags, columns[..., :size], statistics.sums["entropy"], present, seen, is_causal, smoothing)
 
-    @property
-    def size(self) -> int:
-        """L."""
-        return self.column_mass.shape[-1]
+    @classmethod
+    def of_grid(cls, statistics: GridStatistics, smoothing: float) -> MarginProblem:
+        """Lay the grid out on a line: cell (r, c) at r (2 w - 1) + c, so that no two lags of two axes coincide."""
+        free = statistics.num_free
+        cells = grid_line(statistics.height, statistics.width)
+        size = int(cells[-1]) + 1
+        at = torch.cat([torch.arange(size, size + free), cells])  # class tokens come first in the sequence
+        columns = statistics.column_mass.new_zeros(*statistics.entropy.shape, size + free)
+        columns[..., at] = statistics.column_mass
+        present = torch.zeros(statistics.num_sequences, size + free, dtype=torch.bool)
+        present[:, at] = True
+        lags = statistics.lag_mass.flatten(-2)
+        seen = torch.ones(lags.shape[-1], dtype=torch.bool)
+        return cls(lags, columns, statistics.entropy, present, seen, False, smoothing, num_free=free)
 
     def key_count(self, chosen: Tensor) -> Tensor:
-        """(L,) sequences that have each position."""
-        return (self.lengths[chosen, None] > torch.arange(self.size)).double().sum(0)
+        """(L + F,) sequences that have each position."""
+        return self.present[chosen].double().sum(0)
 
     def groups(self, chosen: Tensor) -> tuple[RowGroup, ...]:
-        """Causal rows never see how long a sequence is: one group. Otherwise one group a length."""
+        """Causal rows never see how long a sequence is: one group. Otherwise one group a pattern of tokens."""
         if self.is_causal:
-            return (RowGroup(self.key_count(chosen), torch.ones(self.size, dtype=torch.float64)),)
-        lengths, counts = self.lengths[chosen].unique(return_counts=True)
-        within = (lengths[:, None] > torch.arange(self.size)).double()
-        return tuple(RowGroup(count * seen, seen) for count, seen in zip(counts, within, strict=True))
+            count = self.key_count(chosen)
+            return (RowGroup(count, torch.ones_like(count)),)
+        patterns, counts = self.present[chosen].unique(dim=0, return_counts=True)
+        return tuple(RowGroup(count * seen, seen) for count, seen in zip(counts, patterns.double(), strict=True))
 
     def uniform(self) -> LagKeyModel:
         """The uniform prior, for one head."""
-        return LagKeyModel(self.lag_seen.double()[None], torch.ones(1, self.size, dtype=torch.float64))
+        ones = torch.ones(1, self.present.shape[1], dtype=torch.float64)
+        return LagKeyModel(self.lag_seen.double()[None], ones, self.num_free)
 
     def targets(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Margins of some sequences, mixed with a little of the uniform prior's."""
@@ -100,11 +115,10 @@ class MarginProblem:
         lag = torch.where(self.lag_seen, which.lag.clamp(min=tiny).log(), 0.0)
         key = which.key.clamp(min=tiny).log()
         cross = (self.lag_mass[chosen] * lag).sum(-1) + (self.column_mass[chosen] * key).sum(-1)
-        position = torch.arange(self.size)
-        log_normaliser = torch.stack([self._log_normaliser(which, int(n), position) for n in self.lengths[chosen]])
-        return (log_normaliser - cross - self.entropy[chosen]).clamp(min=0)
+        patterns, which_pattern = self.present[chosen].unique(dim=0, return_inverse=True)
+        log_normalisers = torch.stack([self._log_normaliser(which, seen) for seen in patterns.double()])
+        return (log_normalisers[which_pattern] - cross - self.entropy[chosen]).clamp(min=0)
 
-    def _log_normaliser(self, model: LagKeyModel, length: int, position: Tensor) -> Tensor:
-        seen = (position < length).double()
+    def _log_normaliser(self, model: LagKeyModel, seen: Tensor) -> Tensor:
         group = RowGroup(seen, torch.ones_like(seen) if self.is_causal else seen)
         return torch.where(seen > 0, model.normaliser(group).clamp(min=1e-300).log(), 0.0).sum(-1)

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from eotattn.attention.running import SequenceStatistics
 from eotattn.attention.statistics import AttentionStatistics
 from eotattn.checks import check_positive_int, require
+from eotattn.diagnostics.grid_statistics import GridStatistics
 from eotattn.diagnostics.value_statistics import ValueStatistics
 from eotattn.integrations import hugging_face, prior_calls
 from eotattn.integrations.recorder import Recorder
@@ -54,6 +55,11 @@ class Capture:
         """Largest duality gap (N, H) of the last rows of every certified call, by layer, nats."""
         return dict(self.recorder.certificates)
 
+    @property
+    def grids(self) -> dict[str, GridStatistics]:
+        """Sums by lag in two axes, by layer, where a grid was named; see :func:`eotattn.diagnostics.fit_grid_prior`."""
+        return dict(self.recorder.grids)
+
 
 @contextmanager
 def capture(
@@ -64,6 +70,7 @@ def capture(
     keys: Sequence[int] = (0,),
     on_rows: Callable[[str, AttentionStatistics], None] | None = None,
     certify: bool = False,
+    grid: tuple[int, int] | None = None,
 ) -> Iterator[Capture]:
     """Stream statistics from every attention call that ``model`` makes inside the ``with`` block.
 
@@ -85,6 +92,8 @@ def capture(
         on_rows: Called with (layer name, row statistics) after every call, e.g. to keep rows.
         certify: Also certify the weights of the last rows of every call, as the model's own kernel makes them. That
             takes K / V more calls, so calls of more than 1024 keys are left out.
+        grid: Rows and columns of the patches of a vision model, to collect their lags in two axes as well; a class
+            token may come before them. Takes a second pass over the scores.
 
     Yields:
         :class:`Capture`; read ``layers`` at any time, also after the block.
@@ -107,7 +116,7 @@ def capture(
     for key in keys:
         check_positive_int("capture", "keys", key, minimum=0)
     require(len(keys) > 0, "capture", "keys", "name at least one key", keys, "Pass keys=(0,)")
-    recorder = Recorder(layers, heads, tuple(keys), on_rows, certify)
+    recorder = Recorder(layers, heads, tuple(keys), on_rows, certify, grid)
     with ExitStack() as stack:
         stack.enter_context(_following(model, recorder))
         stack.enter_context(hugging_face.listen(model, recorder))

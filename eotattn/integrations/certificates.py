@@ -50,7 +50,7 @@ def call_certificate(call: CapturedCall, *, rows: int) -> Tensor | None:
 def _computed_weights(call: CapturedCall, rows: int) -> Tensor:
     """(B, H, r, K): attention to unit vectors returns its weights, V keys a time."""
     assert call.attend is not None
-    batch, heads, keys, width = call.value.shape
+    keys, width = call.value.shape[2:]
     parts = []
     for start in range(0, keys, width):
         count = min(width, keys - start)

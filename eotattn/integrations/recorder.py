@@ -15,6 +15,7 @@ from torch import Tensor
 from eotattn.attention.running import SequenceStatistics
 from eotattn.attention.statistics import AttentionStatistics
 from eotattn.checks import require
+from eotattn.diagnostics.grid_statistics import GridStatistics
 from eotattn.diagnostics.value_statistics import ValueStatistics
 from eotattn.integrations.captured_call import CapturedCall
 from eotattn.integrations.certificates import call_certificate
@@ -39,11 +40,13 @@ class Recorder:
         keys: Chosen keys, counted from the start of each sequence.
         on_rows: Called with (layer name, row statistics) after every call that is kept.
         certify: Whether the weights of the last rows of every call are certified.
+        grid: Rows and columns of tokens, to collect lags in two axes as well.
 
     Attributes:
         statistics: Layer -> sums by sequence.
         values: Layer -> what its values do, where its output projection was seen.
         certificates: Layer -> (N, H) largest duality gap of the last rows of every call, nats.
+        grids: Layer -> sums by lag in two axes.
     """
 
     def __init__(
@@ -53,12 +56,14 @@ class Recorder:
         keys: tuple[int, ...],
         on_rows: Callable[[str, AttentionStatistics], None] | None,
         certify: bool = False,
+        grid: tuple[int, int] | None = None,
     ) -> None:
         self.wanted = None if layers is None else list(layers)
         self.heads = None if heads is None else list(heads)
-        self.keys, self.on_rows, self.certify = keys, on_rows, certify
+        self.keys, self.on_rows, self.certify, self.grid = keys, on_rows, certify, grid
         self.value_probe = ValueProbe(keys[0], self.heads)
         self.certificates: dict[str, Tensor] = {}
+        self.grids: dict[str, GridStatistics] = {}
         self.statistics: dict[str, SequenceStatistics] = {}
         self.seen: dict[str, int] = {}
         self.priors: dict[str, Any] = {}
@@ -113,6 +118,15 @@ class Recorder:
                 self.value_probe.offer(name, call, output, rows.key_mass[..., 0])
             if self.certify and output is not None:
                 self._certify(name, call)
+            if self.grid is not None:
+                self._add_grid(name, call, self.grid)
+
+    def _add_grid(self, name: str, call: CapturedCall, grid: tuple[int, int]) -> None:
+        plain = call.sink_logits is None
+        require(plain, OWNER, "grid", "meet no explicit sink", name, "Rows must sum to one")
+        new = GridStatistics.of(call.source(torch.promote_types(call.query.dtype, torch.float32)), *grid)
+        new = new if self.heads is None else new.heads(self.heads)
+        self.grids[name] = self.grids[name] + new if name in self.grids else new
 
     def _certify(self, name: str, call: CapturedCall) -> None:
         with self.muted():

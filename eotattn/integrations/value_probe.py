@@ -84,7 +84,7 @@ def _linear_weight(module: nn.Module) -> Callable[[], Tensor] | None:
     if isinstance(module, nn.Linear):
         return lambda: module.weight
     if type(module).__name__ == "Conv1D":
-        return lambda: module.weight.T  # type: ignore[operator, union-attr, return-value]
+        return lambda: module.weight.T  # type: ignore[return-value]
     return None
 
 

@@ -244,3 +244,31 @@ def test_explicit_sinks_are_refused():
     rows = row_statistics(query, query, sink_logits=torch.zeros(2))
     with pytest.raises(ValueError, match=r"fit_prior: statistics must have no explicit sink"):
         fit_prior(SequenceStatistics.of(rows))
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_the_fit_factors_into_lanes(is_causal):
+    """Waves that a fused kernel carries attend as the free table does; more of them come closer."""
+    length = 48
+    weights, _, _ = planted(length, 16, is_causal=is_causal)
+    report = fit_prior(statistics(weights))
+    positions = torch.arange(length)
+    future = torch.ones(length, length, dtype=torch.bool).triu(1) & is_causal
+
+    def rows(prior):
+        dense = prior.dense(positions, positions, dtype=torch.float64).detach()
+        return torch.softmax(dense.masked_fill(future, -math.inf), -1)
+
+    table = rows(report.prior())
+    distances = [(rows(report.factored(num_frequencies=n)) - table).abs().sum(-1).mean().item() / 2 for n in (2, 8, 32)]
+    assert distances[0] > distances[1] > distances[2]
+    assert distances[2] < 0.02
+    prior = report.factored(num_frequencies=32)
+    assert prior.has_lanes
+    assert not report.prior().has_lanes
+    query, key, value = (torch.randn(2, 2, length, 4, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    arguments = {"prior": prior, "is_causal": is_causal}
+    fused = prior_attention(query, key, value, backend="sdpa", **arguments)
+    assert_close(fused, prior_attention(query, key, value, backend="reference", **arguments).detach(), tolerance=1e-4)
+    with pytest.raises(ValueError, match=r"ImplicitPriorReport.factored: num_frequencies must be at least 1"):
+        report.factored(num_frequencies=0)

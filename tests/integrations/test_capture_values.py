@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from families import FAMILIES
+from families import BY_NAME, FAMILIES
 from tolerances import assert_close
 from torch import nn
 
-from eotattn import PriorAttention, RecencyPrior
+from eotattn import PriorAttention, RecencyPrior, grid_positions
+from eotattn.diagnostics import fit_grid_prior
 from eotattn.diagnostics.values import value_drain
 from eotattn.integrations import capture
 
@@ -120,3 +121,35 @@ def test_heads_are_selected_and_the_outputs_stay():
     (name,) = captured.values
     assert torch.equal(captured.values[name].drain, everything.values[name].drain[:, [2]])
     assert torch.equal(captured.certificates[name], everything.certificates[name][:, [2]])
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov2"])
+@torch.no_grad()
+def test_vision_models_show_lags_in_two_axes(name):
+    pytest.importorskip("transformers")
+    model, inputs = BY_NAME[name].build(), BY_NAME[name].inputs()
+    maps = model(**inputs, output_attentions=True).attentions
+    with capture(model, grid=(3, 3)) as captured:
+        model(**inputs)
+    cells = grid_positions(3, 3, class_token=True).tolist()
+    for found, p in zip(captured.grids.values(), maps, strict=True):
+        mass = torch.zeros(3, 4, 5, 5, dtype=torch.float64)
+        for i, (r, c) in enumerate(cells):
+            for j, (s, d) in enumerate(cells):
+                if min(r, s) >= 0:
+                    mass[..., r - s + 2, c - d + 2] += p[..., i, j]
+        assert_close(found.lag_mass, mass, tolerance=1e-5)
+        report = fit_grid_prior(found)
+        assert report.explained_in_sample.min() > 0
+        assert report.has_class_token
+    message = r"GridStatistics: attention must be square with 2 x 3 tokens, or one more"
+    with pytest.raises(ValueError, match=message), capture(model, grid=(2, 3)):
+        model(**inputs)
+
+
+@torch.no_grad()
+def test_grids_refuse_explicit_sinks():
+    pytest.importorskip("transformers")
+    model, inputs = BY_NAME["gpt-oss"].build(), BY_NAME["gpt-oss"].inputs()
+    with pytest.raises(ValueError, match=r"capture: grid must meet no explicit sink"), capture(model, grid=(3, 3)):
+        model(**inputs)
