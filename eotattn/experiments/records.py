@@ -54,11 +54,13 @@ class Measurement:
             JSON can hold.
         arrays: Small named arrays.
         summary: The headline for the progress line.
+        data: What identifies the data behind it, for the provenance; values that JSON can hold.
     """
 
     rows: list[Row]
     arrays: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     summary: str = ""
+    data: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -205,6 +207,7 @@ def make(run: Run, store: RunFolder) -> Record:
         wall_seconds=seconds,
     )
     del origin["configuration"]  # stands beside it
+    origin["data"] = dict(measurement.data)
     record = Record(
         name=run.name,
         configuration=run.configuration_json(),
@@ -238,5 +241,11 @@ def merged_provenance(records: Records, *, command: str, recipe: Any) -> dict[st
         record.name: {"device": record.device} | {name: record.provenance[name] for name in kept}
         for record in records.values()
     }
-    versions = [record.provenance["versions"] for record in records.values()]
-    return found | {"versions": [v for k, v in enumerate(versions) if v not in versions[:k]], "runs": runs}
+    origins = [record.provenance for record in records.values()]
+    different = {name: _different([origin[name] for origin in origins]) for name in ("versions", "data")}
+    return found | different | {"runs": runs}
+
+
+def _different(values: Sequence[Any]) -> list[Any]:
+    """Values, each once, in order."""
+    return [value for k, value in enumerate(values) if value not in values[:k]]

@@ -7,13 +7,12 @@ import pytest
 import torch
 
 from eotattn.experiments.tasks import CopyMixture, LanguageTask, find_texts, split_by_file
-from eotattn.experiments.tasks.language import TextSplit
 
 
 def small_language(length=8):
     generator = torch.Generator().manual_seed(0)
     files = tuple(torch.randint(1, 256, (size,), generator=generator, dtype=torch.uint8) for size in (40, 10, 25))
-    return LanguageTask(torch.arange(1, 101, dtype=torch.uint8), files, length)
+    return LanguageTask(torch.arange(1, 101, dtype=torch.uint8), files[:1], files, length)
 
 
 def test_copy_mixture_batches_depend_on_seed_and_step_alone():
@@ -54,23 +53,45 @@ def test_ideal_attention_reads_the_sources():
 
 def test_split_puts_every_file_on_exactly_one_side_and_does_not_depend_on_the_others():
     texts = [Path(f"package_{k % 7}/module_{k}.py") for k in range(400)]
-    split = split_by_file(texts, held_out_percent=10)
-    assert not set(split.train) & set(split.held_out)
-    assert sorted(split.train + split.held_out) == sorted(texts)
+    split = split_by_file(texts, percent=10)
+    assert sorted(split.train + split.validation + split.held_out) == sorted(texts)
     assert 15 <= len(split.held_out) <= 70
-    half = split_by_file(texts[::2], held_out_percent=10)
+    assert 15 <= len(split.validation) <= 70
+    half = split_by_file(texts[::2], percent=10)
     assert set(half.held_out) == set(split.held_out) & set(texts[::2])
 
 
-def test_corpus_of_a_folder_is_split_by_files(tmp_path):
+@pytest.fixture
+def texts(tmp_path):
     for k in range(60):
         (tmp_path / f"text_{k}.txt").write_bytes(bytes([65 + k % 26]) * 20)
     (tmp_path / "image.png").write_bytes(b"x" * 50)
-    task = LanguageTask.from_corpus(str(tmp_path), length=4, held_out_percent=20)
-    assert isinstance(task.split, TextSplit)
-    assert len(task.split.train) + len(task.split.held_out) == 60
-    assert task.train_bytes.numel() == 21 * len(task.split.train) - 1
-    assert [file.numel() for file in task.held_out_files] == [20] * len(task.split.held_out)
+    return tmp_path
+
+
+def test_corpus_of_a_folder_is_split_by_files(texts):
+    task = LanguageTask.from_corpus(str(texts), length=4, percent=20)
+    split = split_by_file(find_texts(str(texts))[1], percent=20)
+    assert len(set(split.train) | set(split.validation) | set(split.held_out)) == sum(map(len, split)) == 60
+    assert task.train_bytes.numel() == 21 * len(split.train) - 1
+    for part, files in (("validation", task.validation_files), ("held_out", task.held_out_files)):
+        expected = [(texts / path).read_bytes() for path in getattr(split, part)]
+        assert [bytes(file.tolist()) for file in files] == expected
+    assert torch.equal(task.validation_windows(19, 1)[0], task.validation_files[0].long())
+    assert task.fingerprint["train_files"] == len(split.train)
+    assert task.fingerprint["held_out_bytes"] == 20 * len(split.held_out)
+
+
+@pytest.mark.parametrize("change", ["nothing", "byte", "name"])
+def test_the_fingerprint_is_of_names_and_bytes(texts, change):
+    before = LanguageTask.from_corpus(str(texts), length=4, percent=20).fingerprint
+    if change == "byte":
+        (texts / "text_7.txt").write_bytes(b"B" * 20)
+    if change == "name":
+        (texts / "text_7.txt").rename(texts / "text_x.txt")
+    after = LanguageTask.from_corpus(str(texts), length=4, percent=20).fingerprint
+    assert (after["sha256"] == before["sha256"]) == (change == "nothing")
+    assert str(texts) not in str(after)
 
 
 def test_standard_library_is_found_without_installed_packages():
@@ -104,9 +125,9 @@ def test_held_out_windows_lie_in_one_file_each_and_do_not_overlap():
         (lambda: CopyMixture(first_probability=0.8, previous_probability=0.4), ValueError, "be at most 1"),
         (lambda: CopyMixture(first_probability=-0.1), ValueError, "first_probability must be non-negative"),
         (lambda: find_texts("no/such/folder"), ValueError, "corpus must be a folder that exists; got 'no/such/folder'"),
-        (lambda: split_by_file([Path("a")], held_out_percent=100), ValueError, "held_out_percent must be below 100"),
+        (lambda: split_by_file([Path("a")], percent=50), ValueError, "percent must be below 50"),
         (lambda: small_language(100), ValueError, "train_bytes must hold more than length = 100 bytes"),
-        (lambda: small_language().held_out_windows(9, 8), ValueError, "number of held-out windows of 10 bytes, 7"),
+        (lambda: small_language().held_out_windows(9, 8), ValueError, "number of windows of 10 bytes, 7"),
         (lambda: small_language().held_out_windows(0, 1), ValueError, "window_length must be at least 1"),
     ],
 )
@@ -119,5 +140,5 @@ def test_empty_folders_and_single_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"corpus must hold \.txt or \.py files"):
         find_texts(str(tmp_path))
     (tmp_path / "one.txt").write_text("only one file")
-    with pytest.raises(ValueError, match="have files on both sides of the split"):
+    with pytest.raises(ValueError, match="have files for every part; got '1 train, 0 validation, 0 held_out'"):
         LanguageTask.from_corpus(str(tmp_path), length=4)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from eotattn.checks import check_positive_int, require
 from eotattn.experiments.tasks.batches import Batch, step_generator
+from eotattn.experiments.tasks.c4 import read_c4, to_bytes
 
 __all__ = ["PYTHON_STDLIB", "LanguageTask", "TextSplit", "find_texts", "split_by_file"]
 
@@ -25,9 +26,16 @@ PYTHON_STDLIB = "python-stdlib"
 
 
 class TextSplit(NamedTuple):
-    """Files to train on and files that no training batch ever touches; relative paths, sorted."""
+    """Which files serve what; relative paths, sorted. No file serves twice.
+
+    Attributes:
+        train: Read by training batches.
+        validation: For choices, such as learning rates.
+        held_out: For the numbers that are reported; nothing is chosen by them.
+    """
 
     train: tuple[Path, ...]
+    validation: tuple[Path, ...]
     held_out: tuple[Path, ...]
 
 
@@ -54,37 +62,38 @@ def find_texts(corpus: str) -> tuple[Path, list[Path]]:
     return folder, texts
 
 
-def split_by_file(texts: Iterable[Path], *, held_out_percent: int = 5) -> TextSplit:
+def split_by_file(texts: Iterable[Path], *, percent: int = 5) -> TextSplit:
     """Split files by a hash of their relative path, so that the split is the same on every machine.
 
     Args:
         texts: Relative paths.
-        held_out_percent: Share of the hash range that is held out, 1 to 99.
+        percent: Share of the hash range that is held out, and share that validates, 1 to 49.
 
     Example:
-        >>> split = split_by_file([Path("ast.py"), Path("json/decoder.py"), Path("heapq.py")], held_out_percent=40)
+        >>> split = split_by_file([Path("ast.py"), Path("json/decoder.py"), Path("heapq.py")], percent=40)
         >>> [path.name for path in split.held_out]
         ['heapq.py']
     """
-    check_positive_int("split_by_file", "held_out_percent", held_out_percent)
-    require(held_out_percent < 100, "split_by_file", "held_out_percent", "be below 100", held_out_percent, "Use e.g. 5")
-    train: list[Path] = []
-    held_out: list[Path] = []
+    check_positive_int("split_by_file", "percent", percent)
+    require(percent < 50, "split_by_file", "percent", "be below 50", percent, "Use e.g. 5")
+    parts: tuple[list[Path], list[Path], list[Path]] = ([], [], [])
     for path in sorted(texts):
         digest = hashlib.sha256(path.as_posix().encode()).digest()
-        (held_out if int.from_bytes(digest[:8], "big") % 100 < held_out_percent else train).append(path)
-    return TextSplit(tuple(train), tuple(held_out))
+        place = int.from_bytes(digest[:8], "big") % 100
+        parts[2 if place < percent else 1 if place < 2 * percent else 0].append(path)
+    return TextSplit(*(tuple(part) for part in parts))
 
 
 @dataclass(frozen=True, eq=False)
 class LanguageTask:
-    """Next-byte prediction on files; windows for evaluation come from files that training never sees.
+    """Next-byte prediction on texts; windows for choices and for reports come from files that training never sees.
 
     Args:
         train_bytes: (N,) uint8, the training files one after another.
-        held_out_files: One (n,) uint8 tensor a held-out file.
+        validation_files: One (n,) uint8 tensor a file.
+        held_out_files: One (n,) uint8 tensor a file.
         length: Tokens L of a training window.
-        split: Which files went where.
+        fingerprint: What identifies the corpus: a hash over names and bytes, and counts.
 
     Example:
         >>> task = LanguageTask.from_corpus("python-stdlib", length=64)
@@ -93,9 +102,10 @@ class LanguageTask:
     """
 
     train_bytes: Tensor
+    validation_files: tuple[Tensor, ...]
     held_out_files: tuple[Tensor, ...]
     length: int
-    split: TextSplit = field(default_factory=lambda: TextSplit((), ()))
+    fingerprint: Mapping[str, str | int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_positive_int("LanguageTask", "length", self.length)
@@ -104,23 +114,27 @@ class LanguageTask:
         require(enough, "LanguageTask", "train_bytes", rule, self.train_bytes, "Use more text or a shorter length")
 
     @classmethod
-    def from_corpus(cls, corpus: str, *, length: int, held_out_percent: int = 5) -> LanguageTask:
-        """Read a corpus, split by files.
+    def from_corpus(cls, corpus: str, *, length: int, percent: int = 5) -> LanguageTask:
+        """Read a corpus.
 
         Args:
-            corpus: As in :func:`find_texts`.
+            corpus: As in :func:`find_texts`; or ``"c4"`` for that data set of the Hub, ``"c4:FOLDER"`` for its shards
+                on this machine, and ``"c4:FOLDER:BYTES"`` to train on its first bytes alone.
             length: Tokens of a training window.
-            held_out_percent: Share of the files held out, as in :func:`split_by_file`.
+            percent: Share of files that validates, and share that is held out, as in :func:`split_by_file`.
         """
+        if corpus.partition(":")[0] == "c4":
+            train_bytes, validation_text, held_out_text, fingerprint = read_c4(corpus)
+            return cls(train_bytes, validation_text, held_out_text, length, fingerprint)
         folder, texts = find_texts(corpus)
-        split = split_by_file(texts, held_out_percent=held_out_percent)
-        remedy = "Use a corpus of more files or another held_out_percent"
-        both = len(split.train) > 0 and len(split.held_out) > 0
-        counts = f"{len(split.train)} training and {len(split.held_out)} held-out files"
-        require(both, "LanguageTask", "corpus", "have files on both sides of the split", counts, remedy)
-        train = b"\0".join((folder / path).read_bytes() for path in split.train)
-        held_out = tuple(_to_bytes((folder / path).read_bytes()) for path in split.held_out)
-        return cls(_to_bytes(train), held_out, length, split)
+        split = split_by_file(texts, percent=percent)
+        counts = ", ".join(f"{len(part)} {name}" for name, part in zip(split._fields, split, strict=True))
+        remedy = "Use a corpus of more files, or another percent"
+        require(all(split), "LanguageTask", "corpus", "have files for every part", counts, remedy)
+        contents = {path: (folder / path).read_bytes() for path in texts}
+        train = b"\0".join(contents[path] for path in split.train)
+        validation, held_out = (tuple(to_bytes(contents[path]) for path in part) for part in split[1:])
+        return cls(to_bytes(train), validation, held_out, length, _fingerprint(corpus, contents, split))
 
     def batch(self, batch_size: int, *, seed: int, step: int) -> Batch:
         """Draw training windows at random offsets.
@@ -140,7 +154,7 @@ class LanguageTask:
         return Batch(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())
 
     def held_out_windows(self, window_length: int, count: int) -> Tensor:
-        """Non-overlapping windows, each inside one held-out file; the same ones at every call.
+        """Non-overlapping windows for reports, each inside one held-out file; the same ones at every call.
 
         Files take turns, so that as many files as possible are represented.
 
@@ -152,20 +166,37 @@ class LanguageTask:
             (count, W + 1) int64.
 
         Raises:
-            ValueError: If the held-out files are too short for so many windows.
+            ValueError: If the files are too short for so many windows.
         """
-        check_positive_int("LanguageTask.held_out_windows", "window_length", window_length)
-        check_positive_int("LanguageTask.held_out_windows", "count", count)
-        size = window_length + 1
-        per_file = [file[: file.numel() // size * size].view(-1, size) for file in self.held_out_files]
-        turns = range(max((windows.shape[0] for windows in per_file), default=0))
-        found = [windows[turn] for turn in turns for windows in per_file if turn < windows.shape[0]]
-        rule = f"be at most the number of held-out windows of {size} bytes, {len(found)}"
-        remedy = "Ask for fewer or shorter windows, or hold out more files"
-        require(count <= len(found), "LanguageTask.held_out_windows", "count", rule, count, remedy)
-        return torch.stack(found[:count]).long()
+        return _windows(self.held_out_files, "LanguageTask.held_out_windows", window_length, count)
+
+    def validation_windows(self, window_length: int, count: int) -> Tensor:
+        """The same for choices, from the validation files."""
+        return _windows(self.validation_files, "LanguageTask.validation_windows", window_length, count)
 
 
-def _to_bytes(text: bytes) -> Tensor:
-    """(n,) uint8 tensor of a byte string, which may be empty."""
-    return torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)
+def _windows(files: Iterable[Tensor], owner: str, window_length: int, count: int) -> Tensor:
+    check_positive_int(owner, "window_length", window_length)
+    check_positive_int(owner, "count", count)
+    size = window_length + 1
+    per_file = [file[: file.numel() // size * size].view(-1, size) for file in files]
+    turns = range(max((windows.shape[0] for windows in per_file), default=0))
+    found = [windows[turn] for turn in turns for windows in per_file if turn < windows.shape[0]]
+    rule = f"be at most the number of windows of {size} bytes, {len(found)}"
+    require(count <= len(found), owner, "count", rule, count, "Ask for fewer or shorter windows, or use more files")
+    return torch.stack(found[:count]).long()
+
+
+def _fingerprint(corpus: str, contents: Mapping[Path, bytes], split: TextSplit) -> dict[str, str | int]:
+    """Hash over names and bytes, and how many files and bytes every part has."""
+    digest = hashlib.sha256()
+    for path, content in contents.items():
+        digest.update(f"{path.as_posix()}\0{len(content)}\0".encode())
+        digest.update(content)
+    counts = {f"{name}_files": len(part) for name, part in zip(split._fields, split, strict=True)}
+    sizes = {
+        f"{name}_bytes": sum(len(contents[path]) for path in part)
+        for name, part in zip(split._fields, split, strict=True)
+    }
+    name = corpus if corpus == PYTHON_STDLIB else Path(corpus).name
+    return {"corpus": name, "sha256": digest.hexdigest(), **counts, **sizes}
