@@ -34,6 +34,9 @@ LIBRARIES = (
     "transformers",
     "triton",
     "goat-attention",
+    "flash-sinkhorn",
+    "ott-jax",
+    "jax",
 )
 
 
