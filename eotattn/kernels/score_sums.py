@@ -88,7 +88,7 @@ def refusal(tiles: ScoreTiles) -> str | None:
     """
     if tiles.query.device.type != "cuda" and not _interpreted():
         return f"the tensors are on {tiles.query.device.type}; the kernel runs on CUDA"
-    if _triton() is None:
+    if not _kernels():
         return "Triton is not installed"
     if tiles.query.dtype not in DTYPES or tiles.key.dtype != tiles.query.dtype:
         return f"the kernel multiplies one of bfloat16, float16 and float32; got {tiles.query.dtype}, {tiles.key.dtype}"
@@ -107,7 +107,7 @@ def row_sums(tiles: ScoreTiles, chosen: Tensor) -> RowSums:
 
     Source: online softmax, Milakov and Gimelshein 2018, carried on to further sums.
     """
-    return RowSums(*_triton().launch_rows(_contiguous(tiles), chosen))
+    return RowSums(*_kernels()[0](_contiguous(tiles), chosen))
 
 
 def column_sums(tiles: ScoreTiles, log_sum_exp: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,8 +125,8 @@ def column_sums(tiles: ScoreTiles, log_sum_exp: Tensor, counted: Tensor) -> tupl
 
     Source: original.
     """
-    mass, lags = _triton().launch_columns(_contiguous(tiles), log_sum_exp, counted)
-    return mass, lags
+    found: tuple[Tensor, Tensor] = _kernels()[1](_contiguous(tiles), log_sum_exp, counted)
+    return found
 
 
 def _contiguous(tiles: ScoreTiles) -> ScoreTiles:
@@ -138,13 +138,14 @@ def _contiguous(tiles: ScoreTiles) -> ScoreTiles:
 
 
 @cache
-def _triton() -> Any:
-    """The file with the kernels, or ``None`` without Triton."""
+def _kernels() -> tuple[Any, ...]:
+    """What launches the kernels of rows and of columns, or nothing without Triton."""
     try:
-        from eotattn.kernels import score_sums_triton
+        from eotattn.kernels.column_sums_triton import launch_columns
+        from eotattn.kernels.row_sums_triton import launch_rows
     except ImportError:
-        return None
-    return score_sums_triton
+        return ()
+    return launch_rows, launch_columns
 
 
 def _interpreted() -> bool:
