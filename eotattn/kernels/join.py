@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +24,8 @@ __all__ = ["Column", "Join", "Layout", "join", "refusal"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NOTHING = -1
-RESIDUAL = -2
+#: The term of a lane that is zero and yet has the gradient of its slots.
+IDLE = -1
 #: A factor of at most so many slots is evaluated column by column, a wider one once for each token.
 NARROW = 2
 #: Lanes and slots in which one coefficient can have a gradient; the last entry of a row counts them.
@@ -36,18 +37,15 @@ class Column(NamedTuple):
 
     Args:
         slots: Pairs (feature column, coefficient index); the coefficient ``NOTHING`` is the constant one.
-        term: Which term of the split.
+        term: Which term of the split, or ``IDLE``.
         member: Which of the query heads that share a key head this lane is for, or ``NOTHING`` for all of them.
         learned: Whether the side is the learned one, which carries the kernel's inverse scale and has gradients.
-        centre: Feature column times which the residual's gradient is taken off this lane's; ``RESIDUAL`` for the
-            residual lane itself.
     """
 
     slots: tuple[tuple[int, int], ...]
     term: int
     member: int
     learned: bool
-    centre: int = NOTHING
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,11 +67,6 @@ class Layout:
     num_kv_heads: int
     _maps: dict[tuple[torch.device, int], _Maps] = field(default_factory=dict, repr=False)
 
-    @cached_property
-    def has_residual(self) -> bool:
-        """Whether a query lane corrects the gradients of others."""
-        return any(column.centre == RESIDUAL for column in self.query)
-
     def maps(self, device: torch.device, content_width: int, width: int) -> _Maps:
         """The layout as tensors for a kernel of ``width``, made once a device."""
         place = (device, content_width * 1024 + width)
@@ -86,9 +79,8 @@ class Layout:
 class _Maps(NamedTuple):
     """The layout in tensors.
 
-    ``query`` and ``key`` are (5 + 8, tile width) int32: term, member, learned flag, wide factor and centre of each
-    ``query`` and ``key`` are (5 + 8, tile width) int32: term, member, learned flag, wide factor and centre of each
-    lane, then feature column, first coefficient, its stride over heads, and whether its size counts, for two slots.
+    ``query`` and ``key`` are (4 + 8, tile width) int32: term, member, learned flag and wide factor of each lane, then
+    feature column, first coefficient, its stride over heads, and whether its size counts, for two slots.
     ``query_wide`` and ``key_wide`` are (factors, 4, widest) int32: the same four for every slot of a wide factor.
     ``owners`` is (N, 5 + ENTRIES): side, wide factor or -1, first entry, stride, by size, and where gradients lie.
     """
@@ -113,19 +105,18 @@ class _Maps(NamedTuple):
         sides, wides = [], []
         for side, columns in enumerate((layout.query, layout.key)):
             tile = _tile_width(width - content_width)
-            rows = [[0] * tile, [NOTHING] * tile, [0] * tile, [NOTHING] * tile, [NOTHING] * tile]
+            rows = [[0] * tile, [NOTHING] * tile, [0] * tile, [NOTHING] * tile]
             rows += [[NOTHING if r < 2 else 0] * tile for _ in range(NARROW) for r in range(4)]
             wide = list(dict.fromkeys(column.slots for column in columns if _is_wide(column)))
             for lane, column in enumerate(columns):
                 is_wide = _is_wide(column)
                 rows[0][lane], rows[1][lane], rows[2][lane] = column.term, column.member, int(column.learned)
-                rows[4][lane] = column.centre
                 rows[3][lane] = wide.index(column.slots) if is_wide else NOTHING
                 for s, (feature, coefficient) in enumerate(() if is_wide else column.slots):
                     place = nowhere if coefficient == NOTHING else places[coefficient]
                     for r, entry in enumerate((feature, *place)):
-                        rows[5 + 4 * s + r][lane] = entry
-                    if coefficient != NOTHING and column.term == 0:
+                        rows[4 + 4 * s + r][lane] = entry
+                    if coefficient != NOTHING and column.term in (0, IDLE):
                         owner = owners[coefficient]
                         owner[:5] = [side, NOTHING, *place]
                         owner[5 + owner[5 + ENTRIES - 1]] = s * tile + lane

@@ -52,7 +52,7 @@ def _join_side(
     member, which = tl.load(maps + WP + cols), tl.load(maps + 3 * WP + cols)
     term, learned = tl.load(maps + cols)[None, :], tl.load(maps + 2 * WP + cols) == 1
     owner = head * GROUP + tl.maximum(member, 0) if IS_KEY else head + 0 * member
-    first = maps + 5 * WP + cols
+    first = maps + 4 * WP + cols
     first_column = tl.load(first)
     first_weight = _weights_at(
         weights, scales, tl.load(first + WP), tl.load(first + 2 * WP), tl.load(first + 3 * WP), owner
@@ -88,6 +88,7 @@ def _join_side(
         leading = value.to(kind).to(tl.float32)
         second = (value - leading).to(kind).to(tl.float32)
         value = tl.where(term == 0, leading, tl.where(term == 1, second, value - leading - second))
+        value = tl.where(term < 0, 0.0, value)
         tokens = rows[:, None].to(tl.int64)
         taken = content + head * stride_h + tokens * stride_l + columns[None, :]
         target = out + (tokens * heads + head) * W
@@ -138,17 +139,16 @@ def _split_side(
     lane_scale, head, heads,
     GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, NW: tl.constexpr,
     NW_TILE: tl.constexpr,
-    WIDEST: tl.constexpr, IS_KEY: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+    WIDEST: tl.constexpr, IS_KEY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Copy the content's gradient out, and sum the lanes' over samples and this program's tokens."""
     part, parts = tl.program_id(0), tl.num_programs(0)
     cols, slots, columns = tl.arange(0, WP), tl.arange(0, WIDEST), tl.arange(0, DP)
     member, which = tl.load(maps + WP + cols), tl.load(maps + 3 * WP + cols)
-    wanted = (tl.load(maps + cols) == 0) & (tl.load(maps + 2 * WP + cols) == 1)
+    wanted = (tl.load(maps + cols) <= 0) & (tl.load(maps + 2 * WP + cols) == 1)
     if not IS_KEY:
         wanted = wanted & ((member < 0) | (member == head % GROUP))
-    first_column, second_column = tl.load(maps + 5 * WP + cols), tl.load(maps + 9 * WP + cols)
-    centre = tl.load(maps + 4 * WP + cols)
+    first_column, second_column = tl.load(maps + 4 * WP + cols), tl.load(maps + 8 * WP + cols)
     first_sum, second_sum = tl.zeros([WP], tl.float32), tl.zeros([WP], tl.float32)
     members: tl.constexpr = GROUP if IS_KEY else 1
     factors = tl.arange(0, NW_TILE)[:, None]
@@ -167,10 +167,6 @@ def _split_side(
             taken += stride_b
             target += length * heads * D
         source = features + rows[:, None] * num_features
-        if RESIDUAL:
-            rest = tl.sum(tl.where((centre == -2)[None, :], total, 0.0), axis=1)
-            own = tl.load(source + centre[None, :], mask=inside & (centre >= 0)[None, :], other=0.0)
-            total -= rest[:, None] * own
         total = tl.where(wanted[None, :], total * lane_scale, 0.0)
         feature = tl.load(source + first_column[None, :], mask=inside & (first_column >= 0)[None, :], other=0.0)
         first_sum += tl.sum(total * feature, axis=0)
@@ -199,20 +195,20 @@ def _split(
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
     CQ: tl.constexpr,
     CK: tl.constexpr, NWQ: tl.constexpr, NWK: tl.constexpr, NW_TILE: tl.constexpr, WIDEST_Q: tl.constexpr,
-    WIDEST_K: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+    WIDEST_K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
     if tl.program_id(2) == 0:
         _split_side(
             query_grad, query_out, query_sums, query_wide_sums, query_features, query_maps, query_wide, batch, queries,
             query_stride_b, query_stride_h, query_stride_l, CQ, lane_scale, head, H,
-            GROUP, D, DP, W, WP, NWQ, NW_TILE, WIDEST_Q, False, RESIDUAL, BLOCK,
+            GROUP, D, DP, W, WP, NWQ, NW_TILE, WIDEST_Q, False, BLOCK,
         )  # fmt: skip
     elif head < H // GROUP:
         _split_side(
             key_grad, key_out, key_sums, key_wide_sums, key_features, key_maps, key_wide, batch, keys,
             key_stride_b, key_stride_h, key_stride_l, CK, lane_scale, head, H // GROUP,
-            GROUP, D, DP, W, WP, NWK, NW_TILE, WIDEST_K, True, False, BLOCK,
+            GROUP, D, DP, W, WP, NWK, NW_TILE, WIDEST_K, True, BLOCK,
         )  # fmt: skip
 
 
@@ -297,7 +293,7 @@ def launch_split(
         key_grad.stride(0), key_grad.stride(1), key_grad.stride(2), made.query_scale,
         heads, group, content_width, triton.next_power_of_2(content_width), width, tile,
         made.query_features.shape[1], made.key_features.shape[1],
-        *maps.num_wide, num_wide_tile, *widest, made.layout.has_residual, block,
+        *maps.num_wide, num_wide_tile, *widest, block,
     )  # fmt: skip
     grads = torch.empty_like(weights)
     entries = maps.owners.shape[1] - 5

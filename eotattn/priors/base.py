@@ -3,8 +3,8 @@
 Legend: B batch, H heads, Q queries, K keys, C coordinates.
 
 A prior is one formula, :meth:`LogPrior.evaluate`. Its dense form and its FlexAttention form follow from it; a prior
-that is an inner product adds :meth:`LogPrior.factors`, and its lanes follow from that. Dense forms add, lanes
-concatenate, score modifications chain.
+that is an inner product adds :meth:`LogPrior.expansions` or :meth:`LogPrior.factors`, and its lanes follow from that.
+Dense forms add, lanes concatenate, score modifications chain.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from eotattn.checks import check_positive_int, require
-from eotattn.priors.expansion import Expansion, known_numbers
+from eotattn.priors.expansion import Expansion
 from eotattn.priors.lanes import LaneFactors, Lanes, computing_dtype
 from eotattn.priors.positions import check_positions, pair_positions, position_lookup
 
@@ -31,8 +31,9 @@ class LogPrior(nn.Module):
     """A log-prior over keys for every head and query: attention is softmax(score + log_prior).
 
     A subclass writes :meth:`evaluate`, :meth:`reset_parameters` and, where the prior is an inner product of a query
-    feature and a key feature, :meth:`factors`. Parameters and buffers keep their dtype (fp32, frequencies fp64)
-    whatever dtype the surrounding model is cast to.
+    feature and a key feature, one more: :meth:`expansions` if it is linear in its learned numbers, else
+    :meth:`factors`. Parameters and buffers keep their dtype (fp32, fixed slopes fp64) whatever dtype the surrounding
+    model is cast to.
 
     Args:
         num_heads: Number of query heads H.
@@ -67,7 +68,7 @@ class LogPrior(nn.Module):
         raise NotImplementedError
 
     def factors(self, query_positions: Tensor, key_positions: Tensor, *, dtype: torch.dtype) -> tuple[LaneFactors, ...]:
-        """The log-prior as inner products that lanes are made from.
+        """The log-prior as inner products that lanes are made from; by default its :meth:`expansions` multiplied out.
 
         Args:
             query_positions: (Q,) or (B, Q), with a trailing axis C on grids.
@@ -77,25 +78,31 @@ class LogPrior(nn.Module):
         Raises:
             NotImplementedError: If the prior has no finite factorisation.
         """
-        raise NotImplementedError(
-            f"{type(self).__name__}.lanes: this prior is not a finite inner product of query and key features. "
-            f"Use backend='reference' or 'flex', or a prior with lanes."
-        )
+        parts = self.expansions(dtype)
+        if parts is None:
+            raise NotImplementedError(
+                f"{type(self).__name__}.lanes: this prior is not a finite inner product of query and key features. "
+                f"Use backend='reference' or 'flex', or a prior with lanes."
+            )
+        each = (part.factors(query_positions, key_positions, dtype=dtype) for part in parts)
+        return tuple(factor for factors in each for factor in factors)
 
     def expansions(self, dtype: torch.dtype) -> tuple[Expansion, ...] | None:
-        """What :meth:`factors` says, as learned numbers against fixed features, so that a kernel can multiply it out.
+        """The log-prior as learned numbers against fixed features: lanes that a GPU kernel can multiply out.
 
-        Optional, for speed: ``None`` (the default) has lanes made from :meth:`factors`.
+        A prior that is linear in its learned numbers states this and nothing else; one that is not states
+        :meth:`factors`. ``None``, the default, says that there is no such form.
 
         Args:
-            dtype: The kernel's dtype, of at most 32 bits.
+            dtype: The kernel's dtype.
         """
         return None
 
     @property
     def has_lanes(self) -> bool:
         """Whether the prior is a finite inner product, so that any fused kernel can carry it."""
-        return type(self).factors is not LogPrior.factors
+        stated, base = type(self), LogPrior
+        return stated.factors is not base.factors or stated.expansions is not base.expansions
 
     def num_lanes(self, dtype: torch.dtype = torch.float32) -> int:
         """Number of lanes P that the prior occupies in a kernel of ``dtype``."""
@@ -289,14 +296,15 @@ class ScaledPrior(LogPrior):
         prior: The prior to scale; stays trainable.
         factor: Finite, dimensionless.
 
+    Attributes:
+        factor: The number.
+
     Example:
         >>> from eotattn.priors import RecencyPrior
         >>> prior = 0.5 * RecencyPrior(8)
         >>> prior.dense(torch.tensor([1]), torch.tensor([0]))[0].item()
         -0.25
     """
-
-    factor: Tensor
 
     def __init__(self, prior: LogPrior, factor: float) -> None:
         check_prior("ScaledPrior", "prior", prior)
@@ -305,9 +313,7 @@ class ScaledPrior(LogPrior):
         require(finite, "ScaledPrior", "factor", "be a finite number", factor, "Pass a Python float")
         self.num_coordinates = prior.num_coordinates
         self.prior = prior
-        self._initial_factor = float(factor)
-        self.register_buffer("factor", torch.empty((), dtype=torch.float32))
-        self.factor.fill_(self._initial_factor)
+        self.factor = self._initial_factor = float(factor)
 
     @property
     def has_lanes(self) -> bool:
@@ -324,10 +330,10 @@ class ScaledPrior(LogPrior):
 
     def expansions(self, dtype: torch.dtype) -> tuple[Expansion, ...] | None:
         """The expansions of the prior with their coefficients scaled."""
-        parts, factor = self.prior.expansions(dtype), known_numbers(self.factor)
-        if parts is None or factor is None:
+        parts = self.prior.expansions(dtype)
+        if parts is None:
             return None
-        return tuple(replace(part, scale=tuple(factor[0] * scale for scale in part.scale)) for part in parts)
+        return tuple(replace(part, scale=tuple(self.factor * scale for scale in part.scale)) for part in parts)
 
     def _scaled(self, part: LaneFactors) -> LaneFactors:
         row = None if part.row is None else self.factor * part.row
@@ -342,5 +348,12 @@ class ScaledPrior(LogPrior):
     def reset_parameters(self) -> None:
         """Reset the prior and restore the factor given at construction."""
         self.prior.reset_parameters()
-        with torch.no_grad():
-            self.factor.fill_(self._initial_factor)
+        self.factor = self._initial_factor
+
+    def get_extra_state(self) -> Tensor:
+        """The factor, for the state dict."""
+        return torch.tensor(self.factor, dtype=torch.float64, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take the factor out of a state dict."""
+        self.factor = float(state)

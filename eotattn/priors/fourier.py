@@ -7,9 +7,8 @@ from torch import Tensor, nn
 
 from eotattn.checks import check_positive, check_positive_int, require
 from eotattn.priors.base import LogPrior
-from eotattn.priors.expansion import Expansion, known_numbers
+from eotattn.priors.expansion import Expansion, Form, remembered
 from eotattn.priors.frequencies import geometric_frequencies, phases
-from eotattn.priors.lanes import LaneFactors, computing_dtype
 
 __all__ = ["FourierPrior"]
 
@@ -40,8 +39,6 @@ class FourierPrior(LogPrior):
         torch.Size([2, 5, 7])
     """
 
-    frequencies: Tensor
-
     def __init__(
         self, num_heads: int, num_frequencies: int = 8, min_period: float = 4.0, max_period: float = 8192.0
     ) -> None:
@@ -54,60 +51,44 @@ class FourierPrior(LogPrior):
         require(ordered, "FourierPrior", "max_period", "be at least min_period", max_period, "Swap or widen the range")
         self.even = nn.Parameter(torch.empty(num_heads, num_frequencies, dtype=torch.float32))
         self.odd = nn.Parameter(torch.empty(num_heads, num_frequencies, dtype=torch.float32))
-        self.register_buffer("frequencies", None, persistent=False)
+        self._frequencies = geometric_frequencies(num_frequencies, self.min_period, self.max_period)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Neutral start: zero weights."""
         nn.init.zeros_(self.even)
         nn.init.zeros_(self.odd)
-        self.fill_constants()
 
-    def fill_constants(self) -> None:
-        """Compute the frequencies."""
-        count, device = self.even.shape[1], self.even.device
-        self.frequencies = geometric_frequencies(count, self.min_period, self.max_period, device)
+    @property
+    def frequencies(self) -> Tensor:
+        """(R,) float64, radians a token."""
+        return torch.tensor(self._frequencies, dtype=torch.float64, device=self.even.device)
 
     def evaluate(self, head: Tensor, query_position: Tensor, key_position: Tensor) -> Tensor:
         """kappa(query_position - key_position), in nats."""
         lag = query_position - key_position
         total = torch.zeros_like(lag)
-        for r in range(self.frequencies.shape[0]):
-            angle = lag * self.frequencies[r].to(lag.dtype)
+        for r, frequency in enumerate(self._frequencies):
+            angle = lag * frequency
             total = total + self.even[head, r] * angle.cos() + self.odd[head, r] * angle.sin()
         return total
 
-    def factors(self, query_positions: Tensor, key_positions: Tensor, *, dtype: torch.dtype) -> tuple[LaneFactors, ...]:
-        """Two lanes a frequency: (cos, sin) of the key against the rotated weights of the query."""
-        computing = computing_dtype(dtype)
-        even, odd = self.even.to(computing)[:, None], self.odd.to(computing)[:, None]
-        cos, sin = phases(query_positions.unsqueeze(-2), self.frequencies, computing)
-        query = torch.cat([even * cos + odd * sin, even * sin - odd * cos], dim=-1)
-        key = torch.cat(phases(key_positions.unsqueeze(-2), self.frequencies, computing), dim=-1)
-        return (LaneFactors(query, key),)
+    def expansions(self, dtype: torch.dtype) -> tuple[Expansion, ...]:
+        """Two factors a frequency: the rotated weights of the query against (cos, sin) of the key."""
+        return (Expansion(_form(self._frequencies), (self.even, self.odd), (1.0,) * self.num_heads),)
 
-    def expansions(self, dtype: torch.dtype) -> tuple[Expansion, ...] | None:
-        """(even, odd) of every frequency against (cos, sin) and (sin, -cos) of the query."""
-        numbers = known_numbers(self.frequencies)
-        if numbers is None:
-            return None
-        count = len(numbers)
-        sources = tuple((r, count + r) for r in range(count))
 
-        def learned(positions: Tensor) -> Tensor:
-            cos, sin = phases(positions, self.frequencies, torch.float32)
-            return torch.stack([torch.cat([cos, sin], -1), torch.cat([sin, -cos], -1)], dim=-1).flatten(-2)
+@remembered
+def _form(frequencies: tuple[float, ...]) -> Form:
+    """(even, odd) of every frequency against (cos, sin), and against (sin, -cos), of the query."""
+    count = len(frequencies)
+    pairs = tuple((r, count + r) for r in range(count))
 
-        def fixed(positions: Tensor) -> Tensor:
-            return torch.cat(phases(positions, self.frequencies, torch.float32), dim=-1)
+    def learned(positions: Tensor) -> Tensor:
+        cos, sin = phases(positions, frequencies)
+        return torch.stack([torch.cat([cos, sin], -1), torch.cat([sin, -cos], -1)], dim=-1).flatten(-2)
 
-        part = Expansion(
-            name=("fourier", numbers),
-            coefficients=(self.even, self.odd),
-            sources=sources + sources,
-            learned="query",
-            learned_features=learned,
-            fixed_features=fixed,
-            scale=(1.0,) * self.num_heads,
-        )
-        return (part,)
+    def fixed(positions: Tensor) -> Tensor:
+        return torch.cat(phases(positions, frequencies), dim=-1)
+
+    return Form("query", pairs + pairs, learned, fixed)

@@ -106,6 +106,8 @@ class GridPrior(LogPrior):
         parts: list[LaneFactors] = []
         for c, axis in enumerate(self.axes):
             for part in axis.factors(query[..., c], key[..., c], dtype=dtype):
+                if part.exact == "both":  # the gradient of a row term, which has a lane here
+                    continue
                 parts.append(LaneFactors(part.query * query_on, part.key * key_on, exact=part.exact))
                 if part.row is not None:
                     row = part.row.unsqueeze(-1) * query_on

@@ -21,7 +21,9 @@ from eotattn.checks import require
 __all__ = ["LaneFactors", "Lanes", "computing_dtype", "position_digits"]
 
 DIGIT_BASE = 256
-NUM_DIGITS = 3  # positions up to 256 ** 3 - 1 = 16 777 215
+#: What the digits of a position are multiplied by: one weight a digit, for positions up to 256 ** 3 - 1 = 16 777 215.
+#: Powers of 256 are shared between digits and weights, so that neither overflows float16.
+DIGIT_WEIGHTS = (1.0, 1.0, 256.0)
 
 
 def computing_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -49,21 +51,21 @@ class LaneFactors:
         query: (..., H, Q, F), nats; the learnable side of most priors.
         key: (..., 1 or H, K, F), dimensionless; one head where all heads share it.
         row: (..., H, Q), nats, or ``None`` for zero. Softmax does not see it; sums over masked grids do.
-        exact: The side whose entries any kernel dtype represents exactly (digits, indicators), if one does.
+        exact: The side whose entries any kernel dtype represents exactly (digits, indicators), if one does, or both.
     """
 
     query: Tensor
     key: Tensor
     row: Tensor | None = None
-    exact: Literal["query", "key"] | None = None
+    exact: Literal["query", "key", "both"] | None = None
 
     def default_terms(self, dtype: torch.dtype) -> int:
         """Numbers of ``dtype`` that a factor is split into, where the caller does not choose."""
-        return default_terms(dtype, one_side_is_exact=self.exact is not None)
+        return 1 if self.exact == "both" else default_terms(dtype, one_side_is_exact=self.exact is not None)
 
     def num_lanes(self, dtype: torch.dtype, terms: int | None = None) -> int:
         """Lanes that these factors occupy in ``dtype``."""
-        terms = terms or self.default_terms(dtype)
+        terms = self._terms(dtype, terms)
         return self.query.shape[-1] * (terms if self.exact else terms * (terms + 1) // 2)
 
     def split(self, dtype: torch.dtype, terms: int | None = None, *, query_scale: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -73,11 +75,11 @@ class LaneFactors:
         flow through the leading terms alone; those carry the whole derivative, since the corrections are differences
         that cancel.
         """
-        terms = terms or self.default_terms(dtype)
+        terms = self._terms(dtype, terms)
         on_key = self.exact == "query"  # a scaled indicator would no longer be exact
         query, key = (self.query, self.key * query_scale) if on_key else (self.query * query_scale, self.key)
-        query_terms = _terms(query, dtype, 1 if self.exact == "query" else terms)
-        key_terms = _terms(key, dtype, 1 if self.exact == "key" else terms)
+        query_terms = _split(query, dtype, 1 if self.exact == "query" else terms)
+        key_terms = _split(key, dtype, 1 if self.exact == "key" else terms)
         kept = [(a, b) for a in range(len(query_terms)) for b in range(len(key_terms)) if a + b < terms]
         return torch.cat([query_terms[a] for a, _ in kept], dim=-1), torch.cat([key_terms[b] for _, b in kept], dim=-1)
 
@@ -87,7 +89,7 @@ class LaneFactors:
         With unit roundoff r of ``dtype`` and n terms a side, the truncation is below (n + 2) r^n |query| |key|, the
         accumulation in fp32 (fp64 for float64) below P r' |query| |key| with its own unit roundoff r'.
         """
-        terms = terms or self.default_terms(dtype)
+        terms = self._terms(dtype, terms)
         info, accumulator = torch.finfo(dtype), torch.finfo(computing_dtype(dtype))
         with torch.no_grad():
             query = self.query.abs().flatten(0, -2).amax(0).double()
@@ -97,8 +99,11 @@ class LaneFactors:
         underflow = info.smallest_normal * info.eps * terms
         return ((truncation + accumulation) * query * key + underflow * (query + key)).sum()
 
+    def _terms(self, dtype: torch.dtype, asked: int | None) -> int:
+        return asked if asked and self.exact != "both" else self.default_terms(dtype)
 
-def _terms(factor: Tensor, dtype: torch.dtype, count: int) -> list[Tensor]:
+
+def _split(factor: Tensor, dtype: torch.dtype, count: int) -> list[Tensor]:
     """Write ``factor`` as a sum of ``count`` tensors of ``dtype``, largest first."""
     parts = [factor.to(dtype)]
     remainder = factor.detach()
@@ -108,36 +113,30 @@ def _terms(factor: Tensor, dtype: torch.dtype, count: int) -> list[Tensor]:
     return parts
 
 
-def position_digits(positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def position_digits(positions: Tensor) -> Tensor:
     """Write integer positions in base 256 so that a 16-bit dtype holds each digit exactly.
 
     Args:
         positions: (...) whole numbers, tokens. From 16 777 216 on the last digit is larger than the base and is rounded
             by the dtype; nothing wraps.
-        dtype: bfloat16 or float16.
 
     Returns:
-        ``(digits, weights)``: (..., 3) and (3,), with position = sum(digits * weights). Powers of 256 are shared
-        between the two so that neither overflows float16. Negative positions have negative digits.
+        (..., 3) float64, with position = sum(digits * DIGIT_WEIGHTS). Negative positions have negative digits.
 
     Raises:
         TypeError: If the positions have a floating dtype, whose fractions the digits would drop.
 
     Example:
-        >>> digits, weights = position_digits(torch.tensor([70000]), torch.bfloat16)
-        >>> (digits * weights).sum(-1)
-        tensor([70000.], dtype=torch.float64)
+        >>> position_digits(torch.tensor([70000])).tolist()
+        [[112.0, 4352.0, 256.0]]
     """
     rule = "have an integer dtype in a 16-bit kernel"
     whole = not positions.is_floating_point()
     require(whole, "position_digits", "positions", rule, positions, "Round them or use float32", error=TypeError)
     size, sign = positions.to(torch.int64).abs(), positions.sign()
-    shifted = [size >> (8 * power) for power in range(NUM_DIGITS)]
-    low = [digit & (DIGIT_BASE - 1) for digit in shifted[:-1]]
-    digits = torch.stack([sign * digit for digit in (*low, shifted[-1])], dim=-1)
-    on_key = torch.tensor([1, 256, 256], dtype=torch.float64, device=positions.device)
-    weights = torch.tensor([1, 1, 256], dtype=torch.float64, device=positions.device)
-    return digits * on_key, weights
+    low, middle = size & (DIGIT_BASE - 1), size & (DIGIT_BASE - 1) * DIGIT_BASE
+    high = (size >> 16) * DIGIT_BASE
+    return (torch.stack([low, middle, high], dim=-1) * sign.unsqueeze(-1)).double()
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from threading import Lock
+from threading import RLock
 
 import torch
 from torch import Tensor
@@ -19,10 +19,20 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from eotattn.checks import check_no_nan, require
 
-__all__ = ["check_positions", "consecutive", "may_remember", "pair_positions", "position_lookup", "tabulated"]
+__all__ = [
+    "check_positions",
+    "consecutive",
+    "constants",
+    "may_remember",
+    "pair_positions",
+    "position_lookup",
+    "tabulated",
+]
 
 #: Tables remembered for each device and stream; the least recently used one goes first.
 MAX_TABLES = 24
+#: Tuples of constants remembered.
+MAX_CONSTANTS = 256
 
 
 def check_positions(owner: str, argument: str, positions: Tensor | None, num_coordinates: int) -> None:
@@ -75,7 +85,8 @@ class _Run:
 
 
 _RUNS: dict[tuple[torch.device, int], _Run] = {}
-_LOCK = Lock()
+_CONSTANTS: dict[tuple[tuple[float, ...], torch.device, torch.dtype], Tensor] = {}
+_LOCK = RLock()
 
 
 def may_remember(device: torch.device) -> bool:
@@ -129,6 +140,21 @@ def tabulated(name: Hashable, positions: Tensor, compute: Callable[[Tensor], Ten
         else:
             run.tables.move_to_end(name)
     return table[start : start + positions.shape[0]]
+
+
+def constants(numbers: tuple[float, ...], device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
+    """``numbers`` as (n,) on ``device``, put there once; not to be written to."""
+    held = None if torch.compiler.is_compiling() else _CONSTANTS.get((numbers, device, dtype))
+    if held is None:
+        if not may_remember(device):
+            return torch.tensor(numbers, dtype=dtype, device=device)
+        with torch.inference_mode(False):
+            held = torch.tensor(numbers, dtype=dtype, device=device)
+        with _LOCK:
+            if len(_CONSTANTS) >= MAX_CONSTANTS:
+                _CONSTANTS.clear()
+            _CONSTANTS[numbers, device, dtype] = held
+    return held
 
 
 def _place(device: torch.device) -> tuple[torch.device, int]:

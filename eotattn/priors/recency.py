@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from eotattn.checks import check_choice, require
 from eotattn.priors.base import LogPrior
-from eotattn.priors.expansion import Expansion, known_numbers
-from eotattn.priors.lanes import NUM_DIGITS, LaneFactors, computing_dtype, is_low_precision, position_digits
+from eotattn.priors.expansion import Expansion, Form, remembered
+from eotattn.priors.lanes import DIGIT_WEIGHTS, is_low_precision, position_digits
+from eotattn.priors.positions import constants
 
 __all__ = ["RecencyPrior", "alibi_slopes", "slope_of_mean_lag"]
 
@@ -87,6 +88,8 @@ class RecencyPrior(LogPrior):
             rule, remedy = f"hold {num_heads} positive numbers", "Pass one a head, math.inf for no recency"
             require(good, "RecencyPrior", "mean_lags", rule, mean_lags, remedy)
         self.mean_lags = None if mean_lags is None else tuple(mean_lags)
+        slopes = alibi_slopes(num_heads) if mean_lags is None else map(slope_of_mean_lag, mean_lags)
+        self._unit_slopes = tuple(slopes)
         self.init = check_choice("RecencyPrior", "init", init, ("alibi", "neutral"))
         self.strength = nn.Parameter(torch.empty(num_heads, dtype=torch.float32))
         self.register_buffer("unit_slopes", None, persistent=False)
@@ -99,70 +102,39 @@ class RecencyPrior(LogPrior):
 
     def fill_constants(self) -> None:
         """Compute the unit slopes."""
-        given = self.mean_lags
-        slopes = alibi_slopes(self.num_heads) if given is None else [slope_of_mean_lag(lag) for lag in given]
-        self.unit_slopes = torch.tensor(slopes, dtype=torch.float64, device=self.strength.device)
+        self.unit_slopes = torch.tensor(self._unit_slopes, dtype=torch.float64, device=self.strength.device)
 
     @property
     def slopes(self) -> Tensor:
         """(H,) slopes in float32, nats a token."""
+        return self._slopes_in(self.strength.dtype)
+
+    def _slopes_in(self, dtype: torch.dtype) -> Tensor:
         size = torch.where(self.strength >= 0, self.strength, -self.strength)  # unlike abs, has a gradient at zero
-        return size * self.unit_slopes.to(self.strength.dtype)
+        return size.to(dtype) * self.unit_slopes.to(dtype)
 
     def evaluate(self, head: Tensor, query_position: Tensor, key_position: Tensor) -> Tensor:
         """-slope * lag, in nats."""
-        return self.slopes[head] * (key_position - query_position)
+        return self._slopes_in(key_position.dtype)[head] * (key_position - query_position)
 
-    def factors(self, query_positions: Tensor, key_positions: Tensor, *, dtype: torch.dtype) -> tuple[LaneFactors, ...]:
-        """One lane, slope against position; in 16-bit dtypes the position in exact digits, and a residual.
-
-        The gradient of a slope is a sum of score gradients times positions. Those of a row sum to zero only in exact
-        arithmetic; what is left of them, times a large position, is noise. The residual factor (one against zero) has
-        that rest as its gradient, and kernels that know of it subtract it, so that lags are summed and not positions.
-        """
-        computing = computing_dtype(dtype)
-        slopes = self.slopes.to(computing)[:, None, None]
-        if is_low_precision(dtype):
-            digits, weights = position_digits(key_positions, dtype)
-            ones, nothing = torch.ones_like(digits[..., :1]), torch.zeros_like(weights[:1])
-            key = torch.cat([digits, ones], dim=-1).to(computing)
-            query = slopes * torch.cat([weights, nothing]).to(computing)
-        else:
-            key, query = key_positions.to(computing).unsqueeze(-1), slopes
-        shape = (*query_positions.shape[:-1], self.num_heads, query_positions.shape[-1])
-        row = -slopes.squeeze(-1) * query_positions.to(computing).unsqueeze(-2)
-        return (LaneFactors(query.expand(*shape, query.shape[-1]), key.unsqueeze(-3), row=row, exact="key"),)
-
-    def expansions(self, dtype: torch.dtype) -> tuple[Expansion, ...] | None:
+    def expansions(self, dtype: torch.dtype) -> tuple[Expansion, ...]:
         """The slope against the position, in 16-bit dtypes against its digits."""
-        numbers = known_numbers(self.unit_slopes)
-        if numbers is None:
-            return None
-        low = is_low_precision(dtype)
+        return (Expansion(_form(is_low_precision(dtype)), (self.strength,), self._unit_slopes),)
 
-        def fixed(positions: Tensor) -> Tensor:
-            if not low:
-                return positions.float().unsqueeze(-1)
-            digits = position_digits(positions, dtype)[0].float()
-            return torch.cat([digits, torch.ones_like(digits[:, :1])], dim=-1)
 
-        def learned(positions: Tensor) -> Tensor:
-            if not low:
-                return torch.ones_like(positions, dtype=torch.float32).unsqueeze(-1)
-            digits, weights = position_digits(positions, dtype)
-            nothing = torch.zeros_like(digits[:, :1])
-            return torch.cat([weights.expand_as(digits), nothing, digits], dim=-1).float()
+@remembered
+def _form(low_precision: bool) -> Form:
+    """One learned number against the position, or against its digits; minus the query's own position is free."""
 
-        part = Expansion(
-            name=("recency", low),
-            coefficients=(self.strength,),
-            sources=((0,),) * (NUM_DIGITS + 1 if low else 1),
-            learned="query",
-            learned_features=learned,
-            fixed_features=fixed,
-            scale=numbers,
-            by_size=True,
-            fixed_is_exact=True,
-            has_residual=low,
-        )
-        return (part,)
+    def fixed(positions: Tensor) -> Tensor:
+        return position_digits(positions) if low_precision else positions.double().unsqueeze(-1)
+
+    def learned(positions: Tensor) -> Tensor:
+        weights = DIGIT_WEIGHTS if low_precision else (1.0,)
+        return constants(weights, positions.device).expand(*positions.shape, -1)
+
+    def own(positions: Tensor) -> Tensor:
+        return -positions.double()
+
+    sources = ((0,),) * (len(DIGIT_WEIGHTS) if low_precision else 1)
+    return Form("query", sources, learned, fixed, row_features=own, by_size=True, fixed_is_exact=True)

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from eotattn.checks import check_positive, check_positive_int, require
 from eotattn.priors.base import LogPrior
-from eotattn.priors.expansion import Expansion, known_numbers
+from eotattn.priors.expansion import Expansion, Form, remembered
 from eotattn.priors.frequencies import geometric_frequencies, phases
-from eotattn.priors.lanes import LaneFactors, computing_dtype
+from eotattn.priors.lanes import computing_dtype
 
 __all__ = ["SinkPrior"]
 
@@ -48,8 +48,6 @@ class SinkPrior(LogPrior):
         torch.Size([2, 4])
     """
 
-    frequencies: Tensor
-
     def __init__(
         self,
         num_heads: int,
@@ -68,7 +66,8 @@ class SinkPrior(LogPrior):
         self.first_token = nn.Parameter(torch.empty(num_heads, dtype=torch.float32))
         self.growth = nn.Parameter(torch.empty(num_heads, dtype=torch.float32))
         self.num_frequencies = num_frequencies
-        self.register_buffer("frequencies", None, persistent=False)
+        longest = 2 * math.pi * self.length_scale
+        self._frequencies = geometric_frequencies(num_frequencies, self.min_period, longest)
         if num_frequencies > 0:
             self.even = nn.Parameter(torch.empty(num_heads, num_frequencies, dtype=torch.float32))
             self.odd = nn.Parameter(torch.empty(num_heads, num_frequencies, dtype=torch.float32))
@@ -78,61 +77,46 @@ class SinkPrior(LogPrior):
         """Neutral start: zero weights."""
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
-        self.fill_constants()
 
-    def fill_constants(self) -> None:
-        """Compute the frequencies."""
-        longest, device = 2 * math.pi * self.length_scale, self.first_token.device
-        self.frequencies = geometric_frequencies(self.num_frequencies, self.min_period, longest, device)
+    @property
+    def frequencies(self) -> Tensor:
+        """(M,) float64, radians a token."""
+        return torch.tensor(self._frequencies, dtype=torch.float64, device=self.first_token.device)
 
     def key_only(self, key_positions: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
         """u(j) of every head and key: (H, K) or (B, H, K), in nats."""
-        position = key_positions.double().clamp(max=self.horizon).unsqueeze(-2)
-        log_position = torch.log1p(position.clamp(min=0)) / math.log1p(self.length_scale)
-        u = self.first_token.double()[:, None] * (position == 0) + self.growth.double()[:, None] * log_position
-        if self.frequencies.shape[0] > 0:
-            cos, sin = phases(position, self.frequencies, torch.float64)
-            u = u + (self.even.double()[:, None] * cos + self.odd.double()[:, None] * sin).sum(-1)
-        return u.to(computing_dtype(dtype))  # summed in float64, since large terms may cancel
+        (part,) = self.expansions(dtype)
+        return part.learned(key_positions).squeeze(-1).to(computing_dtype(dtype))
 
     def evaluate(self, head: Tensor, query_position: Tensor, key_position: Tensor) -> Tensor:
         """u(key_position), in nats."""
         key_position = key_position.clamp(max=self.horizon)
         log_position = torch.log1p(key_position.clamp(min=0)) / math.log1p(self.length_scale)
         u = self.first_token[head] * (key_position == 0) + self.growth[head] * log_position
-        for m in range(self.frequencies.shape[0]):
-            angle = key_position * self.frequencies[m].to(key_position.dtype)
+        for m, frequency in enumerate(self._frequencies):
+            angle = key_position * frequency
             u = u + self.even[head, m] * angle.cos() + self.odd[head, m] * angle.sin()
         return u + torch.zeros_like(query_position)
 
-    def factors(self, query_positions: Tensor, key_positions: Tensor, *, dtype: torch.dtype) -> tuple[LaneFactors, ...]:
-        """One lane: 1 against u(j)."""
-        key = self.key_only(key_positions, dtype=dtype).unsqueeze(-1)
-        shape = (*query_positions.shape[:-1], self.num_heads, query_positions.shape[-1], 1)
-        return (LaneFactors(key.new_ones(()).expand(shape), key, exact="query"),)
+    def expansions(self, dtype: torch.dtype) -> tuple[Expansion, ...]:
+        """One factor: u(j), all weights times their features of the key, against one."""
+        waves = (self.even, self.odd) if self._frequencies else ()
+        form = _form(self._frequencies, self.length_scale, self.horizon)
+        return (Expansion(form, (self.first_token, self.growth, *waves), (1.0,) * self.num_heads),)
 
-    def expansions(self, dtype: torch.dtype) -> tuple[Expansion, ...] | None:
-        """All weights against their features of the key; one factor."""
-        numbers = known_numbers(self.frequencies)
-        if numbers is None:
-            return None
-        coefficients = (self.first_token, self.growth, *((self.even, self.odd) if numbers else ()))
-        part = Expansion(
-            name=("sink", numbers, self.length_scale, self.horizon),
-            coefficients=coefficients,
-            sources=(tuple(range(2 + 2 * len(numbers))),),
-            learned="key",
-            learned_features=self._features,
-            fixed_features=lambda positions: torch.ones_like(positions, dtype=torch.float32).unsqueeze(-1),
-            scale=(1.0,) * self.num_heads,
-            fixed_is_exact=True,
-        )
-        return (part,)
 
-    def _features(self, positions: Tensor) -> Tensor:
-        """What the weights multiply, (L, 2 + 2 M) float32: first token, growth, cosines, sines."""
-        position = positions.double().clamp(max=self.horizon)
-        growth = torch.log1p(position.clamp(min=0)) / math.log1p(self.length_scale)
-        cos, sin = phases(position, self.frequencies, torch.float32)
-        first = torch.stack([(position == 0).float(), growth.float()], dim=-1)
-        return torch.cat([first, cos, sin], dim=-1)
+@remembered
+def _form(frequencies: tuple[float, ...], length_scale: float, horizon: float) -> Form:
+    """The features of a key: first token, growth, cosines, sines."""
+
+    def learned(positions: Tensor) -> Tensor:
+        position = positions.double().clamp(max=horizon)
+        growth = torch.log1p(position.clamp(min=0)) / math.log1p(length_scale)
+        first = torch.stack([(position == 0).double(), growth], dim=-1)
+        return torch.cat([first, *phases(position, frequencies)], dim=-1)
+
+    def fixed(positions: Tensor) -> Tensor:
+        return torch.ones_like(positions, dtype=torch.float64).unsqueeze(-1)
+
+    slots = tuple(range(2 + 2 * len(frequencies)))
+    return Form("key", (slots,), learned, fixed, fixed_is_exact=True)
