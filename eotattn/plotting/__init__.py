@@ -11,6 +11,7 @@ from eotattn.plotting.retrieval import plot_depth_grid, plot_log_prior_by_lag
 from eotattn.plotting.sinks import plot_sink_mass
 from eotattn.plotting.style import OKABE_ITO, line_styles, mosaic, panels, resolve_axes
 from eotattn.plotting.theory import plot_identity, plot_measured_and_bound
+from eotattn.plotting.trade_off import plot_trade_off
 
 __all__ = [
     "OKABE_ITO",
@@ -27,5 +28,6 @@ __all__ = [
     "plot_relative",
     "plot_row_centred",
     "plot_sink_mass",
+    "plot_trade_off",
     "resolve_axes",
 ]

@@ -1,7 +1,17 @@
 """Recipes: for every figure and scale, a frozen configuration. Nothing is trained here; a recipe is only read."""
 
+from eotattn.experiments.recipes.ablations import AblationRecipe, ablations
 from eotattn.experiments.recipes.copy_mixture import CopyMixtureRecipe, copy_mixture
 from eotattn.experiments.recipes.language import LanguageRecipe, language
 from eotattn.experiments.recipes.retrieval import RetrievalRecipe, retrieval
 
-__all__ = ["CopyMixtureRecipe", "LanguageRecipe", "RetrievalRecipe", "copy_mixture", "language", "retrieval"]
+__all__ = [
+    "AblationRecipe",
+    "CopyMixtureRecipe",
+    "LanguageRecipe",
+    "RetrievalRecipe",
+    "ablations",
+    "copy_mixture",
+    "language",
+    "retrieval",
+]

@@ -1,0 +1,135 @@
+"""The ablations' recipe at every scale: which prior extrapolates, judged on language and on retrieval."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from eotattn.experiments.networks import DecoderConfig
+from eotattn.experiments.scales import check_scale
+from eotattn.experiments.tasks.language import PYTHON_STDLIB
+from eotattn.experiments.tasks.retrieval import ALPHABET
+from eotattn.experiments.training import TrainingConfig
+
+__all__ = ["AblationRecipe", "ablations"]
+
+#: Name of the attention -> what it is made of.
+VARIANTS = {
+    "rope": "rotary content",
+    "ntk_rope": "rotary content, NTK-aware scaling",
+    "learned": "learned absolute positions",
+    "none": "no positions",
+    "alibi": "fixed slopes",
+    "recency_only": "learned slopes",
+    "relative_only": "waves",
+    "sink_only": "u(j)",
+    "paper_goat": "the paper's prior: waves, learned slopes, u(j)",
+    "goat": "the default prior",
+}
+
+
+@dataclass(frozen=True)
+class AblationRecipe:
+    """Every variant on both tasks.
+
+    Args:
+        scale: Name of the scale.
+        corpus: Text of the language task, as in :func:`eotattn.experiments.tasks.find_texts`.
+        decoders: One a variant; equal but for the attention. The vocabulary is the task's own.
+        language: Training on language, once a variant and seed.
+        retrieval: Training on retrieval, once a variant and seed.
+        seeds: Seeds of weights and batches.
+        length_factors: Examined contexts as multiples of the training length; the last is the judge of extrapolation.
+        depths: Examined depths of retrieval, 0 to 1.
+        windows: Held-out windows of language.
+        count: Sequences examined a retrieval task, length and depth.
+    """
+
+    scale: str
+    corpus: str
+    decoders: tuple[DecoderConfig, ...]
+    language: TrainingConfig
+    retrieval: TrainingConfig
+    seeds: tuple[int, ...]
+    length_factors: tuple[int, ...]
+    depths: tuple[float, ...]
+    windows: int
+    count: int
+
+    @property
+    def train_length(self) -> int:
+        """Tokens of a training window."""
+        return self.decoders[0].train_length
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Examined contexts, tokens."""
+        return tuple(factor * self.train_length for factor in self.length_factors)
+
+
+def ablations(scale: str = "laptop") -> AblationRecipe:
+    """The ablations at a scale; ``"paper"`` is ``"h200"``, since the paper has none.
+
+    Example:
+        >>> ablations("laptop").lengths
+        (64, 256, 1024)
+    """
+    check_scale("ablations", scale)
+    is_small = scale in ("smoke", "laptop")
+    length = 64 if is_small else 256
+    sizes = {"num_layers": 2, "embed_dim": 64, "num_heads": 4}
+    if not is_small:
+        sizes = {"num_layers": 6, "embed_dim": 384, "num_heads": 8}
+    names = ("rope", "alibi", "paper_goat", "goat") if is_small else tuple(VARIANTS)
+    decoders = tuple(
+        DecoderConfig(
+            name,
+            vocabulary_size=max(256, len(ALPHABET)),
+            **sizes,
+            train_length=length,
+            num_frequencies=4 if is_small else 8,
+            min_period=2 * math.pi,
+            max_period=2 * math.pi * 10_000,
+        )
+        for name in names
+    )
+    language, retrieval = _TRAINING.get(scale, _H200_TRAINING)
+    return AblationRecipe(
+        scale=scale,
+        corpus=PYTHON_STDLIB,
+        decoders=decoders,
+        language=language,
+        retrieval=retrieval,
+        seeds=(0,) if is_small else (0, 1, 2),
+        length_factors=(1, 2) if scale == "smoke" else (1, 4, 16),
+        depths=(0.1, 0.9) if scale == "smoke" else (0.1, 0.5, 0.9),
+        windows={"smoke": 4, "laptop": 96}.get(scale, 256),
+        count={"smoke": 4, "laptop": 32}.get(scale, 64),
+    )
+
+
+_SMOKE = TrainingConfig(steps=2, batch_size=4, log_every=1)
+
+_LAPTOP = TrainingConfig(
+    steps=600,
+    batch_size=32,
+    learning_rate=3e-3,
+    prior_learning_rate=3e-3,
+    warmup_steps=50,
+    log_every=50,
+    checkpoint_every=400,
+)
+
+_H200 = TrainingConfig(
+    steps=1000,
+    batch_size=64,
+    learning_rate=1e-3,
+    prior_learning_rate=1e-3,
+    warmup_steps=100,
+    log_every=50,
+    precision="bf16",
+)
+
+#: Scale -> training on language and on retrieval.
+_TRAINING = {"smoke": (_SMOKE, _SMOKE), "laptop": (_LAPTOP, replace(_LAPTOP, steps=1600))}
+_H200_TRAINING = (_H200, _H200)
