@@ -46,7 +46,9 @@ class _Ready:
     times: list[float]
 
 
-def measure(candidates: Sequence[Candidate], *, device: torch.device, rounds: int = 20, warmup: int = 3) -> list[Row]:
+def measure(
+    candidates: Sequence[Candidate], *, device: torch.device, rounds: int = 20, warmup: int = 3, calls: int = CALLS
+) -> list[Row]:
     """Time the candidates, one call each in every round; the first is the baseline.
 
     Args:
@@ -54,6 +56,7 @@ def measure(candidates: Sequence[Candidate], *, device: torch.device, rounds: in
         device: CUDA events are used on a GPU, the host's clock elsewhere.
         rounds: Timed samples of each candidate.
         warmup: Calls of each before the first that counts.
+        calls: Calls in a row in one sample, on a GPU; fewer where a call is long.
 
     Returns:
         One row a candidate: ``name``, ``median_ms`` of a call, ``low_ms`` and ``high_ms`` (quartiles), ``ratio`` to the
@@ -64,7 +67,7 @@ def measure(candidates: Sequence[Candidate], *, device: torch.device, rounds: in
     for _ in range(rounds):
         for one in ready:
             if isinstance(one, _Ready):
-                one.times.append(_time_once(one.run, device))
+                one.times.append(_time_once(one.run, device, calls))
     baseline = ready[0] if isinstance(ready[0], _Ready) else None
     return [_row(one, baseline) if isinstance(one, _Ready) else one for one in ready]
 
@@ -93,7 +96,7 @@ def _peak_mib(run: Callable[[], Any], device: torch.device) -> float | None:
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
-def _time_once(run: Callable[[], Any], device: torch.device) -> float:
+def _time_once(run: Callable[[], Any], device: torch.device, calls: int) -> float:
     """Milliseconds of one call."""
     if device.type != "cuda":
         start = time.perf_counter()
@@ -102,16 +105,18 @@ def _time_once(run: Callable[[], Any], device: torch.device) -> float:
     torch.cuda.synchronize(device)
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
-    for _ in range(CALLS):
+    for _ in range(calls):
         run()
     end.record()
     torch.cuda.synchronize(device)
-    return begin.elapsed_time(end) / CALLS
+    return begin.elapsed_time(end) / calls
 
 
 def _row(one: _Ready, baseline: _Ready | None) -> Row:
     middle = statistics.median(one.times)
-    low, _, high = statistics.quantiles(one.times, n=4) if len(one.times) > 1 else (middle, middle, middle)
+    low, _, high = (
+        statistics.quantiles(one.times, n=4, method="inclusive") if len(one.times) > 1 else (middle, middle, middle)
+    )
     row: Row = {"name": one.candidate.name, "median_ms": middle, "low_ms": low, "high_ms": high}
     row["ratio"] = None if baseline is None else middle / statistics.median(baseline.times)
     row["peak_mib"] = one.peak_mib

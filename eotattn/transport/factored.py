@@ -135,8 +135,15 @@ class FactoredAffinity(Affinity):
         return found if self.query_padding is None else found.masked_fill(self.query_padding[..., None], 0.0)
 
     def _calls(self, epsilon: float) -> FusedCalls:
-        keys = {"key_bias": self.key_bias, "key_padding": self.key_padding, "direction": self.direction}
-        return FusedCalls.prepare(self.query, self.key, self.factors, epsilon=epsilon, **keys)
+        return FusedCalls.prepare(
+            self.query,
+            self.key,
+            self.factors,
+            epsilon=epsilon,
+            key_bias=self.key_bias,
+            key_padding=self.key_padding,
+            direction=self.direction,
+        )
 
     def _row_constant(self, epsilon: float) -> Tensor | None:
         """What no key changes of a query's soft maximum, cost units; -inf for a query without keys."""
