@@ -6,6 +6,7 @@ Legend: B batch, H query heads, Hk key heads, S slots, Q queries, D key width, P
 from __future__ import annotations
 
 import math
+from copy import copy
 from typing import Any
 
 import torch
@@ -52,6 +53,11 @@ class KeyStorage:
         self._widen()
         self._num_ready, self._stamp = 0, self._versions()
         self._query_first, self._query_lanes = 0, self.tensor.new_zeros(0, 0)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KeyStorage:
+        twin = copy(self)  # for the same prior, whose parameters are the layer's
+        twin.tensor = self.tensor.clone()
+        return twin
 
     @property
     def content(self) -> Tensor:

@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from eotattn.attention.appended_keys import AppendedKeys
 from eotattn.attention.backends import BACKENDS
 from eotattn.attention.cache import KeyValueCache
+from eotattn.attention.conversion import as_batch, copy_weights, multihead_arguments
+from eotattn.attention.documents import PackedDocuments
 from eotattn.attention.functional import prior_attention
 from eotattn.attention.masks import from_multihead_convention
-from eotattn.attention.positions import resolve_positions
 from eotattn.attention.projections import PackedProjection, SeparateProjections
 from eotattn.attention.rotary import Rotary
 from eotattn.checks import check_choice, check_positive_int, require
@@ -54,8 +56,11 @@ class PriorAttention(nn.Module):
         lane_dtype: Dtype that the layer will attend in, which decides how many lanes are reserved: 16-bit dtypes take
             several for each float32 one, to be as exact. A layer that runs in another dtype stays right, but spills
             over the head width (fewer lanes reserved than it needs) or leaves some of it unused.
+        window: Keys that a query sees at most, itself included; calls are then causal ones.
         dropout: Probability of dropping a weight in training.
         bias: Whether the projections have biases.
+        add_bias_kv: Whether there is a learned key and value beside those of tokens (:class:`AppendedKeys`).
+        add_zero_attn: Whether there is a key and value of zeros beside them.
         batch_first: Whether inputs are (B, length, E) rather than (length, B, E).
         backend: As in :func:`prior_attention`.
         device: Device of the parameters.
@@ -85,8 +90,11 @@ class PriorAttention(nn.Module):
         rotary: Rotary | None = None,
         lanes: str = "appended",
         lane_dtype: torch.dtype = torch.float32,
+        window: int | None = None,
         dropout: float = 0.0,
         bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
         batch_first: bool = True,
         backend: str = "auto",
         device: torch.device | str | None = None,
@@ -98,17 +106,11 @@ class PriorAttention(nn.Module):
         self.num_heads = check_positive_int(owner, "num_heads", num_heads)
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.num_kv_heads = check_positive_int(owner, "num_kv_heads", kv_heads)
-        divides = embed_dim % num_heads == 0
-        require(divides, owner, "embed_dim", f"be a multiple of num_heads ({num_heads})", embed_dim, "Change one")
-        rule = f"divide num_heads ({num_heads})"
-        require(num_heads % self.num_kv_heads == 0, owner, "num_kv_heads", rule, num_kv_heads, "Choose a divisor")
+        _check_heads(owner, embed_dim, num_heads, self.num_kv_heads, prior)
         require(0 <= dropout < 1, owner, "dropout", "lie in [0, 1)", dropout, "Pass a probability")
         self.backend = check_choice(owner, "backend", backend, ("auto", *BACKENDS))
         self.lanes = check_choice(owner, "lanes", lanes, ("appended", "reserved"))
-        if prior is not None:
-            check_prior(owner, "prior", prior)
-            have = prior.num_heads
-            require(have == num_heads, owner, "prior", f"have {num_heads} heads", have, "Build it for query heads")
+        self.window = None if window is None else check_positive_int(owner, "window", window)
         self.head_dim = embed_dim // num_heads
         self.content_dim = self._content_dim(prior, lane_dtype)
         if rotary is not None:
@@ -128,6 +130,10 @@ class PriorAttention(nn.Module):
         else:
             self.in_proj = SeparateProjections((embed_dim, self.kdim, self.vdim), widths, **make)
         self.out_proj = nn.Linear(embed_dim, embed_dim, **make)
+        del make["bias"]
+        kinds = {"learned": add_bias_kv, "zero": add_zero_attn}
+        sizes = (self.num_kv_heads, self.content_dim, self.head_dim)
+        self.appended = AppendedKeys(*sizes, **kinds, **make) if add_bias_kv or add_zero_attn else None
         self._reset_projections()  # not the prior: it may come trained
 
     def _content_dim(self, prior: LogPrior | None, lane_dtype: torch.dtype) -> int:
@@ -146,6 +152,8 @@ class PriorAttention(nn.Module):
     def reset_parameters(self) -> None:
         """Initialise the projections as ``nn.MultiheadAttention`` does (Xavier, zero biases); reset the prior."""
         self._reset_projections()
+        if self.appended is not None:
+            self.appended.reset_parameters()
         if self.prior is not None:
             self.prior.reset_parameters()
 
@@ -169,23 +177,9 @@ class PriorAttention(nn.Module):
         counts = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         heads = [part.unflatten(-1, (count, -1)).transpose(1, 2) for part, count in zip(flat, counts, strict=True)]
         if self.rotary is not None:
-            sides = (("query_positions", query_positions), ("key_positions", key_positions))
-            for side, (name, positions) in enumerate(sides):
-                heads[side] = self._rotate(name, heads[side], positions)
+            heads[0] = self.rotary(heads[0], query_positions, argument="query_positions")
+            heads[1] = self.rotary(heads[1], key_positions, argument="key_positions")
         return Heads(*heads)
-
-    def _rotate(self, name: str, content: Tensor, positions: Tensor | range | None) -> Tensor:
-        batch, _, length, _ = content.shape
-        resolved = resolve_positions(
-            type(self).__name__,
-            name,
-            positions,
-            batch=batch,
-            length=length,
-            num_coordinates=1,
-            device=content.device,
-        )
-        return self.rotary(content, resolved.tensor) if self.rotary is not None else content
 
     def forward(
         self,
@@ -200,6 +194,7 @@ class PriorAttention(nn.Module):
         *,
         query_positions: Tensor | range | None = None,
         key_positions: Tensor | range | None = None,
+        documents: PackedDocuments | None = None,
         cache: KeyValueCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend; the arguments up to ``is_causal`` are those of ``nn.MultiheadAttention``, in its order.
@@ -217,11 +212,13 @@ class PriorAttention(nn.Module):
             query_positions: (Q,) or (B, Q), tokens, or a ``range``; by default 0, 1, 2, ...
             key_positions: (K,) or (B, K), likewise; by default those of the query where ``key`` is left out or is the
                 same object, else 0, 1, 2, ...
+            documents: Documents packed into the batch; each attends to itself alone, at positions from 0 on.
             cache: Earlier keys and values of this layer; the new ones are appended to it, positions follow from it, and
                 ``key_padding_mask`` speaks of the new tokens. For inference: no gradient reaches cached tensors.
 
         Returns:
-            Output shaped like ``query``, and the weights (B, Q, K) or (B, H, Q, K), or ``None``.
+            Output shaped like ``query``, and the weights (B, Q, K) or (B, H, Q, K), or ``None``. Appended keys come
+            last in the weights.
         """
         owner = type(self).__name__
         key = query if key is None else key
@@ -230,29 +227,35 @@ class PriorAttention(nn.Module):
         require(query.dim() in (2, 3), owner, "query", "have two or three axes", query, "Add or drop the batch axis")
         if key is query and key_positions is None:
             key_positions = query_positions
-        inputs = _as_batch(query, key, value, is_batched=is_batched, batch_first=self.batch_first)
+        inputs = as_batch(query, key, value, is_batched=is_batched, batch_first=self.batch_first)
         self._check_widths(*inputs)
-        if cache is not None:
-            given = query_positions is None and key_positions is None
-            require(given, owner, "query_positions", "be left to the cache", query_positions, "Drop the positions")
-            query_positions = key_positions = cache.next_positions(inputs[0].shape[1], key_padding_mask)
-        content = self.project(*inputs, query_positions=query_positions, key_positions=key_positions)
-        if cache is not None:
-            cache.append(content.key, content.value, key_padding_mask)
-            content = Heads(content.query, cache.keys, cache.values)
-            key_positions, key_padding_mask = cache.positions, cache.padding
-            is_causal = is_causal and content.query.shape[2] > 1  # one query at the end sees all that is cached
         mask, padding = from_multihead_convention(
             owner, attn_mask, key_padding_mask, batch=inputs[0].shape[0], num_heads=self.num_heads
         )
+        at = self._positions(inputs[0], query_positions, key_positions, padding, documents, cache)
+        content = self.project(*inputs, query_positions=at[0], key_positions=at[1])
+        if documents is not None or cache is not None:
+            at = (None, None)  # they say it themselves
+        if self.appended is not None:
+            require(documents is None, owner, "documents", "be left out with appended keys", documents, "Drop one")
+            length = content.key.shape[2]
+            known = length if cache is None else cache.length - self.appended.count + length
+            mask = self.appended.widen(mask, known, visible=True)
+            if cache is None:
+                padding = self.appended.widen(padding, length, visible=False)
+                at = (at[0], self.appended.positions(at[1], length, query.device))
+                content = Heads(content.query, *self.appended(content.key, content.value))
         result = prior_attention(
             *content,
             prior=self.prior,
-            query_positions=query_positions,
-            key_positions=key_positions,
+            query_positions=at[0],
+            key_positions=at[1],
             attn_mask=mask,
             key_padding_mask=padding,
             is_causal=is_causal,
+            window=self.window,
+            documents=documents,
+            cache=cache,
             scale=self.scale,
             dropout_p=self.dropout if self.training else 0.0,
             return_weights=need_weights,
@@ -260,11 +263,35 @@ class PriorAttention(nn.Module):
         )
         heads, weights = result if isinstance(result, tuple) else (result, None)
         output = self.out_proj(heads.transpose(1, 2).flatten(2))
-        if weights is not None and average_attn_weights:
-            weights = weights.mean(dim=1)
+        if weights is not None:
+            weights = weights if self.appended is None else self.appended.last(weights)
+            weights = weights.mean(dim=1) if average_attn_weights else weights
         if not is_batched:
             return output.squeeze(0), None if weights is None else weights.squeeze(0)
         return output if self.batch_first else output.transpose(0, 1), weights
+
+    def _positions(
+        self,
+        query: Tensor,
+        query_positions: Tensor | range | None,
+        key_positions: Tensor | range | None,
+        padding: Tensor | None,
+        documents: PackedDocuments | None,
+        cache: KeyValueCache | None,
+    ) -> tuple[Tensor | range | None, Tensor | range | None]:
+        """Positions of the tokens of both sides."""
+        if documents is None and cache is None:
+            return query_positions, key_positions
+        owner, place = type(self).__name__, "documents" if cache is None else "the cache"
+        for name, given in (("query_positions", query_positions), ("key_positions", key_positions)):
+            require(given is None, owner, name, f"be left to {place}", given, "Drop the positions")
+        batch, length, _ = query.shape
+        if cache is not None:
+            positions: Tensor | range = cache.next_positions(length, padding)
+        elif documents is not None:
+            documents.check(owner, batch, length)
+            positions = documents.positions(batch, length, query.device)
+        return positions, positions
 
     def _check_widths(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         sides = (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim))
@@ -273,11 +300,18 @@ class PriorAttention(nn.Module):
             require(fits, type(self).__name__, name, f"have width {width} in its last axis", tensor, "Check the inputs")
 
     def make_cache(self, batch_size: int, max_length: int) -> KeyValueCache:
-        """An empty :class:`KeyValueCache` for this layer, ``max_length`` tokens long."""
-        weight = self.out_proj.weight
-        widths = (self.content_dim, self.head_dim)
-        place: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
-        return KeyValueCache(batch_size, self.num_kv_heads, max_length, *widths, **place)
+        """An empty :class:`KeyValueCache` for this layer and its prior, ``max_length`` tokens long.
+
+        Appended keys take its first slots.
+        """
+        weight, appended = self.out_proj.weight, self.appended
+        count = 0 if appended is None else appended.count
+        sizes = (batch_size, self.num_kv_heads, max_length + count, self.content_dim, self.head_dim)
+        cache = KeyValueCache(*sizes, prior=self.prior, first_position=-count, dtype=weight.dtype, device=weight.device)
+        if appended is not None:
+            nothing = [weight.new_zeros(*sizes[:2], 0, width) for width in sizes[3:]]
+            cache.append(*appended(*nothing))
+        return cache
 
     @classmethod
     def from_multihead_attention(
@@ -289,51 +323,22 @@ class PriorAttention(nn.Module):
             attention: The layer to convert; not changed.
             prior: Log-prior with as many heads, its lanes appended, so that no content is lost.
             backend: As in :func:`prior_attention`.
-
-        Raises:
-            NotImplementedError: If the layer appends keys (``add_bias_kv``, ``add_zero_attn``), which have no position.
         """
-        if attention.bias_k is not None or attention.add_zero_attn:
-            raise NotImplementedError(
-                f"{cls.__name__}.from_multihead_attention: appended keys have no position and so no log-prior. "
-                f"Convert a layer without add_bias_kv and add_zero_attn."
-            )
-        packed = attention._qkv_same_embed_dim
-        weight = attention.out_proj.weight
-        layer = PriorAttention(
-            attention.embed_dim,
-            attention.num_heads,
-            kdim=None if packed else attention.kdim,
-            vdim=None if packed else attention.vdim,
-            prior=prior,
-            dropout=attention.dropout,
-            bias=attention.in_proj_bias is not None,
-            batch_first=attention.batch_first,
-            backend=backend,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
-        layer.train(attention.training)
-        state = attention.state_dict()
-        layer.in_proj.load_multihead(state)
-        layer.out_proj.load_state_dict({k[9:]: v for k, v in state.items() if k.startswith("out_proj.")}, strict=False)
-        return layer
+        layer = PriorAttention(**multihead_arguments(attention), prior=prior, backend=backend)
+        copy_weights(attention, layer)
+        return layer.train(attention.training)
 
     def extra_repr(self) -> str:
         """The numbers that define the layer."""
         return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}"
 
 
-def _as_batch(
-    query: Tensor, key: Tensor, value: Tensor, *, is_batched: bool, batch_first: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs as (B, length, width), keeping identities, so that self-attention is still seen as such."""
-
-    def arranged(tensor: Tensor) -> Tensor:
-        if not is_batched:
-            return tensor.unsqueeze(0)
-        return tensor if batch_first or tensor.dim() != 3 else tensor.transpose(0, 1)
-
-    first = arranged(query)
-    second = first if key is query else arranged(key)
-    return first, second, second if value is key else arranged(value)
+def _check_heads(owner: str, embed_dim: int, num_heads: int, num_kv_heads: int, prior: LogPrior | None) -> None:
+    divides = embed_dim % num_heads == 0
+    require(divides, owner, "embed_dim", f"be a multiple of num_heads ({num_heads})", embed_dim, "Change one")
+    rule = f"divide num_heads ({num_heads})"
+    require(num_heads % num_kv_heads == 0, owner, "num_kv_heads", rule, num_kv_heads, "Choose a divisor")
+    if prior is not None:
+        check_prior(owner, "prior", prior)
+        have = prior.num_heads
+        require(have == num_heads, owner, "prior", f"have {num_heads} heads", have, "Build it for query heads")

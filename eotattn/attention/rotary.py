@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from eotattn.attention.positions import resolve_positions
 from eotattn.checks import check_positive, check_positive_int, require
 
 __all__ = ["Rotary"]
@@ -42,8 +43,23 @@ class Rotary(nn.Module):
         fits = self.rotary_width % 2 == 0 and self.rotary_width <= width
         require(fits, "Rotary", "rotary_width", f"be even and at most {width}", turned, "Choose an even width")
 
-    def forward(self, content: Tensor, positions: Tensor) -> Tensor:
-        """Turn ``content`` (B, H, L, D) by its positions (L,) or (B, L), tokens; same shape and dtype."""
+    def forward(
+        self, content: Tensor, positions: Tensor | range | None = None, *, argument: str = "positions"
+    ) -> Tensor:
+        """Turn ``content`` by its positions.
+
+        Args:
+            content: (B, H, L, D).
+            positions: (L,) or (B, L), tokens, or a ``range``; by default 0, 1, 2, ...
+            argument: What errors call the positions.
+
+        Returns:
+            Same shape and dtype.
+        """
+        batch, _, length, _ = content.shape
+        positions = resolve_positions(
+            "Rotary", argument, positions, batch=batch, length=length, num_coordinates=1, device=content.device
+        ).tensor
         half = self.rotary_width // 2
         steps = torch.arange(half, dtype=torch.float64, device=content.device) / half
         angle = (positions.double() / self.interpolation).unsqueeze(-1) * self.base**-steps

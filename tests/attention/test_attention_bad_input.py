@@ -5,9 +5,15 @@ import math
 import pytest
 import torch
 from attention.oracles import normal
-from torch import nn
 
-from eotattn.attention import GoatAttention, KeyValueCache, PriorAttention, Rotary, prior_attention
+from eotattn.attention import (
+    GoatAttention,
+    KeyValueCache,
+    PackedDocuments,
+    PriorAttention,
+    Rotary,
+    prior_attention,
+)
 from eotattn.priors import (
     ClassTokenPrior,
     DensePrior,
@@ -156,6 +162,71 @@ FUNCTIONAL = {
         ValueError,
         "backend must be one of 'auto', 'sdpa', 'varlen', 'flex', 'reference'",
     ),
+    "a window without causality": (call(window=3), ValueError, "window must be left out without is_causal; got 3"),
+    "an empty window": (call(is_causal=True, window=0), ValueError, "window must be at least 1; got 0"),
+    "a fractional window": (call(is_causal=True, window=2.0), TypeError, "window must be an integer"),
+    "lengths that are no documents": (
+        call(key=QUERY, value=QUERY, documents=[Q] * B),
+        TypeError,
+        "documents must be PackedDocuments",
+    ),
+    "documents across rows": (
+        call(key=QUERY, value=QUERY, documents=PackedDocuments([Q + 1, Q - 1])),
+        ValueError,
+        "documents must fill 2 rows of 5 tokens; got '2 documents of 10 tokens'",
+    ),
+    "documents that end early": (
+        call(key=QUERY, value=QUERY, documents=PackedDocuments([Q])),
+        ValueError,
+        "documents must fill 2 rows of 5 tokens",
+    ),
+    "documents in cross-attention": (
+        call(documents=PackedDocuments([Q] * B)),
+        ValueError,
+        r"key must have shape \(any, any, 5, any\)",
+    ),
+    "documents with positions": (
+        call(key=QUERY, value=QUERY, documents=PackedDocuments([Q] * B), key_positions=range(Q)),
+        ValueError,
+        "key_positions must be left out with documents",
+    ),
+    "documents with padding": (
+        call(
+            key=QUERY,
+            value=QUERY,
+            documents=PackedDocuments([Q] * B),
+            key_padding_mask=torch.zeros(B, Q, dtype=torch.bool),
+        ),
+        ValueError,
+        "key_padding_mask must be left out with documents",
+    ),
+    "no documents": (lambda: PackedDocuments([]), ValueError, "lengths must not be empty"),
+    "an empty document": (lambda: PackedDocuments([3, 0]), ValueError, "lengths must be at least 1; got 0"),
+    "ids that are no numbers": (
+        lambda: PackedDocuments.from_ids(torch.zeros(2, 3)),
+        TypeError,
+        r"ids must be an integer tensor \(B, L\) or \(L,\)",
+    ),
+    "a cache and other keys": (
+        call(cache=KeyValueCache(B, 3, 9, D, V)),
+        ValueError,
+        r"key must have shape \(any, any, 5, any\)",
+    ),
+    "a cache and positions": (
+        call(key=KEY[:, :, :Q], value=VALUE[:, :, :Q], cache=KeyValueCache(B, 3, 9, D, V), query_positions=range(Q)),
+        ValueError,
+        "query_positions must be left to the cache",
+    ),
+    "a cache and documents": (
+        call(
+            key=KEY[:, :, :Q],
+            value=VALUE[:, :, :Q],
+            cache=KeyValueCache(B, 3, 9, D, V),
+            documents=PackedDocuments([Q] * B),
+        ),
+        ValueError,
+        "documents must be left to the cache",
+    ),
     "misspelled keyword": (call(causal=True), TypeError, "unexpected keyword argument 'causal'"),
     "positional prior": (lambda: prior_attention(QUERY, KEY, VALUE, RECENCY), TypeError, "positional"),
     "sdpa without lanes": (
@@ -287,10 +358,31 @@ MODULE = {
         r"KeyValueCache: key must have shape \(3, 4, 5, 6\)",
     ),
     "empty cache": (lambda: KeyValueCache(1, 2, 0, 4, 4), ValueError, "max_length must be at least 1"),
-    "converting appended keys": (
-        lambda: PriorAttention.from_multihead_attention(nn.MultiheadAttention(24, 4, add_zero_attn=True)),
-        NotImplementedError,
-        "appended keys have no position",
+    "appended keys beside documents": (
+        lambda: PriorAttention(24, 4, add_zero_attn=True)(X, documents=PackedDocuments([Q] * B)),
+        ValueError,
+        "documents must be left out with appended keys",
+    ),
+    "positions beside documents": (
+        lambda: LAYER(X, documents=PackedDocuments([Q] * B), query_positions=range(Q)),
+        ValueError,
+        "query_positions must be left to documents",
+    ),
+    "a window without causality": (
+        lambda: PriorAttention(24, 4, window=3)(X),
+        ValueError,
+        "window must be left out without is_causal; got 3",
+    ),
+    "an empty window": (layer(24, 4, window=0), ValueError, "PriorAttention: window must be at least 1; got 0"),
+    "a cache for a prior of other heads": (
+        lambda: KeyValueCache(1, 2, 4, 4, 4, prior=RecencyPrior(3)),
+        ValueError,
+        "prior must have a multiple of 2 heads; got 3",
+    ),
+    "cropping to more": (
+        lambda: LAYER.make_cache(1, 4).crop(1),
+        ValueError,
+        "length must be at most the 0 slots filled; got 1",
     ),
     "goat prior misspelled": (lambda: goat_prior(4, frequencies=3), TypeError, "unexpected keyword"),
 }

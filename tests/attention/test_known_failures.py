@@ -204,9 +204,11 @@ def test_14_a_cache_holds_one_entry_a_token():
     assert cache.length == cache.keys.shape[2] == 24
     with pytest.raises(ValueError, match="leave room in 24 slots"):
         run(layer, x[:, :1], cache=cache)
-    for keys in ({"add_bias_kv": True}, {"add_zero_attn": True}):
-        with pytest.raises(NotImplementedError, match="appended keys have no position"):
-            PriorAttention.from_multihead_attention(nn.MultiheadAttention(WIDTH, H, **keys))
+    layer = goat_layer(add_bias_kv=True, add_zero_attn=True)
+    cache = layer.make_cache(1, 24)
+    steps = [run(layer, x[:, t : t + 1], cache=cache) for t in range(24)]
+    assert cache.length == 24 + 2  # once, and not once a step
+    assert_close(torch.cat(steps, dim=1), run(layer, x))
 
 
 def test_15_left_padding_does_not_move_the_first_token():

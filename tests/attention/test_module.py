@@ -288,12 +288,6 @@ def test_conversion_without_biases():
     assert_close(layer(x)[0], theirs(x, x, x)[0])
 
 
-@pytest.mark.parametrize("extra", ["add_bias_kv", "add_zero_attn"])
-def test_conversion_refuses_appended_keys(extra):
-    with pytest.raises(NotImplementedError, match="appended keys have no position"):
-        PriorAttention.from_multihead_attention(nn.MultiheadAttention(E, H, **{extra: True}))
-
-
 @pytest.mark.parametrize("norm_first", [True, False])
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("training", [True, False])

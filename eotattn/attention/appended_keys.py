@@ -1,0 +1,94 @@
+"""AppendedKeys: keys and values that belong to no token, as ``add_bias_kv`` and ``add_zero_attn`` make them.
+
+Legend: B batch, Hk key heads, Q queries, K keys, N appended keys, D key width, V value width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+__all__ = ["AppendedKeys"]
+
+
+class AppendedKeys(nn.Module):
+    """A learned key and value, a key and value of zeros, or both: something to attend to instead of any token.
+
+    They stand before the first token, at positions -N to -1. So every causal query sees them, a prior has a value for
+    them like for any key, and a window leaves them behind.
+
+    Args:
+        num_kv_heads: Key heads Hk.
+        key_width: Width D of a key.
+        value_width: Width V of a value.
+        learned: Whether there is a learned key (``bias_k``, ``bias_v`` of ``nn.MultiheadAttention``).
+        zero: Whether there is a key of zeros (``add_zero_attn``).
+        make: ``device`` and ``dtype`` of the parameters.
+
+    Attributes:
+        key: (Hk, 1, D), or ``None``.
+        value: (Hk, 1, V), or ``None``.
+        count: Appended keys N.
+
+    Example:
+        >>> AppendedKeys(2, 4, 4, learned=True, zero=True)(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4))[0].shape
+        torch.Size([1, 2, 5, 4])
+    """
+
+    def __init__(
+        self, num_kv_heads: int, key_width: int, value_width: int, *, learned: bool, zero: bool, **make: Any
+    ) -> None:
+        super().__init__()
+        self.learned, self.zero, self.count = learned, zero, int(learned) + int(zero)
+        for name, width in (("key", key_width), ("value", value_width)):
+            parameter = nn.Parameter(torch.empty(num_kv_heads, 1, width, **make)) if learned else None
+            self.register_parameter(name, parameter)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal with the variance of ``nn.MultiheadAttention``'s own, 2 / (Hk * width)."""
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=(2 / (parameter.shape[0] * parameter.shape[2])) ** 0.5)
+
+    def forward(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Put the appended ones before keys (B, Hk, K, D) and values (B, Hk, K, V)."""
+        return self._before(key, self.key), self._before(value, self.value)
+
+    def _before(self, side: Tensor, learned: Tensor | None) -> Tensor:
+        parts = [side]
+        if self.zero:
+            parts.insert(0, side.new_zeros(()).expand(*side.shape[:2], 1, side.shape[3]))
+        if learned is not None:
+            parts.insert(0, learned.to(side.dtype).expand(side.shape[0], -1, -1, -1))
+        return torch.cat(parts, dim=2)
+
+    def positions(self, keys: Tensor | range | None, length: int, device: torch.device) -> Tensor | range:
+        """Positions of all keys, given those of the ``length`` keys of tokens."""
+        keys = range(length) if keys is None else keys
+        if isinstance(keys, range):
+            if keys.start == 0:
+                return range(-self.count, keys.stop)
+            keys = torch.arange(keys.start, keys.stop, device=device)
+        before = torch.arange(-self.count, 0, dtype=keys.dtype, device=device)
+        return torch.cat([before.expand(*keys.shape[:-1], -1), keys], dim=-1)
+
+    def widen(self, mask: Tensor | None, keys: int, *, visible: bool) -> Tensor | None:
+        """A mask (..., Q, K) or (B, K) with these keys visible to every query.
+
+        Args:
+            mask: Boolean, or floating and added.
+            keys: Keys K of tokens, where the mask broadcasts over them.
+            visible: What a boolean mask says of a key that may be attended to.
+        """
+        if mask is None:
+            return None
+        mask = torch.atleast_2d(mask)
+        every = mask.expand(*mask.shape[:-1], keys) if mask.shape[-1] == 1 else mask
+        return functional.pad(every, (self.count, 0), value=visible and mask.dtype == torch.bool)
+
+    def last(self, weights: Tensor) -> Tensor:
+        """Weights (B, H, Q, K) with the appended keys last, as ``nn.MultiheadAttention`` returns them."""
+        return weights.roll(-self.count, dims=-1)

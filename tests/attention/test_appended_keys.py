@@ -1,0 +1,133 @@
+"""Appended keys: those of nn.MultiheadAttention, before the first token where there is a prior."""
+
+import math
+
+import pytest
+import torch
+from attention.oracles import attention, normal
+from priors.cases import off_neutral
+from tolerances import assert_close
+from torch import nn
+
+from eotattn.attention import PriorAttention
+from eotattn.priors import goat_prior
+
+B, E, H, Q, K = 2, 24, 4, 5, 7
+KINDS = {
+    "learned": {"add_bias_kv": True},
+    "zero": {"add_zero_attn": True},
+    "both": {"add_bias_kv": True, "add_zero_attn": True},
+}
+MASKS = {
+    "none": {},
+    "boolean": {"attn_mask": normal(Q, K, seed=5) > 0.9},
+    "of one column": {"attn_mask": (normal(Q, 1, seed=5) > 0.9).expand(Q, K)},
+    "floating of every head": {"attn_mask": normal(B * H, Q, K, seed=5)},
+    "padding": {"key_padding_mask": torch.tensor([[False] * 5 + [True] * 2, [True] * 7])},
+    "floating padding": {"key_padding_mask": normal(B, K, seed=6)},
+    "both": {"attn_mask": normal(Q, K, seed=5) > 1.2, "key_padding_mask": normal(B, K, seed=7) > 1.2},
+}
+
+
+def randomised(layer, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
+    return layer
+
+
+def goat():
+    return off_neutral(goat_prior(H, num_frequencies=1, num_key_frequencies=2, length_scale=20.0))
+
+
+@pytest.mark.parametrize("masks", MASKS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("prior", [lambda: None, lambda: goat_prior(H, init="neutral")], ids=["no prior", "neutral"])
+def test_conversion_is_equivalent(prior, kind, masks):
+    theirs = randomised(nn.MultiheadAttention(E, H, batch_first=True, **KINDS[kind])).double()
+    ours = PriorAttention.from_multihead_attention(theirs, prior=prior())
+    query, key, value = normal(B, Q, E), normal(B, K, E, seed=1), normal(B, K, E, seed=2)
+    for average in (True, False):
+        expected, expected_weights = theirs(query, key, value, average_attn_weights=average, **MASKS[masks])
+        output, weights = ours(query, key, value, average_attn_weights=average, **MASKS[masks])
+        assert_close(output, expected)
+        assert_close(weights, expected_weights)
+    assert_close(ours(query, key, value, need_weights=False, **MASKS[masks])[0], expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_causal_queries_see_them(kind):
+    theirs = randomised(nn.MultiheadAttention(E, H, batch_first=True, **KINDS[kind])).double()
+    ours, x = PriorAttention.from_multihead_attention(theirs), normal(B, Q, E)
+    mask = nn.Transformer.generate_square_subsequent_mask(Q, dtype=torch.float64)
+    expected, _ = theirs(x, x, x, attn_mask=mask)
+    for need_weights in (True, False):
+        assert_close(ours(x, is_causal=True, need_weights=need_weights)[0], expected)
+        assert_close(ours(x, attn_mask=mask, need_weights=need_weights)[0], expected)
+        tensor = torch.arange(Q)
+        assert_close(ours(x, is_causal=True, query_positions=tensor, need_weights=need_weights)[0], expected)
+
+
+@pytest.mark.parametrize("lanes", ["appended", "reserved"])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prior_sees_them_before_the_first_token(kind, kv_heads, lanes):
+    make = {"num_kv_heads": kv_heads, "lanes": lanes, "dtype": torch.float64}
+    layer = randomised(PriorAttention(E, H, prior=goat(), **make, **KINDS[kind]))
+    off_neutral(layer.prior)
+    x, count = normal(B, Q, E), layer.appended.count
+    query, key, value = layer.project(x)
+    keys, values = [], []
+    if layer.appended.learned:
+        keys.append(layer.appended.key.expand(B, -1, -1, -1))
+        values.append(layer.appended.value.expand(B, -1, -1, -1))
+    if layer.appended.zero:
+        keys.append(torch.zeros(B, kv_heads, 1, key.shape[-1], dtype=torch.float64))
+        values.append(torch.zeros(B, kv_heads, 1, value.shape[-1], dtype=torch.float64))
+    key, value = torch.cat([*keys, key], dim=2), torch.cat([*values, value], dim=2)
+    positions = torch.arange(-count, Q)
+    log_prior = layer.prior.dense(torch.arange(Q), positions, dtype=torch.float64)
+    seen = positions <= torch.arange(Q)[:, None]
+    heads, weights = attention(query, key, value, log_prior=log_prior, allowed=seen)
+    expected = layer.out_proj(heads.transpose(1, 2).flatten(2))
+    assert_close(layer(x, is_causal=True, need_weights=False)[0], expected)
+    output, found = layer(x, is_causal=True, average_attn_weights=False)
+    assert_close(output, expected)
+    assert_close(found, torch.cat([weights[..., count:], weights[..., :count]], dim=-1))
+    expected.square().sum().backward()
+    exact = {name: parameter.grad.clone() for name, parameter in layer.named_parameters()}
+    layer.zero_grad()
+    layer(x, is_causal=True, need_weights=False)[0].square().sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert_close(parameter.grad, exact[name])
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cache_holds_them_once(kind, padded):
+    layer = randomised(PriorAttention(E, H, num_kv_heads=2, prior=goat(), dtype=torch.float64, **KINDS[kind]))
+    x, cache = normal(B, 9, E), layer.make_cache(B, 9)
+    padding = torch.zeros(B, 5, dtype=torch.bool)
+    padding[1, :2] = padded
+    arguments = {"is_causal": True, "need_weights": False, "cache": cache}
+    with torch.no_grad():
+        parts = [layer(x[:, :5], key_padding_mask=padding if padded else None, **arguments)[0]]
+        parts += [layer(x[:, t : t + 1], **arguments)[0] for t in range(5, 9)]
+    real = slice(2 if padded else 0, 9)
+    assert_close(torch.cat(parts, dim=1)[1:, real], layer(x[1:, real], is_causal=True)[0])
+    assert cache.length == 9 + layer.appended.count
+
+
+def test_they_are_initialised_as_in_multihead_attention():
+    """Xavier-normal over (1, 1, E): the standard deviation is sqrt(2 / (E + 1)) or nearly so."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layer = PriorAttention(512, 8, add_bias_kv=True)
+        theirs = nn.MultiheadAttention(512, 8, add_bias_kv=True)
+    spread = float(theirs.bias_k.std())
+    assert math.isclose(float(layer.appended.key.std()), spread, rel_tol=0.15)
+    assert {"appended.key", "appended.value"} <= set(layer.state_dict())
+    before = layer.appended.key.clone()
+    layer.reset_parameters()
+    assert not torch.equal(layer.appended.key, before)
