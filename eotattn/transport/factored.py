@@ -103,7 +103,7 @@ class FactoredAffinity(Affinity):
     @cached_property
     def transposed(self) -> FactoredAffinity:
         """Queries and keys exchanged; the constants of rows become factors of their own."""
-        sides = {"query": "key", "key": "query", None: None}
+        sides = {"query": "key", "key": "query", "both": "both", None: None}
         swapped = [LaneFactors(part.key, part.query, None, sides[part.exact]) for part in self.factors]  # type: ignore[arg-type]
         rows = [part.row for part in self.factors if part.row is not None]
         swapped += [LaneFactors(row.new_ones(1, 1, 1), row[..., None], None, "query") for row in rows]
