@@ -49,9 +49,9 @@ class AppendedKeys(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Normal with the variance of ``nn.MultiheadAttention``'s own, 2 / (Hk * width)."""
+        """Normal with the variance that ``nn.MultiheadAttention`` gives its own, 1 / (Hk * width)."""
         for parameter in self.parameters():
-            nn.init.normal_(parameter, std=(2 / (parameter.shape[0] * parameter.shape[2])) ** 0.5)
+            nn.init.normal_(parameter, std=parameter[:, 0].numel() ** -0.5)
 
     def forward(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Put the appended ones before keys (B, Hk, K, D) and values (B, Hk, K, V)."""
