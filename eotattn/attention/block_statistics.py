@@ -33,21 +33,24 @@ def block_statistics(
     content, prior, seen = block.content, block.prior, block.admissible
     num_keys = _num_keys(content, seen)
     has = num_keys > 0
+    hidden = _hidden(seen, content.dtype)
     logits = content if prior is None else content + prior
-    logits = logits.clone() if seen is None else logits.masked_fill(~seen, -math.inf)
-    weights, lse, sink_mass = _normalised(logits, has, sink)
-    score = (weights * content).sum(-1)
-    logit = score if prior is None else score + (weights * prior).sum(-1)
+    logits = logits.clone() if hidden is None else logits + hidden
+    top = logits.amax(-1)
+    weights, lse, sink_mass = _normalised(logits, top, has, sink)
+    score = _products(weights, content)
+    logit = score if prior is None else score + _products(weights, prior)
     if sink is not None:
         logit = logit + sink_mass * sink[:, None]
+    highest = top if prior is None else _shifted(content, hidden, 1).amax(-1)
     own = chosen - block.first_key
     rows = {
         "log_sum_exp": lse,
         "entropy": torch.where(has, (lse - logit).clamp(min=0), 0.0),
-        "participation": weights.square().sum(-1) + sink_mass.square(),
+        "participation": _products(weights, weights) + sink_mass.square(),
         "num_keys": num_keys,
-        "score_min": torch.where(has, _masked(content, seen, math.inf).amin(-1), 0.0),
-        "score_max": torch.where(has, _masked(content, seen, -math.inf).amax(-1), 0.0),
+        "score_min": torch.where(has, _shifted(content, hidden, -1).amin(-1), 0.0),
+        "score_max": torch.where(has, highest, 0.0),
         "expected_score": score,
         "prior_log_sum_exp": _prior_lse(prior, seen, num_keys, content),
         "key_mass": _gather(weights, own, 0.0),
@@ -59,9 +62,24 @@ def block_statistics(
     return weights, rows
 
 
-def _normalised(logits: Tensor, has: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _hidden(seen: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Zero at admissible keys, -inf elsewhere: adding is several times faster than filling where heads share a mask."""
+    return None if seen is None else torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -math.inf)
+
+
+def _shifted(content: Tensor, hidden: Tensor | None, sign: int) -> Tensor:
+    """Content, and -inf (sign 1) or inf (sign -1) at inadmissible keys."""
+    return content if hidden is None else torch.add(content, hidden, alpha=sign)
+
+
+def _products(weights: Tensor, values: Tensor) -> Tensor:
+    """(B, H, r) sum of products over the keys."""
+    return torch.einsum("bhrk,bhrk->bhr", weights, values.expand(weights.shape))
+
+
+def _normalised(logits: Tensor, top: Tensor, has: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Weights, log-sum-exp and explicit sink mass; weights are zero and the log-sum-exp is -inf without keys."""
-    peak = torch.where(has, logits.amax(-1), 0.0)
+    peak = torch.where(has, top, 0.0)
     if sink is not None:
         peak = torch.maximum(peak, sink[:, None])
     weights = torch.exp(logits - peak.unsqueeze(-1))
@@ -79,10 +97,6 @@ def _num_keys(content: Tensor, seen: Tensor | None) -> Tensor:
         return content.new_full(content.shape[:-1], content.shape[-1])
     counts = seen.sum(-1) if seen.shape[-1] > 1 else seen.squeeze(-1) * content.shape[-1]
     return counts.to(content.dtype).expand(content.shape[:-1])
-
-
-def _masked(values: Tensor, seen: Tensor | None, fill: float) -> Tensor:
-    return values if seen is None else values.masked_fill(~seen, fill)
 
 
 def _prior_lse(prior: Tensor | None, seen: Tensor | None, num_keys: Tensor, content: Tensor) -> Tensor:
@@ -107,13 +121,14 @@ def _margins(logits: Tensor, content: Tensor, prior: Tensor | None, index: Tenso
     at = index.clamp(0, logits.shape[-1] - 1)[:, None, None, :].expand(*logits.shape[:3], 1)
     if logits.shape[-1] > 1:
         logits.scatter_(-1, at, -math.inf)
-    best, competitor = logits.max(-1, keepdim=True)
-    defined = (own > -math.inf) & (best > -math.inf) & (logits.shape[-1] > 1)
-    content_part = content.gather(-1, at) - content.gather(-1, competitor)
-    prior_part = torch.zeros_like(content_part)
-    if prior is not None:
+    if prior is None:
+        best = logits.amax(-1, keepdim=True)
+        content_part, prior_part = own - best, torch.zeros_like(best)
+    else:
+        best, competitor = logits.max(-1, keepdim=True)
         full = prior.expand(content.shape)
-        prior_part = full.gather(-1, at) - full.gather(-1, competitor)
+        content_part, prior_part = (one.gather(-1, at) - one.gather(-1, competitor) for one in (content, full))
+    defined = (own > -math.inf) & (best > -math.inf) & (logits.shape[-1] > 1)
     parts = {"margin": own - best, "content_margin": content_part, "prior_margin": prior_part}
     return {name: torch.where(defined, part, math.nan).squeeze(-1) for name, part in parts.items()}
 

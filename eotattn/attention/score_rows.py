@@ -33,7 +33,7 @@ __all__ = [
 RowSource = Callable[[int, int], Tensor]
 
 #: Elements of one block of logits; a pass holds about ten such blocks.
-BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**25}
+BLOCK_ELEMENTS = {"cpu": 2**19, "cuda": 2**25}
 #: Blocks end at multiples of this part of the keys, so that few sizes occur and the allocator can reuse them.
 KEY_PARTS = 8
 

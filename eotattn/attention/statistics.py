@@ -90,7 +90,7 @@ def row_statistics(
         backend: ``"kernel"`` for the kernel, ``"blocks"`` for blocks of rows; ``"auto"`` takes the kernel where it
             serves: on CUDA with Triton, in 16 or 32 bits, heads and lanes up to 128 wide, masks that all queries and
             heads share, priors as lanes, no output wanted.
-        block_elements: Entries of a block of logits, default 2^18 on a CPU and 2^25 on a GPU; memory is about ten such
+        block_elements: Entries of a block of logits, default 2^19 on a CPU and 2^25 on a GPU; memory is about ten such
             blocks. Asks for blocks.
 
     Returns:
