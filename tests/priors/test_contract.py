@@ -105,7 +105,7 @@ class Forgetful(Broken):
     def evaluate(self, head, query_position, key_position):
         return super().evaluate(head, query_position, key_position) + self.offset.double() * (key_position == 1)
 
-    factors = LogPrior.factors
+    expansions = LogPrior.expansions
 
 
 class SharedMemory(Broken):

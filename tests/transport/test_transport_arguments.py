@@ -168,7 +168,7 @@ def test_mass_that_no_query_may_use_is_refused():
 
 def test_a_prior_without_lanes_is_refused_by_name():
     class Bend(RecencyPrior):
-        factors = RecencyPrior.__mro__[1].factors
+        expansions = RecencyPrior.__mro__[1].expansions
 
     with pytest.raises(NotImplementedError, match=r"Bend.lanes: this prior is not a finite inner product"):
         TransportProblem.from_factors(QUERY, KEY, epsilon=1.0, prior=Bend(1))
