@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from operator import mul
 from typing import Any, cast
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from eotattn.checks import check_positive_int, require
 from eotattn.priors.expansion import Expansion
 from eotattn.priors.lanes import LaneFactors, Lanes, computing_dtype
-from eotattn.priors.positions import check_positions, pair_positions, position_lookup
+from eotattn.priors.positions import check_positions, constants, pair_positions, position_lookup
 
 __all__ = ["LogPrior", "ScaledPrior", "ScoreMod", "SumPrior"]
 
@@ -201,8 +202,8 @@ class LogPrior(nn.Module):
     def __add__(self, other: LogPrior) -> SumPrior:
         return SumPrior(self, other) if isinstance(other, LogPrior) else NotImplemented
 
-    def __mul__(self, factor: float) -> ScaledPrior:
-        return ScaledPrior(self, factor) if isinstance(factor, (int, float)) else NotImplemented
+    def __mul__(self, factor: float | Sequence[float]) -> ScaledPrior:
+        return ScaledPrior(self, factor) if isinstance(factor, (int, float, tuple, list)) else NotImplemented
 
     __rmul__ = __mul__
 
@@ -290,14 +291,16 @@ class SumPrior(LogPrior):
 
 
 class ScaledPrior(LogPrior):
-    """A prior times a fixed number. Written ``0.5 * prior``; the number travels in the state dict.
+    """A prior times a fixed number, or one a head. Written ``0.5 * prior``; the numbers travel in the state dict.
+
+    Heads whose factor is zero are without the prior: ``prior * (1.0, 1.0, 0.0)`` leaves the third head uniform.
 
     Args:
         prior: The prior to scale; stays trainable.
-        factor: Finite, dimensionless.
+        factor: Finite, dimensionless; or H of them.
 
     Attributes:
-        factor: The number.
+        factor: (H,) the numbers, one a head.
 
     Example:
         >>> from eotattn.priors import RecencyPrior
@@ -306,14 +309,16 @@ class ScaledPrior(LogPrior):
         -0.25
     """
 
-    def __init__(self, prior: LogPrior, factor: float) -> None:
+    def __init__(self, prior: LogPrior, factor: float | Sequence[float]) -> None:
         check_prior("ScaledPrior", "prior", prior)
         super().__init__(prior.num_heads)
-        finite = isinstance(factor, (int, float)) and abs(factor) < float("inf")
-        require(finite, "ScaledPrior", "factor", "be a finite number", factor, "Pass a Python float")
+        numbers = [factor] * self.num_heads if isinstance(factor, (int, float)) else factor
+        finite = all(isinstance(number, (int, float)) and abs(number) < float("inf") for number in numbers)
+        good, rule = finite and len(numbers) == self.num_heads, f"be a finite number, or {self.num_heads} of them"
+        require(good, "ScaledPrior", "factor", rule, factor, "Pass Python floats")
         self.num_coordinates = prior.num_coordinates
         self.prior = prior
-        self.factor = self._initial_factor = float(factor)
+        self.factor = self._initial_factor = tuple(float(number) for number in numbers)
 
     @property
     def has_lanes(self) -> bool:
@@ -322,7 +327,8 @@ class ScaledPrior(LogPrior):
 
     def evaluate(self, head: Tensor, query_position: Tensor, key_position: Tensor) -> Tensor:
         """The scaled log-prior, in nats."""
-        return self.factor * self.prior.evaluate(head, query_position, key_position)
+        value = self.prior.evaluate(head, query_position, key_position)
+        return constants(self.factor, value.device).to(value.dtype)[head] * value
 
     def factors(self, query_positions: Tensor, key_positions: Tensor, *, dtype: torch.dtype) -> tuple[LaneFactors, ...]:
         """The factors of the prior, scaled on the side that is not exact."""
@@ -333,27 +339,29 @@ class ScaledPrior(LogPrior):
         parts = self.prior.expansions(dtype)
         if parts is None:
             return None
-        return tuple(replace(part, scale=tuple(self.factor * scale for scale in part.scale)) for part in parts)
+        scales = [tuple(map(mul, self.factor, part.scale)) for part in parts]
+        return tuple(replace(part, scale=scale) for part, scale in zip(parts, scales, strict=True))
 
     def _scaled(self, part: LaneFactors) -> LaneFactors:
-        row = None if part.row is None else self.factor * part.row
+        factor = constants(self.factor, part.query.device).to(part.query.dtype)[:, None, None]
+        row = None if part.row is None else factor[..., 0] * part.row
         if part.exact == "query":
-            return replace(part, key=self.factor * part.key, row=row)
-        return replace(part, query=self.factor * part.query, row=row)
+            return replace(part, key=factor * part.key, row=row)
+        return replace(part, query=factor * part.query, row=row)
 
     def check_positions(self, query_positions: Tensor | None, key_positions: Tensor | None) -> None:
         """Raise unless the scaled prior understands both positions."""
         self.prior.check_positions(query_positions, key_positions)
 
     def reset_parameters(self) -> None:
-        """Reset the prior and restore the factor given at construction."""
+        """Reset the prior and restore the factors given at construction."""
         self.prior.reset_parameters()
         self.factor = self._initial_factor
 
     def get_extra_state(self) -> Tensor:
-        """The factor, for the state dict."""
+        """The factors, for the state dict."""
         return torch.tensor(self.factor, dtype=torch.float64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take the factor out of a state dict."""
-        self.factor = float(state)
+        """Take the factors out of a state dict."""
+        self.factor = tuple(state.double().tolist())

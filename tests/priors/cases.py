@@ -75,6 +75,7 @@ CASES = {
     "vit": (lambda: GridPrior(fourier(3), fourier(4)) + off_neutral(ClassTokenPrior(HEADS)), ()),
     "goat": (lambda: off_neutral(goat_prior(HEADS, num_frequencies=3, length_scale=50.0)), ()),
     "goat neutral": (lambda: off_neutral(goat_prior(HEADS, num_frequencies=3, init="neutral")), ()),
+    "multiple a head": (lambda: off_neutral(goat_prior(HEADS, num_frequencies=2)) * (0.7, -1.1, 0.4), ()),
     "multiple": (lambda: 1.7 * off_neutral(goat_prior(HEADS, num_frequencies=2)), ()),
     "sum with a table": (lambda: recency() + off_neutral(TablePrior(HEADS, 4)), ()),
     "sum with a given": (lambda: fourier() + DensePrior(matrix()), ("reset",)),

@@ -361,6 +361,16 @@ def test_a_multiple_scales_every_part_and_travels_in_the_state_dict():
     assert torch.equal(exact(loaded), exact(scaled))
 
 
+def test_a_multiple_a_head_scales_head_by_head_and_zero_removes_the_prior():
+    prior = off_neutral(goat_prior(HEADS, num_frequencies=3))
+    scaled = prior * (2.0, -0.5, 0.0)
+    assert_close(exact(scaled), torch.tensor([2.0, -0.5, 0.0]).double()[:, None, None] * exact(prior))
+    assert float(exact(scaled)[2].abs().max()) == 0.0
+    loaded = off_neutral(goat_prior(HEADS, num_frequencies=3), seed=9) * [1.0, 1.0, 1.0]
+    loaded.load_state_dict(scaled.state_dict())
+    assert torch.equal(exact(loaded), exact(scaled))
+
+
 def test_sums_are_flat_and_keep_their_order():
     a, b, c = RecencyPrior(2), SinkPrior(2), FourierPrior(2)
     assert [*((a + b) + c).parts] == [*(a + (b + c)).parts] == [*SumPrior(a, b, c).parts] == [a, b, c]
@@ -416,6 +426,8 @@ def test_a_part_of_a_sum_can_be_frozen():
         (lambda: RecencyPrior(2) + 1.0, TypeError, "unsupported operand"),
         (lambda: SumPrior(), ValueError, "parts must hold at least one prior"),
         (lambda: math.nan * RecencyPrior(2), ValueError, "factor must be a finite number"),
+        (lambda: RecencyPrior(2) * (1.0,), ValueError, r"factor must be a finite number, or 2 of them; got \(1.0,\)"),
+        (lambda: RecencyPrior(2) * (1.0, math.inf), ValueError, "factor must be a finite number, or 2 of them"),
         (lambda: "2" * RecencyPrior(2), TypeError, None),
         (lambda: grid_positions(0, 3), ValueError, "grid_positions: height must be at least 1"),
         (lambda: TablePrior(2, 3).lanes(KEYS, KEYS, dtype=torch.float32), NotImplementedError, "TablePrior.*flex"),
