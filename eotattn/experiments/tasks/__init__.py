@@ -2,7 +2,7 @@
 
 from eotattn.experiments.tasks.batches import IGNORED, Batch, step_generator
 from eotattn.experiments.tasks.copy_mixture import CopyMixture
-from eotattn.experiments.tasks.dna import DnaTask, gc_fraction, open_genome
+from eotattn.experiments.tasks.dna import DnaTask, IsochoreGenome, StoredGenome, gc_fraction, open_genome
 from eotattn.experiments.tasks.images import ImageTask, open_images
 from eotattn.experiments.tasks.isochores import IsochoreModel
 from eotattn.experiments.tasks.language import LanguageTask, TextSplit, find_texts, split_by_file
@@ -17,9 +17,11 @@ __all__ = [
     "DnaTask",
     "Haystack",
     "ImageTask",
+    "IsochoreGenome",
     "IsochoreModel",
     "LanguageTask",
     "RetrievalTask",
+    "StoredGenome",
     "TextSplit",
     "find_texts",
     "gc_fraction",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -17,10 +18,8 @@ from eotattn.experiments.tasks.batches import Batch, step_generator
 from eotattn.experiments.tasks.dna_records import BASES, DnaRecord, read_fasta, read_hub
 from eotattn.experiments.tasks.isochores import IsochoreModel
 
-__all__ = ["HUB", "ISOCHORES", "DnaTask", "gc_fraction", "open_genome"]
+__all__ = ["HUB", "DnaTask", "IsochoreGenome", "StoredGenome", "gc_fraction", "open_genome"]
 
-#: Name of the corpus that needs no data: :class:`IsochoreModel`.
-ISOCHORES = "isochores"
 #: Prefix of corpora that come from the Hugging Face Hub.
 HUB = "hub:"
 #: Token of a base that is not known.
@@ -89,23 +88,6 @@ class DnaTask:
             fits = blocks.dim() == 2 and blocks.shape[0] > 0 and blocks.shape[1] > self.length
             rule = f"be (blocks, bases) with more than length = {self.length} bases"
             require(fits, "DnaTask", name, rule, blocks, "Use longer blocks or shorter windows")
-
-    @classmethod
-    def from_isochores(
-        cls, model: IsochoreModel, *, length: int, num_blocks: int, block_length: int, num_held_out: int, seed: int = 0
-    ) -> DnaTask:
-        """Blocks of an artificial genome; the held-out ones are as long as a window, so that its likelihood is exact.
-
-        Args:
-            model: The genome.
-            length: Tokens of a training window.
-            num_blocks: Training blocks N.
-            block_length: Bases of a training block.
-            num_held_out: Held-out blocks M, of ``length + 1`` bases each.
-            seed: Seed of the training blocks; the held-out ones are the same for all.
-        """
-        held_out = model.sample(num_held_out, length + 1, seed=2**31 - 1)
-        return cls(model.sample(num_blocks, block_length, seed=seed), held_out, length)
 
     @classmethod
     def from_records(
@@ -183,3 +165,57 @@ class DnaTask:
 def _hash_percent(text: str) -> int:
     """A number 0 to 99 that depends on ``text`` alone."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 100
+
+
+@dataclass(frozen=True)
+class IsochoreGenome:
+    """An artificial genome; its held-out blocks are as long as a window, so that their likelihood is exact.
+
+    Args:
+        model: What the genome is made by.
+        num_blocks: Training blocks.
+        block_length: Bases of a training block.
+        num_held_out: Held-out blocks.
+        seed: Seed of the training blocks; the held-out ones are the same for all.
+    """
+
+    model: IsochoreModel
+    num_blocks: int
+    block_length: int
+    num_held_out: int
+    seed: int = 0
+
+    def task(self, length: int) -> DnaTask:
+        """The task with training windows of ``length`` tokens; made once in a process."""
+        return _isochore_task(self, length)
+
+
+@lru_cache(maxsize=1)
+def _isochore_task(genome: IsochoreGenome, length: int) -> DnaTask:
+    held_out = genome.model.sample(genome.num_held_out, length + 1, seed=2**31 - 1)
+    return DnaTask(genome.model.sample(genome.num_blocks, genome.block_length, seed=genome.seed), held_out, length)
+
+
+@dataclass(frozen=True)
+class StoredGenome:
+    """A genome in a file or on the Hub.
+
+    Args:
+        corpus: As in :func:`open_genome`.
+        block_length: Bases of a block, see :meth:`DnaTask.from_records`.
+        held_out_percent: Share of the blocks held out.
+    """
+
+    corpus: str
+    block_length: int = 65_536
+    held_out_percent: int = 5
+
+    def task(self, length: int) -> DnaTask:
+        """The task with training windows of ``length`` tokens; read once in a process."""
+        return _stored_task(self, length)
+
+
+@lru_cache(maxsize=1)
+def _stored_task(genome: StoredGenome, length: int) -> DnaTask:
+    options = {"block_length": genome.block_length, "held_out_percent": genome.held_out_percent}
+    return DnaTask.from_records(open_genome(genome.corpus), length=length, **options)

@@ -208,6 +208,6 @@ def _refuse(name: str, error: Exception) -> NoReturn:
     reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no details'}"
     message = (
         f"read_hub: the data set {name!r} must be reachable on the Hugging Face Hub; got {reason[:200]}. "
-        f"Connect to the network, download the genome as a FASTA file and pass its path, or pass 'isochores'."
+        f"Connect to the network, or download the genome as a FASTA file and pass its path."
     )
     raise ValueError(message) from error

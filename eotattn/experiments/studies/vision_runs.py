@@ -1,0 +1,151 @@
+"""The runs behind figure 5: vision transformers trained at one resolution and evaluated at others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+
+from eotattn.experiments.grid_prior_parts import describe_grid_log_prior, grid_log_prior
+from eotattn.experiments.networks import VisionConfig, VisionTransformer
+from eotattn.experiments.networks.vision import POSITION_UNITS
+from eotattn.experiments.recipes.vision import VisionRecipe
+from eotattn.experiments.records import Measurement, Records, Row, Run
+from eotattn.experiments.tasks import ImageTask, open_images
+from eotattn.experiments.training import TrainingConfig, train, training_rows
+
+__all__ = ["VisionRun", "best_rate", "evaluate_images", "measure", "runs", "trial_name", "units_of"]
+
+#: Images of a forward pass at the training resolution; fewer at higher ones.
+EVALUATION_BATCH = 256
+
+
+@dataclass(frozen=True)
+class VisionRun:
+    """One transformer, trained and measured.
+
+    Args:
+        corpus: As in :func:`~eotattn.experiments.tasks.open_images`.
+        max_shift: Pixels by which training images are shifted.
+        network: The transformer.
+        training: The run.
+        sizes: Resolutions to evaluate at, pixels, the training resolution first; it alone for a trial.
+    """
+
+    corpus: str
+    max_shift: int
+    network: VisionConfig
+    training: TrainingConfig
+    sizes: tuple[int, ...]
+
+    @property
+    def seed(self) -> int:
+        """Seed of weights and batches."""
+        return self.training.seed
+
+
+def runs(recipe: VisionRecipe, records: Records) -> list[Run]:
+    """Trials of learning rates; when they are known, one run a seed and variant."""
+    found = [_trial(recipe, network, rate) for network in recipe.variants for rate in recipe.learning_rates]
+    for network in recipe.variants:
+        rate = best_rate(recipe, records, network.positions)
+        for seed in recipe.seeds if rate is not None else ():
+            training = _at_rate(recipe, rate, seed=seed)
+            run = VisionRun(recipe.corpus, recipe.max_shift, network, training, recipe.sizes)
+            found.append(Run(f"{network.positions}-seed{seed}", run, measure))
+    return found
+
+
+def _at_rate(recipe: VisionRecipe, rate: float, **changes: int) -> TrainingConfig:
+    prior_rate = rate * recipe.prior_rate_factor
+    return replace(recipe.training, learning_rate=rate, prior_learning_rate=prior_rate, **changes)
+
+
+def _trial(recipe: VisionRecipe, network: VisionConfig, rate: float) -> Run:
+    steps = recipe.sweep_steps
+    training = _at_rate(recipe, rate, seed=recipe.seeds[0], steps=steps, warmup_steps=steps // 10)
+    run = VisionRun(recipe.corpus, recipe.max_shift, network, training, recipe.sizes[:1])
+    return Run(trial_name(network.positions, rate), run, measure)
+
+
+def trial_name(variant: str, rate: float) -> str:
+    """Name of the trial of a learning rate."""
+    return f"{variant}-rate{rate:g}"
+
+
+def best_rate(recipe: VisionRecipe, records: Records, variant: str) -> float | None:
+    """The learning rate whose trial ended with the least training loss, None while trials are missing."""
+    names = {rate: trial_name(variant, rate) for rate in recipe.learning_rates}
+    if any(name not in records for name in names.values()):
+        return None
+    return min(names, key=lambda rate: float(records[names[rate]].rows_of("training_loss")[-1]["value"]))
+
+
+def units_of(variant: str, size: int, train_size: int) -> tuple[str, ...]:
+    """Units of positions that make a difference: both for fixed waves beyond the training resolution."""
+    has_units = variant in ("goat", "sinusoidal") and size != train_size
+    return POSITION_UNITS if has_units else POSITION_UNITS[-1:]
+
+
+def measure(run: VisionRun, checkpoint: Path) -> Measurement:
+    """Train a transformer, classify the held-out images at every resolution, and read its log-prior.
+
+    Args:
+        run: What to do.
+        checkpoint: File of the unfinished training.
+    """
+    task = ImageTask(open_images(run.corpus), size=run.sizes[0], max_shift=run.max_shift)
+    network = VisionTransformer(run.network)
+    variant = run.network.positions
+    training = train(network, task, run.training, label=f"{variant}, seed {run.seed}", checkpoint=checkpoint)
+    rows = training_rows(training)
+    for size in run.sizes:
+        for unit in units_of(variant, size, run.sizes[0]):
+            rows += evaluate_images(network, task, size, unit)
+    count = sum(p.numel() for p in network.parameters())
+    rows.append({"panel": "training", "quantity": "parameters", "unit": "count", "value": count})
+    seconds = training.wall_seconds
+    rows.append({"panel": "training", "quantity": "training_seconds", "unit": "seconds", "value": seconds})
+    accuracies = [f"{r['value']:.3f} at {r['size']} ({r['positions']})" for r in rows if r["quantity"] == "accuracy"]
+    return Measurement(rows, _prior_arrays(network), summary="accuracy " + ", ".join(accuracies))
+
+
+@torch.no_grad()
+def evaluate_images(network: VisionTransformer, task: ImageTask, size: int, unit: str) -> list[Row]:
+    """Accuracy and loss on all held-out images at a resolution.
+
+    Args:
+        network: In evaluation mode.
+        task: The images.
+        size: Rows and columns, pixels.
+        unit: A name in :data:`~eotattn.experiments.networks.vision.POSITION_UNITS`.
+    """
+    device = next(network.parameters()).device
+    batch_size = max(1, EVALUATION_BATCH * task.size**2 // size**2)
+    right, loss, count = 0, 0.0, 0
+    for batch in task.held_out_batches(size, batch_size):
+        logits, labels = network(batch.inputs.to(device), unit=unit).float(), batch.targets.to(device)
+        right += int((logits.argmax(-1) == labels).sum())
+        loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
+        count += len(labels)
+    place: Row = {"panel": "a", "size": size, "positions": unit}
+    return [
+        place | {"quantity": "accuracy", "unit": "fraction", "value": right / count},
+        place | {"quantity": "loss", "unit": "nats per image", "value": loss / count},
+    ]
+
+
+def _prior_arrays(network: VisionTransformer) -> dict[str, NDArray[Any]]:
+    """What the learned log-prior of every block but the last looks like; nothing for other positions.
+
+    Of the last block only the class token is read out, which lies nowhere: its log-prior on the grid is never used.
+    """
+    grid = network.config.train_grid
+    parts = [describe_grid_log_prior(grid_log_prior(prior.parts[0], grid), grid) for prior in network.priors[:-1]]
+    names = ("lag_map", "strength", "shift_invariance", "distance_ratio") if parts else ()
+    return {name: np.stack([getattr(part, name).numpy() for part in parts]) for name in names}
