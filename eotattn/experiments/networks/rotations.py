@@ -40,9 +40,11 @@ class StretchedRotary(Rotary):
         stretch = max(1.0, length / self.train_length)
         return self.base * stretch ** (self.width / (self.width - 2))
 
-    def forward(self, content: Tensor, positions: Tensor) -> Tensor:
+    def forward(
+        self, content: Tensor, positions: Tensor | range | None = None, *, argument: str = "positions"
+    ) -> Tensor:
         """Turn ``content`` (B, H, L, D), a whole window, by its positions (L,) or (B, L), tokens."""
-        return Rotary(self.width, base=self.stretched_base(content.shape[2]))(content, positions)
+        return Rotary(self.width, base=self.stretched_base(content.shape[2]))(content, positions, argument=argument)
 
 
 class LeadingHeadsRotary(Rotary):
@@ -57,7 +59,9 @@ class LeadingHeadsRotary(Rotary):
         super().__init__(width)
         self.num_rotated = check_positive_int("LeadingHeadsRotary", "num_rotated", num_rotated)
 
-    def forward(self, content: Tensor, positions: Tensor) -> Tensor:
+    def forward(
+        self, content: Tensor, positions: Tensor | range | None = None, *, argument: str = "positions"
+    ) -> Tensor:
         """Turn the leading heads of ``content`` (B, H, L, D) by positions (L,) or (B, L), tokens."""
         first, rest = content[:, : self.num_rotated], content[:, self.num_rotated :]
-        return torch.cat([super().forward(first, positions), rest], dim=1)
+        return torch.cat([super().forward(first, positions, argument=argument), rest], dim=1)
