@@ -139,7 +139,7 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.readout = nn.Linear(width, config.num_classes)
         if config.positions == "learned":  # last, so that everything before it starts alike in every kind
-            self.table = nn.Parameter(torch.randn(1, width, config.train_grid, config.train_grid) * 0.02)
+            self.table = nn.Parameter(torch.randn(1, width, config.train_grid, config.train_grid) * 0.1)
 
     @property
     def priors(self) -> list[SumPrior]:
