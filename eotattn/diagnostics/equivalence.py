@@ -24,7 +24,7 @@ from eotattn.priors import (
     goat_prior,
     grid_positions,
 )
-from eotattn.transport import TransportProblem, solve
+from eotattn.transport import TransportProblem, certify, solve
 
 __all__ = ["Equivalence", "EquivalenceReport", "measure_equivalences"]
 
@@ -105,6 +105,7 @@ def measure_equivalences(*, seed: int = 0, device: torch.device | str = "cpu") -
         _transport_against_pot,
         _certificates,
         _attention_against_transport,
+        _certified_attention,
         _lanes_against_dense,
         _gradients,
     )
@@ -226,6 +227,25 @@ def _attention_against_transport(generator: torch.Generator, device: torch.devic
             assert isinstance(output, Tensor)
             name = str(dtype).removeprefix("torch.")
             yield Equivalence(f"attention = transport: {backend}, {name}", _error(output, expected), bound)
+
+
+def _certified_attention(generator: torch.Generator, device: torch.device) -> Iterator[Equivalence]:
+    """The weights that attention calls use, read off with unit vectors as values, have a duality gap of nothing."""
+    query, key, _ = _content(generator, 3, 7, 7)
+    prior = _randomised(goat_prior(3, num_frequencies=3, length_scale=16.0), generator).to(device)
+    positions = torch.arange(7, device=device)
+    log_prior = prior.dense(positions, positions, dtype=torch.float64).detach().cpu()
+    log_prior = log_prior.masked_fill((positions > positions[:, None]).cpu(), -math.inf)
+    unit = torch.eye(7, dtype=torch.float64).expand(2, 3, 7, 7)
+    for backend in ("reference", "sdpa"):
+        for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-9), (torch.bfloat16, 1e-3)):
+            query, key = (tensor.to(dtype).double() for tensor in (query, key))  # the problem that the kernel is given
+            moved = (tensor.to(device, dtype) for tensor in (query, key, unit))
+            weights = prior_attention(*moved, prior=prior, is_causal=True, backend=backend)
+            assert isinstance(weights, Tensor)
+            certificate = certify(weights.detach().cpu(), query @ key.mT, log_prior, math.sqrt(8))
+            name = f"certified gap of attention = 0: {backend}, {str(dtype).removeprefix('torch.')}"
+            yield Equivalence(name, float(certificate.gap.max()), bound)
 
 
 def _lanes_against_dense(generator: torch.Generator, device: torch.device) -> Iterator[Equivalence]:

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
 
-from eotattn.checks import require
+from eotattn.checks import check_choice, require
 from eotattn.plotting.style import OKABE_ITO, line_styles, resolve_axes, to_array
 
 __all__ = ["plot_identity", "plot_measured_and_bound"]
@@ -25,9 +25,10 @@ def plot_measured_and_bound(
     labels: tuple[str, str],
     scales: tuple[str, str] = ("linear", "linear"),
     bound_label: str = "bound",
+    marks: str = "lines",
     axes: Axes | None = None,
 ) -> Axes:
-    """Draw measured lines, each with its bound dashed in the same colour.
+    """Draw measured lines or points, each with its bound dashed in the same colour.
 
     Args:
         x: (N,) abscissae.
@@ -36,6 +37,7 @@ def plot_measured_and_bound(
         labels: Of the two axes, with units.
         scales: Of the two axes, ``"linear"`` or ``"log"``.
         bound_label: What the dashed lines are called.
+        marks: ``"points"`` where neighbours are unrelated problems, so that no line belongs between them.
         axes: Where to draw; a new figure by default.
 
     Returns:
@@ -45,6 +47,7 @@ def plot_measured_and_bound(
         ValueError: If there is no line, a length differs from that of ``x``, or a bound has no line.
     """
     owner, bounds = "plot_measured_and_bound", {} if bounds is None else bounds
+    check_choice(owner, "marks", marks, ("lines", "points"))
     axes = resolve_axes(axes)
     require(len(measured) > 0, owner, "measured", "hold at least one line", measured, "Pass one")
     strangers = [name for name in bounds if name not in measured]
@@ -57,6 +60,8 @@ def plot_measured_and_bound(
             fits = len(line) == len(places)
             require(fits, owner, kind, f"have {len(places)} points", f"{len(line)} in {name!r}", "Match x")
             style = styles[name] if kind == "measured" else {"color": styles[name]["color"], "linestyle": "--"}
+            if marks == "points" and kind == "measured":
+                style = {"color": styles[name]["color"], "linestyle": "none", "marker": "."}
             axes.plot(places, line, label=name if kind == "measured" else None, **style)
     if bounds:
         axes.plot([], [], color="0.4", linestyle="--", label=bound_label)

@@ -1,6 +1,7 @@
 """The table of equivalences holds, and it can fail."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,16 +23,21 @@ def test_every_equivalence_holds(report):
 
 def test_every_kind_of_statement_is_there(report):
     statements = " ".join(row.statement for row in report.rows)
-    for kind in ("POT", "closed form", "two-sided", "unbalanced", "lanes = dense", "gradient = advantage", "sdpa"):
+    for kind in ("POT", "closed form", "two-sided", "unbalanced", "certified gap", "lanes = dense", "gradient = advantage", "sdpa"):
         assert kind in statements
 
 
 def test_a_wrong_lane_is_noticed(monkeypatch):
-    honest = SinkPrior.key_only
-    monkeypatch.setattr(SinkPrior, "key_only", lambda self, positions, **kw: 1.001 * honest(self, positions, **kw))
+    honest = SinkPrior.expansions
+
+    def wrong_by_a_thousandth(self, dtype):
+        return tuple(replace(part, scale=tuple(1.001 * scale for scale in part.scale)) for part in honest(self, dtype))
+
+    monkeypatch.setattr(SinkPrior, "expansions", wrong_by_a_thousandth)
     wrong = {row.statement for row in measure_equivalences().rows if not row.holds}
     assert any("SinkPrior" in statement for statement in wrong)
     assert any("sdpa" in statement for statement in wrong)
+    assert "certified gap of attention = 0: sdpa, float64" in wrong
 
 
 @pytest.mark.parametrize(("error", "holds"), [(1e-13, True), (1e-11, False), (float("nan"), False)])
