@@ -3,7 +3,9 @@
 from eotattn.plotting.curves import plot_length_curves
 from eotattn.plotting.priors import (
     plot_causal_prior,
+    plot_cell_map,
     plot_key_only,
+    plot_lag_map,
     plot_relative,
     plot_row_centred,
 )
@@ -19,9 +21,11 @@ __all__ = [
     "mosaic",
     "panels",
     "plot_causal_prior",
+    "plot_cell_map",
     "plot_depth_grid",
     "plot_identity",
     "plot_key_only",
+    "plot_lag_map",
     "plot_length_curves",
     "plot_log_prior_by_lag",
     "plot_measured_and_bound",

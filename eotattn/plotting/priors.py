@@ -1,6 +1,6 @@
-"""Plots of log-priors: the key-only part, the relative part, the row-centred sum, the induced prior.
+"""Plots of log-priors: the key-only part, the relative part, the row-centred sum, the induced prior; grids.
 
-Legend: H heads, L tokens, T lags.
+Legend: H heads, L tokens, T lags, h rows, w columns.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ from numpy.typing import ArrayLike
 from eotattn.checks import require
 from eotattn.plotting.style import OKABE_ITO, resolve_axes, to_array
 
-__all__ = ["plot_causal_prior", "plot_key_only", "plot_relative", "plot_row_centred"]
+__all__ = [
+    "plot_causal_prior",
+    "plot_cell_map",
+    "plot_key_only",
+    "plot_lag_map",
+    "plot_relative",
+    "plot_row_centred",
+]
 
 
 def plot_key_only(
@@ -108,6 +115,51 @@ def plot_causal_prior(weights: ArrayLike, *, floor: float = 1e-3, axes: Axes | N
         np.ma.clip(shown, floor, 1.0), cmap="cividis", norm=LogNorm(floor, 1.0), interpolation="nearest", aspect="equal"
     )
     return _with_bar(axes, image, "probability")
+
+
+def plot_lag_map(relative: ArrayLike, *, axes: Axes | None = None) -> Axes:
+    """Draw one head's relative part on a grid against the lags of both axes, centred at its mean.
+
+    Args:
+        relative: (2 h - 1, 2 w - 1), nats, lags query - key from -(h - 1) and -(w - 1).
+        axes: Where to draw; a new figure by default.
+    """
+    values = to_array("plot_lag_map", "relative", relative, num_axes=2)
+    odd = values.shape[0] % 2 == 1 and values.shape[1] % 2 == 1
+    require(odd, "plot_lag_map", "relative", "have odd numbers of lags", values.shape, "Pass all lags of a grid")
+    rows, columns = (size // 2 + 0.5 for size in values.shape)
+    axes = _diverging("plot_lag_map", values, (-columns, columns, rows, -rows), axes)
+    axes.set_xlabel("column lag (cells)")
+    axes.set_ylabel("row lag (cells)")
+    return axes
+
+
+def plot_cell_map(key_only: ArrayLike, *, axes: Axes | None = None) -> Axes:
+    """Draw one head's key-only part on a grid, centred at its mean.
+
+    Args:
+        key_only: (h, w), nats.
+        axes: Where to draw; a new figure by default.
+    """
+    values = to_array("plot_cell_map", "key_only", key_only, num_axes=2)
+    axes = _diverging("plot_cell_map", values, None, axes)
+    axes.set_xlabel("column of the key")
+    axes.set_ylabel("row of the key")
+    return axes
+
+
+def _diverging(
+    owner: str, values: np.ndarray, extent: tuple[float, float, float, float] | None, axes: Axes | None
+) -> Axes:
+    """A heat map of deviations from the mean, zero in white."""
+    finite = np.isfinite(values)
+    require(bool(finite.any()), owner, "the values", "hold a finite value", "none", "Check the fit")
+    shown = np.ma.masked_invalid(values - values[finite].mean())
+    extreme = max(float(np.abs(shown).max()), 1e-9)
+    axes = resolve_axes(axes)
+    norm = TwoSlopeNorm(0.0, -extreme, extreme)
+    image = axes.imshow(shown, cmap="RdBu_r", norm=norm, interpolation="nearest", aspect="equal", extent=extent)
+    return _with_bar(axes, image, "log-prior, deviation from its mean (nats)")
 
 
 def _lines(
