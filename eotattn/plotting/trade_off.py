@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter
 from numpy.typing import ArrayLike
 
 from eotattn.checks import require
@@ -17,13 +18,20 @@ __all__ = ["plot_trade_off"]
 
 
 def plot_trade_off(
-    points: Mapping[str, ArrayLike], *, labels: Mapping[str, str] | None = None, axes: Axes | None = None
+    points: Mapping[str, ArrayLike],
+    *,
+    labels: Mapping[str, str] | None = None,
+    logarithmic: bool = False,
+    legend: bool = True,
+    axes: Axes | None = None,
 ) -> Axes:
     """Draw one marker a variant at its mean over seeds, with bars from the lowest to the highest seed.
 
     Args:
         points: Name -> (S, 2): across and upwards, one row a seed.
         labels: Name -> label in the legend; the name by default.
+        logarithmic: Whether the axis upwards is logarithmic.
+        legend: Whether to name the variants beside the axes.
         axes: Where to draw; a new figure by default.
     """
     require(len(points) > 0, "plot_trade_off", "points", "hold at least one variant", dict(points), "Pass one")
@@ -49,5 +57,10 @@ def plot_trade_off(
         )
     axes.grid(color="0.92", linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    if logarithmic:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    if legend:
+        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return axes

@@ -9,6 +9,7 @@ from eotattn.priors.grid_tables import GridKeyPrior, GridTablePrior
 from eotattn.priors.key_table import KeyTablePrior
 from eotattn.priors.lanes import LaneFactors, Lanes
 from eotattn.priors.recency import RecencyPrior, alibi_slopes
+from eotattn.priors.shared import SharedPrior
 from eotattn.priors.sink import SinkPrior
 from eotattn.priors.table import TablePrior
 
@@ -26,6 +27,7 @@ __all__ = [
     "RecencyPrior",
     "ScaledPrior",
     "ScoreMod",
+    "SharedPrior",
     "SinkPrior",
     "SumPrior",
     "TablePrior",

@@ -14,6 +14,7 @@ from eotattn.priors import (
     FourierPrior,
     GridPrior,
     RecencyPrior,
+    SharedPrior,
     SinkPrior,
     SumPrior,
     TablePrior,
@@ -371,6 +372,16 @@ def test_a_multiple_a_head_scales_head_by_head_and_zero_removes_the_prior():
     assert torch.equal(exact(loaded), exact(scaled))
 
 
+def test_shared_priors_are_equal_in_all_heads_and_learn_from_all():
+    one = off_neutral(goat_prior(1, num_frequencies=3))
+    shared = SharedPrior(one, 4)
+    assert torch.equal(exact(shared), exact(one).expand(4, -1, -1))
+    exact_sum = shared.dense(QUERIES, KEYS, dtype=torch.float64).sum()
+    (gradient,) = torch.autograd.grad(exact_sum, one.parts[0].even)
+    (alone,) = torch.autograd.grad(one.dense(QUERIES, KEYS, dtype=torch.float64).sum(), one.parts[0].even)
+    assert_close(gradient, 4 * alone, tolerance=1e-5)
+
+
 def test_sums_are_flat_and_keep_their_order():
     a, b, c = RecencyPrior(2), SinkPrior(2), FourierPrior(2)
     assert [*((a + b) + c).parts] == [*(a + (b + c)).parts] == [*SumPrior(a, b, c).parts] == [a, b, c]
@@ -426,6 +437,8 @@ def test_a_part_of_a_sum_can_be_frozen():
         (lambda: RecencyPrior(2) + 1.0, TypeError, "unsupported operand"),
         (lambda: SumPrior(), ValueError, "parts must hold at least one prior"),
         (lambda: math.nan * RecencyPrior(2), ValueError, "factor must be a finite number"),
+        (lambda: SharedPrior(RecencyPrior(2), 4), ValueError, "SharedPrior: prior must have one head; got 2"),
+        (lambda: SharedPrior(3.0, 4), TypeError, "SharedPrior: prior must be a LogPrior; got 3.0"),
         (lambda: RecencyPrior(2) * (1.0,), ValueError, r"factor must be a finite number, or 2 of them; got \(1.0,\)"),
         (lambda: RecencyPrior(2) * (1.0, math.inf), ValueError, "factor must be a finite number, or 2 of them"),
         (lambda: "2" * RecencyPrior(2), TypeError, None),
