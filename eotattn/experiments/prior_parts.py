@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from eotattn.checks import check_positive_int, require
-from eotattn.priors import SumPrior
+from eotattn.priors import LogPrior, SinkPrior, SumPrior
 
 __all__ = ["PriorParts", "centre_rows", "key_only_part", "split_prior"]
 
@@ -47,18 +47,22 @@ class PriorParts:
 
 
 @torch.no_grad()
-def key_only_part(prior: SumPrior, length: int) -> Tensor:
-    """u(j) of a prior made by :func:`eotattn.priors.goat_prior`, as it is parametrised, without the recency slope.
+def key_only_part(prior: LogPrior | None, length: int) -> Tensor | None:
+    """u(j) of a prior that holds a :class:`eotattn.priors.SinkPrior`, as it is parametrised.
 
     Args:
-        prior: Sum of waves, recency and key-only part, in this order.
+        prior: A key-only part, or a sum that has one.
         length: Positions L.
 
     Returns:
-        (H, L) float64, nats.
+        (H, L) float64, nats; None where there is no such part.
     """
-    positions, zero = _positions(prior, length)
-    return prior.parts[2].dense(zero, positions, dtype=torch.float64)[:, 0].cpu()
+    parts = prior.parts if isinstance(prior, SumPrior) else (prior,)
+    found = [part for part in parts if isinstance(part, SinkPrior)]
+    if not found:
+        return None
+    positions, zero = _positions(found[0], length)
+    return found[0].dense(zero, positions, dtype=torch.float64)[:, 0].cpu()
 
 
 @torch.no_grad()
@@ -75,18 +79,19 @@ def split_prior(prior: SumPrior, length: int) -> PriorParts:
         >>> parts.relative.shape, float(parts.key_only.abs().max())
         (torch.Size([2, 5]), 0.0)
     """
+    require(len(prior.parts) == 3, "split_prior", "prior", "have three parts", len(prior.parts), "Use goat_prior")
     positions, zero = _positions(prior, length)
     relative = sum(part.dense(positions, zero, dtype=torch.float64)[..., 0] for part in prior.parts[:2])
     assert isinstance(relative, Tensor)
     future = torch.ones(length, length, dtype=torch.bool).triu(1)
     total = prior.dense(positions, positions, dtype=torch.float64).cpu().masked_fill(future, -math.inf)
-    return PriorParts(key_only_part(prior, length), relative.cpu(), total)
+    key_only = prior.parts[2].dense(zero, positions, dtype=torch.float64)[:, 0].cpu()
+    return PriorParts(key_only, relative.cpu(), total)
 
 
-def _positions(prior: SumPrior, length: int) -> tuple[Tensor, Tensor]:
+def _positions(prior: LogPrior, length: int) -> tuple[Tensor, Tensor]:
     """Positions 0 ... L - 1 and position 0, on the prior's device."""
     check_positive_int("split_prior", "length", length)
-    require(len(prior.parts) == 3, "split_prior", "prior", "have three parts", len(prior.parts), "Use goat_prior")
     device = next(prior.parameters()).device
     return torch.arange(length, device=device), torch.zeros(1, dtype=torch.long, device=device)
 

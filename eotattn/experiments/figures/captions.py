@@ -15,8 +15,10 @@ VARIANT_NAMES = {
     "rope": "RoPE",
     "interpolated_rope": "RoPE, interpolated",
     "alibi": "ALiBi",
+    "ntk_rope": "RoPE, NTK",
     "goat": "GOAT",
     "paper_goat": "GOAT, paper's form",
+    "rotary_goat": "RoPE + GOAT",
     "sinusoidal": "sinusoidal",
     "none": "no positions",
 }

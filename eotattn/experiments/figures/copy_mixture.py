@@ -30,7 +30,7 @@ def draw_copy_mixture(study: CopyMixtureStudy, *, seed: int = 0, head: int = 0) 
     _mark(grid[0, 1], 1, float(parts.relative[head, 0]), "lag one")
     plot_row_centred(centre_rows(parts.total[head]).numpy(), axes=grid[1, 0])
     plot_causal_prior(parts.total[head].softmax(-1).numpy(), axes=grid[1, 1])
-    title_panels(grid.flat, ("key-only part", "relative part", "row-centred log-prior", "induced causal prior"))
+    title_panels([axes for row in grid for axes in row], ("key-only part", "relative part", "row-centred log-prior", "induced causal prior"))
     return figure
 
 
