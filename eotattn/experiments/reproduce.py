@@ -19,7 +19,7 @@ from eotattn.experiments.records import RunFolder
 from eotattn.experiments.results import ResultFolder
 from eotattn.experiments.runs import Plan, RunsFailedError, perform
 from eotattn.experiments.scales import check_scale
-from eotattn.experiments.studies import ablations, copy_mixture, language, retrieval
+from eotattn.experiments.studies import ablations, copy_mixture, dna, language, retrieval, vision
 from eotattn.records import write_atomically
 
 __all__ = ["FIGURES", "Figure", "find_notebooks", "make_runs", "reproduce", "strip_machine"]
@@ -45,6 +45,8 @@ FIGURES = {
     "1": Figure("fig1_copy_mixture", recipes.copy_mixture, copy_mixture.runs),
     "2": Figure("fig2_language", recipes.language, language.runs),
     "3": Figure("fig3_retrieval", recipes.retrieval, retrieval.runs),
+    "4": Figure("fig4_dna", recipes.dna, dna.runs),
+    "5": Figure("fig5_vision", recipes.vision, vision.runs),
     "ablations": Figure("ablations", recipes.ablations, ablations.runs),
 }
 
