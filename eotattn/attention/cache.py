@@ -5,12 +5,14 @@ Legend: B batch, Hk key heads, S slots, L new tokens, D key width, V value width
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from eotattn.attention.key_storage import KeyStorage
-from eotattn.checks import check_positive_int, check_shape, require
+from eotattn.checks import check_positive_int, check_shape, fail, require
 from eotattn.priors import LogPrior
 from eotattn.priors.base import check_prior
 
@@ -39,6 +41,7 @@ class KeyValueCache:
 
     Attributes:
         length: Slots filled so far.
+        step: What the last decoding step looked like and its scale, if the next one can do without checks.
 
     Example:
         >>> cache = KeyValueCache(1, 2, max_length=8, key_width=4, value_width=4)
@@ -77,6 +80,7 @@ class KeyValueCache:
         self._padding = torch.zeros(batch_size, max_length, dtype=torch.bool, device=device)
         self._has_padding = False
         self._widen_values()
+        self.step: tuple[tuple[Any, ...], float] | None = None
 
     @property
     def keys(self) -> Tensor:
@@ -105,6 +109,10 @@ class KeyValueCache:
         """(B,) tokens of each sample, padding not counted."""
         return (~self._padding[:, : self.length]).sum(dim=1)
 
+    def has_room(self, count: int) -> bool:
+        """Whether ``count`` more tokens fit."""
+        return self.length + count <= self.max_length
+
     def next_positions(self, count: int, padding: Tensor | None = None) -> Tensor | range:
         """Positions that the next ``count`` tokens will have; padding tokens repeat their neighbour's.
 
@@ -115,8 +123,10 @@ class KeyValueCache:
         Raises:
             ValueError: If the slots do not suffice.
         """
-        end, rule = self.length + count, f"leave room in {self.max_length} slots"
-        require(end <= self.max_length, "KeyValueCache", "key", rule, f"{end} tokens", "Allocate more or crop")
+        end = self.length + count
+        if not self.has_room(count):
+            rule = f"leave room in {self.max_length} slots"
+            fail("KeyValueCache", "key", rule, f"{end} tokens", "Allocate more or crop")
         if padding is not None:
             return self.first_position + self._counts((~padding).to(torch.int64))
         if self._has_padding:
@@ -144,9 +154,7 @@ class KeyValueCache:
         if padding is not None:
             check_shape("KeyValueCache", "padding", padding, (batch, count), "One entry a token")
         positions, end = self.next_positions(count, padding), start + count
-        self._keys.write(start, key, padding)
-        self._values[:, :, start:end, : self.value_width] = value.detach()
-        self.length = end
+        self._write(key, value, padding)
         if padding is not None and not isinstance(positions, range):
             self._has_padding = True
             self._padding[:, start:end], self._positions[:, start:end] = padding, positions
@@ -166,13 +174,16 @@ class KeyValueCache:
             Query (B, H, Q, W), keys (B, Hk, length, W) and values (B, Hk, length, V or wider), or ``None`` where what
             is stored does not serve: another prior, scale or dtype, gradients of the prior, compilation.
         """
+        return self._views(query) if self._keys.serves(query, prior, scale) else None
+
+    def operands_after(
+        self, query: Tensor, key: Tensor, value: Tensor, prior: LogPrior | None, *, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """:meth:`operands` after appending keys and values that were found to fit before, or ``None`` and no change."""
         if not self._keys.serves(query, prior, scale):
             return None
-        positions = self._positions if self._has_padding else self._positions[0]
-        lanes = self._keys.lanes(positions, self.length - query.shape[2], self.length)
-        if lanes.shape[-1] > 0:
-            query = torch.cat([query, lanes.expand(*query.shape[:-1], -1)], dim=-1)
-        return query, self._keys.tensor[:, :, : self.length], self._values[:, :, : self.length]
+        self._write(key, value, None)
+        return self._views(query)
 
     def crop(self, length: int) -> None:
         """Forget all but the first ``length`` slots."""
@@ -193,6 +204,21 @@ class KeyValueCache:
             self._padding[:, : self.length] = self._padding[samples, : self.length]
             self._positions[:, : self.length] = self._positions[samples, : self.length]
             self._expect_no_padding(self.length)
+
+    def _write(self, key: Tensor, value: Tensor, padding: Tensor | None) -> None:
+        start, end = self.length, self.length + key.shape[2]
+        self._keys.write(start, key, padding)
+        self._values[:, :, start:end, : self.value_width] = value.detach()
+        self.length = end
+
+    def _views(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        lanes = self._keys.lanes(self._slot_positions, self.length - query.shape[2], self.length)
+        if lanes.shape[-1] > 0:
+            query = torch.cat([query, lanes.expand(-1, query.shape[1], -1, -1)], dim=-1)
+        return query, self._keys.tensor[:, :, : self.length], self._values[:, :, : self.length]
+
+    def _slot_positions(self) -> Tensor:
+        return self._positions if self._has_padding else self._positions[0]
 
     def _counts(self, new: Tensor) -> Tensor:
         """(B, L) tokens of each sample before each new one, ``new`` being 1 for a token and 0 for padding."""

@@ -17,7 +17,15 @@ from eotattn.attention.cache import KeyValueCache
 from eotattn.attention.documents import PackedDocuments
 from eotattn.attention.masks import Masks, gather_masks
 from eotattn.attention.positions import Band, Positions, causal_pattern, resolve_positions
-from eotattn.checks import check_floating, check_positive, check_positive_int, check_same_device, check_shape, require
+from eotattn.checks import (
+    check_floating,
+    check_positive,
+    check_positive_int,
+    check_same_device,
+    check_shape,
+    fail,
+    require,
+)
 from eotattn.priors import LogPrior
 from eotattn.priors.base import check_prior
 
@@ -87,8 +95,8 @@ class AttentionCall:
             query_positions = key_positions = documents.positions(query.shape[0], query.shape[2], query.device)
         queries = _resolve("query_positions", query_positions, query, prior)
         keys = _resolve("key_positions", key_positions, key, prior)
-        remedy = "Pass attn_mask for an order of cells"
-        require(not (is_causal and queries.on_grid), OWNER, "is_causal", "be false on grids", is_causal, remedy)
+        if is_causal and queries.on_grid:
+            fail(OWNER, "is_causal", "be false on grids", is_causal, "Pass attn_mask for an order of cells")
         if window is not None:
             check_positive_int(OWNER, "window", window)
             require(is_causal, OWNER, "window", "be left out without is_causal", window, "Pass is_causal=True")
@@ -98,7 +106,8 @@ class AttentionCall:
             seen = causal_pattern(queries, keys, window) if is_causal else None
         shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
         masks = gather_masks(OWNER, shape, attn_mask, key_padding_mask, seen, documents)
-        check_same_device(OWNER, ("query", query), attn_mask=attn_mask, key_padding_mask=key_padding_mask)
+        if attn_mask is not None or key_padding_mask is not None:
+            check_same_device(OWNER, ("query", query), attn_mask=attn_mask, key_padding_mask=key_padding_mask)
         return cls(query, key, value, prior, queries, keys, masks, scale, dropout_p, return_weights, cache)
 
     @property
@@ -133,6 +142,24 @@ def _as_autocast(*content: Tensor) -> tuple[Tensor, ...]:
 
 
 def _check_content(query: Tensor, key: Tensor, value: Tensor) -> None:
+    if not _fits(query, key, value):
+        _refuse_content(query, key, value)
+
+
+def _fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether :func:`_refuse_content` has nothing to say; quick, since every call asks."""
+    for tensor in (query, key, value):
+        if not isinstance(tensor, Tensor) or tensor.dim() != 4 or tensor.dtype != query.dtype:
+            return False
+    if not query.is_floating_point() or query.device != key.device or query.device != value.device:
+        return False
+    (batch, heads, queries, width), (_, key_heads, keys, value_width) = query.shape, value.shape
+    if 0 in (batch, heads, queries, width, key_heads, keys, value_width):
+        return False
+    return heads % key_heads == 0 and value.shape[0] == batch and tuple(key.shape) == (batch, key_heads, keys, width)
+
+
+def _refuse_content(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_floating(OWNER, name, tensor)
         require(tensor.dim() == 4, OWNER, name, "have shape (B, heads, length, width)", tensor, "Split the heads first")

@@ -10,8 +10,9 @@ from torch import Tensor
 from eotattn.attention.backends import BACKENDS, choose, refusal, run
 from eotattn.attention.cache import KeyValueCache
 from eotattn.attention.call import AttentionCall, without_autocast
+from eotattn.attention.decoding import remember_step, step_again
 from eotattn.attention.documents import PackedDocuments
-from eotattn.checks import check_choice, check_shape, require
+from eotattn.checks import check_choice, fail
 from eotattn.priors import LogPrior
 
 __all__ = ["prior_attention"]
@@ -87,8 +88,12 @@ def prior_attention(
         torch.Size([1, 2, 5, 8])
     """
     check_choice("prior_attention", "backend", backend, ("auto", *BACKENDS))
+    content, options = (query, key, value), (is_causal, scale, dropout_p, backend)
     if cache is not None:
+        is_step = attn_mask is None and key_padding_mask is None and window is None and not return_weights
         _check_left_to_cache(query, key, query_positions, key_positions, documents)
+        if is_step and (output := step_again(*content, prior, cache, options)) is not None:
+            return output
         query_positions = cache.append(key, value, key_padding_mask)
         key, value, key_positions, key_padding_mask = cache.keys, cache.values, cache.positions, cache.padding
     call = AttentionCall.check(
@@ -115,6 +120,8 @@ def prior_attention(
         )
     with without_autocast(call.query.device):
         output, weights = run(chosen, call)
+    if cache is not None and is_step:
+        remember_step(content, call, chosen, options)
     return (output, weights) if return_weights and weights is not None else output
 
 
@@ -125,8 +132,10 @@ def _check_left_to_cache(
     key_positions: Tensor | range | None,
     documents: PackedDocuments | None,
 ) -> None:
-    owner, remedy = "prior_attention", "Keep only new tokens in the call"
-    check_shape(owner, "key", key, (None, None, query.shape[2], None), remedy)
+    owner = "prior_attention"
+    if key.shape[2] != query.shape[2]:
+        fail(owner, "key", f"have {query.shape[2]} tokens, as the query has", key, "Pass new tokens alone")
     others = (("query_positions", query_positions), ("key_positions", key_positions), ("documents", documents))
     for name, given in others:
-        require(given is None, owner, name, "be left to the cache", given, "Drop it")
+        if given is not None:
+            fail(owner, name, "be left to the cache", given, "Drop it")

@@ -6,6 +6,7 @@ Legend: B batch, H query heads, Hk key heads, S slots, Q queries, D key width, P
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from copy import copy
 from typing import Any
 
@@ -51,6 +52,8 @@ class KeyStorage:
             zero = torch.zeros(1, dtype=torch.int64, device=self.tensor.device)
             self._num_lanes = self._make(zero, zero)[1].shape[-1]
         self._widen()
+        modules = [] if prior is None else prior.modules()
+        self._modules = [(module._parameters, module._buffers) for module in modules]
         self._num_ready, self._stamp = 0, self._versions()
         self._query_first, self._query_lanes = 0, self.tensor.new_zeros(0, 0)
 
@@ -90,33 +93,37 @@ class KeyStorage:
         learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in prior.parameters())
         return self._num_lanes > 0 and math.isclose(scale, self.scale) and not learns
 
-    @torch.no_grad()
-    def lanes(self, positions: Tensor, start: int, end: int) -> Tensor:
+    def lanes(self, positions: Callable[[], Tensor], start: int, end: int) -> Tensor:
         """Bring the lanes of keys up to date and give those of the queries in the slots from ``start`` to ``end``.
 
         Args:
-            positions: (S,) or (B, S), tokens, of filled slots and as expected of those to come.
+            positions: Gives (S,) or (B, S), tokens, of filled slots and as expected of those to come.
             start: Slot of the first query.
             end: Slots filled.
 
         Returns:
-            (H, Q, W - D) or (B, H, Q, W - D).
+            (B, H, Q, W - D).
         """
-        if self._num_lanes > 0 and self._stamp != (stamp := self._versions()):
+        if self._stamp != (stamp := self._versions()):
             self.forget_lanes(0)
             self._stamp = stamp
+        at, known = start - self._query_first, self._query_lanes.shape[-2]
+        if self._num_ready >= end and at >= 0 and end - self._query_first <= known:
+            return self._query_lanes.narrow(-2, at, end - start)
+        with torch.no_grad():
+            return self._make_ahead(positions(), start, end)
+
+    def _make_ahead(self, positions: Tensor, start: int, end: int) -> Tensor:
         stop, first = min(self.tensor.shape[2], end + AHEAD), positions[..., :1]
-        if self._num_lanes > 0 and self._num_ready < end:
+        if self._num_ready < stop and self._num_lanes > 0:
             columns = slice(self.content_width, self.content_width + self._num_lanes)
             ready = slice(self._num_ready, stop)
             self.tensor[:, :, ready, columns] = self._make(first, positions[..., ready])[1]
-            self._num_ready = stop
-        at = start - self._query_first
-        if at < 0 or end - self._query_first > self._query_lanes.shape[-2]:
-            made = self._query_side(positions[..., start:stop], first)
-            self._query_first, self._query_lanes = end, made[..., end - start :, :].clone()
-            return made[..., : end - start, :]
-        return self._query_lanes[..., at : at + end - start, :]
+        self._num_ready = max(self._num_ready, stop)
+        made = self._query_side(positions[..., start:stop], first)
+        made = made.expand(self.tensor.shape[0], *made.shape[-3:])
+        self._query_first, self._query_lanes = end, made[..., end - start :, :].clone()
+        return made[..., : end - start, :]
 
     def _query_side(self, positions: Tensor, first: Tensor) -> Tensor:
         """What stands beside a query's content: lanes, the constant that meets the padding lane, zeros."""
@@ -137,12 +144,10 @@ class KeyStorage:
         grouped = lanes.grouped(num_kv_heads)
         return grouped.query, grouped.key
 
-    def _versions(self) -> tuple[Any, ...]:
+    def _versions(self) -> list[tuple[int, int, int]]:
         """What changes when a parameter or buffer of the prior is replaced, moved or written to."""
-        if self.prior is None:
-            return ()
-        tensors = [*self.prior.parameters(), *self.prior.buffers()]
-        return tuple((id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+        tensors = (t for module in self._modules for held in module for t in held.values() if t is not None)
+        return [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
 
     def _widen(self) -> None:
         """Make room for lanes and for the padding lane."""

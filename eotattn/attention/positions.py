@@ -24,14 +24,26 @@ class Positions:
     """Positions of one side of an attention call.
 
     Args:
-        tensor: (L,) or (B, L), tokens; with a trailing axis on grids.
+        given: (L,) or (B, L), tokens; with a trailing axis on grids. ``None`` where they are consecutive.
         first: First position if they are known to be consecutive, else ``None``.
+        length: Tokens L.
+        device: Device of the tokens.
         on_grid: Whether the positions are points of a grid.
     """
 
-    tensor: Tensor
-    first: int | None = None
+    given: Tensor | None
+    first: int | None
+    length: int
+    device: torch.device
     on_grid: bool = False
+
+    @property
+    def tensor(self) -> Tensor:
+        """The positions as they were given, or (L,) int64, made when they are asked for."""
+        if self.given is not None:
+            return self.given
+        assert self.first is not None
+        return consecutive(self.first, self.length, self.device)
 
 
 @dataclass(frozen=True)
@@ -83,7 +95,7 @@ def resolve_positions(
             require(given.step == 1, owner, argument, "be a range of step one", given, "Pass a tensor instead")
             if given.stop - first != length:
                 fail(owner, argument, f"have length {length}", given, "One position a token")
-        return Positions(consecutive(first, length, device), first)
+        return Positions(None, first, length, device)
     remedy = "Pass a tensor, a range, or nothing for 0, 1, 2, ..."
     require(isinstance(given, Tensor), owner, argument, "be a tensor or a range", given, remedy, error=TypeError)
     tail = (num_coordinates,) if on_grid else ()
@@ -94,7 +106,7 @@ def resolve_positions(
     if given.device != device:
         fail(owner, argument, f"be on {device}", given, "Move it to the query's device")
     check_positions(owner, argument, given, num_coordinates)
-    return Positions(given, None, on_grid)
+    return Positions(given, None, length, device, on_grid)
 
 
 def causal_pattern(query: Positions, key: Positions, window: int | None = None) -> Band | Tensor | None:
@@ -104,7 +116,7 @@ def causal_pattern(query: Positions, key: Positions, window: int | None = None) 
         A :class:`Band` of indices where positions are known to be consecutive, ``None`` if every key is visible, else a
         boolean mask (Q, K) or (B, 1, Q, K), true where visible.
     """
-    queries, keys = query.tensor.shape[-1], key.tensor.shape[-1]
+    queries, keys = query.length, key.length
     if query.first is not None and key.first is not None:
         offset = query.first - key.first
         window = None if window is not None and window >= queries + offset else window

@@ -243,3 +243,38 @@ def test_a_copy_still_has_its_lanes(lanes_made):
     lanes_made.clear()
     steps(inputs, prior, twin, [1] * 3, start=10)
     assert lanes_made == []
+
+
+def test_a_step_unlike_the_one_before_is_checked_again():
+    """What one step was let through with says nothing about a step of other shapes, dtypes or options."""
+    prior, inputs = PRIORS["goat"](), content()
+    cache = cache_for(prior)
+    steps(inputs, prior, cache, [8, 1, 1])
+    assert cache.step is not None
+    query, key, value = part(inputs, 10, 11)
+    with torch.no_grad():
+        for wrong, error in (
+            ((query.float(), key, value), "key must have the query's dtype"),
+            ((query[:1], key, value), "key must have shape"),
+            ((query, key[..., :4], value), "key must have shape"),
+            ((query, key, value[:, :1]), "value must have shape"),
+        ):
+            with pytest.raises(ValueError, match=error):
+                prior_attention(*wrong, prior=prior, is_causal=True, cache=cache)
+            cache.crop(10)
+        output = prior_attention(query, key, value, prior=prior, is_causal=True, cache=cache, backend="reference")
+    expected = prior_attention(*part(inputs, 0, 11), prior=prior, is_causal=True, backend="reference")
+    assert_close(output, expected[:, :, 10:])
+    assert_close(
+        steps(inputs, prior, cache, [1, 1], start=11),
+        prior_attention(*part(inputs, 0, 13), prior=prior, is_causal=True, backend="reference")[:, :, 11:],
+    )
+
+
+def test_a_full_cache_takes_no_more_steps():
+    prior, inputs = PRIORS["goat"](), content()
+    cache = cache_for(prior, length=10)
+    steps(inputs, prior, cache, [8, 1, 1])
+    with pytest.raises(ValueError, match="leave room in 10 slots; got '11 tokens'"):
+        steps(inputs, prior, cache, [1], start=10)
+    assert cache.length == 10
