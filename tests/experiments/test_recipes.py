@@ -22,11 +22,19 @@ def test_every_figure_has_every_scale_and_is_frozen(recipe, scale):
 @pytest.mark.parametrize("scale", SCALES)
 def test_language_variants_differ_in_attention_alone_and_reach_sixteen_fold(scale):
     recipe = recipes.language(scale)
-    sizes = [{k: v for k, v in asdict(decoder).items() if k != "attention"} for decoder in recipe.variants]
+    sizes = [
+        {k: v for k, v in asdict(decoder).items() if k != "attention"} for decoder in recipe.variants + recipe.contrasts
+    ]
     assert all(size == sizes[0] for size in sizes)
-    assert [decoder.attention for decoder in recipe.variants] == ["rope", "alibi", "goat"]
+    assert {"rope", "alibi", "paper_goat"} <= {decoder.attention for decoder in recipe.variants}
     assert recipe.lengths[0] == recipe.train_length
     assert recipe.lengths[-1] == 16 * recipe.train_length
+    assert recipe.sweep.training.batch_size == recipe.training.batch_size
+
+
+def test_numbers_to_quote_come_from_three_seeds():
+    assert len(recipes.language("h200").seeds) >= 3
+    assert all(len(recipes.copy_mixture(scale).seeds) >= 3 for scale in SCALES)
 
 
 def test_paper_scale_has_the_papers_numbers():
