@@ -3,7 +3,19 @@
 from eotattn.experiments.figures.ablations import draw_ablations
 from eotattn.experiments.figures.captions import VARIANT_NAMES, title_panels
 from eotattn.experiments.figures.copy_mixture import draw_copy_mixture
+from eotattn.experiments.figures.dna import draw_dna
 from eotattn.experiments.figures.language import draw_language
 from eotattn.experiments.figures.retrieval import draw_retrieval
+from eotattn.experiments.figures.vision import POSITION_NAMES, draw_vision
 
-__all__ = ["VARIANT_NAMES", "draw_ablations", "draw_copy_mixture", "draw_language", "draw_retrieval", "title_panels"]
+__all__ = [
+    "POSITION_NAMES",
+    "VARIANT_NAMES",
+    "draw_ablations",
+    "draw_copy_mixture",
+    "draw_dna",
+    "draw_language",
+    "draw_retrieval",
+    "draw_vision",
+    "title_panels",
+]

@@ -91,7 +91,7 @@ _VISION = {
         sizes=(8, 16, 24),
         max_shift=1,
         variants=_transformers(8, 2, num_classes=10, num_layers=3, embed_dim=48, num_heads=4),
-        training=TrainingConfig(steps=500, batch_size=64, warmup_steps=50, log_every=20, checkpoint_every=250),
+        training=TrainingConfig(steps=600, batch_size=32, warmup_steps=50, log_every=20, checkpoint_every=300),
         prior_rate_factor=10.0,
         learning_rates=(1e-3, 3e-3),
         sweep_steps=100,

@@ -62,9 +62,9 @@ class DnaStudy:
         pairs = zip(self.of(variant), self.of(over), strict=True)
         return SeedInterval.of([float(theirs.value("loss")) - float(ours.value("loss")) for ours, theirs in pairs])
 
-    def gc_correlation(self, variant: str) -> SeedInterval:
-        """Correlation of the GC content of sampled and true continuations."""
-        return SeedInterval.of([_gc_correlation(record) for record in self.of(variant)])
+    def gc_correlations(self, variant: str) -> list[float]:
+        """Correlation of the GC content of sampled and true continuations, one a seed."""
+        return [_gc_correlation(record) for record in self.of(variant)]
 
     @cached_property
     def best_gc_correlation(self) -> float | None:
@@ -164,9 +164,9 @@ class DnaStudy:
         )
 
     def _gc_verdict(self) -> str:
-        ours, theirs = self.gc_correlation("paper_goat"), self.gc_correlation("rope")
-        pairs = zip(self.of("paper_goat"), self.of("rope"), strict=True)
-        gain = SeedInterval.of([_gc_correlation(a) - _gc_correlation(b) for a, b in pairs])
+        pairs = list(zip(self.gc_correlations("paper_goat"), self.gc_correlations("rope"), strict=True))
+        ours, theirs = (SeedInterval.of(values) for values in zip(*pairs, strict=True))
+        gain = SeedInterval.of([a - b for a, b in pairs])
         best = self.best_gc_correlation
         ceiling = "" if best is None else f" Continuations drawn from the true distribution reach {best:.3f}."
         return (
