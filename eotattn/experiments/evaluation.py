@@ -10,16 +10,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from eotattn.attention import PriorAttention
 from eotattn.checks import check_positive_int, require
 from eotattn.diagnostics import score_range, sink_mass
 from eotattn.experiments.networks import Decoder
-from eotattn.experiments.training import Row
+from eotattn.experiments.training import Evaluate, Row
+from eotattn.integrations import TrainingProbe
 
-__all__ = ["SinkObservations", "length_curve", "sink_observations", "target_bits"]
+__all__ = ["SinkObservations", "length_curve", "sink_observations", "target_bits", "watch_sinks"]
 
 
 @torch.no_grad()
@@ -81,6 +82,26 @@ def length_curve(network: Decoder, windows: Tensor, *, lengths: Sequence[int], n
             }
         )
     return rows
+
+
+def watch_sinks(network: nn.Module, inputs: Tensor) -> Evaluate:
+    """An evaluation hook for training that records the mass on the first token, while sinks form.
+
+    Args:
+        network: The network in training.
+        inputs: What it reads each time, the same at every step.
+
+    Returns:
+        A hook whose rows have ``sink_mass``: a list over layers of lists over heads, means over the queries.
+    """
+    probe = TrainingProbe(network, every=1)
+
+    def watch(_: nn.Module, step: int) -> list[Row]:
+        with probe.step(step):
+            network(inputs.to(next(network.parameters()).device))
+        return [{"sink_mass": probe.reports[step].mean["sink mass of key 0"].tolist()}]
+
+    return watch
 
 
 @dataclass(frozen=True, eq=False)

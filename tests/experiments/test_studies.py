@@ -89,17 +89,21 @@ def test_copy_mixture_study_stores_what_it_draws(tmp_path):
 # Language -----------------------------------------------------------------------------------------------------------
 
 
-def small_recipe():
+def small_recipe(folder):
+    """Four steps on small files of counted bytes."""
+    for k in range(90):
+        (folder / f"text_{k}.txt").write_bytes(bytes((k * j) % 251 for j in range(1200)))
     recipe = recipes.language("smoke")
     training = replace(recipe.training, steps=4, warmup_steps=1, log_every=2, evaluate_every=2)
     sweep = RateSweep((1e-3, 1e-2), replace(recipe.sweep.training, steps=2), windows=2)
-    return replace(recipe, training=training, sweep=sweep, contrasts=recipe.contrasts[:1], curve_windows=2)
+    recipe = replace(recipe, corpus=str(folder), contrasts=recipe.contrasts[:1])
+    return replace(recipe, training=training, sweep=sweep, curve_windows=2, sink_windows=2)
 
 
 @pytest.fixture(scope="module")
 def small_language(tmp_path_factory):
     folder = ResultFolder(str(tmp_path_factory.mktemp("out")), "smoke", "fig2_language")
-    recipe = small_recipe()
+    recipe = small_recipe(tmp_path_factory.mktemp("texts"))
     lines = []
     records = perform(language.runs, recipe, folder, jobs=1, report=lines.append)
     assert len(lines) == 8 + 8 + 1  # sweeps, variants by seeds, one contrast

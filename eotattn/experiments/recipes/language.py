@@ -131,13 +131,13 @@ _LANGUAGE = {
         variants=_decoders(_VARIANTS, _LAPTOP),
         contrasts=_decoders(_CONTRASTS, _LAPTOP),
         readings=_READINGS,
-        sweep=RateSweep((2e-3, 4e-3, 8e-3), TrainingConfig(steps=150, batch_size=16, warmup_steps=30), windows=64),
+        sweep=RateSweep((2e-3, 4e-3, 8e-3), TrainingConfig(steps=100, batch_size=16, warmup_steps=20), windows=64),
         training=TrainingConfig(
-            steps=600, batch_size=16, warmup_steps=60, log_every=50, evaluate_every=60, checkpoint_every=200
+            steps=500, batch_size=16, warmup_steps=50, log_every=50, evaluate_every=50, checkpoint_every=250
         ),
         seeds=(0, 1),
         length_factors=_FACTORS,
-        curve_windows=96,
+        curve_windows=64,
         sink_windows=64,
         sink_bins=12,
         probe_windows=4,

@@ -5,7 +5,6 @@ Legend: A blocks, H heads, L tokens, S recorded steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -14,14 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from eotattn.diagnostics import SinkMassReport, sink_mass_by_score_range
-from eotattn.experiments.evaluation import length_curve, sink_observations, target_bits
+from eotattn.experiments.evaluation import length_curve, sink_observations, target_bits, watch_sinks
 from eotattn.experiments.networks import Decoder, DecoderConfig
 from eotattn.experiments.prior_parts import key_only_part
 from eotattn.experiments.recipes.language import LanguageRecipe
 from eotattn.experiments.records import Measurement, Records, Row, Run
 from eotattn.experiments.tasks import LanguageTask
 from eotattn.experiments.training import TrainingConfig, autocast, train, training_rows
-from eotattn.integrations import TrainingProbe
 
 __all__ = ["DecoderRun", "RateRun", "best_rate", "measure", "measure_rate", "runs", "sweep_runs"]
 
@@ -162,7 +160,7 @@ def measure(run: DecoderRun, checkpoint: Path) -> Measurement:
     task = LanguageTask.from_corpus(run.corpus, length=near)
     windows = task.held_out_windows(run.lengths[-1], run.curve_windows)  # fails before any training
     network = Decoder(run.decoder)
-    watch = _watch_sinks(network, task.validation_windows(near, run.probe_windows)[:, :-1])
+    watch = watch_sinks(network, task.validation_windows(near, run.probe_windows)[:, :-1])
     training = train(network, task, run.training, label=_label(run), evaluate=watch, checkpoint=checkpoint)
     rows = training_rows(training)
     with autocast(run.training, _device(network)):
@@ -215,18 +213,6 @@ def _curve(network: Decoder, windows: Tensor, lengths: tuple[int, ...]) -> list[
         rows.append(place | bits | {"standard_error": row["standard_error"]})
         rows.append(place | {"quantity": "perplexity", "unit": "per byte", "value": row["perplexity"]})
     return rows
-
-
-def _watch_sinks(network: Decoder, tokens: Tensor) -> Callable[[nn.Module, int], list[Row]]:
-    """An evaluation hook that records the mass on the first token, (A, H), while sinks form."""
-    probe = TrainingProbe(network, every=1)
-
-    def watch(_: nn.Module, step: int) -> list[Row]:
-        with probe.step(step):
-            network(tokens.to(_device(network)))
-        return [{"sink_mass": probe.reports[step].mean["sink mass of key 0"].tolist()}]
-
-    return watch
 
 
 def _sinks(network: Decoder, tokens: Tensor, num_bins: int) -> SinkMassReport:
