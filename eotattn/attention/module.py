@@ -6,7 +6,7 @@ Legend: B batch, E model width, H query heads, Hk key heads, Q queries, K keys, 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from eotattn.attention.conversion import as_batch, copy_weights, multihead_argum
 from eotattn.attention.documents import PackedDocuments
 from eotattn.attention.functional import prior_attention
 from eotattn.attention.masks import from_multihead_convention
-from eotattn.attention.projections import PackedProjection, SeparateProjections
+from eotattn.attention.projected_heads import Heads, ProjectedHeads
 from eotattn.attention.rotary import Rotary
 from eotattn.checks import check_choice, check_positive_int, require
 from eotattn.priors import LogPrior
@@ -27,15 +27,7 @@ from eotattn.priors.base import check_prior
 __all__ = ["Heads", "PriorAttention"]
 
 
-class Heads(NamedTuple):
-    """Projected content of one call: query (B, H, Q, D), key (B, Hk, K, D), value (B, Hk, K, V)."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-
-
-class PriorAttention(nn.Module):
+class PriorAttention(ProjectedHeads):
     """Multi-head attention with a log-prior: MHA, GQA or MQA, self- or cross-attention.
 
     It is called like ``nn.MultiheadAttention`` and returns the same pair, so ``nn.TransformerEncoderLayer`` can hold it
@@ -100,86 +92,30 @@ class PriorAttention(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        owner = type(self).__name__
-        self.embed_dim = check_positive_int(owner, "embed_dim", embed_dim)
-        self.num_heads = check_positive_int(owner, "num_heads", num_heads)
-        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        self.num_kv_heads = check_positive_int(owner, "num_kv_heads", kv_heads)
-        _check_heads(owner, embed_dim, num_heads, self.num_kv_heads, prior)
+        owner, make = type(self).__name__, {"device": device, "dtype": dtype}
+        if prior is not None:
+            check_prior(owner, "prior", prior)
+            have = prior.num_heads
+            require(have == num_heads, owner, "prior", f"have {num_heads} heads", have, "Build it for query heads")
+        widths: dict[str, Any] = {"num_kv_heads": num_kv_heads, "kdim": kdim, "vdim": vdim}
+        reserved = _num_reserved(owner, prior, lanes, lane_dtype)
+        super().__init__(embed_dim, num_heads, **widths, reserved=reserved, rotary=rotary, bias=bias, **make)
         require(0 <= dropout < 1, owner, "dropout", "lie in [0, 1)", dropout, "Pass a probability")
         self.backend = check_choice(owner, "backend", backend, ("auto", *BACKENDS))
-        self.lanes = check_choice(owner, "lanes", lanes, ("appended", "reserved"))
         self.window = None if window is None else check_positive_int(owner, "window", window)
-        self.head_dim = embed_dim // num_heads
-        self.content_dim = self._content_dim(prior, lane_dtype)
-        if rotary is not None:
-            rule = f"have width {self.content_dim}"
-            require(rotary.width == self.content_dim, owner, "rotary", rule, rotary.width, "Rebuild it for the content")
+        self.lanes, self.dropout, self.batch_first = lanes, dropout, batch_first
         self.scale = 1 / math.sqrt(self.content_dim)
-        self.dropout, self.batch_first = dropout, batch_first
-        self.kdim = embed_dim if kdim is None else check_positive_int(owner, "kdim", kdim)
-        self.vdim = embed_dim if vdim is None else check_positive_int(owner, "vdim", vdim)
-        self.prior, self.rotary = prior, rotary
-        make: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
-        content_widths = (num_heads * self.content_dim, self.num_kv_heads * self.content_dim)
-        widths = (*content_widths, self.num_kv_heads * self.head_dim)
-        self.in_proj: PackedProjection | SeparateProjections
-        if kdim is None and vdim is None:
-            self.in_proj = PackedProjection(embed_dim, widths, **make)
-        else:
-            self.in_proj = SeparateProjections((embed_dim, self.kdim, self.vdim), widths, **make)
-        self.out_proj = nn.Linear(embed_dim, embed_dim, **make)
-        del make["bias"]
-        kinds = {"learned": add_bias_kv, "zero": add_zero_attn}
-        sizes = (self.num_kv_heads, self.content_dim, self.head_dim)
-        self.appended = AppendedKeys(*sizes, **kinds, **make) if add_bias_kv or add_zero_attn else None
-        self._reset_projections()  # not the prior: it may come trained
-
-    def _content_dim(self, prior: LogPrior | None, lane_dtype: torch.dtype) -> int:
-        owner = type(self).__name__
-        if self.lanes == "appended" or prior is None:
-            idle = lane_dtype == torch.float32
-            require(idle, owner, "lane_dtype", "be left alone where no lanes are reserved", lane_dtype, "Drop it")
-            return self.head_dim
-        require(prior.has_lanes, owner, "prior", "have lanes to reserve", type(prior).__name__, "Use lanes='appended'")
-        width = self.head_dim - prior.num_lanes(lane_dtype)
-        rule = f"leave content in a head of width {self.head_dim}"
-        got = f"{prior.num_lanes(lane_dtype)} lanes"
-        require(width > 0, owner, "prior", rule, got, "Use fewer frequencies or lanes='appended'")
-        return width
+        self.prior = prior  # not reset: it may come trained
+        sizes, kinds = (self.num_kv_heads, self.content_dim, self.head_dim), (add_bias_kv, add_zero_attn)
+        self.appended = AppendedKeys(*sizes, learned=kinds[0], zero=kinds[1], **make) if any(kinds) else None
 
     def reset_parameters(self) -> None:
         """Initialise the projections as ``nn.MultiheadAttention`` does (Xavier, zero biases); reset the prior."""
-        self._reset_projections()
+        self.reset_projections()
         if self.appended is not None:
             self.appended.reset_parameters()
         if self.prior is not None:
             self.prior.reset_parameters()
-
-    def _reset_projections(self) -> None:
-        self.in_proj.reset_parameters()
-        self.out_proj.reset_parameters()
-        if self.out_proj.bias is not None:
-            nn.init.zeros_(self.out_proj.bias)
-
-    def project(
-        self,
-        query: Tensor,
-        key: Tensor | None = None,
-        value: Tensor | None = None,
-        *,
-        query_positions: Tensor | range | None = None,
-        key_positions: Tensor | range | None = None,
-    ) -> Heads:
-        """Project (B, length, E) inputs to heads, rotary applied: what :func:`prior_attention` receives."""
-        flat = self.in_proj(query, key, value)
-        counts = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-        heads = [part.unflatten(-1, (count, -1)).transpose(1, 2) for part, count in zip(flat, counts, strict=True)]
-        if self.rotary is not None:
-            heads[0] = self.rotary(heads[0], query_positions, argument="query_positions")
-            heads[1] = self.rotary(heads[1], key_positions, argument="key_positions")
-        return Heads(*heads)
 
     def forward(
         self,
@@ -228,7 +164,7 @@ class PriorAttention(nn.Module):
         if key is query and key_positions is None:
             key_positions = query_positions
         inputs = as_batch(query, key, value, is_batched=is_batched, batch_first=self.batch_first)
-        self._check_widths(*inputs)
+        self.check_widths(*inputs)
         mask, padding = from_multihead_convention(
             owner, attn_mask, key_padding_mask, batch=inputs[0].shape[0], num_heads=self.num_heads
         )
@@ -293,12 +229,6 @@ class PriorAttention(nn.Module):
             positions = documents.positions(batch, length, query.device)
         return positions, positions
 
-    def _check_widths(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        sides = (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim))
-        for name, tensor, width in sides:
-            fits = tensor.dim() == 3 and tensor.shape[-1] == width
-            require(fits, type(self).__name__, name, f"have width {width} in its last axis", tensor, "Check the inputs")
-
     def make_cache(self, batch_size: int, max_length: int) -> KeyValueCache:
         """An empty :class:`KeyValueCache` for this layer and its prior, ``max_length`` tokens long.
 
@@ -333,12 +263,12 @@ class PriorAttention(nn.Module):
         return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}"
 
 
-def _check_heads(owner: str, embed_dim: int, num_heads: int, num_kv_heads: int, prior: LogPrior | None) -> None:
-    divides = embed_dim % num_heads == 0
-    require(divides, owner, "embed_dim", f"be a multiple of num_heads ({num_heads})", embed_dim, "Change one")
-    rule = f"divide num_heads ({num_heads})"
-    require(num_heads % num_kv_heads == 0, owner, "num_kv_heads", rule, num_kv_heads, "Choose a divisor")
-    if prior is not None:
-        check_prior(owner, "prior", prior)
-        have = prior.num_heads
-        require(have == num_heads, owner, "prior", f"have {num_heads} heads", have, "Build it for query heads")
+def _num_reserved(owner: str, prior: LogPrior | None, lanes: str, lane_dtype: torch.dtype) -> int:
+    """Columns of a head that the prior takes."""
+    check_choice(owner, "lanes", lanes, ("appended", "reserved"))
+    if lanes == "appended" or prior is None:
+        idle = lane_dtype == torch.float32
+        require(idle, owner, "lane_dtype", "be left alone where no lanes are reserved", lane_dtype, "Drop it")
+        return 0
+    require(prior.has_lanes, owner, "prior", "have lanes to reserve", type(prior).__name__, "Use lanes='appended'")
+    return prior.num_lanes(lane_dtype)
