@@ -74,15 +74,20 @@ def test_copy_mixture_study_stores_what_it_draws(tmp_path):
     study = CopyMixtureStudy(recipe, perform(copy_mixture.runs, recipe, folder, jobs=1, report=lambda line: None))
     study.save(folder)
     figure = draw_copy_mixture(study)
-    assert [axes.get_title(loc="left")[:3] for axes in figure.axes[:4]] == ["(a)", "(b)", "(c)", "(d)"]
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert sorted(title[:3] for title in titles if title) == ["(a)", "(b)", "(c)", "(d)", "(e)", "(f)"]
     plt.close(figure)
     rows = table(folder)
-    assert {row["panel"] for row in rows} == {"a", "b", "c", "d", "finding", "training"}
+    assert {row["panel"] for row in rows} == {"a", "b", "c", "d", "e", "finding", "training"}
     for reader in study.readers:
         drawn = [float(row["value"]) for row in rows if (row["panel"], row["seed"]) == ("a", str(reader.record.seed))]
         assert drawn == pytest.approx(reader.parts.key_only[0].tolist(), rel=1e-5)
+        last = [row["value"] for row in reader.record.rows_of("correlation")][-1]
+        assert last == pytest.approx(reader.heads[0].correlation)
         assert reader.record.value("best_loss") < reader.record.value("loss") < math.log(16)
-    assert "the claim" in study.verdict()
+    verdict = study.verdict()
+    assert ("recovered: held" in verdict) == all(reader.heads[0].claim_held for reader in study.readers)
+    assert ("in every seed: held" in verdict) == all(reader.heads[0].correlation > 0.95 for reader in study.readers)
     assert (folder.path / "fig1_copy_mixture.json").exists()
 
 

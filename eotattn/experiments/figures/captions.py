@@ -14,8 +14,8 @@ __all__ = ["VARIANT_NAMES", "title_panels"]
 VARIANT_NAMES = {
     "rope": "RoPE",
     "interpolated_rope": "RoPE, interpolated",
-    "alibi": "ALiBi",
     "ntk_rope": "RoPE, NTK",
+    "alibi": "ALiBi",
     "goat": "GOAT",
     "paper_goat": "GOAT, paper's form",
     "rotary_goat": "RoPE + GOAT",
