@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,7 +24,7 @@ GENERATOR = "0.35"
 
 
 def draw_dna(study: DnaStudy, *, prompt: int = 0) -> Figure:
-    """Figure 4: (a) validation, (b) loss by seed, (c) loss by context, (d) GC trajectory, (e) GC correlation, (f) speed.
+    """Figure 4: (a) validation, (b) loss by seed, (c) by context, (d) GC trajectory, (e) its correlation, (f) speed.
 
     Args:
         study: The records.
@@ -102,7 +103,7 @@ def _draw_context(study: DnaStudy, axes: Axes) -> None:
 
 
 def _binned(values: np.ndarray, edges: np.ndarray) -> list[float]:
-    return [float(values[low:high].mean()) for low, high in zip(edges[:-1], edges[1:], strict=True)]
+    return [float(values[low:high].mean()) for low, high in pairwise(edges)]
 
 
 def _draw_trajectory(study: DnaStudy, axes: Axes, prompt: int) -> None:

@@ -22,7 +22,7 @@ POSITION_NAMES = {"goat": "GOAT", "learned": "learned absolute", "sinusoidal": "
 
 
 def draw_vision(study: VisionStudy) -> Figure:
-    """Figure 5: (a) accuracy against resolution, (b) mean log-prior by lag, (c) by distance, (d) to (f) single heads."""
+    """Figure 5: (a) accuracy by resolution, (b) mean log-prior by lag, (c) by distance, (d) to (f) single heads."""
     figure, grid = panels(2, 3, size=(13.5, 7.6))
     _draw_accuracy(study, grid[0, 0])
     lag_maps = study.prior("lag_map")
