@@ -118,6 +118,16 @@ def test_stretched_rotary_keeps_the_fastest_wave_and_stretches_the_slowest_with_
     assert torch.equal(rotary(short, torch.arange(train_length)), Rotary(width)(short, torch.arange(train_length)))
 
 
+@pytest.mark.parametrize("attention", [name for name, kind in ATTENTION_KINDS.items() if kind.trained_as])
+def test_kinds_trained_as_another_equal_it_up_to_the_training_length(attention):
+    trained = decoder(ATTENTION_KINDS[attention].trained_as)
+    reader = trained.read_as(attention)
+    with torch.no_grad():
+        assert torch.allclose(reader(tokens(6)), trained(tokens(6)), atol=1e-6)
+        assert not torch.allclose(reader(tokens(12)), trained(tokens(12)), atol=1e-3)
+    assert not reader.training
+
+
 def test_leading_heads_turn_and_the_others_stay():
     rotary = LeadingHeadsRotary(4, num_rotated=2)
     content = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(0))
@@ -164,7 +174,7 @@ def test_copy_reader_starts_without_any_preference():
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"attention": "alibl"}, "attention must be one of 'goat', 'alibi', 'rope'"),
+        ({"attention": "alibl"}, "attention must be one of 'goat', 'paper_goat', 'alibi'"),
         ({"attention": "goat", "embed_dim": 10}, r"embed_dim must be a multiple of 2 \* num_heads = 8; got 10"),
         ({"attention": "goat", "num_layers": 0}, "num_layers must be at least 1; got 0"),
     ],
@@ -172,6 +182,13 @@ def test_copy_reader_starts_without_any_preference():
 def test_bad_configurations_say_what_is_wrong(arguments, says):
     with pytest.raises(ValueError, match=says):
         DecoderConfig(**arguments)
+
+
+def test_weights_are_read_by_kinds_that_train_alike_alone():
+    with pytest.raises(
+        ValueError, match=r"attention must be one of 'rope', 'interpolated_rope', 'ntk_rope'; got 'goat'"
+    ):
+        decoder("rope").read_as("goat")
 
 
 def test_paper_frequencies_are_the_default():

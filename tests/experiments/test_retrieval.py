@@ -163,11 +163,13 @@ def test_teacher_forced_exact_matches_are_those_of_greedy_decoding():
 # The study -----------------------------------------------------------------------------------------------------------
 
 
-def record(name, seed, value_of):
-    """A record with the accuracies that a function of (task, length, depth) gives."""
+def record(name, seed, values, variants):
+    """A record of some variants with the accuracies that functions of (task, length, depth) give."""
     recipe = recipes.retrieval("laptop")
     rows = [
-        {"quantity": quantity, "task": task, "length": length, "depth": depth, "value": value_of(task, length, depth)}
+        {"variant": variant, "quantity": quantity, "task": task, "length": length, "depth": depth}
+        | {"value": values.get(variant, lambda *_: 0.5)(task, length, depth)}
+        for variant in variants
         for quantity in ("exact_match", "token_accuracy")
         for task in ("passkey", "needle")
         for length in recipe.lengths
@@ -180,9 +182,9 @@ def record(name, seed, value_of):
 
 def study_of(**values):
     recipe = recipes.retrieval("laptop")
-    variants = [decoder.attention for decoder in recipe.variants]
-    records = {f"{name}-seed0": record(name, 0, values.get(name, lambda *_: 0.5)) for name in variants}
-    return retrieval.RetrievalStudy(recipe, records)
+    named = {run.name: run.configuration for run in retrieval.runs(recipe, {})}
+    readers = {name: (run.decoder.attention, *run.also_read_as) for name, run in named.items()}
+    return retrieval.RetrievalStudy(recipe, {name: record(name, 0, values, read) for name, read in readers.items()})
 
 
 def test_scores_are_laid_out_by_seed_length_and_depth():
@@ -191,6 +193,12 @@ def test_scores_are_laid_out_by_seed_length_and_depth():
     assert scores.shape == (1, 5, 5)
     assert scores[0, 1, 2] == pytest.approx(128.501)
     assert math.isclose(study.scores("goat", "passkey", "token_accuracy")[0, 4, 0], 1024.1)
+
+
+def test_scaled_rope_is_read_from_the_records_of_rope():
+    study = study_of(rope=lambda *_: 0.25, ntk_rope=lambda *_: 0.75)
+    assert float(study.scores("rope", "needle").mean()) == 0.25
+    assert float(study.scores("ntk_rope", "needle").mean()) == 0.75
 
 
 def test_the_verdict_follows_from_the_numbers():
@@ -210,19 +218,20 @@ def test_the_verdict_follows_from_the_numbers():
 
 def test_tables_and_figure_are_drawn_from_records_alone(tmp_path):
     study = study_of(goat=lambda *_: 1.0)
-    assert len(study.accuracy_table()) == 6 * 2 * 5
+    assert len(study.accuracy_table()) == 7 * 2 * 5
     prior = [row for row in study.rows() if row["quantity"] == "log_prior"]
     assert {row["variant"] for row in prior} == {"goat"}
     assert len(prior) == 2 * 4 * len(retrieval.shown_lags(128))
     figure = figures.draw_retrieval(study)
-    assert len(figure.axes) == 3 + 12
+    assert len(figure.axes) == 3 + 14
     figure.savefig(tmp_path / "figure.png", dpi=40)
 
 
 def test_runs_cover_every_variant_and_seed_with_the_papers_sizes_from_h200_on():
     recipe = recipes.retrieval("h200")
     named = {run.name: run.configuration for run in retrieval.runs(recipe, {})}
-    assert len(named) == 6 * 3
+    assert len(named) == 5 * 3
+    assert named["rope-seed2"].also_read_as == ("interpolated_rope", "ntk_rope")
     assert {run.seed for run in named.values()} == {0, 1, 2}
     run = named["paper_goat-seed1"]
     assert (run.decoder.num_layers, run.decoder.embed_dim, run.decoder.num_heads) == (12, 512, 8)

@@ -23,7 +23,7 @@ def draw_retrieval(study: RetrievalStudy) -> Figure:
     columns = len(study.variants)
     curves = [["passkey"] * (columns // 3) + ["needle"] * (columns // 3) + ["prior"] * (columns - 2 * (columns // 3))]
     maps = [[f"{task} {variant}" for variant in study.variants] for task in SCORES]
-    figure, axes = mosaic(curves + maps, size=(14.5, 8.6), heights=(1.55, 1, 1))
+    figure, axes = mosaic(curves + maps, size=(16.5, 8.6), heights=(1.55, 1, 1))
     for task, quantity in SCORES.items():
         _draw_curves(study, task, axes[task])
         axes[task].set_ylabel(f"{task}: {quantity.replace('_', ' ')}")

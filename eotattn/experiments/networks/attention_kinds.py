@@ -37,6 +37,8 @@ class AttentionKind:
             stands for all positions beyond the training length.
         interpolated: Positions are squeezed into the training window where the sequence is longer.
         scores_grow: Scores grow with the logarithm of the position, see :class:`GrowingScoreAttention`.
+        trained_as: Name of a kind that it equals up to the training length, so that the trained weights of that kind
+            serve this one too; see :meth:`Decoder.read_as`.
     """
 
     prior: MakePrior | None = None
@@ -44,6 +46,7 @@ class AttentionKind:
     embedding: Literal["sinusoidal", "learned"] | None = None
     interpolated: bool = False
     scores_grow: bool = False
+    trained_as: str | None = None
 
     def build(self, config: DecoderConfig) -> PriorAttention:
         """The attention layer of one block; kinds differ in nothing else."""
@@ -118,8 +121,8 @@ ATTENTION_KINDS = {
     "paper_goat": AttentionKind(prior=_goat()),
     "alibi": AttentionKind(prior=_alibi),
     "rope": AttentionKind(rotary=_rotary),
-    "interpolated_rope": AttentionKind(rotary=_rotary, interpolated=True),
-    "ntk_rope": AttentionKind(rotary=_stretched_rotary),
+    "interpolated_rope": AttentionKind(rotary=_rotary, interpolated=True, trained_as="rope"),
+    "ntk_rope": AttentionKind(rotary=_stretched_rotary, trained_as="rope"),
     "sinusoidal": AttentionKind(embedding="sinusoidal"),
     "learned": AttentionKind(embedding="learned"),
     "none": AttentionKind(),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -155,6 +155,18 @@ class Decoder(nn.Module):
                 f"Read the whole sequence at every step, or choose another attention."
             )
         return [block.attention.make_cache(batch_size, max_length) for block in self.blocks]
+
+    def read_as(self, attention: str) -> Decoder:
+        """A decoder with these weights whose attention is another kind that is trained as this one.
+
+        Args:
+            attention: Name of this kind, or of one whose ``trained_as`` names it.
+        """
+        known = tuple(name for name, kind in ATTENTION_KINDS.items() if kind.trained_as == self.config.attention)
+        check_choice("Decoder.read_as", "attention", attention, (self.config.attention, *known))
+        reader = Decoder(replace(self.config, attention=attention))
+        reader.load_state_dict(self.state_dict())
+        return reader.to(self.embedding.weight.device).train(self.training)
 
     def attention_inputs(self, tokens: Tensor) -> list[Tensor]:
         """What every block's attention reads, (B, L, E) a block: the door through which diagnostics look."""

@@ -14,7 +14,7 @@ from eotattn.experiments.training import TrainingConfig
 __all__ = ["RetrievalRecipe", "retrieval"]
 
 #: Decoders of the figure, in the order of legends.
-VARIANTS = ("goat", "paper_goat", "alibi", "rope", "interpolated_rope", "sinusoidal")
+VARIANTS = ("goat", "paper_goat", "alibi", "rope", "interpolated_rope", "ntk_rope", "sinusoidal")
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class RetrievalRecipe:
         scale: Name of the scale.
         task: The data; passkeys and needles take turns in every batch.
         variants: One decoder a curve; equal but for the attention.
-        training: The run, once a variant and seed.
+        training: The run, once a seed and variant that trains; two kinds of scaled RoPE read the weights of RoPE.
         seeds: Seeds of weights and batches.
         length_factors: Examined contexts as multiples of the training length.
         depths: Examined depths, 0 to 1.

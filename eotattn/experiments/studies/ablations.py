@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from eotattn.experiments.evaluation import target_bits
 from eotattn.experiments.examination import examine
-from eotattn.experiments.networks import Decoder, DecoderConfig
+from eotattn.experiments.networks import ATTENTION_KINDS, Decoder, DecoderConfig
 from eotattn.experiments.recipes.ablations import VARIANTS, AblationRecipe
 from eotattn.experiments.records import Measurement, Records, Row, Run, merged_provenance
 from eotattn.experiments.results import ResultFolder
@@ -46,6 +46,7 @@ class LanguageAblation:
         training: The run.
         lengths: Examined contexts, tokens.
         windows: Held-out windows.
+        also_read_as: Kinds of attention that are trained as this one, measured with its weights.
     """
 
     decoder: DecoderConfig
@@ -53,6 +54,7 @@ class LanguageAblation:
     training: TrainingConfig
     lengths: tuple[int, ...]
     windows: int
+    also_read_as: tuple[str, ...] = ()
 
     @property
     def seed(self) -> int:
@@ -70,6 +72,7 @@ class RetrievalAblation:
         lengths: Examined contexts, tokens.
         depths: Examined depths.
         count: Sequences examined a task, length and depth.
+        also_read_as: Kinds of attention that are trained as this one, examined with its weights.
     """
 
     decoder: DecoderConfig
@@ -77,6 +80,7 @@ class RetrievalAblation:
     lengths: tuple[int, ...]
     depths: tuple[float, ...]
     count: int
+    also_read_as: tuple[str, ...] = ()
 
     @property
     def seed(self) -> int:
@@ -85,16 +89,19 @@ class RetrievalAblation:
 
 
 def runs(recipe: AblationRecipe, records: Records) -> list[Run]:
-    """Two runs a seed and variant, one a task; the first seed's come first."""
+    """Two runs a seed and variant that trains, one a task; the first seed's come first."""
     found = []
     for seed in recipe.seeds:
         language, retrieval = (replace(training, seed=seed) for training in (recipe.language, recipe.retrieval))
         for decoder in recipe.decoders:
+            if decoder.kind.trained_as is not None:
+                continue
+            also = tuple(other.attention for other in recipe.decoders if other.kind.trained_as == decoder.attention)
             reader = replace(decoder, vocabulary_size=256)
             finder = replace(decoder, vocabulary_size=len(ALPHABET))
             name = f"{decoder.attention}-seed{seed}"
-            on_language = LanguageAblation(reader, recipe.corpus, language, recipe.lengths, recipe.windows)
-            on_retrieval = RetrievalAblation(finder, retrieval, recipe.lengths, recipe.depths, recipe.count)
+            on_language = LanguageAblation(reader, recipe.corpus, language, recipe.lengths, recipe.windows, also)
+            on_retrieval = RetrievalAblation(finder, retrieval, recipe.lengths, recipe.depths, recipe.count, also)
             found += [
                 Run(f"language-{name}", on_language, measure_language),
                 Run(f"retrieval-{name}", on_retrieval, measure_retrieval),
@@ -115,11 +122,13 @@ def measure_language(run: LanguageAblation, checkpoint: Path) -> Measurement:
     training = train(network, task, run.training, label=f"{run.decoder.attention}, language", checkpoint=checkpoint)
     rows: list[Row] = []
     with autocast(run.training, next(network.parameters()).device):
-        for length in run.lengths:
-            bits = target_bits(network, windows, length=length, num_targets=run.decoder.train_length)
-            place = {"task": "language", "length": length, "count": run.windows, "unit": "bits"}
-            rows.append({"quantity": JUDGES["language"], "value": float(bits.mean())} | place)
-    summary = "bits per byte " + ", ".join(f"{row['value']:.3f}" for row in rows)
+        for variant in (run.decoder.attention, *run.also_read_as):
+            reader = network.read_as(variant)
+            for length in run.lengths:
+                bits = target_bits(reader, windows, length=length, num_targets=run.decoder.train_length)
+                place = {"variant": variant, "task": "language", "length": length, "count": run.windows, "unit": "bits"}
+                rows.append({"quantity": JUDGES["language"], "value": float(bits.mean())} | place)
+    summary = "bits per byte " + ", ".join(f"{row['value']:.3f}" for row in rows[: len(run.lengths)])
     return Measurement(rows + training_rows(training), summary=summary)
 
 
@@ -133,11 +142,16 @@ def measure_retrieval(run: RetrievalAblation, checkpoint: Path) -> Measurement:
     task = RetrievalTask(run.decoder.train_length)
     network = Decoder(run.decoder)
     training = train(network, task, run.training, label=f"{run.decoder.attention}, retrieval", checkpoint=checkpoint)
+    rows: list[Row] = []
     with autocast(run.training, next(network.parameters()).device):
-        rows = examine(network, task.haystacks, lengths=run.lengths, depths=run.depths, count=run.count)
+        for variant in (run.decoder.attention, *run.also_read_as):
+            reader = network.read_as(variant)
+            found = examine(reader, task.haystacks, lengths=run.lengths, depths=run.depths, count=run.count)
+            rows += [{"variant": variant} | row for row in found]
+    own = [row for row in rows if row["variant"] == run.decoder.attention]
     means = []
     for length in run.lengths:
-        scored = [r["value"] for r in rows if r["length"] == length and r["quantity"] == JUDGES[r["task"]]]
+        scored = [r["value"] for r in own if r["length"] == length and r["quantity"] == JUDGES[r["task"]]]
         means.append(f"{np.mean(scored):.3f}")
     return Measurement(rows + training_rows(training), summary="accuracy " + ", ".join(means))
 
@@ -167,10 +181,11 @@ class AblationStudy:
             judge: ``"language"`` (bits per byte), ``"passkey"`` or ``"needle"`` (accuracy).
         """
         task = "language" if judge == "language" else "retrieval"
+        trained = ATTENTION_KINDS[variant].trained_as or variant
         found = []
         for seed in self.recipe.seeds:
-            rows = self.records[f"{task}-{variant}-seed{seed}"].rows_of(JUDGES[judge])
-            mine = [row for row in rows if row["task"] == judge]
+            rows = self.records[f"{task}-{trained}-seed{seed}"].rows_of(JUDGES[judge])
+            mine = [row for row in rows if row["task"] == judge and row["variant"] == variant]
             by_length = [[row["value"] for row in mine if row["length"] == length] for length in self.recipe.lengths]
             found.append([float(np.mean(values)) for values in by_length])
         return np.array(found)
@@ -185,8 +200,9 @@ class AblationStudy:
         found = []
         for name, record in self.records.items():
             task, rest = name.split("-", 1)
-            place = {"figure": FIGURE, "variant": rest.rsplit("-seed", 1)[0], "seed": record.seed}
+            trained = rest.rsplit("-seed", 1)[0]
             for row in record.rows:
+                place = {"figure": FIGURE, "variant": row.get("variant", trained), "seed": record.seed}
                 named = {column: row.get(column, "") for column in columns} | {"task": row.get("task", task)}
                 found.append(place | named | {"value": row["value"]})
         return found

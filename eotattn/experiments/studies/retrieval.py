@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from eotattn.experiments.examination import examine
-from eotattn.experiments.networks import Decoder, DecoderConfig
+from eotattn.experiments.networks import ATTENTION_KINDS, Decoder, DecoderConfig
 from eotattn.experiments.recipes.retrieval import RetrievalRecipe
 from eotattn.experiments.records import Measurement, Records, Row, Run, merged_provenance
 from eotattn.experiments.results import ResultFolder
@@ -40,6 +40,7 @@ class RetrievalRun:
         lengths: Examined contexts, tokens.
         depths: Examined depths.
         count: Sequences examined a task, length and depth.
+        also_read_as: Kinds of attention that are trained as this one, examined with its weights.
     """
 
     decoder: DecoderConfig
@@ -48,6 +49,7 @@ class RetrievalRun:
     lengths: tuple[int, ...]
     depths: tuple[float, ...]
     count: int
+    also_read_as: tuple[str, ...] = ()
 
     @property
     def seed(self) -> int:
@@ -56,7 +58,7 @@ class RetrievalRun:
 
 
 def runs(recipe: RetrievalRecipe, records: Records) -> list[Run]:
-    """One run a seed and variant; the first seed's come first."""
+    """One run a seed and variant that trains; the first seed's come first."""
     return [
         Run(
             f"{decoder.attention}-seed{seed}",
@@ -67,16 +69,18 @@ def runs(recipe: RetrievalRecipe, records: Records) -> list[Run]:
                 recipe.lengths,
                 recipe.depths,
                 recipe.count,
+                tuple(other.attention for other in recipe.variants if other.kind.trained_as == decoder.attention),
             ),
             measure,
         )
         for seed in recipe.seeds
         for decoder in recipe.variants
+        if decoder.kind.trained_as is None
     ]
 
 
 def measure(run: RetrievalRun, checkpoint: Path) -> Measurement:
-    """Train a decoder on both tasks and examine it at every length and depth.
+    """Train a decoder on both tasks and examine it at every length and depth, also as what else reads its weights.
 
     Args:
         run: What to do.
@@ -85,9 +89,14 @@ def measure(run: RetrievalRun, checkpoint: Path) -> Measurement:
     network = Decoder(run.decoder)
     label = f"{run.decoder.attention}, seed {run.seed}"
     training = train(network, run.task, run.training, label=label, checkpoint=checkpoint)
+    rows: list[Row] = []
     with autocast(run.training, next(network.parameters()).device):
-        rows = examine(network, run.task.haystacks, lengths=run.lengths, depths=run.depths, count=run.count)
-    near, far = (_mean_score(rows, length) for length in (run.lengths[0], run.lengths[-1]))
+        for variant in (run.decoder.attention, *run.also_read_as):
+            reader = network.read_as(variant)
+            found = examine(reader, run.task.haystacks, lengths=run.lengths, depths=run.depths, count=run.count)
+            rows += [{"variant": variant} | row for row in found]
+    own = [row for row in rows if row["variant"] == run.decoder.attention]
+    near, far = (_mean_score(own, length) for length in (run.lengths[0], run.lengths[-1]))
     rows += training_rows(training)
     rows.append({"quantity": "training_seconds", "unit": "seconds", "value": training.wall_seconds})
     arrays = {}
@@ -145,8 +154,9 @@ class RetrievalStudy:
         recipe = self.recipe
         found = np.full((len(recipe.seeds), len(recipe.lengths), len(recipe.depths)), np.nan)
         for s, seed in enumerate(recipe.seeds):
-            for row in self.records[f"{variant}-seed{seed}"].rows_of(quantity or SCORES[task]):
-                if row["task"] == task:
+            trained = ATTENTION_KINDS[variant].trained_as or variant
+            for row in self.records[f"{trained}-seed{seed}"].rows_of(quantity or SCORES[task]):
+                if row["task"] == task and row["variant"] == variant:
                     found[s, recipe.lengths.index(row["length"]), recipe.depths.index(row["depth"])] = row["value"]
         return found
 
@@ -157,7 +167,7 @@ class RetrievalStudy:
         for name, record in self.records.items():
             variant = name.rsplit("-seed", 1)[0]
             for row in record.rows:
-                place = {"figure": FIGURE, "variant": variant, "seed": record.seed}
+                place = {"figure": FIGURE, "variant": row.get("variant", variant), "seed": record.seed}
                 rows.append(place | {column: row.get(column, "") for column in columns} | {"value": row["value"]})
             drawn = name == f"goat-seed{self.recipe.seeds[0]}"
             for place, value in self._prior_entries(record.arrays["log_prior"]) if drawn else ():
@@ -210,7 +220,7 @@ class RetrievalStudy:
                     f"{scores.min():.3f}."
                 )
         lines += [self._against("goat", "alibi"), self._against("paper_goat", "alibi")]
-        for variant in ("rope", "interpolated_rope", "sinusoidal"):
+        for variant in [name for name in self.variants if name not in ("goat", "paper_goat", "alibi")]:
             near, far = ([self.scores(variant, task)[:, k].mean() for task in SCORES] for k in (0, at))
             lines.append(
                 f"- {variant}: passkey {near[0]:.3f}, needle {near[1]:.3f} at the training length; "
