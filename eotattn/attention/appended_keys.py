@@ -43,9 +43,8 @@ class AppendedKeys(nn.Module):
     ) -> None:
         super().__init__()
         self.learned, self.zero, self.count = learned, zero, int(learned) + int(zero)
-        for name, width in (("key", key_width), ("value", value_width)):
-            parameter = nn.Parameter(torch.empty(num_kv_heads, 1, width, **make)) if learned else None
-            self.register_parameter(name, parameter)
+        self.key = nn.Parameter(torch.empty(num_kv_heads, 1, key_width, **make)) if learned else None
+        self.value = nn.Parameter(torch.empty(num_kv_heads, 1, value_width, **make)) if learned else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

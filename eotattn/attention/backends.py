@@ -6,6 +6,7 @@ Legend: B batch, H query heads, Q queries, K keys, V value width, W kernel width
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,8 +83,9 @@ def _operands(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
 
 def _in_one_mask(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Stock fused calls: one, or one a document, or one over blocks of a window."""
-    masks, shared = call.masks, {"scale": call.scale, "dropout_p": call.dropout_p}
-    band, window = masks.band, None if masks.band is None else masks.band.window
+    shared: dict[str, Any] = {"scale": call.scale, "dropout_p": call.dropout_p}
+    masks, band = call.masks, call.masks.band
+    window = None if band is None else band.window
     if masks.documents is not None:
         lengths, is_causal = masks.documents.lengths, band is not None
         return packed.attend(query, key, value, lengths=lengths, is_causal=is_causal, window=window, **shared)
@@ -101,7 +103,8 @@ def _in_one_mask(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor)
 def _in_sequences(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """The variable-length kernel: no mask, whatever the pattern."""
     band, documents = call.masks.band, call.masks.documents
-    pattern = {"is_causal": band is not None, "window": None if band is None else band.window, "scale": call.scale}
+    pattern: dict[str, Any] = {"is_causal": band is not None, "scale": call.scale}
+    pattern["window"] = None if band is None else band.window
     if documents is not None:
         offsets = documents.offsets(query.device)
         return varlen.attend(query, key, value, offsets=offsets, longest=documents.longest, **pattern)

@@ -100,10 +100,9 @@ class AttentionCall:
         if window is not None:
             check_positive_int(OWNER, "window", window)
             require(is_causal, OWNER, "window", "be left out without is_causal", window, "Pass is_causal=True")
-        if documents is not None:
-            seen = Band(0, window) if is_causal else None
-        else:
-            seen = causal_pattern(queries, keys, window) if is_causal else None
+        seen: Band | Tensor | None = None
+        if is_causal:
+            seen = causal_pattern(queries, keys, window) if documents is None else Band(0, window)
         shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
         masks = gather_masks(OWNER, shape, attn_mask, key_padding_mask, seen, documents)
         if attn_mask is not None or key_padding_mask is not None:

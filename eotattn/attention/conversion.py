@@ -36,7 +36,7 @@ def copy_weights(attention: nn.MultiheadAttention, layer: Any) -> None:
     state = attention.state_dict()
     layer.in_proj.load_multihead(state)
     layer.out_proj.load_state_dict({k[9:]: v for k, v in state.items() if k.startswith("out_proj.")}, strict=False)
-    if attention.bias_k is not None:
+    if attention.bias_k is not None and attention.bias_v is not None:
         with torch.no_grad():
             for ours, theirs in ((layer.appended.key, attention.bias_k), (layer.appended.value, attention.bias_v)):
                 ours.copy_(theirs.view(attention.num_heads, 1, -1))

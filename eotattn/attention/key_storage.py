@@ -122,7 +122,8 @@ class KeyStorage:
         self._num_ready = max(self._num_ready, stop)
         made = self._query_side(positions[..., start:stop], first)
         made = made.expand(self.tensor.shape[0], *made.shape[-3:])
-        self._query_first, self._query_lanes = end, made[..., end - start :, :].clone()
+        kept = end - start if end - start > AHEAD else 0  # a long prompt is not asked for again
+        self._query_first, self._query_lanes = start + kept, made[..., kept:, :].clone()
         return made[..., : end - start, :]
 
     def _query_side(self, positions: Tensor, first: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ class PriorAttention(ProjectedHeads):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        owner, make = type(self).__name__, {"device": device, "dtype": dtype}
+        owner, make = type(self).__name__, dict[str, Any](device=device, dtype=dtype)
         if prior is not None:
             check_prior(owner, "prior", prior)
             have = prior.num_heads

@@ -63,7 +63,8 @@ def attend(
 
     block_mask = None
     if visible is not None:
-        sizes = (query.shape[0], query.shape[1]) if by_sample else (None, None)
-        block_mask = create_block_mask(visible, *sizes, query.shape[2], key.shape[2], device=str(query.device))
+        batch, heads = (query.shape[0], query.shape[1]) if by_sample else (None, None)
+        device = str(query.device)
+        block_mask = create_block_mask(visible, batch, heads, query.shape[2], key.shape[2], device=device)
     grouped = query.shape[1] != key.shape[1]
     return _compiled()(query, key, value, score_mod=score_mod, block_mask=block_mask, scale=scale, enable_gqa=grouped)

@@ -51,9 +51,9 @@ def attend(
     if num_blocks > 0:
         start = head + offset - before
         rows = query[:, :, head:].unflatten(2, (num_blocks, block)).transpose(1, 2).flatten(0, 1)
-        spans = [_spans(side[:, :, start:], block + before, block) for side in (key, value)]
+        keys, values = (_spans(side[:, :, start:], block + before, block) for side in (key, value))
         mask = _band(block, block + before, before, window, query.device)
-        output = _attend(rows, *spans, mask, scale, dropout_p)
+        output = _attend(rows, keys, values, mask, scale, dropout_p)
         parts.append(output.unflatten(0, (-1, num_blocks)).transpose(1, 2).flatten(2, 3))
     return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 

@@ -85,13 +85,11 @@ def attend(
     batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
     width = kernel_width(max(query.shape[-1], value.shape[-1]), query.device)
     tokens = [_tokens(side, width) for side in (query, key, value)]
-    starts = (offsets, offsets)
+    starts, longest_of = [offsets, offsets], [longest, longest]
     if offsets is None:
-        starts = tuple(
-            torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=query.device)
-            for length in (queries, keys)
-        )
-    longest_of = (queries, keys) if offsets is None else (longest, longest)
+        place: dict[str, Any] = {"dtype": torch.int32, "device": query.device}
+        longest_of = [queries, keys]
+        starts = [torch.arange(0, (batch + 1) * length, length, **place) for length in longest_of]
     function = _varlen_attn()
     assert function is not None, "refusal() comes first"
     grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] and _takes_groups() else {}

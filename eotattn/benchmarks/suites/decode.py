@@ -7,12 +7,15 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
-from eotattn.attention import prior_attention
+from eotattn.attention import KeyValueCache, prior_attention
 from eotattn.benchmarks.suites.configuration import Configuration
 from eotattn.benchmarks.suites.inputs import content, gpt_prior, measured, trained
 from eotattn.benchmarks.timing import Candidate, Row
+from eotattn.kernels.sdpa import kernel_width
+from eotattn.priors import LogPrior
 
 __all__ = ["decode"]
 
@@ -21,27 +24,61 @@ def decode(config: Configuration) -> list[Row]:
     """One new token against a cache, grouped queries: the attention of a decoding step."""
     rows: list[Row] = []
     for batch, heads, kv_heads, length, width in config.pick(
-        [(1, 4, 2, 64, 16)], [(8, 32, 8, 2048, 128), (8, 32, 8, 32768, 128)]
+        [(1, 4, 2, 64, 32)], [(8, 32, 8, 2048, 128), (8, 32, 8, 32768, 128), (8, 32, 8, 32768, 64)]
     ):
-        query = content(config, batch, heads, 1, width).detach()
-        key, value = (content(config, batch, kv_heads, length, width).detach() for _ in range(2))
-        prior = trained(gpt_prior(heads), config)
-        at: dict[str, Any] = {"query_positions": range(length - 1, length), "key_positions": range(length)}
-
-        inputs = (query, key, value)
-        bare = partial(functional.scaled_dot_product_attention, *inputs, enable_gqa=True)
-        door = partial(prior_attention, *inputs, is_causal=True, backend="sdpa", **at)
+        shape, prior = (batch, heads, kv_heads, length, width), trained(gpt_prior(heads), config)
+        zero = torch.zeros(1, dtype=torch.int64, device=torch.device(config.device))
+        lanes = prior.lanes(zero, zero, dtype=config.place["dtype"]).grouped(kv_heads).num_lanes
+        wide = kernel_width(width + lanes, zero.device)
         candidates = [
-            Candidate("SDPA, no prior", partial(_given, bare)),
-            Candidate("eotattn, no prior", partial(_given, door)),
-            Candidate("eotattn, recency + sink, appended", partial(_given, partial(door, prior=prior))),
+            Candidate("SDPA, no prior", partial(_bare, config, shape, 0, False)),
+            Candidate("SDPA, no prior, appending to a cache", partial(_bare, config, shape, 0, True)),
+            Candidate("eotattn, no prior", partial(_cached, config, shape, 0, None)),
+            Candidate("eotattn, recency + sink, reserved", partial(_cached, config, shape, -lanes, prior)),
+            Candidate("eotattn, recency + sink, appended", partial(_cached, config, shape, 0, prior)),
+            Candidate(f"SDPA alone, {wide - width} columns more", partial(_bare, config, shape, wide - width, False)),
         ]
         with torch.inference_mode():
             found = measured(candidates, config)
-        size = {"batch": batch, "heads": heads, "kv_heads": kv_heads, "length": length, "width": width}
-        rows += [{**size, "pass": "decode", **row} for row in found]
+        names = ("batch", "heads", "kv_heads", "length", "width")
+        rows += [{**dict(zip(names, shape, strict=True)), "pass": "decode", **row} for row in found]
     return rows
 
 
-def _given(run: Callable[[], Any]) -> Callable[[], Any]:
-    return run
+Shape = tuple[int, int, int, int, int]
+
+
+def _sides(config: Configuration, shape: Shape, more: int) -> tuple[Tensor, Tensor, Tensor]:
+    """One query and all keys and values; ``more`` columns of queries and keys."""
+    batch, heads, kv_heads, length, width = shape
+    query = content(config, batch, heads, 1, width + more).detach()
+    key = content(config, batch, kv_heads, length, width + more).detach()
+    return query, key, content(config, batch, kv_heads, length, width).detach()
+
+
+def _bare(config: Configuration, shape: Shape, more: int, appending: bool) -> Callable[[], Any]:
+    query, key, value = _sides(config, shape, more)
+    attend = partial(functional.scaled_dot_product_attention, query, key, value, enable_gqa=True)
+    if not appending:
+        return attend
+    last = key[:, :, -1:].clone(), value[:, :, -1:].clone()
+
+    def step() -> Tensor:
+        key[:, :, -1:], value[:, :, -1:] = last
+        return attend()
+
+    return step
+
+
+def _cached(config: Configuration, shape: Shape, more: int, prior: LogPrior | None) -> Callable[[], Any]:
+    batch, _, kv_heads, length, width = shape
+    query, key, value = _sides(config, shape, more)
+    cache = KeyValueCache(batch, kv_heads, length, width + more, width, prior=prior, **config.place)
+    cache.append(key[:, :, :-1], value[:, :, :-1])
+    last = key[:, :, -1:].clone(), value[:, :, -1:].clone()
+
+    def step() -> Tensor | tuple[Tensor, Tensor]:
+        cache.crop(length - 1)
+        return prior_attention(query, *last, prior=prior, cache=cache, is_causal=True, backend="sdpa")
+
+    return step
