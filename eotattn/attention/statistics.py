@@ -191,14 +191,15 @@ def _places(
     source: ScoreSource, sequence_start: Tensor | None, counted: Tensor | None, keys: tuple[int, ...]
 ) -> _Places:
     batch, _, queries, _ = source.shape
-    starts = torch.zeros(batch, dtype=torch.int64) if sequence_start is None else sequence_start
-    counted = torch.ones(batch, queries, dtype=torch.bool) if counted is None else counted
+    device = source.device
+    starts = torch.zeros(batch, dtype=torch.int64, device=device) if sequence_start is None else sequence_start
+    counted = torch.ones(batch, queries, dtype=torch.bool, device=device) if counted is None else counted
     check_shape(OWNER, "sequence_start", starts, (batch,), "One index a sequence")
     check_shape(OWNER, "counted", counted, (batch, queries), "One entry a query")
     known = len(keys) > 0 and all(isinstance(key, int) and key >= 0 for key in keys)
     require(known, OWNER, "keys", "name at least one key, from 0 up", keys, "Count from the first token")
-    starts, counted = starts.to(source.device), counted.to(source.device)
-    chosen = starts[:, None] + torch.tensor(keys, device=source.device) - source.key_start
+    starts, counted = starts.to(device), counted.to(device)
+    chosen = starts[:, None] + torch.tensor(keys, device=device) - source.key_start
     return _Places(starts, sequence_start is not None, counted, chosen)
 
 

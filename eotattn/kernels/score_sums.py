@@ -18,6 +18,8 @@ __all__ = ["RowSums", "ScoreTiles", "column_sums", "refusal", "row_sums"]
 #: The widest scores and lanes that a tile holds.
 WIDEST = 128
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+#: Shared memory that the largest tile takes, bytes; processors since Hopper have it.
+SHARED_MEMORY = 200 * 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +92,8 @@ def refusal(tiles: ScoreTiles) -> str | None:
         return f"the tensors are on {tiles.query.device.type}; the kernel runs on CUDA"
     if not _kernels():
         return "Triton is not installed"
+    if not _interpreted() and _shared_memory(tiles.query.device) < SHARED_MEMORY:
+        return f"the device has less than {SHARED_MEMORY // 1024} KiB of shared memory a block"
     if tiles.query.dtype not in DTYPES or tiles.key.dtype != tiles.query.dtype:
         return f"the kernel multiplies one of bfloat16, float16 and float32; got {tiles.query.dtype}, {tiles.key.dtype}"
     lanes = 0 if tiles.query_lanes is None else tiles.query_lanes.shape[-1]
@@ -146,6 +150,12 @@ def _kernels() -> tuple[Any, ...]:
     except ImportError:
         return ()
     return launch_rows, launch_columns
+
+
+@cache
+def _shared_memory(device: torch.device) -> int:
+    size: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return size
 
 
 def _interpreted() -> bool:

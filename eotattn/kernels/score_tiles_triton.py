@@ -11,7 +11,6 @@ Products come from tensor cores; everything else happens in registers, in base t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
 import triton
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from eotattn.kernels.score_sums import ScoreTiles
 
-__all__ = ["EMPTY", "FORBIDDEN", "LN_2", "LOG2_E", "content_tile", "fitting", "operands", "shape", "sizes", "units"]
+__all__ = ["EMPTY", "FORBIDDEN", "LN_2", "LOG2_E", "content_tile", "operands", "shape", "sizes", "units"]
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2.0))
@@ -37,11 +36,6 @@ def content_tile(left, right, scale, softcap, CAP: tl.constexpr, PRECISION: tl.c
         grown = tl.exp2(content * (scale / softcap * 2.0 * LOG2_E))
         content = (softcap * LOG2_E) * (1.0 - 2.0 / (1.0 + grown))
     return content
-
-
-def fitting(by_bytes: Mapping[int, tuple[int, ...]], tiles: ScoreTiles) -> tuple[int, ...]:
-    """The tile for the dtype of a call."""
-    return by_bytes[tiles.query.element_size()]
 
 
 def units(tiles: ScoreTiles) -> tuple[float, float]:
