@@ -203,7 +203,7 @@ class IsochoreModel:
 
     def _copied(self, same: Tensor, background: Tensor) -> Tensor:
         """Probability of a base of a repeat, which is as in the original or replaced."""
-        return (1 - self.divergence) * same.unsqueeze(1) + self.divergence * background
+        return (1 - self.divergence) * same.unsqueeze(1).double() + self.divergence * background
 
     def _advance(self, state: _States) -> _States:
         """Probabilities of the hidden states of the next base."""
