@@ -93,11 +93,11 @@ def biased_log_sum_exp(query: Tensor, key: Tensor, bias: Tensor, *, scale: float
     Args:
         query: (B, N, D).
         key: (B, M, D).
-        bias: (B, M), nats, float32, finite.
+        bias: (B, M), nats, float32; -inf removes a key.
         scale: Factor on the inner products.
 
     Returns:
-        (B, N), nats, float32; ``None`` where the kernel does not serve: off CUDA, without Triton, in float64, wider
+        (B, N), nats, float32, -inf where no key is left; ``None`` where the kernel does not serve: off CUDA, without Triton, in float64, wider
         than 128, or where gradients are followed.
 
     Example:

@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
 from tolerances import assert_close
@@ -119,17 +120,22 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 @pytest.mark.gpu
 @pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU or Triton's interpreter")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("sizes", [(3, 77, 131, 24), (2, 130, 5, 64), (1, 1, 1, 3), (2, 65, 128, 100)])
-def test_the_kernel_for_the_log_sum_exp_alone(sizes, dtype):
+@pytest.mark.parametrize("sizes", [(3, 77, 131, 24), (2, 130, 5, 64), (1, 1, 1, 3), (2, 65, 700, 100)])
+@pytest.mark.parametrize("multiprocessors", [1, 16])
+def test_the_kernel_for_the_log_sum_exp_alone(sizes, dtype, multiprocessors, monkeypatch):
     if INTERPRETED and dtype == torch.bfloat16:
         pytest.skip("the interpreter multiplies the bit patterns of bfloat16")
-    launch = pytest.importorskip("eotattn.kernels.log_sum_exp_triton").launch
+    kernel = pytest.importorskip("eotattn.kernels.log_sum_exp_triton")
+    monkeypatch.setattr(kernel, "_multiprocessors", lambda device: multiprocessors)
     batch, rows, keys, width = sizes
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(batch, size, width, generator=generator).to(dtype) for size in (rows, keys))
     bias = torch.randn(batch, keys, generator=generator)
-    bias[:, 1:2] = -1e9
+    bias[:, 1:2] = -float("inf")
+    bias[-1, : keys // 2] = -float("inf")  # a span without keys
+    bias[0] = bias[0] if batch == 1 else -float("inf")  # no keys at all
     device = "cpu" if INTERPRETED else "cuda"
-    found = launch(query.to(device), key.to(device), bias.to(device), 0.3).cpu()
+    with np.errstate(divide="ignore"):  # the interpreter's logarithm of nothing
+        found = kernel.launch(query.to(device), key.to(device), bias.to(device), 0.3).cpu()
     logits = 0.3 * query.double() @ key.double().mT + bias.double()[:, None]
     assert_close(found, logits.logsumexp(-1).float())
