@@ -97,8 +97,8 @@ def biased_log_sum_exp(query: Tensor, key: Tensor, bias: Tensor, *, scale: float
         scale: Factor on the inner products.
 
     Returns:
-        (B, N), nats, float32, -inf where no key is left; ``None`` where the kernel does not serve: off CUDA, without Triton, in float64, wider
-        than 128, or where gradients are followed.
+        (B, N), nats, float32, -inf where no key is left; ``None`` where the kernel does not serve: off CUDA, without
+        Triton, in float64, wider than 128, or where gradients are followed.
 
     Example:
         >>> biased_log_sum_exp(torch.zeros(1, 2, 4), torch.zeros(1, 3, 4), torch.zeros(1, 3), scale=1.0) is None
