@@ -16,7 +16,7 @@ from torch import Tensor
 from eotattn.attention import functional
 from eotattn.attention.call import AttentionCall
 from eotattn.attention.positions import Positions
-from eotattn.attention.score_rows import RowSource, TensorRows
+from eotattn.attention.score_rows import LaneRows, RowSource, TensorRows
 from eotattn.integrations.captured_call import CapturedCall
 from eotattn.integrations.recorder import Recorder
 
@@ -65,8 +65,7 @@ def _as_call(call: AttentionCall) -> CapturedCall:
         call.value,
         scale=call.scale,
         log_prior=_prior_rows(call),
-        mask=_mask_rows(call),
-        is_causal=call.masks.triangle,
+        **_admissible(call, places["query_start"] - places["key_start"]),
         **places,
     )
 
@@ -87,24 +86,17 @@ def _prior_rows(call: AttentionCall) -> RowSource | None:
         return None
     dtype = torch.promote_types(call.query.dtype, torch.float32)
     positions, keys = call.query_positions.tensor, call.key_positions.tensor
+    if prior.has_lanes and call.query.is_cuda:  # the kernel of statistics reads lanes, as that of the output did
+        return LaneRows(prior.lanes(positions, keys, dtype=call.query.dtype))
     axis = -1 if prior.num_coordinates == 1 else -2
     return lambda start, stop: prior.dense(positions.narrow(axis, start, stop - start), keys, dtype=dtype)
 
 
-def _mask_rows(call: AttentionCall) -> RowSource | None:
-    masks = call.masks.spelled_out(call.query.shape[0], call.query.shape[2], call.key.shape[2], call.query.device)
-    dense, padding = masks.dense, masks.padding
-    if dense is None and padding is None:
-        return None
-    if padding is None:
-        return TensorRows(dense) if dense is not None else None
-    real = ~padding[:, None, None, :]
-    if dense is None:
-        return lambda start, stop: real
-    rows = TensorRows(dense)
-
-    def both(start: int, stop: int) -> Tensor:
-        part = rows(start, stop)
-        return part & real if part.dtype == torch.bool else torch.where(real, part, float("-inf"))
-
-    return both
+def _admissible(call: AttentionCall, shift: int) -> dict[str, Any]:
+    """Causality and window where positions say them, and rows of the mask for the rest."""
+    masks, band = call.masks, call.masks.band
+    if band is not None and band.offset == shift and masks.documents is None:
+        rows = None if masks.padding is None else TensorRows(~masks.padding[:, None, None, :])
+        return {"is_causal": True, "window": band.window, "mask": rows}
+    dense = masks.as_dense(call.query.shape[0], call.query.shape[2], call.key.shape[2], call.query.device)
+    return {"mask": None if dense is None else TensorRows(dense)}
