@@ -13,16 +13,16 @@ from torch import Tensor
 
 from eotattn.attention.backends import BACKENDS, choose, refusal
 from eotattn.attention.call import AttentionCall
-from eotattn.attention.measured import preference
+from eotattn.attention.masks import Masks
+from eotattn.attention.measured import TIMES, Times, pattern_of
 from eotattn.checks import check_choice
 from eotattn.kernels import sdpa
 
 __all__ = ["Explanation", "explain"]
 
 _WORDS = {
-    "sdpa": "one fused call; the prior rides in lanes",
-    "varlen": "one variable-length call; the prior rides in lanes, windows and documents cost what they see",
-    "flex": "one compiled call; the prior is a score modification",
+    "varlen": "one variable-length call; the prior rides in lanes, and what is not seen is skipped",
+    "flex": "one compiled call; the prior is a score modification, and blocks that are not seen are skipped",
     "reference": "dense tensor operations; Q x K weights in memory",
 }
 
@@ -39,6 +39,7 @@ class Explanation:
         num_lanes: Lanes that the prior and a padding mask occupy.
         error_bound: Largest error of the log-prior in the kernel's dtype, nats, beside the kernel's own rounding of
             the content; zero where the log-prior is dense.
+        times: How long this backend takes, as measured on one GPU; :data:`~eotattn.attention.measured.TIMES`.
         alternatives: The other backends, each with what it lacks, or what it is.
     """
 
@@ -48,6 +49,7 @@ class Explanation:
     width: int
     num_lanes: int
     error_bound: float
+    times: Times | None
     alternatives: dict[str, str]
 
     def __str__(self) -> str:
@@ -55,6 +57,8 @@ class Explanation:
         if self.kernel is not None:
             lines.append(f"kernel       {self.kernel}, width {self.width} of which {self.num_lanes} lanes")
             lines.append(f"error bound  {self.error_bound:.1e} nats of the log-prior")
+        if self.times is not None and self.times.forward is not None:
+            lines.append(f"measured     {self.times} of plain causal attention (H200, bfloat16, 8192 tokens)")
         lines += [f"{'not ' + name:<13}{why}" for name, why in self.alternatives.items()]
         return "\n".join(lines)
 
@@ -89,16 +93,34 @@ def explain(query: Tensor, key: Tensor, value: Tensor, *, backend: str = "auto",
     call = AttentionCall.check(query, key, value, **options)
     wanted = choose(call) if backend == "auto" else backend
     refused = refusal(wanted, call)
-    others = {name: refusal(name, call) or f"would serve: {_WORDS[name]}" for name in preference(call.masks)}
+    times = TIMES[pattern_of(call.masks)]
+    others = {name: refusal(name, call) or f"would serve: {_words(name, call.masks)}, {times[name]}" for name in times}
     del others[wanted]
     chosen = None if refused else wanted
-    reason = f"{wanted} cannot serve the call with {call.prior_name}: {refused}" if refused else _WORDS[wanted]
+    reason = (
+        f"{wanted} cannot serve the call with {call.prior_name}: {refused}" if refused else _words(wanted, call.masks)
+    )
     if chosen not in ("sdpa", "varlen"):
-        return Explanation(chosen, reason, None, call.query.shape[-1], 0, 0.0, others)
-    return _fused(chosen, call, reason, others)
+        width = call.query.shape[-1]
+        return Explanation(chosen, reason, None, width, 0, 0.0, times[chosen] if chosen else None, others)
+    return _fused(chosen, call, reason, times[chosen], others)
 
 
-def _fused(chosen: str, call: AttentionCall, reason: str, others: dict[str, str]) -> Explanation:
+def _words(name: str, masks: Masks) -> str:
+    """What backend ``name`` would do under these masks."""
+    if name != "sdpa":
+        return _WORDS[name]
+    calls = "one fused call"
+    if masks.documents is not None:
+        calls = f"{len(masks.documents.lengths)} fused calls, one a document"
+    elif masks.band is not None and masks.band.window is not None:
+        calls = "fused calls over blocks of the window"
+    elif masks.dense is not None or (masks.band is not None and not masks.band.is_triangle):
+        calls = "one fused call with a Q x K mask"
+    return f"{calls}; the prior rides in lanes"
+
+
+def _fused(chosen: str, call: AttentionCall, reason: str, times: Times, others: dict[str, str]) -> Explanation:
     """The explanation of a call that goes through lanes."""
     num_lanes, error_bound = 0, 0.0
     if call.prior is not None:
@@ -109,7 +131,7 @@ def _fused(chosen: str, call: AttentionCall, reason: str, others: dict[str, str]
     width = call.query.shape[-1] + num_lanes
     width = sdpa.kernel_width(width, call.query.device) if num_lanes else width
     kernel = "varlen_attn" if chosen == "varlen" else _kernel(call, width)
-    return Explanation(chosen, reason, kernel, width, num_lanes, error_bound, others)
+    return Explanation(chosen, reason, kernel, width, num_lanes, error_bound, times, others)
 
 
 def _kernel(call: AttentionCall, width: int) -> str:
@@ -117,11 +139,16 @@ def _kernel(call: AttentionCall, width: int) -> str:
     query, key, value = call.query, call.key, call.value
     if query.device.type == "cpu" and value.shape[-1] < width:
         value = value.new_empty(*value.shape[:-1], width)  # as the call itself pads it
+    plain = call.masks.triangle or (call.masks.band is None and call.masks.dense is None)
+    mask = None
+    if not plain and call.masks.documents is None:
+        seen = torch.ones((), dtype=torch.bool, device=query.device)
+        mask = call.dense_mask() if call.masks.dense is not None else seen.expand(query.shape[2], key.shape[2])
     index = torch._fused_sdp_choice(
         query.new_empty(*query.shape[:-1], width),
         key.new_empty(*key.shape[:-1], width),
         value,
-        attn_mask=call.dense_mask() if call.masks.dense is not None else None,
+        attn_mask=mask,
         dropout_p=call.dropout_p,
         is_causal=call.masks.triangle,
         scale=call.scale,
