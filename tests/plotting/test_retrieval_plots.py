@@ -1,0 +1,68 @@
+"""Plots of retrieval and of trade-offs show what they are given."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from eotattn.plotting import mosaic, plot_depth_grid, plot_log_prior_by_lag, plot_trade_off
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
+
+
+def test_depth_grids_have_lengths_across_and_depths_downwards():
+    accuracy = np.array([[1.0, 0.5], [0.25, 0.0], [0.75, 1.0]])
+    axes = plot_depth_grid(accuracy, lengths=(256, 512, 4096), depths=(0.1, 0.9), train_length=256)
+    assert np.array_equal(axes.images[0].get_array(), accuracy.T)
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["256", "512", "4k"]
+    written = {text.get_position(): text.get_text() for text in axes.texts}
+    assert (written[0, 0], written[0, 1], written[1, 0]) == ("1", ".50", ".25")
+    assert axes.lines[0].get_xdata()[0] == 0.5
+
+
+def test_log_priors_are_drawn_at_lag_plus_one_a_line_a_head():
+    values = np.array([[0.0, -1.0, -2.0], [0.0, -0.1, -0.2]])
+    axes = plot_log_prior_by_lag(values, lags=[0, 1, 5], train_length=4)
+    assert np.array_equal(axes.lines[1].get_ydata(), values[1])
+    assert axes.lines[0].get_xdata().tolist() == [1, 2, 6]
+    assert axes.lines[2].get_xdata()[0] == 4
+
+
+def test_trade_offs_mark_the_mean_and_reach_to_the_extreme_seeds():
+    axes = plot_trade_off({"a": [[1.0, 10.0], [3.0, 40.0]], "b": [[2.0, 5.0]]}, labels={"a": "first"}, logarithmic=True)
+    assert axes.containers[0].lines[0].get_xydata().tolist() == [[2.0, 25.0]]
+    across, up = (bar.get_segments()[0] for bar in axes.containers[0].lines[2])
+    assert across[:, 0].tolist() == [1.0, 3.0]
+    assert up[:, 1].tolist() == [10.0, 40.0]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["first", "b"]
+    assert axes.get_yscale() == "log"
+
+
+def test_many_variants_look_different():
+    axes = plot_trade_off({str(k): [[k, k]] for k in range(16)})
+    looks = {(str(c.lines[0].get_color()), c.lines[0].get_marker()) for c in axes.containers}
+    assert len(looks) == 16
+
+
+def test_mosaics_name_their_axes_and_span_repeated_names():
+    figure, axes = mosaic([["wide", "wide"], ["left", "right"]], size=(4, 3), heights=(1, 1))
+    assert set(axes) == {"wide", "left", "right"}
+    figure.canvas.draw()
+    assert axes["wide"].get_position().width > 1.5 * axes["left"].get_position().width
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: plot_depth_grid([[1.0]], lengths=(1, 2), depths=(0.5,)), r"accuracy must have shape \(2, 1\)"),
+        (lambda: plot_log_prior_by_lag([[1.0]], lags=[1, 2], train_length=2), "lags must number 1; got 2"),
+        (lambda: plot_trade_off({}), "points must hold at least one variant"),
+        (lambda: plot_trade_off({"a": [[1.0]]}), r"points\['a'\] must have two columns; got \(1, 1\)"),
+    ],
+)
+def test_bad_arguments_say_what_is_wrong(call, says):
+    with pytest.raises(ValueError, match=says):
+        call()
