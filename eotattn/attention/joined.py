@@ -5,19 +5,26 @@ Legend: H query heads, Hk key heads, Q queries, K keys, P lanes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache, partial
+from collections.abc import Hashable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from eotattn.attention.call import AttentionCall
+from eotattn.attention.positions import Positions
 from eotattn.kernels import join, sdpa
-from eotattn.priors.expansion import Form
+from eotattn.kernels.join_layout import Layout, PartShape, read_layout
+from eotattn.priors.expansion import Expansion, Form
 from eotattn.priors.lanes import default_terms, is_low_precision
-from eotattn.priors.positions import may_remember, tabulated
+from eotattn.priors.positions import may_remember, run_table
 
 __all__ = ["joined"]
+
+#: Lanes may count positions from anywhere, and are the more exact the nearer: origins are multiples of this.
+ORIGIN_STEP = 1024
+#: Layouts remembered.
+MAX_LAYOUTS = 256
 
 
 def joined(call: AttentionCall) -> tuple[Tensor, Tensor] | None:
@@ -26,79 +33,99 @@ def joined(call: AttentionCall) -> tuple[Tensor, Tensor] | None:
     ``None`` where a kernel cannot do it and lanes come from factors: that is the definition, this is faster.
     """
     query, key, prior = call.query, call.key, call.prior
-    queries, keys = call.query_positions.tensor, call.key_positions.tensor
-    if prior is None or queries.dim() != 1 or keys.dim() != 1 or not may_remember(query.device):
-        return None
-    if join.refusal(query, key) is not None:
+    if prior is None or (query.device.type != "cuda" and not join.INTERPRETED):
         return None
     parts = prior.expansions(query.dtype)
     if parts is None:
         return None
     coefficients = [tensor for part in parts for tensor in part.coefficients]
-    if any(type(tensor) is not torch.nn.Parameter or tensor.dtype != torch.float32 for tensor in coefficients):
+    if join.refusal(query, key, coefficients) is not None or not _one_row(call.query_positions, call.key_positions):
         return None
-    prior.check_positions(queries, keys)
-    forms = tuple(part.form for part in parts)
-    widths = tuple(tuple(tensor.numel() // tensor.shape[0] for tensor in part.coefficients) for part in parts)
-    scales = tuple(part.scale for part in parts)
-    layout = _layout(forms, widths, scales, query.shape[1], key.shape[1], query.dtype)
-    query_features = tabulated(("query", forms), queries, partial(_features, forms, "query"))
-    key_features = tabulated(("key", forms), keys, partial(_features, forms, "key"))
-    padding = call.masks.padding if call.masks.dense is None else None
+    padding = call.masks.padding.contiguous() if call.masks.padding is not None and call.masks.dense is None else None
     far = sdpa.far_lane(query.dtype, scale=call.scale)
-    made = join.Join(layout, query_features, key_features, 1 / call.scale, padding, far)
+    origin = _origin(call.key_positions)
+    forms = tuple([part.form for part in parts])
+    if torch.compiler.is_compiling():
+        sides = (("query", call.query_positions), ("key", call.key_positions))
+        features = [_features(forms, side, origin, positions.tensor) for side, positions in sides]
+        rest = (coefficients, *_numbers(parts, query.dtype), 1 / call.scale, padding, far)
+        return join.join_in_graph(query, key, (features[0], features[1]), *rest)
+    if not may_remember(query.device):
+        return None
+    if call.query_positions.given is not None or call.key_positions.given is not None:  # whole numbers need no check
+        prior.check_positions(call.query_positions.tensor, call.key_positions.tensor)
+    layout = _layout(parts, key.shape[1], query.dtype)
+    query_table, query_first = _table(forms, "query", origin, call.query_positions)
+    key_table, key_first = _table(forms, "key", origin, call.key_positions)
+    made = join.Join(layout, query_table, key_table, query_first, key_first, 1 / call.scale, padding, far)
     return join.join(query, key, made, coefficients)
 
 
-def _features(forms: Sequence[Form], side: str, positions: Tensor) -> Tensor:
+def _one_row(*sides: Positions) -> bool:
+    """Whether all samples share their positions."""
+    return all(side.given is None or side.given.dim() == 1 for side in sides)
+
+
+def _origin(keys: Positions) -> int:
+    """Where lanes count from: just before the last key, so that numbers are small in the rows that see the most keys.
+
+    A slope times a position of 131 072 is 65 536, where one unit of an fp32 accumulator is 0.008.
+    """
+    return 0 if keys.first is None else (keys.first + keys.length) // ORIGIN_STEP * ORIGIN_STEP
+
+
+def _table(forms: tuple[Form, ...], side: str, origin: int, positions: Positions) -> tuple[Tensor, int]:
+    """Features of one side, and the row of the first token."""
+    compute = partial(_features, forms, side, origin)
+    first = positions.first
+    if first is None or first < 0:
+        return compute(positions.tensor), 0
+    return run_table((side, forms, origin), first + positions.length, positions.device, compute), first
+
+
+def _features(forms: Sequence[Form], side: str, origin: int, positions: Tensor) -> Tensor:
     """(L, columns) float32: what the forms need to know of the positions of one side, form by form."""
     each: list[Tensor] = []
     for form in forms:
-        each.append(form.learned_features(positions) if form.learned == side else form.fixed_features(positions))
+        at = positions - origin if form.is_relative else positions
+        each.append(form.learned_features(at) if form.learned == side else form.fixed_features(at))
         if form.row_features is not None:
-            row = form.row_features(positions)
+            row = form.row_features(at)
             each.append((row if form.learned == side else torch.ones_like(row)).unsqueeze(-1))
     return torch.cat(each, dim=-1).float()
 
 
-@lru_cache(maxsize=64)
-def _layout(
-    forms: tuple[Form, ...],
-    widths: tuple[tuple[int, ...], ...],
-    scales: tuple[tuple[float, ...], ...],
-    num_heads: int,
-    num_kv_heads: int,
-    dtype: torch.dtype,
-) -> join.Layout:
-    """Lanes of all forms side by side: every product of terms that matters, once for each head that needs its own."""
-    sides: dict[str, list[join.Column]] = {"query": [], "key": []}
-    first_feature, first_coefficient = {"query": 0, "key": 0}, 0
-    for form, columns in zip(forms, widths, strict=True):
-        terms = default_terms(dtype, one_side_is_exact=form.fixed_is_exact)
-        fixed = "key" if form.learned == "query" else "query"
-        factors, slots = len(form.sources), len(form.sources[0])
-        at, other = first_feature[form.learned], first_feature[fixed]
-        pairs = [(a, b) for a in range(terms) for b in range(1 if form.fixed_is_exact else terms) if a + b < terms]
-        members = [join.NOTHING] if form.learned == "query" else list(range(num_heads // num_kv_heads))
-        for member in members:
-            for a, b in pairs:
-                for f, sources in enumerate(form.sources):
-                    learned = tuple((at + f * slots + s, first_coefficient + n) for s, n in enumerate(sources))
-                    sides[form.learned].append(join.Column(learned, a, member, learned=True))
-                    sides[fixed].append(join.Column(((other + f, join.NOTHING),), b, member, learned=False))
-        first_feature[form.learned] += factors * slots
-        first_feature[fixed] += factors
-        if form.row_features is not None:
-            if is_low_precision(dtype):
-                row, one = (first_feature["query"], first_coefficient), (first_feature["key"], join.NOTHING)
-                sides["query"].append(join.Column((row,), join.IDLE, join.NOTHING, learned=True))
-                sides["key"].append(join.Column((one,), 0, join.NOTHING, learned=False))
-            for side in first_feature:
-                first_feature[side] += 1
-        first_coefficient += sum(columns)
-    coefficients = tuple(
-        (width, scale, form.by_size)
-        for form, columns, scale in zip(forms, widths, scales, strict=True)
-        for width in columns
+def _shape(part: Expansion, dtype: torch.dtype) -> PartShape:
+    form = part.form
+    return PartShape(
+        sources=form.sources,
+        widths=tuple([1 if tensor.dim() == 1 else tensor.shape[1] for tensor in part.coefficients]),
+        learns_query=form.learned == "query",
+        terms=default_terms(dtype, one_side_is_exact=form.fixed_is_exact),
+        is_exact=form.fixed_is_exact,
+        by_size=form.by_size,
+        has_row=form.row_features is not None,
+        has_rest=form.row_features is not None and is_low_precision(dtype),
     )
-    return join.Layout(tuple(sides["query"]), tuple(sides["key"]), coefficients, num_heads, num_kv_heads)
+
+
+_LAYOUTS: dict[Hashable, Layout] = {}
+
+
+def _layout(parts: Sequence[Expansion], num_kv_heads: int, dtype: torch.dtype) -> Layout:
+    """The layout of some parts, looked up by what decides it."""
+    known = [(part.form, part.scale, tuple([tensor.shape for tensor in part.coefficients])) for part in parts]
+    key = (num_kv_heads, dtype, *known)
+    layout = _LAYOUTS.get(key)
+    if layout is None:
+        if len(_LAYOUTS) >= MAX_LAYOUTS:
+            _LAYOUTS.clear()
+        numbers, scales = _numbers(parts, dtype)
+        layout = _LAYOUTS[key] = read_layout(tuple(numbers), tuple(scales), len(parts[0].scale), num_kv_heads)
+    return layout
+
+
+def _numbers(parts: Sequence[Expansion], dtype: torch.dtype) -> tuple[list[int], list[float]]:
+    """What decides a layout, as numbers that a compiled graph can hold."""
+    numbers = [number for part in parts for number in _shape(part, dtype).numbers()]
+    return numbers, [factor for part in parts for factor in part.scale]

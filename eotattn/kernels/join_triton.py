@@ -13,12 +13,16 @@ are described in :mod:`eotattn.kernels.join`.
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.compiler import CompiledKernel
+
+from eotattn.kernels.join_layout import ENTRIES, MAX_TENSORS
 
 __all__ = ["launch_join", "launch_split"]
 
@@ -28,24 +32,52 @@ BLOCK = 32
 PROGRAMS = 4224
 #: Most programs along the tokens; in the backward pass each leaves one row of sums.
 MAX_PARTS = 128
+#: Launches remembered for each kernel.
+MAX_READY = 1024
+#: Since Triton 3.3 a compiled kernel is called with all arguments of its source.
+LAUNCHES_DIRECTLY = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
+NONE = (None,) * MAX_TENSORS
+COEFFICIENTS = [f"c{n}" for n in range(MAX_TENSORS)]
 
 
 @triton.jit
-def _weights_at(weights, scales, first, stride, by_size, owner):
-    """Effective coefficients of head ``owner``; one where nothing is learned."""
-    learned = first >= 0
-    weight = tl.load(weights + first + owner * stride, mask=learned, other=1.0)
-    scale = tl.load(scales + first + owner * stride, mask=learned, other=1.0)
+def _coefficients(c0, c1, c2, c3, c4, c5, c6, c7, tensor, at):
+    """Entry ``at`` of coefficient tensor number ``tensor``, one where that is negative; the spare ones are None."""
+    value = tl.where(tensor < 0, 1.0, tl.load(c0 + at, mask=tensor == 0, other=0.0))
+    if c1 is not None:
+        value += tl.load(c1 + at, mask=tensor == 1, other=0.0)
+    if c2 is not None:
+        value += tl.load(c2 + at, mask=tensor == 2, other=0.0)
+    if c3 is not None:
+        value += tl.load(c3 + at, mask=tensor == 3, other=0.0)
+    if c4 is not None:
+        value += tl.load(c4 + at, mask=tensor == 4, other=0.0)
+    if c5 is not None:
+        value += tl.load(c5 + at, mask=tensor == 5, other=0.0)
+    if c6 is not None:
+        value += tl.load(c6 + at, mask=tensor == 6, other=0.0)
+    if c7 is not None:
+        value += tl.load(c7 + at, mask=tensor == 7, other=0.0)
+    return value
+
+
+@triton.jit
+def _weights_at(c0, c1, c2, c3, c4, c5, c6, c7, scales, slot, step, owner, H: tl.constexpr):
+    """Effective coefficients of head ``owner``, read as the slots at ``slot`` say; one where nothing is learned."""
+    tensor, column, stride = tl.load(slot + step), tl.load(slot + 2 * step), tl.load(slot + 3 * step)
+    row, by_size = tl.load(slot + 4 * step), tl.load(slot + 5 * step)
+    weight = _coefficients(c0, c1, c2, c3, c4, c5, c6, c7, tensor, column + owner * stride)
+    scale = tl.load(scales + row * H + owner, mask=tensor >= 0, other=1.0)
     return tl.where(by_size == 1, tl.abs(weight), weight) * scale
 
 
 @triton.jit
 def _join_side(
-    content, out, features, weights, scales, maps, wide, padding, batch, length, stride_b, stride_h, stride_l,
-    num_features, lane_scale, far, head, heads,
-    GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
-    NW: tl.constexpr,
-    WIDEST: tl.constexpr, IS_KEY: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
+    content, out, features, c0, c1, c2, c3, c4, c5, c6, c7, scales, maps, wide, padding, batch, length, stride_b,
+    stride_h, stride_l, num_features, lane_scale, far, head, heads,
+    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, W: tl.constexpr,
+    WP: tl.constexpr, NW: tl.constexpr, WIDEST: tl.constexpr, IS_KEY: tl.constexpr, PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write content and lanes of one head and one block of tokens, for every sample."""
     cols, slots = tl.arange(0, WP), tl.arange(0, WIDEST)
@@ -53,14 +85,10 @@ def _join_side(
     term, learned = tl.load(maps + cols)[None, :], tl.load(maps + 2 * WP + cols) == 1
     owner = head * GROUP + tl.maximum(member, 0) if IS_KEY else head + 0 * member
     first = maps + 4 * WP + cols
-    first_column = tl.load(first)
-    first_weight = _weights_at(
-        weights, scales, tl.load(first + WP), tl.load(first + 2 * WP), tl.load(first + 3 * WP), owner
-    )
-    second_column = tl.load(first + 4 * WP)
-    second_weight = _weights_at(
-        weights, scales, tl.load(first + 5 * WP), tl.load(first + 6 * WP), tl.load(first + 7 * WP), owner
-    )
+    second = first + 6 * WP
+    first_column, second_column = tl.load(first), tl.load(second)
+    first_weight = _weights_at(c0, c1, c2, c3, c4, c5, c6, c7, scales, first, WP, owner, H)
+    second_weight = _weights_at(c0, c1, c2, c3, c4, c5, c6, c7, scales, second, WP, owner, H)
     factor_scale = tl.where(learned, lane_scale, 1.0)
     if not IS_KEY:
         factor_scale = tl.where((member < 0) | (member == head % GROUP), factor_scale, 0.0)
@@ -75,19 +103,19 @@ def _join_side(
         feature = tl.load(source + second_column[None, :], mask=inside & (second_column >= 0)[None, :], other=0.0)
         value += second_weight[None, :] * feature
         for w in tl.static_range(NW):
-            slot = wide + 4 * w * WIDEST + slots
-            column, place = tl.load(slot), tl.load(slot + WIDEST)
-            stride, by_size = tl.load(slot + 2 * WIDEST), tl.load(slot + 3 * WIDEST)
+            slot = wide + 6 * w * WIDEST + slots
+            column = tl.load(slot)
             feature = tl.load(source + column[None, :], mask=inside & (column >= 0)[None, :], other=0.0)
             for g in tl.static_range(GROUP if IS_KEY else 1):
-                weight = _weights_at(weights, scales, place, stride, by_size, head * GROUP + g if IS_KEY else head)
+                mine_head = head * GROUP + g if IS_KEY else head
+                weight = _weights_at(c0, c1, c2, c3, c4, c5, c6, c7, scales, slot, WIDEST, mine_head, H)
                 factor = tl.sum(feature * weight[None, :], axis=1)
                 mine = (which == w) & (member == g) if IS_KEY else which == w
                 value = tl.where(mine[None, :], factor[:, None], value)
         value *= factor_scale[None, :]
         leading = value.to(kind).to(tl.float32)
-        second = (value - leading).to(kind).to(tl.float32)
-        value = tl.where(term == 0, leading, tl.where(term == 1, second, value - leading - second))
+        rest = (value - leading).to(kind).to(tl.float32)
+        value = tl.where(term == 0, leading, tl.where(term == 1, rest, value - leading - rest))
         value = tl.where(term < 0, 0.0, value)
         tokens = rows[:, None].to(tl.int64)
         taken = content + head * stride_h + tokens * stride_l + columns[None, :]
@@ -108,28 +136,27 @@ def _join_side(
             target += length * heads * W
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["query_first", "key_first"], do_not_specialize_on_alignment=COEFFICIENTS)
 def _join(
-    query, key, query_out, key_out, query_features, key_features, weights, scales, query_maps, key_maps, query_wide,
-    key_wide, padding, batch, queries, keys, query_stride_b, query_stride_h, query_stride_l, key_stride_b, key_stride_h,
-    key_stride_l, lane_scale, far,
+    query, key, query_out, key_out, query_features, key_features, query_first, key_first, c0, c1, c2, c3, c4, c5, c6,
+    c7, scales, query_maps, key_maps, query_wide, key_wide, padding, batch, queries, keys, query_stride_b,
+    query_stride_h, query_stride_l, key_stride_b, key_stride_h, key_stride_l, lane_scale, far,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, W: tl.constexpr,
-    WP: tl.constexpr,
-    CQ: tl.constexpr, CK: tl.constexpr, NWQ: tl.constexpr, NWK: tl.constexpr, WIDEST_Q: tl.constexpr,
-    WIDEST_K: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
+    WP: tl.constexpr, CQ: tl.constexpr, CK: tl.constexpr, NWQ: tl.constexpr, NWK: tl.constexpr,
+    WIDEST_Q: tl.constexpr, WIDEST_K: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
     if tl.program_id(2) == 0:
         _join_side(
-            query, query_out, query_features, weights, scales, query_maps, query_wide, padding, batch, queries,
-            query_stride_b, query_stride_h, query_stride_l, CQ, lane_scale, far, head, H,
-            GROUP, D, DP, P, W, WP, NWQ, WIDEST_Q, False, PADDED, BLOCK,
+            query, query_out, query_features + query_first * CQ, c0, c1, c2, c3, c4, c5, c6, c7, scales, query_maps,
+            query_wide, padding, batch, queries, query_stride_b, query_stride_h, query_stride_l, CQ, lane_scale, far,
+            head, H, H, GROUP, D, DP, P, W, WP, NWQ, WIDEST_Q, False, PADDED, BLOCK,
         )  # fmt: skip
     elif head < H // GROUP:
         _join_side(
-            key, key_out, key_features, weights, scales, key_maps, key_wide, padding, batch, keys,
-            key_stride_b, key_stride_h, key_stride_l, CK, lane_scale, far, head, H // GROUP,
-            GROUP, D, DP, P, W, WP, NWK, WIDEST_K, True, PADDED, BLOCK,
+            key, key_out, key_features + key_first * CK, c0, c1, c2, c3, c4, c5, c6, c7, scales, key_maps,
+            key_wide, padding, batch, keys, key_stride_b, key_stride_h, key_stride_l, CK, lane_scale, far,
+            head, H // GROUP, H, GROUP, D, DP, P, W, WP, NWK, WIDEST_K, True, PADDED, BLOCK,
         )  # fmt: skip
 
 
@@ -138,8 +165,7 @@ def _split_side(
     grad, out, sums, wide_sums, features, maps, wide, batch, length, stride_b, stride_h, stride_l, num_features,
     lane_scale, head, heads,
     GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, NW: tl.constexpr,
-    NW_TILE: tl.constexpr,
-    WIDEST: tl.constexpr, IS_KEY: tl.constexpr, BLOCK: tl.constexpr,
+    NW_TILE: tl.constexpr, WIDEST: tl.constexpr, IS_KEY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Copy the content's gradient out, and sum the lanes' over samples and this program's tokens."""
     part, parts = tl.program_id(0), tl.num_programs(0)
@@ -148,7 +174,7 @@ def _split_side(
     wanted = (tl.load(maps + cols) <= 0) & (tl.load(maps + 2 * WP + cols) == 1)
     if not IS_KEY:
         wanted = wanted & ((member < 0) | (member == head % GROUP))
-    first_column, second_column = tl.load(maps + 4 * WP + cols), tl.load(maps + 8 * WP + cols)
+    first_column, second_column = tl.load(maps + 4 * WP + cols), tl.load(maps + 10 * WP + cols)
     first_sum, second_sum = tl.zeros([WP], tl.float32), tl.zeros([WP], tl.float32)
     members: tl.constexpr = GROUP if IS_KEY else 1
     factors = tl.arange(0, NW_TILE)[:, None]
@@ -173,7 +199,7 @@ def _split_side(
         feature = tl.load(source + second_column[None, :], mask=inside & (second_column >= 0)[None, :], other=0.0)
         second_sum += tl.sum(total * feature, axis=0)
         for w in tl.static_range(NW):
-            column = tl.load(wide + 4 * w * WIDEST + slots)
+            column = tl.load(wide + 6 * w * WIDEST + slots)
             feature = tl.load(source + column[None, :], mask=inside & (column >= 0)[None, :], other=0.0)
             for g in tl.static_range(members):
                 mine = (which == w) & (member == g) if IS_KEY else which == w
@@ -187,47 +213,47 @@ def _split_side(
     tl.store(store, wide_sum, mask=(factors < NW * members) & (slots >= 0)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["query_first", "key_first"])
 def _split(
     query_grad, key_grad, query_out, key_out, query_sums, key_sums, query_wide_sums, key_wide_sums, query_features,
-    key_features, query_maps, key_maps, query_wide, key_wide, batch, queries, keys, query_stride_b, query_stride_h,
-    query_stride_l, key_stride_b, key_stride_h, key_stride_l, lane_scale,
+    key_features, query_first, key_first, query_maps, key_maps, query_wide, key_wide, batch, queries, keys,
+    query_stride_b, query_stride_h, query_stride_l, key_stride_b, key_stride_h, key_stride_l, lane_scale,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
-    CQ: tl.constexpr,
-    CK: tl.constexpr, NWQ: tl.constexpr, NWK: tl.constexpr, NW_TILE: tl.constexpr, WIDEST_Q: tl.constexpr,
-    WIDEST_K: tl.constexpr, BLOCK: tl.constexpr,
+    CQ: tl.constexpr, CK: tl.constexpr, NWQ: tl.constexpr, NWK: tl.constexpr, NW_TILE: tl.constexpr,
+    WIDEST_Q: tl.constexpr, WIDEST_K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
     if tl.program_id(2) == 0:
         _split_side(
-            query_grad, query_out, query_sums, query_wide_sums, query_features, query_maps, query_wide, batch, queries,
-            query_stride_b, query_stride_h, query_stride_l, CQ, lane_scale, head, H,
+            query_grad, query_out, query_sums, query_wide_sums, query_features + query_first * CQ, query_maps,
+            query_wide, batch, queries, query_stride_b, query_stride_h, query_stride_l, CQ, lane_scale, head, H,
             GROUP, D, DP, W, WP, NWQ, NW_TILE, WIDEST_Q, False, BLOCK,
         )  # fmt: skip
     elif head < H // GROUP:
         _split_side(
-            key_grad, key_out, key_sums, key_wide_sums, key_features, key_maps, key_wide, batch, keys,
-            key_stride_b, key_stride_h, key_stride_l, CK, lane_scale, head, H // GROUP,
+            key_grad, key_out, key_sums, key_wide_sums, key_features + key_first * CK, key_maps,
+            key_wide, batch, keys, key_stride_b, key_stride_h, key_stride_l, CK, lane_scale, head, H // GROUP,
             GROUP, D, DP, W, WP, NWK, NW_TILE, WIDEST_K, True, BLOCK,
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=COEFFICIENTS)
 def _finish(
-    query_sums, key_sums, query_wide_sums, key_wide_sums, out, weights, scales, owners, parts,
+    query_sums, key_sums, query_wide_sums, key_wide_sums, out, c0, c1, c2, c3, c4, c5, c6, c7, scales, owners, parts,
     H: tl.constexpr, GROUP: tl.constexpr, WP: tl.constexpr, NWQ: tl.constexpr, NWK: tl.constexpr,
     WIDEST_Q: tl.constexpr, WIDEST_K: tl.constexpr, ENTRIES: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one coefficient of one head: the sum over all programs and over the lanes that it feeds."""
     head = tl.program_id(1)
-    owners += tl.program_id(0) * (5 + ENTRIES)
-    side, wide, first = tl.load(owners), tl.load(owners + 1), tl.load(owners + 2)
-    place = first + head * tl.load(owners + 3)
+    owners += tl.program_id(0) * (8 + ENTRIES)
+    side, wide, tensor, column = tl.load(owners), tl.load(owners + 1), tl.load(owners + 2), tl.load(owners + 3)
+    stride, row, by_size = tl.load(owners + 4), tl.load(owners + 5), tl.load(owners + 6)
+    place = tl.load(owners + 7) + head * stride
     entries, at = tl.arange(0, ENTRIES), tl.arange(0, PARTS)[:, None]
-    where = tl.load(owners + 5 + entries)[None, :]
+    where = tl.load(owners + 8 + entries)[None, :]
     there = (at < parts) & (entries == 0)[None, :]
     if wide < 0:
-        there = (at < parts) & (entries < tl.load(owners + 5 + ENTRIES - 1))[None, :]
+        there = (at < parts) & (entries < tl.load(owners + 8 + ENTRIES - 1))[None, :]
         if side == 0:
             found = tl.load(query_sums + (at * H + head) * 2 * WP + where, mask=there, other=0.0)
         else:
@@ -239,74 +265,105 @@ def _finish(
             source = (at * (H // GROUP) + head // GROUP) * NWK + wide
             source = key_wide_sums + (source * GROUP + head % GROUP) * WIDEST_K + where
         found = tl.load(source, mask=there, other=0.0)
-    value = tl.sum(tl.sum(found, axis=1), axis=0) * tl.load(scales + place)
-    negative = (tl.load(owners + 4) == 1) & (tl.load(weights + place) < 0)
-    tl.store(out + place, tl.where(negative, -value, value))
+    value = tl.sum(tl.sum(found, axis=1), axis=0) * tl.load(scales + row * H + head)
+    weight = _coefficients(c0, c1, c2, c3, c4, c5, c6, c7, tensor, column + head * stride)
+    tl.store(out + place, tl.where((by_size == 1) & (weight < 0), -value, value))
 
 
-def launch_join(query: Tensor, key: Tensor, weights: Tensor, maps: Any, made: Any, width: int) -> tuple[Tensor, Tensor]:
+class _Launcher:
+    """A kernel whose compiled form is looked up by what the caller says decides it: sizes, strides, alignments.
+
+    That is several times faster than Triton's own look at every argument.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+        self._ready: dict[Hashable, Any] = {}
+
+    def __call__(
+        self, key: tuple[Hashable, ...], device: torch.device, grid: tuple[int, int, int], *arguments: Any
+    ) -> None:
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self(key, device, grid, *arguments)
+        run = self._ready.get((device, key))
+        if run is not None:
+            return run(*arguments)
+        compiled = self._kernel[grid](*arguments)
+        if isinstance(compiled, CompiledKernel) and LAUNCHES_DIRECTLY:
+            if len(self._ready) >= MAX_READY:
+                self._ready.clear()
+            self._ready[device, key] = compiled[grid]
+        return None
+
+
+_launch_join, _launch_split, _launch_finish = _Launcher(_join), _Launcher(_split), _Launcher(_finish)
+
+
+def launch_join(query: Tensor, key: Tensor, made: Any, coefficients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """(B, H, Q, W) and (B, H / G, K, W): content and lanes."""
     query, key = _with_unit_stride(query), _with_unit_stride(key)
-    (batch, heads, queries, content_width), (kv_heads, keys) = query.shape, key.shape[1:3]
+    (batch, heads, queries, content_width), (_, kv_heads, keys, _) = query.shape, key.shape
+    width, layout = made.width(content_width, query.device), made.layout
+    maps = layout.maps(query.device, width - content_width)
     query_out = torch.empty(batch, queries, heads, width, dtype=query.dtype, device=query.device)
     key_out = torch.empty(batch, keys, kv_heads, width, dtype=query.dtype, device=query.device)
-    tile = maps.query.shape[1]
-    block = BLOCK
-    _join[(_num_parts(max(queries, keys), block, heads), heads, 2)](
-        query, key, query_out, key_out, made.query_features, made.key_features, weights, maps.scales, maps.query,
-        maps.key, maps.query_wide, maps.key_wide, made.padding, batch, queries, keys,
-        query.stride(0), query.stride(1), query.stride(2), key.stride(0), key.stride(1), key.stride(2),
-        made.query_scale, made.far,
-        heads, heads // kv_heads, content_width, triton.next_power_of_2(content_width),
-        len(made.layout.query), width, tile,
-        made.query_features.shape[1], made.key_features.shape[1], *maps.num_wide, maps.query_wide.shape[-1],
-        maps.key_wide.shape[-1], made.padding is not None, block,
+    strides = (*query.stride()[:3], *key.stride()[:3])
+    columns = (made.query_features.shape[1], made.key_features.shape[1])
+    padded = made.padding is not None
+    pointers = (query, key, made.padding) if made.padding is not None else (query, key)
+    aligned = tuple([tensor.data_ptr() % 16 for tensor in pointers])
+    place = (layout, query.dtype, content_width, batch, queries, keys, strides, aligned, columns)
+    _launch_join(
+        place, query.device, (_num_parts(max(queries, keys), heads), heads, 2),
+        query, key, query_out, key_out, made.query_features, made.key_features, made.query_first, made.key_first,
+        *coefficients, *NONE[len(coefficients):], maps.scales, maps.query, maps.key, maps.query_wide, maps.key_wide,
+        made.padding, batch, queries, keys, *strides, made.query_scale, made.far,
+        heads, heads // kv_heads, content_width, triton.next_power_of_2(content_width), layout.num_lanes, width,
+        maps.query.shape[1], *columns, *maps.num_wide, maps.query_wide.shape[-1], maps.key_wide.shape[-1], padded,
+        BLOCK,
     )  # fmt: skip
     return query_out.transpose(1, 2), key_out.transpose(1, 2)
 
 
 def launch_split(
-    query_grad: Tensor, key_grad: Tensor, weights: Tensor, maps: Any, made: Any, content_width: int
+    query_grad: Tensor, key_grad: Tensor, made: Any, coefficients: Sequence[Tensor], content_width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the content, (B, H, Q, D) and (B, H / G, K, D), and of the coefficients, flat like ``weights``."""
+    """Gradients of the content, (B, H, Q, D) and (B, H / G, K, D), and of the coefficients, flat, tensor by tensor."""
     query_grad, key_grad = _with_unit_stride(query_grad), _with_unit_stride(key_grad)
-    (batch, heads, queries, width), (kv_heads, keys) = query_grad.shape, key_grad.shape[1:3]
-    tile, group = maps.query.shape[1], heads // kv_heads
-    block = BLOCK
-    parts = _num_parts(max(queries, keys), block, heads)
-    make: dict[str, Any] = {"device": query_grad.device}
-    query_out = torch.empty(batch, queries, heads, content_width, dtype=query_grad.dtype, **make)
-    key_out = torch.empty(batch, keys, kv_heads, content_width, dtype=query_grad.dtype, **make)
+    (batch, heads, queries, width), (_, kv_heads, keys, _) = query_grad.shape, key_grad.shape
+    device, layout = query_grad.device, made.layout
+    maps = layout.maps(device, width - content_width)
+    tile, group, num_wide = maps.query.shape[1], heads // kv_heads, maps.num_wide
     widest = (maps.query_wide.shape[-1], maps.key_wide.shape[-1])
-    num_wide_tile = triton.next_power_of_2(max(1, maps.num_wide[0], maps.num_wide[1] * group))
-    sizes = (
-        parts * heads * 2 * tile,
-        parts * kv_heads * 2 * tile,
-        parts * heads * maps.num_wide[0] * widest[0],
-        parts * kv_heads * group * maps.num_wide[1] * widest[1],
-    )
-    sums = torch.empty(sum(sizes), **make).split(sizes)
-    _split[(parts, heads, 2)](
-        query_grad, key_grad, query_out, key_out, *sums, made.query_features, made.key_features, maps.query, maps.key,
-        maps.query_wide, maps.key_wide, batch, queries, keys,
-        query_grad.stride(0), query_grad.stride(1), query_grad.stride(2),
-        key_grad.stride(0), key_grad.stride(1), key_grad.stride(2), made.query_scale,
-        heads, group, content_width, triton.next_power_of_2(content_width), width, tile,
-        made.query_features.shape[1], made.key_features.shape[1],
-        *maps.num_wide, num_wide_tile, *widest, block,
+    parts = _num_parts(max(queries, keys), heads)
+    query_out = torch.empty(batch, queries, heads, content_width, dtype=query_grad.dtype, device=device)
+    key_out = torch.empty(batch, keys, kv_heads, content_width, dtype=query_grad.dtype, device=device)
+    rows = (heads * 2 * tile, kv_heads * 2 * tile, heads * num_wide[0] * widest[0], heads * num_wide[1] * widest[1])
+    sums = torch.empty(parts * sum(rows), device=device).split([parts * row for row in rows])
+    flat = torch.empty(sum(tensor.numel() for tensor in coefficients), device=device)
+    strides = (*query_grad.stride()[:3], *key_grad.stride()[:3])
+    aligned = (query_grad.data_ptr() % 16, key_grad.data_ptr() % 16)
+    columns = (made.query_features.shape[1], made.key_features.shape[1])
+    place = (layout, query_grad.dtype, content_width, batch, queries, keys, strides, aligned, columns)
+    _launch_split(
+        place, device, (parts, heads, 2),
+        query_grad, key_grad, query_out, key_out, *sums, made.query_features, made.key_features, made.query_first,
+        made.key_first, maps.query, maps.key, maps.query_wide, maps.key_wide, batch, queries, keys, *strides,
+        made.query_scale, heads, group, content_width, triton.next_power_of_2(content_width), width, tile,
+        *columns, *num_wide, triton.next_power_of_2(max(1, num_wide[0], num_wide[1] * group)), *widest, BLOCK,
     )  # fmt: skip
-    grads = torch.empty_like(weights)
-    entries = maps.owners.shape[1] - 5
-    _finish[(maps.owners.shape[0], heads)](
-        *sums, grads, weights, maps.scales, maps.owners, parts,
-        heads, group, tile, *maps.num_wide, *widest, entries, triton.next_power_of_2(parts),
+    _launch_finish(
+        (layout, parts, tile), device, (maps.owners.shape[0], heads, 1),
+        *sums, flat, *coefficients, *NONE[len(coefficients):], maps.scales, maps.owners, parts,
+        heads, group, tile, *num_wide, *widest, ENTRIES, triton.next_power_of_2(parts),
     )  # fmt: skip
-    return query_out.transpose(1, 2), key_out.transpose(1, 2), grads
+    return query_out.transpose(1, 2), key_out.transpose(1, 2), flat
 
 
-def _num_parts(length: int, block: int, heads: int) -> int:
+def _num_parts(length: int, heads: int) -> int:
     """Programs along the tokens."""
-    return min(MAX_PARTS, -(-length // block), max(1, PROGRAMS // (2 * heads)))
+    return min(MAX_PARTS, -(-length // BLOCK), max(1, PROGRAMS // (2 * heads)))
 
 
 def _with_unit_stride(tensor: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ class Form:
             see; ``None`` for no such constant. Needs a learned query.
         by_size: The size of a coefficient counts, not its sign.
         fixed_is_exact: Whether any kernel dtype represents the fixed side exactly.
+        is_relative: Whether positions may count from anywhere: a shift of both sides alters constants of rows alone.
     """
 
     learned: Literal["query", "key"]
@@ -51,6 +52,7 @@ class Form:
     row_features: Features | None = None
     by_size: bool = False
     fixed_is_exact: bool = False
+    is_relative: bool = False
 
 
 @dataclass(frozen=True)

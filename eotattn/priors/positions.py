@@ -26,7 +26,7 @@ __all__ = [
     "may_remember",
     "pair_positions",
     "position_lookup",
-    "tabulated",
+    "run_table",
 ]
 
 #: Tables remembered for each device and stream; the least recently used one goes first.
@@ -81,6 +81,7 @@ class _Run:
     tables: OrderedDict[Hashable, Tensor] = field(default_factory=OrderedDict)
 
     def __post_init__(self) -> None:
+        self.length = self.positions.shape[0]
         self.version = self.positions._version  # a caller who writes into the slice it got makes the run useless
 
 
@@ -107,29 +108,33 @@ def consecutive(first: int, length: int, device: torch.device) -> Tensor:
     """
     if not may_remember(device) or first < 0:
         return torch.arange(first, first + length, device=device)
-    last, place = first + length, _place(device)
-    with _LOCK:
-        run = _RUNS.get(place)
-        if run is None or run.positions.shape[0] < last or run.positions._version != run.version:
-            with torch.inference_mode(False):
-                run = _Run(torch.arange(max(1024, 1 << (last - 1).bit_length()), device=device))
-            _RUNS[place] = run
-    return run.positions[first:last]
+    return _run_to(first + length, device).positions[first : first + length]
 
 
-def tabulated(name: Hashable, positions: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
-    """``compute(positions)``, looked up where the positions are a slice of a run made by :func:`consecutive`.
+def run_table(name: Hashable, last: int, device: torch.device, compute: Callable[[Tensor], Tensor]) -> Tensor:
+    """``compute`` of the positions 0, 1, 2, ... up to ``last`` or further, remembered; for :func:`may_remember`.
 
     Args:
         name: Identifies the function: equal names, equal values.
-        positions: (L,) or any other shape.
+        last: One more than the last position wanted.
+        device: Where.
         compute: A pure function of positions, elementwise along its first axis and without gradients.
     """
-    run = _RUNS.get(_place(positions.device)) if may_remember(positions.device) else None
-    known = run is not None and run.positions._version == run.version
-    start = _start_in(run.positions, positions) if run is not None and known else None
-    if run is None or start is None:
-        return compute(positions)
+    return _table(_run_to(last, device), name, compute)
+
+
+def _run_to(last: int, device: torch.device) -> _Run:
+    """A run of at least ``last`` positions."""
+    place = _place(device)
+    run = _RUNS.get(place)
+    if run is not None and run.length >= last and run.positions._version == run.version:
+        return run
+    with _LOCK, torch.inference_mode(False):
+        run = _RUNS[place] = _Run(torch.arange(max(1024, 1 << (last - 1).bit_length()), device=device))
+    return run
+
+
+def _table(run: _Run, name: Hashable, compute: Callable[[Tensor], Tensor]) -> Tensor:
     with _LOCK:
         table = run.tables.get(name)
         if table is None:
@@ -139,7 +144,7 @@ def tabulated(name: Hashable, positions: Tensor, compute: Callable[[Tensor], Ten
                 run.tables.popitem(last=False)
         else:
             run.tables.move_to_end(name)
-    return table[start : start + positions.shape[0]]
+    return table
 
 
 def constants(numbers: tuple[float, ...], device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -159,18 +164,4 @@ def constants(numbers: tuple[float, ...], device: torch.device, dtype: torch.dty
 
 def _place(device: torch.device) -> tuple[torch.device, int]:
     """A device and its current stream: what another stream computes may not be there yet."""
-    return device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-
-
-def _start_in(run: Tensor, positions: Tensor) -> int | None:
-    """Where ``positions`` begins in ``run`` if it is a slice of it, else ``None``."""
-    if (
-        positions.dtype != run.dtype
-        or positions.dim() != 1
-        or positions.stride(0) != 1
-        or type(positions) is not Tensor
-    ):
-        return None
-    offset = positions.data_ptr() - run.data_ptr()
-    inside = offset >= 0 and offset + positions.numel() * run.element_size() <= run.numel() * run.element_size()
-    return offset // run.element_size() if inside else None
+    return device, torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0

@@ -137,4 +137,4 @@ def _form(low_precision: bool) -> Form:
         return -positions.double()
 
     sources = ((0,),) * (len(DIGIT_WEIGHTS) if low_precision else 1)
-    return Form("query", sources, learned, fixed, row_features=own, by_size=True, fixed_is_exact=True)
+    return Form("query", sources, learned, fixed, own, by_size=True, fixed_is_exact=True, is_relative=True)
