@@ -230,8 +230,8 @@ def test_tables_and_figure_are_drawn_from_records_alone(tmp_path):
 def test_runs_cover_every_variant_and_seed_with_the_papers_sizes_from_h200_on():
     recipe = recipes.retrieval("h200")
     named = {run.name: run.configuration for run in retrieval.runs(recipe, {})}
-    assert len(named) == 5 * 3
-    assert named["rope-seed2"].also_read_as == ("interpolated_rope", "ntk_rope")
+    assert len(named) == 3 * 3 + 2
+    assert named["rope-seed0"].also_read_as == ("interpolated_rope", "ntk_rope")
     assert {run.seed for run in named.values()} == {0, 1, 2}
     run = named["paper_goat-seed1"]
     assert (run.decoder.num_layers, run.decoder.embed_dim, run.decoder.num_heads) == (12, 512, 8)

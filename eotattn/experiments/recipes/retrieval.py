@@ -27,6 +27,7 @@ class RetrievalRecipe:
         variants: One decoder a curve; equal but for the attention.
         training: The run, once a seed and variant that trains; two kinds of scaled RoPE read the weights of RoPE.
         seeds: Seeds of weights and batches.
+        repeated: Variants that run with every seed; the others, for contrast, run with the first alone.
         length_factors: Examined contexts as multiples of the training length.
         depths: Examined depths, 0 to 1.
         count: Sequences examined a task, length and depth.
@@ -37,6 +38,7 @@ class RetrievalRecipe:
     variants: tuple[DecoderConfig, ...]
     training: TrainingConfig
     seeds: tuple[int, ...]
+    repeated: tuple[str, ...]
     length_factors: tuple[int, ...]
     depths: tuple[float, ...]
     count: int
@@ -45,6 +47,10 @@ class RetrievalRecipe:
     def lengths(self) -> tuple[int, ...]:
         """Examined contexts, tokens."""
         return tuple(factor * self.task.length for factor in self.length_factors)
+
+    def seeds_of(self, variant: str) -> tuple[int, ...]:
+        """Seeds that a variant runs with."""
+        return self.seeds if variant in self.repeated else self.seeds[:1]
 
 
 def retrieval(scale: str = "laptop") -> RetrievalRecipe:
@@ -79,6 +85,7 @@ def retrieval(scale: str = "laptop") -> RetrievalRecipe:
         variants=variants,
         training=_TRAINING.get(scale, _PAPER_TRAINING),
         seeds=(0,) if is_small else (0, 1, 2),
+        repeated=("goat", "paper_goat", "alibi"),
         length_factors={"smoke": (1, 2), "laptop": (1, 2, 4, 8, 16)}.get(scale, (1, 2, 4, 8, 16, 32)),
         depths=(0.1, 0.9) if scale == "smoke" else (0.1, 0.3, 0.5, 0.7, 0.9),
         count={"smoke": 4, "laptop": 32}.get(scale, 64),
@@ -94,7 +101,6 @@ _PAPER_TRAINING = TrainingConfig(
     prior_learning_rate=3e-4,
     warmup_steps=400,
     log_every=50,
-    compile=True,
     precision="bf16",
 )
 

@@ -94,7 +94,7 @@ def runs(recipe: AblationRecipe, records: Records) -> list[Run]:
     for seed in recipe.seeds:
         language, retrieval = (replace(training, seed=seed) for training in (recipe.language, recipe.retrieval))
         for decoder in recipe.decoders:
-            if decoder.kind.trained_as is not None:
+            if decoder.kind.trained_as is not None or seed not in recipe.seeds_of(decoder.attention):
                 continue
             also = tuple(other.attention for other in recipe.decoders if other.kind.trained_as == decoder.attention)
             reader = replace(decoder, vocabulary_size=256)
@@ -183,7 +183,7 @@ class AblationStudy:
         task = "language" if judge == "language" else "retrieval"
         trained = ATTENTION_KINDS[variant].trained_as or variant
         found = []
-        for seed in self.recipe.seeds:
+        for seed in self.recipe.seeds_of(trained):
             rows = self.records[f"{task}-{trained}-seed{seed}"].rows_of(JUDGES[judge])
             mine = [row for row in rows if row["task"] == judge and row["variant"] == variant]
             by_length = [[row["value"] for row in mine if row["length"] == length] for length in self.recipe.lengths]

@@ -75,7 +75,7 @@ def runs(recipe: RetrievalRecipe, records: Records) -> list[Run]:
         )
         for seed in recipe.seeds
         for decoder in recipe.variants
-        if decoder.kind.trained_as is None
+        if decoder.kind.trained_as is None and seed in recipe.seeds_of(decoder.attention)
     ]
 
 
@@ -151,10 +151,10 @@ class RetrievalStudy:
             task: ``"passkey"`` or ``"needle"``.
             quantity: ``"exact_match"`` or ``"token_accuracy"``; by default what the paper reports.
         """
-        recipe = self.recipe
-        found = np.full((len(recipe.seeds), len(recipe.lengths), len(recipe.depths)), np.nan)
-        for s, seed in enumerate(recipe.seeds):
-            trained = ATTENTION_KINDS[variant].trained_as or variant
+        recipe, trained = self.recipe, ATTENTION_KINDS[variant].trained_as or variant
+        seeds = recipe.seeds_of(trained)
+        found = np.full((len(seeds), len(recipe.lengths), len(recipe.depths)), np.nan)
+        for s, seed in enumerate(seeds):
             for row in self.records[f"{trained}-seed{seed}"].rows_of(quantity or SCORES[task]):
                 if row["task"] == task and row["variant"] == variant:
                     found[s, recipe.lengths.index(row["length"]), recipe.depths.index(row["depth"])] = row["value"]
