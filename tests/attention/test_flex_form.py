@@ -5,7 +5,7 @@ import torch
 from tolerances import assert_close
 from torch.nn.attention.flex_attention import flex_attention
 
-from eotattn.attention import prior_attention
+from eotattn.attention import PackedDocuments, prior_attention
 from eotattn.kernels import flex
 from eotattn.priors import GridPrior, RecencyPrior, SinkPrior, TablePrior, goat_prior, grid_positions
 
@@ -30,6 +30,11 @@ CALLS = {
     "goat, causal": {"prior": randomise(goat_prior(H, num_frequencies=2, length_scale=16.0)), "is_causal": True},
     "sum": {"prior": RecencyPrior(H) + randomise(SinkPrior(H)), "is_causal": True},
     "padding": {"prior": RecencyPrior(H), "is_causal": True, "key_padding_mask": PADDING},
+    "window": {"prior": randomise(TablePrior(H, 3)), "is_causal": True, "window": 3},
+    "padding in a window": {"is_causal": True, "window": 5, "key_padding_mask": PADDING},
+    "documents": {"prior": randomise(TablePrior(H, 3)), "documents": PackedDocuments([5, 7, 12])},
+    "causal documents": {"is_causal": True, "window": 4, "documents": PackedDocuments([5, 7, 12])},
+    "chunk": {"is_causal": True, "query_positions": range(3, 15), "key_positions": range(1, 13)},
     "mask": {"prior": randomise(TablePrior(H, 3)), "attn_mask": torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu()},
     "positions": {
         "prior": randomise(TablePrior(H, 5)),
