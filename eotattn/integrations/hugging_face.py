@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from eotattn.attention.score_rows import RowSource, TensorRows
 from eotattn.integrations.captured_call import CapturedCall
 from eotattn.integrations.lazy_mask import LazyMask
+from eotattn.integrations.mask_functions import causal_window
 from eotattn.integrations.recorder import Recorder
 
 __all__ = ["configurations", "listen"]
@@ -233,16 +234,18 @@ def _places(mask: LazyMask, queries: int) -> dict[str, Any]:
 
 
 def _pattern(mask: LazyMask, keys: int) -> dict[str, Any]:
-    """Causality and padding where the mask is no more than that, else its rows."""
+    """Causality, window and padding where the mask is no more than that, else its rows."""
     from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
     function, padding = mask.arguments.get("mask_function", causal_mask_function), mask.arguments.get("attention_mask")
-    is_plain = function in (causal_mask_function, bidirectional_mask_function) and mask.shape[-1] == keys
-    if not is_plain or (padding is not None and padding.shape != (mask.shape[0], keys)):
+    window = causal_window(function)
+    is_plain = function in (causal_mask_function, bidirectional_mask_function) or window is not None
+    if not is_plain or mask.shape[-1] != keys or (padding is not None and padding.shape != (mask.shape[0], keys)):
         return {"mask": _cropped(mask.rows, keys)}
     real = None if padding is None or bool(padding.all()) else padding.bool()[:, None, None, :]
     rows = None if real is None else TensorRows(real)
-    return {"mask": rows, "is_causal": function is causal_mask_function}
+    is_causal = function is causal_mask_function or window is not None
+    return {"mask": rows, "is_causal": is_causal, "window": window}
 
 
 def _cropped(rows: RowSource, keys: int) -> RowSource:
