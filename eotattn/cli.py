@@ -109,25 +109,31 @@ def _add_analyze(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument("--out", required=True, metavar="DIR", help="new or empty folder, or that of an earlier report")
     parser.add_argument("--layers", nargs="+", metavar="LAYER", help="names or indices (default: all)")
     parser.add_argument("--heads", nargs="+", type=int, metavar="N", help="indices (default: all)")
-    parser.add_argument("--max-length", type=int, default=512, help="tokens of a text (default: 512)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--dtype", default="float32", help="float32, bfloat16, ... (default: float32)")
+    parser.add_argument("--max-length", type=int, metavar="N", help="cut texts to N tokens (default: whole texts)")
+    parser.add_argument("--device", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--dtype", help="float32, bfloat16, ... (default: float32)")
     parser.set_defaults(run=_analyze)
 
 
 def _analyze(arguments: argparse.Namespace) -> int:
-    from eotattn.experiments.analysis import analyze, read_texts
-    from eotattn.integrations.loading import load_local_model
+    from eotattn.experiments.analysis import analyze, is_first_process, read_texts
 
-    options = {"out": arguments.out, "heads": arguments.heads}
-    if arguments.attention is not None:
-        print(analyze(arguments.model, attention=arguments.attention, **options))
-        return 0
-    texts = read_texts(arguments.text, arguments.texts)
-    model, tokenizer = load_local_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
-    names = None if arguments.layers is None else [int(x) if x.isdecimal() else x for x in arguments.layers]
-    options |= {"layers": names, "max_length": arguments.max_length}
-    print(analyze(model, texts, tokenizer=tokenizer, **options))
+    names = ("attention", "out", "heads", "max_length", "device", "dtype")
+    options = {name: getattr(arguments, name) for name in names}
+    if arguments.layers is not None:
+        options["layers"] = [int(x) if x.isdecimal() else x for x in arguments.layers]
+    texts = [] if arguments.attention is not None else read_texts(arguments.text, arguments.texts)
+    try:
+        analysis = analyze(arguments.model, texts, **options)
+    except KeyboardInterrupt:
+        print("eotattn: interrupted before the first text was finished; nothing was written", file=sys.stderr)
+        return 130
+    if is_first_process():
+        print(analysis)
+    if not analysis.is_complete:
+        done = f"{analysis.num_texts} of {analysis.num_given} texts"
+        print(f"eotattn: interrupted; {arguments.out} holds the {done} that were finished", file=sys.stderr)
+        return 130
     return 0
 
 

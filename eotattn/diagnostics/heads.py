@@ -5,8 +5,9 @@ Legend: A layers, N sequences, H heads, L positions, M largest lag, B bootstrap 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,15 @@ from torch import Tensor
 
 from eotattn.attention.running import SequenceStatistics
 from eotattn.checks import check_positive, check_positive_int, require
-from eotattn.diagnostics.quantities import QUANTITIES, Quantity, key_quantities, local_mass_quantity
+from eotattn.diagnostics.quantities import (
+    CERTIFICATE,
+    QUANTITIES,
+    VALUE_QUANTITIES,
+    Quantity,
+    key_quantities,
+    local_mass_quantity,
+)
+from eotattn.diagnostics.value_statistics import ValueStatistics
 
 __all__ = ["HeadReport", "head_report"]
 
@@ -77,6 +86,8 @@ class HeadReport:
 def head_report(
     layers: Mapping[str, SequenceStatistics],
     *,
+    values: Mapping[str, ValueStatistics] | None = None,
+    certificates: Mapping[str, Tensor] | None = None,
     keys: Sequence[int] = (0,),
     thresholds: Sequence[float] = (0.3,),
     local_width: int = 4,
@@ -87,6 +98,8 @@ def head_report(
 
     Args:
         layers: Name -> statistics, from a capture or from maps; they may differ in heads and sequences.
+        values: Name -> what values do, from a capture; layers may be missing.
+        certificates: Name -> (N, H) gaps, from a capture that certifies; layers may be missing.
         keys: Keys whose sink mass is reported, counted from the first token; the first one has the sink rate.
         thresholds: Sink masses above which a head counts as having a sink, in (0, 1).
         local_width: Reach of the local mass, tokens.
@@ -109,22 +122,27 @@ def head_report(
         array([[0.25, 0.25, 0.25]])
     """
     _check(layers, keys, local_width)
-    quantities = (*key_quantities(tuple(keys)), *QUANTITIES, local_mass_quantity(local_width))
+    of_rows = (*key_quantities(tuple(keys)), *QUANTITIES, local_mass_quantity(local_width))
+    sources: list[tuple[tuple[Quantity, ...], Mapping[str, Any]]] = [
+        (of_rows, {name: stats.sequences(stats.num_queries > 0) for name, stats in layers.items()}),
+        (VALUE_QUANTITIES if values else (), values or {}),
+        ((CERTIFICATE,) if certificates else (), certificates or {}),
+    ]
+    quantities = tuple(quantity for group, _ in sources for quantity in group)
     generator = torch.Generator().manual_seed(seed)
     heads = max(stats.num_heads for stats in layers.values())
     tables = {
         part: {q.name: np.full((len(layers), heads), np.nan) for q in quantities} for part in ("mean", "low", "high")
     }
     rates = {check_positive("head_report", "thresholds", t): np.full(len(layers), np.nan) for t in thresholds}
-    for a, stats in enumerate(layers.values()):
-        filled = stats.sequences(stats.num_queries > 0)
-        require(filled.num_sequences > 0, "head_report", "layers", "have queries", list(layers), "Run the model first")
-        drawn = torch.randint(filled.num_sequences, (num_bootstraps, filled.num_sequences), generator=generator)
-        for quantity in quantities:
-            values = quantity.compute(filled)
-            for part, row in zip(tables, _with_interval(values, drawn), strict=True):
-                tables[part][quantity.name][a, : stats.num_heads] = row
-        sink = quantities[0].compute(filled)
+    for a, name in enumerate(layers):
+        rows = sources[0][1][name]
+        require(rows.num_sequences > 0, "head_report", "layers", "have queries", list(layers), "Run the model first")
+        for group, collected in sources:
+            for quantity, row in _table_rows(group, collected.get(name), num_bootstraps, generator):
+                for part, numbers in zip(tables, row, strict=True):
+                    tables[part][quantity.name][a, : len(numbers)] = numbers
+        sink = of_rows[0].compute(rows)
         for threshold in rates:
             rates[threshold][a] = float((sink > threshold).double().mean())
     return HeadReport(
@@ -136,6 +154,18 @@ def head_report(
         lag_profile=tuple(_lag_profile(stats) for stats in layers.values()),
         num_sequences=max(stats.num_sequences for stats in layers.values()),
     )
+
+
+def _table_rows(
+    quantities: tuple[Quantity, ...], collected: Any, num_bootstraps: int, generator: torch.Generator
+) -> Iterator[tuple[Quantity, tuple[Array, Array, Array]]]:
+    """Mean and interval of every quantity of one layer; nothing where nothing was collected."""
+    if collected is None or not quantities:
+        return
+    count = quantities[0].compute(collected).shape[0]
+    drawn = torch.randint(count, (num_bootstraps, count), generator=generator)
+    for quantity in quantities:
+        yield quantity, _with_interval(quantity.compute(collected), drawn)
 
 
 def _check(layers: Mapping[str, SequenceStatistics], keys: Sequence[int], local_width: int) -> None:
@@ -152,7 +182,10 @@ def _with_interval(values: Tensor, drawn: Tensor) -> tuple[Array, Array, Array]:
     if values.shape[0] < 2:
         nan = torch.full_like(mean, torch.nan)
         return mean.numpy(), nan.numpy(), nan.numpy()
-    resampled = torch.stack([values[rows].nanmean(0) for rows in drawn])
+    times = torch.zeros(drawn.shape[0], values.shape[0], dtype=values.dtype)
+    times.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=values.dtype))  # how often each sequence was drawn
+    known = ~values.isnan()
+    resampled = (times @ torch.where(known, values, 0.0)) / (times @ known.to(values.dtype))
     low, high = torch.nanquantile(resampled, torch.tensor([0.025, 0.975], dtype=values.dtype), dim=0)
     return mean.numpy(), low.numpy(), high.numpy()
 

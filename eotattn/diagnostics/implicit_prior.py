@@ -185,6 +185,10 @@ def _check(statistics: SequenceStatistics) -> None:
     require(full, OWNER, "statistics", "have a query in every sequence", queries.tolist(), "Drop the empty ones")
     sink = float(statistics.sums["explicit_sink_mass"].sum())
     require(sink == 0, OWNER, "statistics", "have no explicit sink", sink, "Rows must sum to one")
+    keys = (statistics.column_count > 0).sum(-1).amax(-1)
+    square = bool((keys <= queries).all())
+    rule = "come from square attention, as many queries as keys"
+    require(square, OWNER, "statistics", rule, (queries.tolist(), keys.tolist()), "Pass whole sequences")
     total = statistics.lag_mass.sum(-1) / queries[:, None]
     whole = bool(((total - 1).abs() < 1e-2).all())
     require(whole, OWNER, "statistics", "have rows that sum to one", float(total.min()), "Pass whole rows")

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from eotattn.attention.running import SequenceStatistics
 
-__all__ = ["QUANTITIES", "Quantity", "key_quantities", "local_mass_quantity"]
+__all__ = ["CERTIFICATE", "QUANTITIES", "VALUE_QUANTITIES", "Quantity", "key_quantities", "local_mass_quantity"]
 
 PAPER = "Litman and Guo 2026 (arXiv 2601.15380)"
+DRAINS = "Gu et al. 2024 (arXiv 2410.10781)"
+HEADS = "Guo et al. 2024 (arXiv 2410.13835)"
 
 
 @dataclass(frozen=True)
@@ -27,14 +30,17 @@ class Quantity:
         unit: nats, tokens or 1.
         formula: What is computed, averaged over the queries of a sequence.
         source: Where it is defined.
-        compute: Statistics of a layer -> (N, H); NaN where it does not exist.
+        compute: What was collected of a layer (sums over its rows, or over its values) -> (N, H); NaN where it does not
+            exist.
+        needs: What a model must show for it.
     """
 
     name: str
     unit: str
     formula: str
     source: str
-    compute: Callable[[SequenceStatistics], Tensor]
+    compute: Callable[[Any], Tensor]
+    needs: str = "attention rows"
 
 
 def _mean(name: str) -> Callable[[SequenceStatistics], Tensor]:
@@ -97,6 +103,61 @@ QUANTITIES: tuple[Quantity, ...] = (
     Quantity(
         "explicit sink mass", "1", "exp(b - lse_i) of a learned logit b", "gpt-oss 2025", _mean("explicit_sink_mass")
     ),
+)
+
+_VALUES = "values, and a linear layer that reads the attention's output"
+
+#: Every quantity of :class:`eotattn.diagnostics.ValueStatistics`.
+VALUE_QUANTITIES: tuple[Quantity, ...] = (
+    Quantity("value drain", "residual units", "mean_j ||W_O v_j||", DRAINS, lambda v: v.drain, _VALUES),
+    Quantity("value drain of the sink", "residual units", "||W_O v_j*||", DRAINS, lambda v: v.sink_drain, _VALUES),
+    Quantity("relative drain of the sink", "1", "||W_O v_j*|| / mean", DRAINS, lambda v: v.relative_drain, _VALUES),
+    Quantity("contribution", "residual units", "mean_i ||W_O o_i||", HEADS, lambda v: v.contribution, _VALUES),
+    Quantity(
+        "stable rank", "1", "||O||_F^2 / ||O||_2^2 of the output rows", "standard", lambda v: v.stable_rank, _VALUES
+    ),
+    Quantity(
+        "dominant sink",
+        "share of sequences",
+        "90% of queries give j* at least half their weight",
+        f"{HEADS}; thresholds are conventions",
+        lambda v: v.is_sink.double(),
+        _VALUES,
+    ),
+    Quantity(
+        "no-operation",
+        "share of sequences",
+        "a dominant sink whose relative drain is at most 0.2",
+        f"{HEADS}; thresholds are conventions",
+        lambda v: v.is_no_operation.double(),
+        _VALUES,
+    ),
+    Quantity(
+        "broadcast",
+        "share of sequences",
+        "a dominant sink whose relative drain is at least 0.5, with stable rank at most 1.5",
+        f"{HEADS}; thresholds are conventions",
+        lambda v: v.is_broadcast.double(),
+        _VALUES,
+    ),
+    Quantity(
+        "dormant",
+        "share of sequences",
+        "contribution below a tenth of the layer's mean",
+        f"{HEADS}; the threshold is a convention",
+        lambda v: v.is_dormant.double(),
+        _VALUES,
+    ),
+)
+
+#: The duality gap of weights that a model computed, given as (N, H).
+CERTIFICATE = Quantity(
+    "certificate",
+    "nats",
+    "largest gap lse_i - sum_j p_ij z_ij + sum_j p_ij ln p_ij of the last rows, in the model's own weights",
+    "Litman 2025 (arXiv 2508.08369)",
+    lambda gaps: gaps,
+    "a call that can be repeated, of at most 1024 keys",
 )
 
 

@@ -58,14 +58,20 @@ class LazyMask(Tensor):
         """Pass copies and whole slices through; make the elements for everything else."""
         aten = torch.ops.aten
         if func in (aten.alias.default, aten.detach.default):
-            return args[0]
+            return args[0]._again()
         if func is aten.slice.Tensor and isinstance(args[0], LazyMask) and _is_whole(args[0], *args[1:]):
-            return args[0]
+            return args[0]._again()
 
         def made(value: Any) -> Any:
             return value.elements() if isinstance(value, LazyMask) else value
 
         return func(*tree_map(made, args), **tree_map(made, kwargs or {}))
+
+    def _again(self) -> LazyMask:
+        """Another name for the same mask: a view may not be its base."""
+        other = LazyMask(self.make, self.boolean, self.arguments, self.dtype)
+        other.made = self.made
+        return other
 
     def original(self) -> Tensor | None:
         """What the model's own mask function returns, made once; ``None`` where it needs no mask."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from eotattn.checks import require
+from eotattn.checks import check_device, require
 
 __all__ = ["load_local_model"]
 
@@ -39,18 +39,28 @@ def load_local_model(
     kind = getattr(torch, dtype, None)
     is_dtype = isinstance(kind, torch.dtype) and kind.is_floating_point
     require(is_dtype, OWNER, "dtype", "name a floating dtype", dtype, "Use float32 or bfloat16")
+    check_device(OWNER, "device", device)
     _check_files(path)
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     own_code = "auto_map" in config
     require(not own_code, OWNER, "model", "need no code of its own", config.get("auto_map"), "Use a library class")
     import transformers
+    from safetensors import SafetensorError
 
     names = config.get("architectures") or [""]
     is_causal = names[0].endswith(("ForCausalLM", "LMHeadModel"))
     make = transformers.AutoModelForCausalLM if is_causal else transformers.AutoModel
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    model = make.from_pretrained(path, use_safetensors=True, dtype=kind, **options)
-    return model.eval().to(device), transformers.AutoTokenizer.from_pretrained(path, **options)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
+        model, info = make.from_pretrained(path, use_safetensors=True, dtype=kind, output_loading_info=True, **options)
+    except (OSError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{OWNER}: model must be readable; got {path.name!r}: {reason}. Save it again.") from error
+    unread = sorted(key for key in info["missing_keys"] if "pooler" not in key)  # what comes after attention may lack
+    remedy = "Save the whole model; weights that are not there would be random"
+    require(not unread, OWNER, "model", "hold every weight of its class", unread[:5], remedy)
+    return model.eval().to(device), tokenizer
 
 
 def _check_files(path: Path) -> None:

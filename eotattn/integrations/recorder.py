@@ -162,6 +162,9 @@ class Recorder:
         rows = tail.statistics(self.keys, with_output=True)
         assert rows.output is not None
         ours, theirs = rows.output, output[:, :, -tail.query.shape[2] :]
+        broken = torch.stack([call.query.isnan().any(), call.key.isnan().any()]).any()
+        remedy = "Check the weights and the dtype of the model"
+        require(not bool(broken), OWNER, f"queries and keys of layer {name!r}", "be numbers", "NaN", remedy)
         fits = ours.shape == theirs.shape
         error = float("inf")
         if fits:

@@ -1,0 +1,108 @@
+"""The figures of an analysis."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from eotattn.diagnostics import ImplicitPriorReport
+from eotattn.experiments.analysis.summary import Analysis
+from eotattn.experiments.analysis.tables import layer_means, mean_interval
+from eotattn.experiments.figures.captions import title_panels
+from eotattn.experiments.prior_parts import centre_rows
+from eotattn.plotting import panels, plot_causal_prior, plot_key_only, plot_relative, plot_row_centred
+from eotattn.plotting.heads import plot_head_grid, plot_lag_profile, plot_layer_curves, plot_margin_split
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["figures", "prior_panels"]
+
+#: Positions that prior panels show.
+SHOWN_POSITIONS = 48
+
+
+def figures(analysis: Analysis) -> Iterator[tuple[str, Axes]]:
+    """Name and Axes of one figure after the other; whoever takes one closes it."""
+    yield from _grids(analysis)
+    yield from _curves(analysis)
+    mean = analysis.heads.mean
+    if np.isfinite(mean["content margin"]).any():
+        yield "margins", plot_margin_split(mean["content margin"], mean["prior margin"])
+    for a, layer in enumerate(analysis.heads.layers):
+        axes = plot_lag_profile(analysis.heads.lag_profile[a])
+        axes.set_title(layer, fontsize=9)
+        yield f"lags_{a}", axes
+        if layer in analysis.priors:
+            axes = plot_key_only(np.nan_to_num(analysis.priors[layer].key))
+            axes.set_title(f"{layer}: u(j) of the implicit prior", fontsize=9)
+            yield f"key_only_{a}", axes
+            yield f"prior_{a}", _panels(analysis, a)
+
+
+def _grids(analysis: Analysis) -> Iterator[tuple[str, Axes]]:
+    heads = analysis.heads
+    sink, entropy = heads.quantities[0].name, "normalised entropy"
+    yield "sink_mass", plot_head_grid(heads.mean[sink], label=sink, low=0, high=1)
+    yield "entropy", plot_head_grid(heads.mean[entropy], label=entropy, low=0, high=1)
+    if np.isfinite(analysis.explained()).any():  # a head that is uniform leaves nothing to explain
+        yield "explained", plot_head_grid(analysis.explained(), label="KL explained by position", low=0, high=1)
+    drains = heads.mean.get("relative drain of the sink")
+    if drains is not None and np.isfinite(drains).any():
+        yield "value_drain", plot_head_grid(drains, label="value drain of the sink / mean", low=0)
+
+
+def _curves(analysis: Analysis) -> Iterator[tuple[str, Axes]]:
+    heads = analysis.heads
+    names = ("normalised entropy", "context sensitivity")
+    curves = {name: layer_means(heads.mean[name]) for name in names}
+    bands = {name: (layer_means(heads.low[name]), layer_means(heads.high[name])) for name in names}
+    curves["sink rate"] = next(iter(heads.sink_rate.values()))
+    yield "layers", plot_layer_curves(curves, ylabel="mean over heads", intervals=bands)
+    norms = analysis.residuals
+    if norms.blocks:
+        kinds = {"first token": norms.first_token, "other tokens": norms.other_tokens, "largest |x|": norms.largest}
+        found = {
+            name: np.array([mean_interval(by_block[block]) for block in norms.blocks])
+            for name, by_block in kinds.items()
+        }
+        means = {name: rows[:, 0] for name, rows in found.items()}
+        spread = {name: (rows[:, 1], rows[:, 2]) for name, rows in found.items()}
+        axes = plot_layer_curves(means, ylabel="norm of the residual stream", intervals=spread)
+        axes.set_yscale("log")
+        yield "residual_norms", axes
+
+
+def prior_panels(report: ImplicitPriorReport, head: int, *, length: int = SHOWN_POSITIONS) -> Figure:
+    """The paper's figure 1 for one head of a fitted prior: u(j), kappa(t), the row-centred sum, the induced prior."""
+    length = min(length, report.key.shape[1])
+    reach = report.key.shape[1] - 1
+    lags = np.arange(0 if report.is_causal else 1 - length, length)
+    figure, grid = panels(2, 2, size=(9.2, 7.4))
+    plot_key_only(np.nan_to_num(report.key[head : head + 1, :length]), axes=grid[0, 0])
+    plot_relative(np.nan_to_num(report.lag[head : head + 1, lags + reach]), lags=lags, axes=grid[0, 1])
+    positions = torch.arange(length)
+    with torch.no_grad():
+        total = report.prior().dense(positions, positions, dtype=torch.float64)[head]
+    if report.is_causal:
+        total = total.masked_fill(torch.ones_like(total, dtype=torch.bool).triu(1), -torch.inf)
+    plot_row_centred(centre_rows(total).numpy(), axes=grid[1, 0])
+    plot_causal_prior(total.softmax(-1).numpy(), axes=grid[1, 1])
+    names = ("key-only part", "relative part", "row-centred log-prior", "induced prior")
+    title_panels([axes for row in grid for axes in row], names)
+    return figure
+
+
+def _panels(analysis: Analysis, a: int) -> Axes:
+    """The prior of the head of layer ``a`` that position explains best."""
+    layer = analysis.heads.layers[a]
+    report, explained = analysis.priors[layer], analysis.explained()[a]
+    head = 0 if np.isnan(explained).all() else int(np.nanargmax(explained))
+    figure = prior_panels(report, head)
+    share = "" if np.isnan(explained[head]) else f": {explained[head]:.0%} explained by position"
+    figure.suptitle(f"{layer}, head {head}{share}", fontsize=10)
+    return figure.axes[0]

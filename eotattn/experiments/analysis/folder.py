@@ -1,0 +1,99 @@
+"""The folder of an analysis: tidy tables, figures, one self-contained page; there as a whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+from eotattn.checks import require
+from eotattn.experiments.analysis.figures import figures
+from eotattn.experiments.analysis.page import page
+from eotattn.experiments.analysis.summary import Analysis
+from eotattn.experiments.analysis.tables import plain, tables
+from eotattn.plotting.files import to_png
+from eotattn.records import library_versions, table_bytes
+
+__all__ = ["check_folder", "write_analysis"]
+
+#: Names that an analysis writes. The report lists all others; a folder that holds anything else is somebody else's.
+REPORT, PAGE = "report.json", "report.html"
+
+
+def check_folder(owner: str, folder: Path) -> Path:
+    """Raise, before any work, unless ``folder`` is new, empty, or holds an earlier analysis and nothing else."""
+    if not folder.exists():
+        return folder
+    require(folder.is_dir(), owner, "out", "be a folder", folder.name, "Choose another name")
+    there = {path.name for path in folder.iterdir()}
+    foreign = sorted(there - _files_of_report(folder))
+    remedy = "Choose another folder"
+    require(not foreign, owner, "out", "be empty or hold an earlier report and nothing else", foreign[:5], remedy)
+    return folder
+
+
+def _files_of_report(folder: Path) -> set[str]:
+    """What an earlier analysis wrote here, by its own list."""
+    try:
+        record = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        return {REPORT, *record["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+
+
+def write_analysis(folder: Path, analysis: Analysis) -> None:
+    """Write everything beside ``folder``, then put it there: an interruption leaves the old folder or the new one."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
+    partial.mkdir()
+    try:
+        for name, content in _contents(analysis).items():
+            (partial / name).write_bytes(content)
+        _put(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _put(partial: Path, folder: Path) -> None:
+    """Replace ``folder`` by ``partial``; what was there is removed last."""
+    check_folder("analyze", folder)
+    old = partial.with_suffix(".old")
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def _contents(analysis: Analysis) -> dict[str, bytes]:
+    """Every file by name."""
+    files = {f"{name}.png": to_png(axes) for name, axes in figures(analysis)}
+    files |= {f"{name}.csv": table_bytes(rows) for name, rows in tables(analysis).items() if rows}
+    files[PAGE] = page(analysis).encode()
+    record = _record(analysis) | {"files": sorted(files), "versions": library_versions()}
+    files[REPORT] = (json.dumps(record, indent=2, allow_nan=False) + "\n").encode()
+    return files
+
+
+def _record(analysis: Analysis) -> dict[str, Any]:
+    heads = analysis.heads
+    return {
+        "layers": list(heads.layers),
+        "num_texts": analysis.num_texts,
+        "num_texts_given": analysis.num_given,
+        "num_texts_cut": analysis.num_cut,
+        "num_sequences": heads.num_sequences,
+        "quantities": [
+            {"name": q.name, "unit": q.unit, "formula": q.formula, "source": q.source} for q in heads.quantities
+        ],
+        "sink_rate": {str(t): plain(rate) for t, rate in heads.sink_rate.items()},
+        **{
+            part: {name: plain(grid) for name, grid in getattr(heads, part).items()} for part in ("mean", "low", "high")
+        },
+        "explained": plain(analysis.explained()),
+        "sink_kinds": analysis.sink_kinds(),
+        "massive_activations": analysis.residuals.massive_share(),
+        "missing": analysis.needs,
+    }

@@ -1,0 +1,155 @@
+"""One self-contained page: the numbers of an analysis as JSON, and a script that draws them; nothing from outside."""
+
+from __future__ import annotations
+
+import html
+import json
+from typing import Any
+
+import numpy as np
+
+from eotattn.experiments.analysis.page_script import SCRIPT, STYLE
+from eotattn.experiments.analysis.summary import Analysis
+from eotattn.experiments.analysis.tables import layer_means, mean_interval, plain
+
+__all__ = ["page"]
+
+#: Tokens of the first text, and positions of a prior, that the page shows.
+SHOWN_TOKENS, SHOWN_POSITIONS = 64, 32
+#: Significant digits of the numbers inside.
+DIGITS = 6
+
+#: The browser itself refuses whatever would leave the page.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+
+
+def page(analysis: Analysis) -> str:
+    """The page as HTML."""
+    data = json.dumps(_rounded(_payload(analysis)), allow_nan=False).replace("<", "\\u003c")
+    missing = "".join(f"<li><b>{html.escape(n)}</b> {html.escape(why)}</li>" for n, why in analysis.needs.items())
+    absent = f"<h2>What is missing, and what it needs</h2><ul>{missing}</ul>" if missing else ""
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        f"<title>Attention report</title><style>{STYLE}</style></head><body><h1>Attention report</h1>"
+        f"<p>{html.escape(_summary(analysis))}</p>"
+        f"<p class=note>Hover over anything for its exact value; click a head to see its tokens and its prior.</p>"
+        f'<h2>Heads</h2><label>Quantity <select id="quantity"></select></label> <span id="formula" class=note></span>'
+        f'<div class=row><div id="grid"></div><div id="head"></div></div>'
+        f'<h2>Who receives attention in the first text</h2><div id="tokens" class=wide></div>'
+        f'<h2 id="prior-title">The implicit prior of a head</h2><div id="prior" class=row></div>'
+        f'<h2>Sink margins, split into content and prior</h2><div id="margins" class=wide></div>'
+        f'<h2>Layers</h2><div id="layers" class=row></div>{absent}'
+        f"<h2>Definitions</h2>{_definitions(analysis)}<div id=tip role=tooltip></div>"
+        f'<script type="application/json" id="data">{data}</script><script>{SCRIPT}</script></body></html>\n'
+    )
+
+
+def _summary(analysis: Analysis) -> str:
+    heads = analysis.heads
+    count = sum(int((~np.isnan(row)).sum()) for row in heads.mean["entropy"])
+    done = (
+        f"{analysis.num_texts} of {analysis.num_given} texts"
+        if not analysis.is_complete
+        else (f"{analysis.num_texts} text{'s' if analysis.num_texts != 1 else ''}")
+    )
+    lines = [f"{done}, {len(heads.layers)} layers, {count} heads."]
+    if not analysis.is_complete:
+        lines.append("The run was interrupted; this is what was finished.")
+    if analysis.num_cut:
+        lines.append(f"{analysis.num_cut} of the texts were cut to the length asked for.")
+    massive = [block for block, share in analysis.residuals.massive_share().items() if share > 0]
+    if massive:
+        lines.append(f"Massive activations after {', '.join(massive)}.")
+    return " ".join(lines)
+
+
+def _definitions(analysis: Analysis) -> str:
+    rows = "".join(
+        f"<tr><td>{html.escape(q.name)}</td><td>{html.escape(q.unit)}</td><td>{html.escape(q.formula)}</td>"
+        f"<td>{html.escape(q.source)}</td></tr>"
+        for q in analysis.heads.quantities
+    )
+    return f"<table><tr><th>quantity</th><th>unit</th><th>formula</th><th>source</th></tr>{rows}</table>"
+
+
+def _payload(analysis: Analysis) -> dict[str, Any]:
+    heads, explained = analysis.heads, analysis.explained()
+    quantities = [{"name": q.name, "unit": q.unit, "formula": q.formula} for q in heads.quantities]
+    grids = {
+        part: {name: plain(grid) for name, grid in getattr(heads, part).items()} for part in ("mean", "low", "high")
+    }
+    if np.isfinite(explained).any():
+        formula = "1 - E KL(p || prior) / E KL(p || uniform), held out where there are two texts or more"
+        quantities.append({"name": "explained by position", "unit": "1", "formula": formula})
+        grids["mean"]["explained by position"] = plain(explained)
+        for side, index in (("low", 0), ("high", 1)):
+            grids[side]["explained by position"] = plain(_intervals(analysis)[..., index])
+    return {
+        "layers": list(heads.layers),
+        "tokens": list(analysis.tokens[:SHOWN_TOKENS]),
+        "quantities": quantities,
+        **grids,
+        "kinds": analysis.sink_kinds(),
+        "shares": [_first_shares(analysis, layer) for layer in heads.layers],
+        "priors": [_prior(analysis, layer) for layer in heads.layers],
+        "curves": _curves(analysis),
+    }
+
+
+def _intervals(analysis: Analysis) -> np.ndarray:
+    """(A, H, 2) of the explained divergence."""
+    grid = np.full((*analysis.heads.mean["entropy"].shape, 2), np.nan)
+    for a, layer in enumerate(analysis.heads.layers):
+        if layer in analysis.priors:
+            interval = analysis.priors[layer].interval
+            grid[a, : len(interval)] = interval
+    return grid
+
+
+def _first_shares(analysis: Analysis, layer: str) -> Any:
+    """Heads by tokens: mean weight on each key of the first text over the queries that admit it."""
+    stats = analysis.statistics[layer]
+    mass, count = stats.column_mass[0, :, :SHOWN_TOKENS], stats.column_count[0, :, :SHOWN_TOKENS]
+    seen = (count > 0).any(0)
+    return plain((mass / count.clamp(min=1))[:, seen].numpy())
+
+
+def _prior(analysis: Analysis, layer: str) -> dict[str, Any] | None:
+    """Both parts on the first positions."""
+    if layer not in analysis.priors:
+        return None
+    report = analysis.priors[layer]
+    size, reach = min(SHOWN_POSITIONS, report.key.shape[1]), report.key.shape[1] - 1
+    lag = report.lag[:, reach - size + 1 : reach + size]
+    return {"causal": report.is_causal, "size": size, "lag": plain(lag), "key": plain(report.key[:, :size])}
+
+
+def _curves(analysis: Analysis) -> list[dict[str, Any]]:
+    """Panels of curves over layers: title, and name -> values with an interval where there is one."""
+    heads, norms = analysis.heads, analysis.residuals
+    shares = {
+        name: {part: plain(layer_means(getattr(heads, part)[name])) for part in ("mean", "low", "high")}
+        for name in ("normalised entropy", "context sensitivity")
+    }
+    for threshold, rate in heads.sink_rate.items():
+        shares[f"sink rate above {threshold}"] = {"mean": plain(rate)}
+    found = [{"title": "mean over heads", "names": list(heads.layers), "log": False, "curves": shares}]
+    if norms.blocks:
+        by_kind = {"first token": norms.first_token, "other tokens": norms.other_tokens, "largest |x|": norms.largest}
+        curves = {}
+        for name, blocks in by_kind.items():
+            rows = np.array([mean_interval(blocks[block]) for block in norms.blocks])
+            curves[name] = {part: plain(rows[:, i]) for i, part in enumerate(("mean", "low", "high"))}
+        title = "norm of the residual stream after each block"
+        found.append({"title": title, "names": norms.blocks, "log": True, "curves": curves})
+    return found
+
+
+def _rounded(value: Any) -> Any:
+    """Floats with few digits, everything else as it is."""
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}")
+    if isinstance(value, dict):
+        return {key: _rounded(entry) for key, entry in value.items()}
+    return [_rounded(entry) for entry in value] if isinstance(value, list) else value

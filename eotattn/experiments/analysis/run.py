@@ -1,0 +1,165 @@
+"""Analyse a trained model on texts, or stored attention maps: one call, one folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from eotattn.attention.running import SequenceStatistics
+from eotattn.checks import check_positive_int, require
+from eotattn.experiments.analysis.folder import check_folder, write_analysis
+from eotattn.experiments.analysis.shards import Shards, shards
+from eotattn.experiments.analysis.summary import Analysis, TextFindings, summarize
+from eotattn.experiments.analysis.texts import EncodedTexts, encode
+from eotattn.integrations.capture import capture
+from eotattn.integrations.loading import load_local_model
+from eotattn.integrations.maps import map_statistics, read_maps
+from eotattn.integrations.residuals import residuals
+
+__all__ = ["analyze"]
+
+OWNER = "analyze"
+
+
+def analyze(  # noqa: PLR0913  (one argument an option of the command)
+    model: nn.Module | str | Path | None = None,
+    texts: Sequence[str] = (),
+    *,
+    tokenizer: Any = None,
+    attention: Any = None,
+    out: str | Path | None = None,
+    layers: Sequence[str | int] | None = None,
+    heads: Sequence[int] | None = None,
+    max_length: int | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> Analysis:
+    """Run a model on texts and say where its sinks are, what they are made of, and how much of each head is a prior.
+
+    Under torchrun the processes share the texts, and every one returns what a single one would.
+
+    Args:
+        model: A Hugging Face model, or the folder of one (``config.json``, tokenizer, safetensors; library classes
+            only, never pickles or remote code).
+        texts: At least one text of at least two tokens; the first one's tokens label the report.
+        tokenizer: Of a model that is given as an object.
+        attention: Instead of model and texts: attention maps as :func:`eotattn.integrations.read_maps` takes them.
+        out: Folder for tables, figures and ``report.html``; written when all is done. Nothing is written without.
+        layers: Names or indices of layers; all by default.
+        heads: Indices of heads; all by default.
+        max_length: Longer texts are cut here, tokens; whole texts by default.
+        device: Where the model of a folder runs, "cpu" by default; a model object stays where it is.
+        dtype: Dtype of the weights of a folder, "float32" by default; a model object keeps its own.
+
+    Returns:
+        :class:`Analysis`. An interruption (Ctrl-C) ends the run and keeps the texts that were finished.
+
+    Raises:
+        ValueError: For texts, folders, layers or heads that do not fit.
+        KeyboardInterrupt: If no text was finished.
+
+    Example:
+        >>> print(str(analyze(attention=torch.full((1, 2, 4, 4), 0.25))).split()[0])
+        layer
+    """
+    given = (attention is None) != (model is None)
+    require(given, OWNER, "model", "be given if and only if attention is not", model, "Pass one of the two")
+    folder = None if out is None else check_folder(OWNER, Path(out))
+    if attention is not None:
+        idle = {"texts": texts or None, "max_length": max_length, "device": device, "dtype": dtype}
+        _check_idle(idle | {"tokenizer": tokenizer}, "with attention maps")
+        found = TextFindings(_map_statistics(attention, layers, heads))
+        result = summarize([found])
+        _write(folder, result, Shards())
+        return result
+    if max_length is not None:
+        check_positive_int(OWNER, "max_length", max_length, minimum=2)
+    with shards() as processes:
+        if isinstance(model, (str, Path)):
+            _check_idle({"tokenizer": tokenizer}, "with the folder of a model")
+            model, tokenizer = load_local_model(
+                model, device=processes.device(device or "cpu"), dtype=dtype or "float32"
+            )
+        else:
+            _check_idle({"device": device, "dtype": dtype}, "with a model object")
+        assert model is not None
+        _check_model(model, tokenizer)
+        result = _run(model, encode(model, tokenizer, texts, max_length), layers, heads, processes)
+        _write(folder, result, processes)
+    return result
+
+
+def _write(folder: Path | None, result: Analysis, processes: Shards) -> None:
+    if folder is not None and processes.rank == 0:
+        write_analysis(folder, result)
+
+
+def _check_idle(arguments: dict[str, Any], where: str) -> None:
+    """An argument that would have no effect raises."""
+    for name, value in arguments.items():
+        require(value is None, OWNER, name, f"not be given {where}", value, "Drop it")
+
+
+def _check_model(model: nn.Module, tokenizer: Any) -> None:
+    require(tokenizer is not None, OWNER, "tokenizer", "be given with a model object", None, "Pass its tokenizer")
+    is_pair = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    remedy = "Capture its calls with eotattn.integrations.capture, or pass its encoder"
+    require(not is_pair, OWNER, "model", "be an encoder or a decoder, not both", type(model).__name__, remedy)
+
+
+def _map_statistics(
+    attention: Any, layers: Sequence[str | int] | None, heads: Sequence[int] | None
+) -> dict[str, SequenceStatistics]:
+    """Statistics of the chosen layers and heads of stored maps."""
+    maps = read_maps(attention)
+    if layers is not None:
+        names = list(maps)
+        known = all(layer in names or (isinstance(layer, int) and 0 <= layer < len(names)) for layer in layers)
+        listed = ", ".join(f"{index}: {name}" for index, name in enumerate(names))
+        require(known, OWNER, "layers", f"be among {{{listed}}}", list(layers), "Choose layers that the maps have")
+        chosen = {layer if layer in names else names[int(layer)] for layer in layers}
+        maps = {name: weights for name, weights in maps.items() if name in chosen}
+    return map_statistics(maps, heads=heads)
+
+
+def _run(
+    model: nn.Module,
+    texts: EncodedTexts,
+    layers: Sequence[str | int] | None,
+    heads: Sequence[int] | None,
+    processes: Shards,
+) -> Analysis:
+    """Run this process's texts; an interruption keeps the finished ones."""
+    found: dict[int, TextFindings] = {}
+    was_training, own = model.training, processes.own(texts.ids)
+    model.eval()
+    try:
+        for place, ids in tqdm(
+            own, desc="texts", unit="text", leave=False, disable=None if processes.rank == 0 else True
+        ):
+            found[place] = _run_text(model, ids, layers, heads, certify=place == 0)
+    except KeyboardInterrupt:
+        if not found and processes.count == 1:
+            raise
+    finally:
+        model.train(was_training)
+    parts = processes.gathered(found)
+    if not parts:
+        raise KeyboardInterrupt
+    return summarize(parts, tokens=texts.first_tokens, num_given=len(texts.ids), num_cut=texts.num_cut)
+
+
+@torch.no_grad()
+def _run_text(
+    model: nn.Module, ids: Tensor, layers: Sequence[str | int] | None, heads: Sequence[int] | None, *, certify: bool
+) -> TextFindings:
+    """One text; the weights of the first one are certified."""
+    device = next(model.parameters()).device
+    with residuals(model) as norms, capture(model, layers, heads, certify=certify) as captured:
+        model(input_ids=ids.to(device))
+    return TextFindings(captured.layers, captured.values, captured.certificates, norms)

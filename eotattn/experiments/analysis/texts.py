@@ -1,0 +1,98 @@
+"""Texts of an analysis: read from files, checked, cut where that was asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from eotattn.checks import require
+
+__all__ = ["EncodedTexts", "encode", "read_texts"]
+
+OWNER = "analyze"
+#: Tokenizers without a limit say 10^30.
+NO_LIMIT = 10**9
+
+
+@dataclass(frozen=True)
+class EncodedTexts:
+    """Token ids of every text.
+
+    Args:
+        ids: (1, L) int64 a text.
+        num_cut: Texts that were longer than asked for.
+        first_tokens: Tokens of the first text, for labels.
+    """
+
+    ids: tuple[Tensor, ...]
+    num_cut: int
+    first_tokens: tuple[str, ...]
+
+
+def read_texts(text: str | Path | None, texts: str | Path | None) -> list[str]:
+    """Texts of a plain file (one text) or of a JSON-lines file (strings, or objects with a key ``text``).
+
+    Raises:
+        ValueError: If neither or both are given, the file does not exist, or a line holds no text.
+    """
+    require(
+        (text is None) != (texts is None), OWNER, "texts", "come from one file", (text, texts), "Pass one of the two"
+    )
+    path = Path(str(text if text is not None else texts))
+    require(path.is_file(), OWNER, "texts", "be an existing file", path.name, "Check the path")
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{OWNER}: texts must be UTF-8; got {path.name!r}. Convert the file.") from error
+    if text is not None:
+        return [content]
+    return [_text_of(line, number) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
+
+
+def _text_of(line: str, number: int) -> str:
+    remedy = 'Write {"text": "..."}'
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{OWNER}: line {number} must be JSON; got {line[:40]!r}. {remedy}.") from error
+    found = found.get("text") if isinstance(found, dict) else found
+    require(isinstance(found, str), OWNER, f"line {number}", "hold a text", found, remedy)
+    return str(found)
+
+
+def encode(model: nn.Module, tokenizer: Any, texts: Sequence[str], max_length: int | None) -> EncodedTexts:
+    """Turn texts into tokens, whole, or cut to ``max_length``.
+
+    Raises:
+        ValueError: If a text is empty, shorter than two tokens, or longer than the model's positions.
+    """
+    require(not isinstance(texts, str), OWNER, "texts", "be a list of texts", type(texts), "Wrap it", error=TypeError)
+    require(len(texts) > 0, OWNER, "texts", "hold at least one text", list(texts), "Pass a text")
+    limit = _positions(model, tokenizer)
+    rule = f"be at most the model's {limit} positions"
+    require(max_length is None or max_length <= limit, OWNER, "max_length", rule, max_length, "Lower it")
+    found, num_cut = [], 0
+    for number, text in enumerate(texts):
+        require(bool(text.strip()), OWNER, f"texts[{number}]", "not be empty", text[:20], "Drop it")
+        ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]
+        whole = ids.shape[1]
+        if max_length is not None and whole > max_length:
+            ids = tokenizer(text, truncation=True, max_length=max_length, return_tensors="pt")["input_ids"]
+            num_cut += 1
+        rule = "have at least two tokens"
+        require(ids.shape[1] >= 2, OWNER, f"texts[{number}]", rule, ids.shape[1], "Pass a longer text")
+        rule, remedy = f"fit into the model's {limit} positions", f"Cut it with max_length={limit} (--max-length)"
+        require(ids.shape[1] <= limit, OWNER, f"texts[{number}]", rule, f"{whole} tokens", remedy)
+        found.append(ids)
+    return EncodedTexts(tuple(found), num_cut, tuple(tokenizer.convert_ids_to_tokens(found[0][0].tolist())))
+
+
+def _positions(model: nn.Module, tokenizer: Any) -> int:
+    """Tokens that model and tokenizer can take."""
+    of_model = getattr(getattr(model, "config", None), "max_position_embeddings", None) or NO_LIMIT
+    return min(int(of_model), int(getattr(tokenizer, "model_max_length", NO_LIMIT)))
