@@ -21,6 +21,7 @@ from eotattn.attention.masks import from_multihead_convention
 from eotattn.attention.projected_heads import Heads, ProjectedHeads
 from eotattn.attention.rotary import Rotary
 from eotattn.checks import check_choice, check_positive_int, require
+from eotattn.kernels.sdpa import WIDTH_STEP
 from eotattn.priors import LogPrior
 from eotattn.priors.base import check_prior
 
@@ -46,7 +47,7 @@ class PriorAttention(ProjectedHeads):
             takes the prior's lanes out of the head width, so that the call stays as wide as the head. No projection row
             is dead either way: projections are as wide as the content.
         lane_dtype: Dtype that the layer will attend in, which decides how many lanes are reserved: 16-bit dtypes take
-            several for each float32 one, to be as exact. A layer that runs in another dtype stays right, but spills
+            several for each float32 one, to be as exact, and a multiple of 8 in all. A layer that runs in another dtype stays right, but spills
             over the head width (fewer lanes reserved than it needs) or leaves some of it unused.
         window: Keys that a query sees at most, itself included; calls are then causal ones.
         dropout: Probability of dropping a weight in training.
@@ -271,4 +272,6 @@ def _num_reserved(owner: str, prior: LogPrior | None, lanes: str, lane_dtype: to
         require(idle, owner, "lane_dtype", "be left alone where no lanes are reserved", lane_dtype, "Drop it")
         return 0
     require(prior.has_lanes, owner, "prior", "have lanes to reserve", type(prior).__name__, "Use lanes='appended'")
-    return prior.num_lanes(lane_dtype)
+    num_lanes = prior.num_lanes(lane_dtype)
+    step = WIDTH_STEP if lane_dtype.itemsize < 4 else 1  # so that every row of the content is read in whole words
+    return -(-num_lanes // step) * step
