@@ -105,7 +105,7 @@ _READINGS = (("interpolated_rope", "rope"), ("ntk_rope", "rope"))
 _FACTORS = (1, 2, 4, 8, 16)
 
 _SMOKE = {"num_layers": 1, "embed_dim": 32, "num_heads": 4, "train_length": 32}
-_LAPTOP = {"num_layers": 3, "embed_dim": 96, "num_heads": 4, "train_length": 128}
+_LAPTOP = {"num_layers": 2, "embed_dim": 96, "num_heads": 4, "train_length": 128}
 _H200 = {"num_layers": 10, "embed_dim": 512, "num_heads": 8, "train_length": 1024}
 _PAPER = {"num_layers": 12, "embed_dim": 768, "num_heads": 12, "train_length": 2048}
 
