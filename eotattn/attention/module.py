@@ -47,8 +47,8 @@ class PriorAttention(ProjectedHeads):
             takes the prior's lanes out of the head width, so that the call stays as wide as the head. No projection row
             is dead either way: projections are as wide as the content.
         lane_dtype: Dtype that the layer will attend in, which decides how many lanes are reserved: 16-bit dtypes take
-            several for each float32 one, to be as exact, and a multiple of 8 in all. A layer that runs in another dtype stays right, but spills
-            over the head width (fewer lanes reserved than it needs) or leaves some of it unused.
+            several for each float32 one, to be as exact, and a multiple of 8 in all. A layer that runs in another dtype
+            stays right, but spills over the head width (fewer lanes reserved than it needs) or leaves some unused.
         window: Keys that a query sees at most, itself included; calls are then causal ones.
         dropout: Probability of dropping a weight in training.
         bias: Whether the projections have biases.
