@@ -59,7 +59,8 @@ def tile_statistics(
     seen = KeyIntervals(mask, queries, tiles.shift, tiles.is_causal, tiles.window)
     num_keys = seen.num_keys().to(rows.dtype)[:, None, :].expand(batch, heads, queries)
     sums = row_sums(tiles, chosen[:, 0])
-    fields = _row_fields(sums, num_keys, sink, has_prior=tiles.query_lanes is not None)
+    fields = _row_fields(sums, num_keys, has_prior=tiles.query_lanes is not None)
+    fields = fields if sink is None else _with_sink(fields, sink)
     admitted = seen.admit(chosen)[:, None]
     content, prior = _chosen_scores(rows, tiles, chosen)
     weight = torch.exp(content + prior - fields["log_sum_exp"].unsqueeze(-1))
@@ -76,30 +77,39 @@ def tile_statistics(
     return fields, ColumnSums(mass, count, lags)
 
 
-def _row_fields(sums: RowSums, num_keys: Tensor, sink: Tensor | None, *, has_prior: bool) -> dict[str, Tensor]:
-    """Rows with an explicit sink as one more outcome: keys hold the share s of the mass, the sink 1 - s."""
+def _row_fields(sums: RowSums, num_keys: Tensor, *, has_prior: bool) -> dict[str, Tensor]:
+    """Rows without an explicit sink; zeros, and a log-sum-exp of -inf, where there are no keys."""
     has = num_keys > 0
-    lse = torch.where(has, sums.log_sum_exp, -math.inf)
-    share, sink_mass, mixing = has.to(lse.dtype), torch.zeros_like(lse), torch.zeros_like(lse)
-    if sink is not None:
-        share = torch.sigmoid(sums.log_sum_exp - sink[:, None]) * has
-        sink_mass = torch.sigmoid(sink[:, None] - sums.log_sum_exp) * has
-        mixing = -torch.special.xlogy(share, share) - torch.special.xlogy(sink_mass, sink_mass)
-        lse = torch.where(has, torch.logaddexp(lse, sink[:, None]), -math.inf)
 
     def held(values: Tensor) -> Tensor:
         return torch.where(has, values, 0.0)
 
     return {
-        "log_sum_exp": lse,
-        "entropy": held(share * sums.entropy.clamp(min=0) + mixing),
-        "participation": held(share.square() * sums.participation + sink_mass.square()),
+        "log_sum_exp": torch.where(has, sums.log_sum_exp, -math.inf),
+        "entropy": held(sums.entropy.clamp(min=0)),
+        "participation": held(sums.participation),
         "num_keys": num_keys,
         "score_min": held(sums.score_min),
         "score_max": held(sums.score_max),
-        "expected_score": held(share * sums.expected_score),
+        "expected_score": held(sums.expected_score),
         "prior_log_sum_exp": held(sums.prior_log_sum_exp) if has_prior else num_keys.clamp(min=1).log(),
-        "explicit_sink_mass": sink_mass,
+        "explicit_sink_mass": torch.zeros_like(num_keys),
+    }
+
+
+def _with_sink(fields: dict[str, Tensor], sink: Tensor) -> dict[str, Tensor]:
+    """The same rows with one more outcome: its mass is m, and the keys share the rest."""
+    lse, sink = fields["log_sum_exp"], sink[:, None]
+    has = lse > -math.inf
+    share, mass = (torch.where(has, torch.sigmoid(difference), 0.0) for difference in (lse - sink, sink - lse))
+    mixing = -torch.special.xlogy(share, share) - torch.special.xlogy(mass, mass)
+    return {
+        **fields,
+        "log_sum_exp": torch.where(has, torch.logaddexp(lse, sink), -math.inf),
+        "entropy": share * fields["entropy"] + mixing,
+        "participation": share.square() * fields["participation"] + mass.square(),
+        "expected_score": share * fields["expected_score"],
+        "explicit_sink_mass": mass,
     }
 
 
