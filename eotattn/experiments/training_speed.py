@@ -45,9 +45,14 @@ class FusedRotary(Rotary):
         self.register_buffer("sin", angle.sin().float(), persistent=False)
         self.turn: Callable[[Tensor, Tensor, Tensor], Tensor] = torch.compile(_turn, dynamic=False) if fuse else _turn
 
-    def forward(self, content: Tensor, positions: Tensor) -> Tensor:
-        """Turn ``content`` (B, H, L, D) by its positions (L,), tokens."""
-        return self.turn(content, self.cos[positions], self.sin[positions])
+    def forward(
+        self, content: Tensor, positions: Tensor | range | None = None, *, argument: str = "positions"
+    ) -> Tensor:
+        """Turn ``content`` (B, H, L, D) by its positions (L,), tokens, which are not checked."""
+        if positions is None:
+            positions = range(content.shape[2])
+        at = slice(positions.start, positions.stop) if isinstance(positions, range) else positions
+        return self.turn(content, self.cos[at], self.sin[at])
 
 
 def _turn(content: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
