@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from eotattn.transport.sinkhorn import sinkhorn_step
 
 __all__ = ["AcceleratedStep"]
 
-#: A change is a new direction if at least this part of it is, and if it exceeds so many roundings of the potential.
+#: A change is a new direction if this part of it is new, and exceeds so many roundings of the potential.
 _NEW = 1e-4
 _ROUNDINGS = 4
 #: Steps that are remembered, and the changes that must be known before the first extrapolation.
@@ -45,52 +47,48 @@ class AcceleratedStep:
     def __init__(self) -> None:
         self._epsilon = float("nan")
 
-    def _forget(self, key_potential: Tensor, state: KeyBalance, epsilon: float) -> None:
+    def _forget(self, problem: TransportProblem, key_potential: Tensor, state: KeyBalance, epsilon: float) -> None:
+        assert problem.key_marginal is not None
         batch, m = state.error.shape, key_potential.shape[-1]
-        self._epsilon = epsilon
+        self._epsilon, self._root = epsilon, problem.key_marginal.sqrt()
         self._residuals, self._images = (key_potential.new_zeros(*batch, _WINDOW, m) for _ in range(2))
         self._slot = torch.zeros(1, dtype=torch.int64, device=key_potential.device)
         self._last_image, self._last_residual, self._fallback = (key_potential.new_zeros(*batch, m) for _ in range(3))
-        self._known, self._best = torch.zeros_like(state.error), torch.full_like(state.error, float("inf"))
+        self._known, self._best = torch.zeros_like(state.error), torch.full_like(state.error, math.inf)
         self._usable, self._extrapolated = (torch.zeros_like(state.error, dtype=torch.bool) for _ in range(2))
 
     def __call__(self, problem: TransportProblem, key_potential: Tensor, state: KeyBalance, epsilon: float) -> Tensor:
         """Return the next key potential, shape (..., m); see ``sinkhorn_step`` for the arguments."""
         if epsilon != self._epsilon:
-            self._forget(key_potential, state, epsilon)
-        assert problem.key_marginal is not None
+            self._forget(problem, key_potential, state, epsilon)
         image = sinkhorn_step(problem, key_potential, state, epsilon)
-        root = problem.key_marginal.sqrt()
-        residual = (image - key_potential).nan_to_num(0.0, 0.0, 0.0) * root
-        taken_back = self._extrapolated & ~(state.error <= self._best)
-        self._remember(image, residual, root, taken_back)
-        extrapolates = (self._known >= _WARM_UP)[..., None]
-        correction = (self._images.mT @ (self._residuals @ residual[..., None])).squeeze(-1)
-        moved = torch.where(extrapolates & image.isfinite(), image - correction, image)
+        carried = image.nan_to_num(0.0, 0.0, 0.0)
+        residual = (carried - key_potential.nan_to_num(0.0, 0.0, 0.0)) * self._root
+        taken_back = self._extrapolated > (state.error <= self._best)
+        self._remember(carried, residual, taken_back[..., None])
+        torch.ge(self._known, _WARM_UP, out=self._extrapolated)
+        components = (self._residuals @ residual[..., None]) * self._extrapolated[..., None, None]
+        moved = image - (self._images.mT @ components).squeeze(-1)
         found = torch.where(taken_back[..., None], self._fallback, moved)
-        self._extrapolated.copy_(extrapolates.squeeze(-1))
-        self._best.copy_(torch.minimum(self._best, state.error))
-        self._fallback.copy_(torch.where(taken_back[..., None], self._fallback, image))
+        torch.minimum(self._best, state.error, out=self._best)
+        torch.where(taken_back[..., None], self._fallback, image, out=self._fallback)
         return found
 
-    def _remember(self, image: Tensor, residual: Tensor, root: Tensor, taken_back: Tensor) -> None:
+    def _remember(self, image: Tensor, residual: Tensor, taken_back: Tensor) -> None:
         """Add the change since the last step as one more direction; a problem that was taken back starts anew."""
-        usable = (self._usable & ~taken_back)[..., None]
-        size = (image.nan_to_num(0.0, 0.0, 0.0) * root).norm(dim=-1, keepdim=True)
-        noise = _ROUNDINGS * torch.finfo(image.dtype).eps * size
-        self._residuals.masked_fill_(taken_back[..., None, None], 0.0)
-        change = torch.where(usable, residual - self._last_residual, 0.0)
-        moved = torch.where(usable, (image - self._last_image).nan_to_num(0.0, 0.0, 0.0), 0.0)
-        whole = change.norm(dim=-1, keepdim=True)
+        usable = self._usable[..., None] > taken_back
+        self._residuals.masked_fill_(taken_back[..., None], 0.0)
+        change = (residual - self._last_residual) * usable
         components = self._residuals @ change[..., None]
-        change = change - (self._residuals.mT @ components).squeeze(-1)
-        moved = moved - (self._images.mT @ components).squeeze(-1)
-        length = change.norm(dim=-1, keepdim=True)
-        inverse = torch.where((length > _NEW * whole) & (whole > noise), 1.0 / length, 0.0)
-        self._residuals.index_copy_(-2, self._slot, (change * inverse)[..., None, :])
+        rest = change - (self._residuals.mT @ components).squeeze(-1)
+        moved = image - self._last_image - (self._images.mT @ components).squeeze(-1)
+        length, whole, size = (part.norm(dim=-1, keepdim=True) for part in (rest, change, image * self._root))
+        rounding = _ROUNDINGS * torch.finfo(image.dtype).eps
+        inverse = torch.where(length > torch.maximum(_NEW * whole, rounding * size), 1.0 / length, 0.0)
+        self._residuals.index_copy_(-2, self._slot, (rest * inverse)[..., None, :])
         self._images.index_copy_(-2, self._slot, (moved * inverse)[..., None, :])
         self._slot.add_(1).remainder_(_WINDOW)
-        self._known.copy_(torch.where(taken_back, 0.0, self._known) + usable.squeeze(-1))
+        self._known.mul_(~taken_back.squeeze(-1)).add_(usable.squeeze(-1))
         self._last_image.copy_(image)
         self._last_residual.copy_(residual)
-        self._usable.copy_(~taken_back)
+        torch.logical_not(taken_back.squeeze(-1), out=self._usable)

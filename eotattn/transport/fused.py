@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from eotattn.kernels.log_sum_exp import attend, biased_log_sum_exp
-from eotattn.priors.lanes import LaneFactors, Lanes
+from eotattn.priors.lanes import LaneFactors, Lanes, computing_dtype
 
 __all__ = ["FusedCalls"]
 
-#: What a removed key adds to a logit, nats: finite, since fused kernels multiply lanes, and below any real logit.
+#: What a removed key adds to a logit in lanes, nats: finite, since kernels multiply lanes, and below any real logit.
 _FAR = -1e9
 
 
@@ -26,7 +26,7 @@ class FusedCalls:
     Args:
         query: Content and lanes of the log-prior, shape (..., n, w), the kernel's dtype.
         key: The same for keys, shape (..., m, w).
-        constant: What is added to every price, cost units, shape (..., m), or ``None`` for zero.
+        constant: What every key adds to its logits, nats, shape (..., m), or ``None`` for zero; -inf removes it.
         epsilon: Temperature, cost units.
         direction: 1 where query i may use keys 0 to i, -1 where keys i to m, 0 without such an order.
 
@@ -62,50 +62,53 @@ class FusedCalls:
             lanes = Lanes.from_factors(factors, dtype=query.dtype, query_scale=epsilon)
             pairs.append((lanes.query, lanes.key))
         left, right = (_beside(side) for side in zip(*pairs, strict=True))
-        constant = key_bias
+        constant = None if key_bias is None else key_bias / epsilon
         if key_padding is not None:
-            dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-            removed = torch.zeros(key_padding.shape, dtype=dtype, device=key.device)
-            removed = removed.masked_fill(key_padding, _FAR * epsilon)
-            constant = removed if key_bias is None else removed + key_bias
+            kept = torch.zeros(key_padding.shape, dtype=computing_dtype(query.dtype), device=key.device)
+            kept = kept.masked_fill(key_padding, -math.inf)
+            constant = kept if constant is None else constant + kept
         return cls(left, right, constant, epsilon, direction)
 
     def log_sum_exp(self, price: Tensor) -> Tensor:
         """Log-sum-exp over the keys, nats, shape (..., n), -inf where no key is left; ``price`` of shape (..., m)."""
-        lane = self._lane(price)
-        found = self._by_its_own_kernel(lane)
-        found = self._attend(lane, None)[1] if found is None else found
-        return found.masked_fill(found < 0.5 * _FAR, -math.inf)
+        bias = self._bias(price)
+        found = self._by_its_own_kernel(bias)
+        return self._attend(bias, None)[1] if found is None else found
 
     def average(self, price: Tensor, value: Tensor) -> Tensor:
         """Softmax average of values (..., m, v), shape (..., n, v), the kernel's dtype; zero where no key is left."""
-        output, log_sum_exp = self._attend(self._lane(price), value)
-        return output.masked_fill((log_sum_exp < 0.5 * _FAR)[..., None], 0.0)
+        output, log_sum_exp = self._attend(self._bias(price), value)
+        return output.masked_fill((log_sum_exp == -math.inf)[..., None], 0.0)
 
-    def _lane(self, price: Tensor) -> Tensor:
-        """Price and constant, cost units, far below any score where a key is removed; +inf counts as zero."""
-        lane = price.nan_to_num(nan=math.nan, posinf=0.0, neginf=_FAR * self.epsilon)
-        return lane if self.constant is None else lane + self.constant
+    def _bias(self, price: Tensor) -> Tensor:
+        """Price and constant in nats, -inf where a key is removed; a price of +inf counts as zero.
 
-    def _batch(self, lane: Tensor) -> list[int]:
-        return list(torch.broadcast_shapes(self.query.shape[:-2], self.key.shape[:-2], lane.shape[:-1]))
+        A query that neither sends mass nor has keys has no price at all (-inf + inf), and is removed too.
+        """
+        price = price.nan_to_num(nan=-math.inf, posinf=0.0, neginf=-math.inf)
+        if self.constant is None:
+            return price / self.epsilon
+        return torch.add(self.constant, price, alpha=1.0 / self.epsilon)
 
-    def _by_its_own_kernel(self, lane: Tensor) -> Tensor | None:
+    def _batch(self, bias: Tensor) -> list[int]:
+        return list(torch.broadcast_shapes(self.query.shape[:-2], self.key.shape[:-2], bias.shape[:-1]))
+
+    def _by_its_own_kernel(self, bias: Tensor) -> Tensor | None:
         """The log-sum-exp by the kernel that computes nothing else, or ``None`` where it does not serve."""
         if self.direction or self.query.device.type != "cuda":
             return None
-        batch = self._batch(lane)
+        batch = self._batch(bias)
         count = math.prod(batch)
         query, key = (
             side.expand(*batch, *side.shape[-2:]).reshape(count, *side.shape[-2:]) for side in (self.query, self.key)
         )
-        bias = (lane / self.epsilon).expand(*batch, lane.shape[-1]).reshape(count, lane.shape[-1])
+        bias = bias.expand(*batch, bias.shape[-1]).reshape(count, bias.shape[-1])
         found = biased_log_sum_exp(query, key, bias, scale=1.0 / self.epsilon)
         return None if found is None else found.reshape(*batch, query.shape[-2])
 
-    def _attend(self, lane: Tensor, value: Tensor | None) -> tuple[Tensor, Tensor]:
-        """One attention call with the price in lanes: output (..., n, v) and log-sum-exp (..., n)."""
-        batch = self._batch(lane)
+    def _attend(self, bias: Tensor, value: Tensor | None) -> tuple[Tensor, Tensor]:
+        """One attention call with the bias in lanes: output (..., n, v) and log-sum-exp (..., n)."""
+        batch, lane = self._batch(bias), self.epsilon * bias.clamp(min=_FAR)  # the kernel divides by epsilon
         carrier = LaneFactors(lane.new_ones(1, 1), lane[..., None], exact="query").split(self.query.dtype)
         query, key = (_beside(pair) for pair in ((self.query, carrier[0]), (self.key, carrier[1])))
         operands = [query, key] if value is None else [query, key, value.to(query.dtype)]
@@ -115,6 +118,7 @@ class FusedCalls:
         output, log_sum_exp = attend(*operands, scale=1.0 / self.epsilon, is_causal=self.direction != 0)
         if self.direction < 0:
             output, log_sum_exp = output.flip(-2), log_sum_exp.flip(-1)
+        log_sum_exp = torch.where(log_sum_exp < 0.5 * _FAR, -math.inf, log_sum_exp)
         n = query.shape[-2]
         return output.reshape(*batch, n, output.shape[-1]), log_sum_exp.reshape(*batch, n)
 

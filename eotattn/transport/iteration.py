@@ -44,7 +44,7 @@ def default_tolerance(problem: TransportProblem) -> float:
 
 
 def temperatures(problem: TransportProblem) -> list[float]:
-    """Return the temperatures to pass through: from a tenth of the range of the scores, by fours, to epsilon.
+    """Return the temperatures to pass through: from a hundredth of the range of the scores, by tens, to epsilon.
 
     Args:
         problem: The problem.
@@ -53,13 +53,13 @@ def temperatures(problem: TransportProblem) -> list[float]:
         Descending temperatures, cost units, ending in the problem's own.
 
     Example:
-        >>> temperatures(TransportProblem(torch.tensor([[0.0, 100.0]])))
-        [4.0, 1.0]
+        >>> temperatures(TransportProblem(torch.tensor([[0.0, 1000.0]])))
+        [10.0, 1.0]
 
     Source: epsilon scaling, Schmitzer 2019.
     """
-    steps = math.log(max(1.0, problem.affinity.spread / (10 * problem.epsilon)), 4)
-    return [problem.epsilon * 4.0**level for level in range(math.floor(steps), -1, -1)]
+    steps = math.log10(max(1.0, problem.affinity.spread / (100 * problem.epsilon)))
+    return [problem.epsilon * 10.0**level for level in range(math.floor(steps), -1, -1)]
 
 
 def iterate(
@@ -133,14 +133,14 @@ class _Level:
     def look(self) -> Tensor:
         """Draw the balance, and return whether any problem goes on."""
         self.state = self.balance(self.potential)
-        self.done.copy_(self.state.error <= self.bound)
-        self.active = ~self.done & (self.count < self.allowed)
-        return self.running.copy_(self.active.any())
+        torch.le(self.state.error, self.bound, out=self.done)
+        self.active = (self.count < self.allowed) > self.done  # the first and not the second
+        return torch.any(self.active.flatten(), dim=0, out=self.running)
 
     def move(self) -> None:
         """Take the step where a problem goes on."""
         found = self.step(self.problem, self.potential, self.state, self.epsilon)
-        self.potential.copy_(torch.where(self.active[..., None], found, self.potential))
+        torch.where(self.active[..., None], found, self.potential, out=self.potential)
         self.count.add_(self.active)
 
     def advance(self) -> None:

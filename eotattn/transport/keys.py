@@ -22,10 +22,9 @@ class KeyBalance:
     """What a ``Balance`` returns; all masses are relative to ``exp(log_scale)``.
 
     Args:
-        response: The queries' answer.
         log_rows: Log of what the queries send, nats, shape (..., n).
-        log_mass: Log of what the keys receive, nats, shape (..., m); -inf on keys that carry nothing.
-        log_target: Log of the mass at which the keys would be content, likewise.
+        log_mass: Log of what the keys receive, nats, shape (..., m); -inf on keys that carry nothing, as is the next.
+        log_target: Log of the mass at which the keys would be content, nats, shape (..., m).
         log_scale: Log of the larger total, nats, shape (..., 1); ``None`` for zero, in balanced problems.
 
     Example:
@@ -36,7 +35,6 @@ class KeyBalance:
     Source: original.
     """
 
-    response: QueryResponse
     log_rows: Tensor
     log_mass: Tensor
     log_target: Tensor
@@ -63,12 +61,12 @@ class KeyBalance:
     @cached_property
     def log_ratio(self) -> Tensor:
         """Log of target over mass, nats, shape (..., m); zero on keys that carry nothing."""
-        return (self.log_target - self.log_mass).masked_fill(self.log_mass == -math.inf, 0.0)
+        return (self.log_target - self.log_mass).nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf)
 
     @cached_property
     def error(self) -> Tensor:
         """Summed distance of mass and target, relative to the larger total, shape of the batch."""
-        return (self.mass - self.target).abs().sum(-1)
+        return torch.linalg.vector_norm(self.mass - self.target, 1, dim=-1)
 
 
 class Balance:
@@ -95,25 +93,26 @@ class Balance:
         self._ask_queries = problem.affinity.tempered(epsilon)
         self._ask_keys = problem.affinity.transposed.tempered(epsilon)
         self._log_query_marginal, self._log_key_marginal = problem.query_marginal.log(), problem.key_marginal.log()
+        self._offer = epsilon * self._log_query_marginal
 
     def __call__(self, key_potential: Tensor) -> KeyBalance:
         """Return the balance at a key potential of shape (..., m), cost units."""
-        problem, epsilon = self._problem, self._epsilon
-        response = answer(problem, self._ask_queries(key_potential), epsilon)
-        log_rows = self._log_query_marginal
-        log_rows = log_rows if math.isinf(problem.query_penalty) else log_rows + response.log_growth
-        offered = self._ask_keys(torch.sub(epsilon * log_rows, response.soft_maximum))
-        log_mass = (offered + key_potential) / epsilon
-        # +inf belongs to keys that nobody may use, NaN to those that are offered nothing as well.
-        log_mass = log_mass.masked_fill(~key_potential.isfinite(), -math.inf)
+        problem, soft_maximum = self._problem, self._ask_queries(key_potential)
+        log_rows, offer = self._log_query_marginal, self._offer
+        if math.isfinite(problem.query_penalty):
+            log_rows = log_rows + answer(problem, soft_maximum, self._epsilon).log_growth
+            offer = self._epsilon * log_rows
+        offered = self._ask_keys(offer - soft_maximum)
+        # A key that nobody may use has a potential of +inf and is offered -inf: it receives nothing.
+        log_mass = ((offered + key_potential) / self._epsilon).nan_to_num(-math.inf, math.inf, -math.inf)
         log_target = self._log_key_marginal
-        if not math.isinf(problem.key_penalty):
-            log_target = log_target - key_potential / problem.key_penalty
-        log_target = log_target.masked_fill(log_mass == -math.inf, -math.inf)
-        log_scale = None
-        if not problem.is_balanced:
-            log_scale = torch.maximum(log_mass.logsumexp(-1), log_target.logsumexp(-1))[..., None]
-        return KeyBalance(response, log_rows, log_mass, log_target, log_scale)
+        if math.isfinite(problem.key_penalty):
+            log_target = torch.sub(log_target, key_potential, alpha=1.0 / problem.key_penalty)
+            log_target = log_target.nan_to_num(-math.inf, math.inf, -math.inf)  # removed keys: -inf + inf
+        if problem.is_balanced:
+            return KeyBalance(log_rows, log_mass, log_target, None)
+        log_scale = torch.maximum(log_mass.logsumexp(-1), log_target.logsumexp(-1))[..., None]
+        return KeyBalance(log_rows, log_mass, log_target, log_scale)
 
 
 def balance(problem: TransportProblem, key_potential: Tensor, *, epsilon: float | None = None) -> KeyBalance:

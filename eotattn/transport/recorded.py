@@ -23,12 +23,15 @@ def repeat_while(advance: Callable[[], None], running: Tensor) -> None:
 
     Source: original.
     """
+    for _ in range(_EAGER_CALLS):  # the host is the slower one here, so there is no reason to run ahead
+        advance()
+        if not bool(running):
+            return
+    replay = _recorded(advance)
     flags = [torch.ones((), dtype=torch.bool, pin_memory=True) for _ in range(2)]
     events = [torch.cuda.Event() for _ in range(2)]
-    work = advance
     for call in count():
-        work = _recorded(advance) if call == _EAGER_CALLS else work
-        work()
+        replay()
         flags[call % 2].copy_(running, non_blocking=True)
         events[call % 2].record()
         if call > 0:
