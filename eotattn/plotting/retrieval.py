@@ -47,7 +47,7 @@ def plot_depth_grid(
         text = "1" if values[n, d] == 1 else f"{values[n, d]:.2f}".lstrip("0")
         shade = "black" if values[n, d] > 0.5 else "white"
         axes.text(n, d, text, ha="center", va="center", fontsize=6, color=shade)
-    if train_length in lengths:
+    if train_length is not None and train_length in lengths:
         axes.axvline(list(lengths).index(train_length) + 0.5, color="white", linestyle="--", linewidth=1)
     return axes
 

@@ -45,7 +45,8 @@ def plot_trade_off(
         mean = at.mean(0)
         low, high = mean - at.min(0), at.max(0) - mean
         axes.errorbar(
-            *mean,
+            mean[0],
+            mean[1],
             xerr=[[low[0]], [high[0]]],
             yerr=[[low[1]], [high[1]]],
             color=colours[place % len(colours)],

@@ -279,8 +279,9 @@ class AblationStudy:
             (f"retrieval at {far}x", 3, True),
         )
         lines = []
+        summaries = {name: self._summary(name) for name in self.variants}
         for what, k, high in quantities:
-            ranked = sorted(self.variants, key=lambda name, k=k: self._summary(name)[k], reverse=high)
-            best = ", ".join(f"`{name}` {self._summary(name)[k]:.3f}" for name in ranked[:3])
+            ranked = sorted(((summary[k], name) for name, summary in summaries.items()), reverse=high)
+            best = ", ".join(f"`{name}` {value:.3f}" for value, name in ranked[:3])
             lines.append(f"- Best in {what}: {best}.")
         return lines
