@@ -213,16 +213,29 @@ def _split_side(
     tl.store(store, wide_sum, mask=(factors < NW * members) & (slots >= 0)[None, :])
 
 
+@triton.jit
+def _sums_at(
+    sums, parts, H: tl.constexpr, GROUP: tl.constexpr, WP: tl.constexpr, NWQ: tl.constexpr, WIDEST_Q: tl.constexpr
+):
+    """Where the four kinds of sums begin: of query and key lanes, and of the slots of wide factors."""
+    key_sums = sums + parts * (H * 2 * WP)
+    query_wide_sums = key_sums + parts * (H // GROUP * 2 * WP)
+    return sums, key_sums, query_wide_sums, query_wide_sums + parts * (H * NWQ * WIDEST_Q)
+
+
 @triton.jit(do_not_specialize=["query_first", "key_first"])
 def _split(
-    query_grad, key_grad, query_out, key_out, query_sums, key_sums, query_wide_sums, key_wide_sums, query_features,
-    key_features, query_first, key_first, query_maps, key_maps, query_wide, key_wide, batch, queries, keys,
+    query_grad, key_grad, query_out, key_out, sums, query_features, key_features, query_first, key_first, query_maps,
+    key_maps, query_wide, key_wide, batch, queries, keys,
     query_stride_b, query_stride_h, query_stride_l, key_stride_b, key_stride_h, key_stride_l, lane_scale,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
     CQ: tl.constexpr, CK: tl.constexpr, NWQ: tl.constexpr, NWK: tl.constexpr, NW_TILE: tl.constexpr,
     WIDEST_Q: tl.constexpr, WIDEST_K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
+    query_sums, key_sums, query_wide_sums, key_wide_sums = _sums_at(
+        sums, tl.num_programs(0), H, GROUP, WP, NWQ, WIDEST_Q
+    )
     if tl.program_id(2) == 0:
         _split_side(
             query_grad, query_out, query_sums, query_wide_sums, query_features + query_first * CQ, query_maps,
@@ -239,12 +252,13 @@ def _split(
 
 @triton.jit(do_not_specialize_on_alignment=COEFFICIENTS)
 def _finish(
-    query_sums, key_sums, query_wide_sums, key_wide_sums, out, c0, c1, c2, c3, c4, c5, c6, c7, scales, owners, parts,
+    sums, out, c0, c1, c2, c3, c4, c5, c6, c7, scales, owners, parts,
     H: tl.constexpr, GROUP: tl.constexpr, WP: tl.constexpr, NWQ: tl.constexpr, NWK: tl.constexpr,
     WIDEST_Q: tl.constexpr, WIDEST_K: tl.constexpr, ENTRIES: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one coefficient of one head: the sum over all programs and over the lanes that it feeds."""
     head = tl.program_id(1)
+    query_sums, key_sums, query_wide_sums, key_wide_sums = _sums_at(sums, parts, H, GROUP, WP, NWQ, WIDEST_Q)
     owners += tl.program_id(0) * (8 + ENTRIES)
     side, wide, tensor, column = tl.load(owners), tl.load(owners + 1), tl.load(owners + 2), tl.load(owners + 3)
     stride, row, by_size = tl.load(owners + 4), tl.load(owners + 5), tl.load(owners + 6)
@@ -339,8 +353,8 @@ def launch_split(
     parts = _num_parts(max(queries, keys), heads)
     query_out = torch.empty(batch, queries, heads, content_width, dtype=query_grad.dtype, device=device)
     key_out = torch.empty(batch, keys, kv_heads, content_width, dtype=query_grad.dtype, device=device)
-    rows = (heads * 2 * tile, kv_heads * 2 * tile, heads * num_wide[0] * widest[0], heads * num_wide[1] * widest[1])
-    sums = torch.empty(parts * sum(rows), device=device).split([parts * row for row in rows])
+    row = 2 * tile * (heads + kv_heads) + heads * (num_wide[0] * widest[0] + num_wide[1] * widest[1])
+    sums = torch.empty(parts * row, device=device)
     flat = torch.empty(sum(tensor.numel() for tensor in coefficients), device=device)
     strides = (*query_grad.stride()[:3], *key_grad.stride()[:3])
     aligned = (query_grad.data_ptr() % 16, key_grad.data_ptr() % 16)
@@ -348,14 +362,14 @@ def launch_split(
     place = (layout, query_grad.dtype, content_width, batch, queries, keys, strides, aligned, columns)
     _launch_split(
         place, device, (parts, heads, 2),
-        query_grad, key_grad, query_out, key_out, *sums, made.query_features, made.key_features, made.query_first,
+        query_grad, key_grad, query_out, key_out, sums, made.query_features, made.key_features, made.query_first,
         made.key_first, maps.query, maps.key, maps.query_wide, maps.key_wide, batch, queries, keys, *strides,
         made.query_scale, heads, group, content_width, triton.next_power_of_2(content_width), width, tile,
         *columns, *num_wide, triton.next_power_of_2(max(1, num_wide[0], num_wide[1] * group)), *widest, BLOCK,
     )  # fmt: skip
     _launch_finish(
         (layout, parts, tile), device, (maps.owners.shape[0], heads, 1),
-        *sums, flat, *coefficients, *NONE[len(coefficients):], maps.scales, maps.owners, parts,
+        sums, flat, *coefficients, *NONE[len(coefficients):], maps.scales, maps.owners, parts,
         heads, group, tile, *num_wide, *widest, ENTRIES, triton.next_power_of_2(parts),
     )  # fmt: skip
     return query_out.transpose(1, 2), key_out.transpose(1, 2), flat
