@@ -14,11 +14,12 @@ from eotattn.experiments import recipes
 from eotattn.experiments.figures import draw_dna
 from eotattn.experiments.intervals import SeedInterval
 from eotattn.experiments.networks import Decoder
+from eotattn.experiments.rate_sweep import best_rate, run_name
 from eotattn.experiments.records import Record
 from eotattn.experiments.results import ResultFolder
 from eotattn.experiments.runs import perform
 from eotattn.experiments.studies import dna
-from eotattn.experiments.studies.dna_runs import best_rate, window_losses
+from eotattn.experiments.studies.dna_runs import window_losses
 from eotattn.experiments.training_speed import FusedRotary, SpeedVariant, measure_training_speed, speed_variants
 
 SMALL = replace(recipes.dna("smoke"), learning_rates=(1e-3,))
@@ -44,9 +45,8 @@ def made_up(*, saved, gc, throughput, memory=None):
             follows = name == "paper_goat" and gc
             arrays = {"gc_true": noise[0], "gc_sampled": noise[0] if follows else noise[1] + seed * noise[0] * 0.01}
             rows = [("loss", loss, {}), ("bits_per_base", loss / math.log(2), {})]
-            records[f"{name}-seed{seed}"] = record(f"{name}-seed{seed}", rows, arrays, seed)
-    for name in ("rope", "paper_goat"):
-        records[f"{name}-rate0.001"] = record(f"{name}-rate0.001", [("training_loss", 1.0, {})])
+            rows.append(("training_loss", 1.0, {}))
+            records[run_name(name, 1e-3, seed)] = record(name, rows, arrays, seed)
     generator = {"gc_true": noise[0], "gc_sampled": noise[0]}
     records["generator"] = record("generator", [("loss", 1.1, {}), ("bits_per_base", 1.6, {})], generator)
     rows = []
@@ -62,25 +62,25 @@ def test_every_run_is_made_once(study):
     assert set(study.records) == {
         "speed",
         "generator",
-        *(f"{v}-rate0.001" for v in study.variants),
-        *(f"{v}-seed{seed}" for v in study.variants for seed in (0, 1)),
+        *(f"{v}-rate0.001-seed{seed}" for v in study.variants for seed in (0, 1)),
     }
 
 
-def test_runs_wait_for_the_trials_of_their_rates():
+def test_other_seeds_wait_for_the_best_rate_of_the_first():
     recipe = recipes.dna("smoke")
-    names = [run.name for run in dna.runs(recipe, {})]
-    assert names[:2] == ["speed", "generator"]
-    assert not any("seed" in name for name in names)
-    losses = {"rope-rate0.001": 1.4, "rope-rate0.003": 1.3, "paper_goat-rate0.001": 1.2}
+    rates = {f"{v}-rate{rate}-seed0" for v in ("rope", "paper_goat") for rate in ("0.001", "0.003")}
+    assert {run.name for run in dna.runs(recipe, {})} == {"speed", "generator"} | rates
+    losses = {("rope", 1e-3): 1.4, ("rope", 3e-3): 1.3, ("paper_goat", 1e-3): 1.2}
     known = {
-        name: record(name, [("training_loss", 9.0, {}), ("training_loss", loss, {})]) for name, loss in losses.items()
+        run_name(*which, 0): record("", [("training_loss", 9.0, {}), ("training_loss", loss, {})])
+        for which, loss in losses.items()
     }
     assert best_rate(recipe, known, "rope") == 3e-3
     assert best_rate(recipe, known, "paper_goat") is None
     runs = {run.name: run for run in dna.runs(recipe, known)}
-    assert runs["rope-seed1"].configuration.training.learning_rate == 3e-3
-    assert "paper_goat-seed0" not in runs
+    assert set(runs) == {"speed", "generator", "rope-rate0.003-seed1"} | rates
+    assert runs["rope-rate0.003-seed1"].configuration.training.learning_rate == 3e-3
+    assert runs["rope-rate0.003-seed1"].configuration.seed == 1
 
 
 def test_losses_are_those_of_the_network():
@@ -116,7 +116,7 @@ def test_table_holds_what_is_drawn(study, tmp_path):
     study.save(folder)
     with (folder.path / f"{dna.FIGURE}.csv").open() as file:
         rows = list(csv.DictReader(file))
-    at = [float(r["value"]) for r in rows if r["run"] == "rope-seed1" and r["quantity"] == "loss_at_position"]
+    at = [float(r["value"]) for r in rows if r["run"] == "rope-rate0.001-seed1" and r["quantity"] == "loss_at_position"]
     assert at == pytest.approx(study.of("rope")[1].arrays["position_loss"].tolist(), rel=1e-6)
     assert {"GOAT, lanes reserved", "RoPE, fused"} <= {r["variant"] for r in rows if r["quantity"] == "throughput"}
     figure = draw_dna(study)

@@ -12,6 +12,7 @@ from eotattn.experiments import recipes
 from eotattn.experiments.figures import draw_vision
 from eotattn.experiments.grid_prior_parts import describe_grid_log_prior, grid_log_prior
 from eotattn.experiments.networks import VisionConfig, VisionTransformer
+from eotattn.experiments.rate_sweep import run_name
 from eotattn.experiments.records import Record
 from eotattn.experiments.results import ResultFolder
 from eotattn.experiments.runs import perform
@@ -208,7 +209,7 @@ def test_table_holds_what_is_drawn(study, tmp_path):
     (centre,) = [
         float(r["value"])
         for r in rows
-        if (r["run"], r["head"], r["row_lag"], r["column_lag"]) == ("goat-seed1", "1", "0", "-2")
+        if (r["run"], r["head"], r["row_lag"], r["column_lag"]) == ("goat-rate0.001-seed1", "1", "0", "-2")
     ]
     assert centre == pytest.approx(float(study.prior("lag_map")[1, 0, 1, 3, 1]), rel=1e-5)
     figure = draw_vision(study)
@@ -232,9 +233,8 @@ def made_up(*, goat, learned, ratio, invariance):
                 "strength": np.ones(shape),
                 "shift_invariance": np.full(shape, invariance),
             }
-            records[f"{name}-seed{seed}"] = Record(name, {}, seed, rows, arrays, "", "cpu", 1.0, {})
-            trial = [{"quantity": "training_loss", "value": 1.0}]
-            records[f"{name}-rate0.001"] = Record(name, {}, 0, trial, {}, "", "cpu", 1.0, {})
+            rows.append({"quantity": "training_loss", "value": 1.0})
+            records[run_name(name, 1e-3, seed)] = Record(name, {}, seed, rows, arrays, "", "cpu", 1.0, {})
     return vision.VisionStudy(SMALL, records)
 
 

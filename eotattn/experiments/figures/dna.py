@@ -10,7 +10,7 @@ import numpy as np
 
 from eotattn.experiments.figures.captions import VARIANT_NAMES, title_panels
 from eotattn.experiments.intervals import SeedInterval
-from eotattn.experiments.studies.dna import DnaStudy
+from eotattn.experiments.studies.dna import SHOWN_PROMPT, DnaStudy
 from eotattn.plotting import line_styles, panels
 
 if TYPE_CHECKING:
@@ -23,13 +23,8 @@ __all__ = ["draw_dna"]
 GENERATOR = "0.35"
 
 
-def draw_dna(study: DnaStudy, *, prompt: int = 0) -> Figure:
-    """Figure 4: (a) validation, (b) loss by seed, (c) by context, (d) GC trajectory, (e) its correlation, (f) speed.
-
-    Args:
-        study: The records.
-        prompt: The held-out window that panel (d) continues.
-    """
+def draw_dna(study: DnaStudy) -> Figure:
+    """Figure 4: (a) validation, (b) loss by seed, (c) by context, (d) GC trajectory, (e) its correlation, (f) speed."""
     figure, grid = panels(2, 3, size=(13.5, 7.4))
     validation, seeds, context, trajectory, correlations, speed = grid.flat
     _draw_validation(study, validation)
@@ -37,7 +32,7 @@ def draw_dna(study: DnaStudy, *, prompt: int = 0) -> Figure:
     _draw_floor(study, seeds, "bits_per_base")
     seeds.set_ylabel("held-out bits per base")
     _draw_context(study, context)
-    _draw_trajectory(study, trajectory, prompt)
+    _draw_trajectory(study, trajectory)
     _draw_points(study, correlations, {v: study.gc_correlations(v) for v in study.variants})
     if study.best_gc_correlation is not None:
         correlations.axhline(study.best_gc_correlation, color=GENERATOR, linestyle=":", label="true distribution")
@@ -106,9 +101,9 @@ def _binned(values: np.ndarray, edges: np.ndarray) -> list[float]:
     return [float(values[low:high].mean()) for low, high in pairwise(edges)]
 
 
-def _draw_trajectory(study: DnaStudy, axes: Axes, prompt: int) -> None:
+def _draw_trajectory(study: DnaStudy, axes: Axes) -> None:
     """GC fraction of one prompt, its true continuation and those sampled with the first seed."""
-    window = study.recipe.generation.gc_window
+    prompt, window = SHOWN_PROMPT, study.recipe.generation.gc_window
     first = study.of(study.variants[0])[0].arrays
     known, true = first["gc_prompt"][prompt], first["gc_true"][prompt]
     at = window * (np.arange(len(known) + len(true)) + 0.5)

@@ -56,8 +56,8 @@ class DnaRecipe:
         genome: The data.
         variants: One decoder a curve; equal but for the attention.
         training: The run, once a variant and seed, at the best learning rate.
-        learning_rates: Rates tried for every variant with the first seed; the one with the least loss is taken.
-        sweep_steps: Steps of a trial.
+        learning_rates: Rates that the first seed trains every variant at; the others take the one with the least
+            training loss.
         seeds: Seeds of weights and batches.
         test_windows: Held-out windows behind the likelihoods.
         generation: Continuations.
@@ -69,7 +69,6 @@ class DnaRecipe:
     variants: tuple[DecoderConfig, ...]
     training: TrainingConfig
     learning_rates: tuple[float, ...]
-    sweep_steps: int
     seeds: tuple[int, ...]
     test_windows: int
     generation: GenerationConfig
@@ -119,7 +118,6 @@ _DNA = {
         variants=_decoders(1, 16, 2, 32),
         training=TrainingConfig(steps=4, batch_size=4, warmup_steps=1, log_every=2, evaluate_every=2),
         learning_rates=(1e-3, 3e-3),
-        sweep_steps=2,
         seeds=(0, 1),
         test_windows=8,
         generation=GenerationConfig(prompts=4, gc_window=8),
@@ -132,8 +130,7 @@ _DNA = {
         training=TrainingConfig(
             steps=400, batch_size=16, warmup_steps=40, log_every=20, evaluate_every=40, checkpoint_every=200
         ),
-        learning_rates=(1.5e-3, 3e-3, 6e-3),
-        sweep_steps=80,
+        learning_rates=(3e-3, 6e-3),
         seeds=(0, 1, 2),
         test_windows=192,
         generation=GenerationConfig(prompts=192, gc_window=32),
@@ -146,8 +143,7 @@ _DNA = {
         training=TrainingConfig(
             steps=1000, batch_size=32, warmup_steps=100, log_every=20, evaluate_every=100, precision="bf16"
         ),
-        learning_rates=(5e-4, 1e-3, 2e-3),
-        sweep_steps=200,
+        learning_rates=(1e-3, 2e-3),
         seeds=(0, 1, 2),
         test_windows=512,
         generation=GenerationConfig(prompts=512, gc_window=64),
@@ -167,8 +163,7 @@ _DNA = {
             evaluate_every=500,
             checkpoint_every=500,
         ),
-        learning_rates=(3e-4, 6e-4, 1.2e-3),
-        sweep_steps=1000,
+        learning_rates=(6e-4, 1.2e-3),
         seeds=(0, 1, 2),
         test_windows=2048,
         generation=GenerationConfig(prompts=512, gc_window=64),

@@ -24,8 +24,8 @@ class VisionRecipe:
         variants: One transformer a curve; equal but for the positions.
         training: The run, once a variant and seed, at the best learning rate.
         prior_rate_factor: Learning rate of log-priors over that of the rest.
-        learning_rates: Rates tried for every variant with the first seed; the one with the least loss is taken.
-        sweep_steps: Steps of a trial.
+        learning_rates: Rates that the first seed trains every variant at; the others take the one with the least
+            training loss.
         seeds: Seeds of weights and batches.
     """
 
@@ -37,7 +37,6 @@ class VisionRecipe:
     training: TrainingConfig
     prior_rate_factor: float
     learning_rates: tuple[float, ...]
-    sweep_steps: int
     seeds: tuple[int, ...]
 
 
@@ -82,7 +81,6 @@ _VISION = {
         training=TrainingConfig(steps=4, batch_size=8, warmup_steps=1, log_every=2),
         prior_rate_factor=10.0,
         learning_rates=(1e-3, 3e-3),
-        sweep_steps=2,
         seeds=(0, 1),
     ),
     "laptop": VisionRecipe(
@@ -94,7 +92,6 @@ _VISION = {
         training=TrainingConfig(steps=600, batch_size=32, warmup_steps=50, log_every=20, checkpoint_every=300),
         prior_rate_factor=10.0,
         learning_rates=(1e-3, 3e-3),
-        sweep_steps=100,
         seeds=(0, 1, 2),
     ),
     "h200": VisionRecipe(
@@ -106,7 +103,6 @@ _VISION = {
         training=TrainingConfig(steps=1500, batch_size=128, warmup_steps=100, log_every=50),
         prior_rate_factor=10.0,
         learning_rates=(1e-3, 3e-3),
-        sweep_steps=200,
         seeds=(0, 1, 2),
     ),
     "paper": VisionRecipe(
@@ -126,7 +122,6 @@ _VISION = {
         ),
         prior_rate_factor=10.0,
         learning_rates=(5e-4, 1e-3),
-        sweep_steps=4000,
         seeds=(0, 1, 2),
     ),
 }

@@ -11,14 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eotattn.experiments.intervals import SeedInterval
+from eotattn.experiments.rate_sweep import best_rate, run_name, sweep_table
 from eotattn.experiments.recipes.dna import DnaRecipe
 from eotattn.experiments.records import Record, Records, Row, merged_provenance
 from eotattn.experiments.results import ResultFolder
-from eotattn.experiments.studies.dna_runs import best_rate, runs, trial_name
+from eotattn.experiments.studies.dna_runs import runs
 
-__all__ = ["DnaStudy", "correlation", "runs"]
+__all__ = ["SHOWN_PROMPT", "DnaStudy", "correlation", "runs"]
 
 FIGURE = "fig4_dna"
+#: Held-out window whose GC trajectory is drawn: the first, not a chosen one.
+SHOWN_PROMPT = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +48,7 @@ class DnaStudy:
 
     def of(self, variant: str) -> list[Record]:
         """The records of one variant, by seed."""
-        return [self.records[f"{variant}-seed{seed}"] for seed in self.recipe.seeds]
+        return [self.records[run_name(variant, self.rate(variant), seed)] for seed in self.recipe.seeds]
 
     def rate(self, variant: str) -> float:
         """The learning rate that the variant's runs were made with."""
@@ -87,7 +90,7 @@ class DnaStudy:
         for name, record in self.records.items():
             origin = {"figure": FIGURE, "run": name, "seed": record.seed}
             for row in [*record.rows, *_array_rows(record)]:
-                place = {"variant": row.get("variant", name.rsplit("-", 1)[0])}
+                place = {"variant": row.get("variant", name.split("-rate")[0])}
                 table.append(origin | place | {c: row.get(c, "") for c in columns} | {"value": row["value"]})
         return table
 
@@ -115,17 +118,8 @@ class DnaStudy:
         ]
 
     def sweep_table(self) -> list[Row]:
-        """One row a trial of a learning rate, for display."""
-        return [
-            {
-                "variant": variant,
-                "learning rate": rate,
-                "training loss": float(self.records[trial_name(variant, rate)].rows_of("training_loss")[-1]["value"]),
-                "taken": rate == self.rate(variant),
-            }
-            for variant in self.variants
-            for rate in self.recipe.learning_rates
-        ]
+        """One row a variant and learning rate, for display."""
+        return sweep_table(self.recipe, self.records, self.variants)
 
     def speed_table(self) -> list[Row]:
         """One row a timed variant, with ratios to the first, for display."""
@@ -224,16 +218,18 @@ def _gc_correlation(record: Record) -> float:
 
 
 def _array_rows(record: Record) -> list[Row]:
-    """A record's arrays as tidy rows, as far as they are drawn."""
+    """A record's arrays as tidy rows, as far as they are drawn, and what follows from them."""
     rows: list[Row] = []
     for position, value in enumerate(record.arrays.get("position_loss", ())):
         place = {"panel": "c", "quantity": "loss_at_position", "unit": "nats per base", "position": position + 1}
         rows.append(place | {"value": float(value)})
     for name in ("gc_prompt", "gc_true", "gc_sampled"):
-        if name in record.arrays:
-            for prompt, trajectory in enumerate(record.arrays[name]):
-                place = {"panel": "d", "quantity": name, "unit": "fraction", "prompt": prompt}
-                rows += [place | {"window": w, "value": float(value)} for w, value in enumerate(trajectory)]
+        place = {"panel": "d", "quantity": name, "unit": "fraction", "prompt": SHOWN_PROMPT}
+        trajectories = record.arrays.get(name, np.empty((SHOWN_PROMPT + 1, 0)))
+        rows += [place | {"window": w, "value": float(value)} for w, value in enumerate(trajectories[SHOWN_PROMPT])]
+    if "gc_sampled" in record.arrays:
+        finding = {"panel": "e", "quantity": "gc_correlation", "unit": "dimensionless"}
+        rows.append(finding | {"value": _gc_correlation(record)})
     return rows
 
 

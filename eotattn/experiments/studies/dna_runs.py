@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from eotattn.experiments.networks import Decoder, DecoderConfig
+from eotattn.experiments.rate_sweep import run_name, swept_runs
 from eotattn.experiments.recipes.dna import DnaRecipe, GenerationConfig, SpeedConfig
 from eotattn.experiments.records import Measurement, Records, Row, Run
 from eotattn.experiments.sampling import sample_continuations
@@ -24,17 +25,7 @@ from eotattn.experiments.tasks import IsochoreGenome, StoredGenome, gc_fraction
 from eotattn.experiments.training import TrainingConfig, train, training_rows
 from eotattn.experiments.training_speed import measure_training_speed, speed_variants
 
-__all__ = [
-    "DnaRun",
-    "GeneratorRun",
-    "best_rate",
-    "measure",
-    "measure_generator",
-    "measure_speed",
-    "runs",
-    "trial_name",
-    "window_losses",
-]
+__all__ = ["DnaRun", "GeneratorRun", "measure", "measure_generator", "measure_speed", "runs", "window_losses"]
 
 #: Bases that are drawn: all but N.
 NUM_BASES = 4
@@ -51,14 +42,14 @@ class DnaRun:
         network: The decoder.
         training: The run.
         test_windows: Held-out windows behind the likelihood.
-        generation: Continuations; ``None`` for a trial of a learning rate, which ends with the likelihood.
+        generation: Continuations.
     """
 
     genome: IsochoreGenome | StoredGenome
     network: DecoderConfig
     training: TrainingConfig
     test_windows: int
-    generation: GenerationConfig | None
+    generation: GenerationConfig
 
     @property
     def seed(self) -> int:
@@ -86,47 +77,17 @@ class GeneratorRun:
 
 
 def runs(recipe: DnaRecipe, records: Records) -> list[Run]:
-    """The generator, the timing, trials of learning rates; when the trials are known, one run a seed and variant."""
+    """The generator, the timing, and for every variant one run a rate with the first seed, then the other seeds."""
     found = [Run("speed", recipe.speed, measure_speed)]
     if isinstance(recipe.genome, IsochoreGenome):
         generator = GeneratorRun(recipe.genome, recipe.length, recipe.test_windows, recipe.generation)
         found.append(Run("generator", generator, measure_generator))
-    found += [_trial(recipe, network, rate) for network in recipe.variants for rate in recipe.learning_rates]
-    for network in recipe.variants:
-        rate = best_rate(recipe, records, network.attention)
-        for seed in recipe.seeds if rate is not None else ():
-            training = replace(recipe.training, seed=seed, learning_rate=rate, prior_learning_rate=rate)
-            run = DnaRun(recipe.genome, network, training, recipe.test_windows, recipe.generation)
-            found.append(Run(f"{network.attention}-seed{seed}", run, measure))
+    for seed, network, rate in swept_runs(recipe, records, [network.attention for network in recipe.variants]):
+        training = replace(recipe.training, seed=seed, learning_rate=rate, prior_learning_rate=rate)
+        (decoder,) = [one for one in recipe.variants if one.attention == network]
+        run = DnaRun(recipe.genome, decoder, training, recipe.test_windows, recipe.generation)
+        found.append(Run(run_name(network, rate, seed), run, measure))
     return found
-
-
-def _trial(recipe: DnaRecipe, network: DecoderConfig, rate: float) -> Run:
-    steps = recipe.sweep_steps
-    training = replace(
-        recipe.training,
-        seed=recipe.seeds[0],
-        learning_rate=rate,
-        prior_learning_rate=rate,
-        steps=steps,
-        warmup_steps=steps // 10,
-        evaluate_every=0,
-    )
-    run = DnaRun(recipe.genome, network, training, recipe.test_windows, None)
-    return Run(trial_name(network.attention, rate), run, measure)
-
-
-def trial_name(variant: str, rate: float) -> str:
-    """Name of the trial of a learning rate."""
-    return f"{variant}-rate{rate:g}"
-
-
-def best_rate(recipe: DnaRecipe, records: Records, variant: str) -> float | None:
-    """The learning rate whose trial ended with the least training loss, None while trials are missing."""
-    names = {rate: trial_name(variant, rate) for rate in recipe.learning_rates}
-    if any(name not in records for name in names.values()):
-        return None
-    return min(names, key=lambda rate: float(records[names[rate]].rows_of("training_loss")[-1]["value"]))
 
 
 # Measuring ----------------------------------------------------------------------------------------------------------
@@ -157,10 +118,9 @@ def measure(run: DnaRun, checkpoint: Path) -> Measurement:
     rows.append(_row("training", "training_seconds", "seconds", training.wall_seconds))
     rows.append(_row("training", "parameters", "count", sum(p.numel() for p in network.parameters())))
     arrays: dict[str, NDArray[Any]] = {"window_loss": losses.mean(1).numpy(), "position_loss": losses.mean(0).numpy()}
-    if run.generation is not None:
-        sampled = _continuations(network, windows[: run.generation.prompts], run.seed)
-        arrays |= _trajectories(windows[: run.generation.prompts], sampled, run.generation.gc_window)
-    return Measurement(rows, arrays, summary=f"{float(losses.mean()):.4f} nats a base")
+    prompts = windows[: run.generation.prompts]
+    trajectories = _trajectories(prompts, _continuations(network, prompts, run.seed), run.generation.gc_window)
+    return Measurement(rows, arrays | trajectories, summary=f"{float(losses.mean()):.4f} nats a base")
 
 
 @torch.no_grad()

@@ -8,10 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eotattn.experiments.intervals import SeedInterval
+from eotattn.experiments.rate_sweep import best_rate, run_name, sweep_table
 from eotattn.experiments.recipes.vision import VisionRecipe
 from eotattn.experiments.records import Record, Records, Row, merged_provenance
 from eotattn.experiments.results import ResultFolder
-from eotattn.experiments.studies.vision_runs import best_rate, runs, trial_name, units_of
+from eotattn.experiments.studies.vision_runs import runs, units_of
 
 __all__ = ["VisionStudy", "runs"]
 
@@ -41,7 +42,7 @@ class VisionStudy:
 
     def of(self, variant: str) -> list[Record]:
         """The records of one variant, by seed."""
-        return [self.records[f"{variant}-seed{seed}"] for seed in self.recipe.seeds]
+        return [self.records[run_name(variant, self.rate(variant), seed)] for seed in self.recipe.seeds]
 
     def rate(self, variant: str) -> float:
         """The learning rate that the variant's runs were made with."""
@@ -84,8 +85,8 @@ class VisionStudy:
         columns = ("panel", "size", "positions", "step", "block", "head", "row_lag", "column_lag", "quantity", "unit")
         table: list[Row] = []
         for name, record in self.records.items():
-            origin = {"figure": FIGURE, "run": name, "variant": name.rsplit("-", 1)[0], "seed": record.seed}
-            found = [*record.rows, *(_prior_rows(record) if "-seed" in name else ())]
+            origin = {"figure": FIGURE, "run": name, "variant": name.split("-rate")[0], "seed": record.seed}
+            found = [*record.rows, *_prior_rows(record)]
             table += [origin | {c: row.get(c, "") for c in columns} | {"value": row["value"]} for row in found]
         return table
 
@@ -106,17 +107,8 @@ class VisionStudy:
         ]
 
     def sweep_table(self) -> list[Row]:
-        """One row a trial of a learning rate, for display."""
-        return [
-            {
-                "variant": variant,
-                "learning rate": rate,
-                "training loss": float(self.records[trial_name(variant, rate)].rows_of("training_loss")[-1]["value"]),
-                "taken": rate == self.rate(variant),
-            }
-            for variant in self.variants
-            for rate in self.recipe.learning_rates
-        ]
+        """One row a variant and learning rate, for display."""
+        return sweep_table(self.recipe, self.records, self.variants)
 
     def prior_table(self) -> list[Row]:
         """One row a block of the learned log-priors, means over seeds and heads, for display."""

@@ -14,12 +14,13 @@ from torch.nn import functional
 from eotattn.experiments.grid_prior_parts import describe_grid_log_prior, grid_log_prior
 from eotattn.experiments.networks import VisionConfig, VisionTransformer
 from eotattn.experiments.networks.vision import POSITION_UNITS
+from eotattn.experiments.rate_sweep import run_name, swept_runs
 from eotattn.experiments.recipes.vision import VisionRecipe
 from eotattn.experiments.records import Measurement, Records, Row, Run
 from eotattn.experiments.tasks import ImageTask, open_images
 from eotattn.experiments.training import TrainingConfig, train, training_rows
 
-__all__ = ["VisionRun", "best_rate", "evaluate_images", "measure", "runs", "trial_name", "units_of"]
+__all__ = ["VisionRun", "evaluate_images", "measure", "runs", "units_of"]
 
 #: Images of a forward pass at the training resolution; fewer at higher ones.
 EVALUATION_BATCH = 256
@@ -34,7 +35,7 @@ class VisionRun:
         max_shift: Pixels by which training images are shifted.
         network: The transformer.
         training: The run.
-        sizes: Resolutions to evaluate at, pixels, the training resolution first; it alone for a trial.
+        sizes: Resolutions to evaluate at, pixels, the training resolution first.
     """
 
     corpus: str
@@ -50,40 +51,15 @@ class VisionRun:
 
 
 def runs(recipe: VisionRecipe, records: Records) -> list[Run]:
-    """Trials of learning rates; when they are known, one run a seed and variant."""
-    found = [_trial(recipe, network, rate) for network in recipe.variants for rate in recipe.learning_rates]
-    for network in recipe.variants:
-        rate = best_rate(recipe, records, network.positions)
-        for seed in recipe.seeds if rate is not None else ():
-            training = _at_rate(recipe, rate, seed=seed)
-            run = VisionRun(recipe.corpus, recipe.max_shift, network, training, recipe.sizes)
-            found.append(Run(f"{network.positions}-seed{seed}", run, measure))
+    """For every variant one run a rate with the first seed, then the other seeds."""
+    found = []
+    for seed, positions, rate in swept_runs(recipe, records, [network.positions for network in recipe.variants]):
+        prior_rate = rate * recipe.prior_rate_factor
+        training = replace(recipe.training, seed=seed, learning_rate=rate, prior_learning_rate=prior_rate)
+        (network,) = [one for one in recipe.variants if one.positions == positions]
+        run = VisionRun(recipe.corpus, recipe.max_shift, network, training, recipe.sizes)
+        found.append(Run(run_name(positions, rate, seed), run, measure))
     return found
-
-
-def _at_rate(recipe: VisionRecipe, rate: float, **changes: int) -> TrainingConfig:
-    prior_rate = rate * recipe.prior_rate_factor
-    return replace(recipe.training, learning_rate=rate, prior_learning_rate=prior_rate, **changes)
-
-
-def _trial(recipe: VisionRecipe, network: VisionConfig, rate: float) -> Run:
-    steps = recipe.sweep_steps
-    training = _at_rate(recipe, rate, seed=recipe.seeds[0], steps=steps, warmup_steps=steps // 10)
-    run = VisionRun(recipe.corpus, recipe.max_shift, network, training, recipe.sizes[:1])
-    return Run(trial_name(network.positions, rate), run, measure)
-
-
-def trial_name(variant: str, rate: float) -> str:
-    """Name of the trial of a learning rate."""
-    return f"{variant}-rate{rate:g}"
-
-
-def best_rate(recipe: VisionRecipe, records: Records, variant: str) -> float | None:
-    """The learning rate whose trial ended with the least training loss, None while trials are missing."""
-    names = {rate: trial_name(variant, rate) for rate in recipe.learning_rates}
-    if any(name not in records for name in names.values()):
-        return None
-    return min(names, key=lambda rate: float(records[names[rate]].rows_of("training_loss")[-1]["value"]))
 
 
 def units_of(variant: str, size: int, train_size: int) -> tuple[str, ...]:

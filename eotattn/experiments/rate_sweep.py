@@ -1,0 +1,69 @@
+"""Learning rates by trial: the first seed trains every variant at every rate, the other seeds take the best."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from eotattn.experiments.records import Records, Row
+
+__all__ = ["Sweep", "best_rate", "run_name", "sweep_table", "swept_runs"]
+
+
+class Sweep(Protocol):
+    """What a recipe says about rates and seeds."""
+
+    @property
+    def learning_rates(self) -> tuple[float, ...]:
+        """Rates to try."""
+        ...
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Seeds of weights and batches; the first one tries the rates."""
+        ...
+
+
+def run_name(variant: str, rate: float, seed: int) -> str:
+    """Name of a run.
+
+    Example:
+        >>> run_name("rope", 3e-3, 1)
+        'rope-rate0.003-seed1'
+    """
+    return f"{variant}-rate{rate:g}-seed{seed}"
+
+
+def best_rate(sweep: Sweep, records: Records, variant: str) -> float | None:
+    """The rate whose first run ended with the least training loss, None while one of them is missing."""
+    losses = {rate: _last_loss(records, run_name(variant, rate, sweep.seeds[0])) for rate in sweep.learning_rates}
+    known = {rate: loss for rate, loss in losses.items() if loss is not None}
+    return min(known, key=lambda rate: known[rate]) if len(known) == len(losses) else None
+
+
+def _last_loss(records: Records, name: str) -> float | None:
+    """Mean training loss over the last logged steps."""
+    return float(records[name].rows_of("training_loss")[-1]["value"]) if name in records else None
+
+
+def swept_runs(sweep: Sweep, records: Records, variants: Sequence[str]) -> list[tuple[int, str, float]]:
+    """(seed, variant, rate) of every run that can be named by now: first all rates, then the other seeds."""
+    found = [(sweep.seeds[0], variant, rate) for variant in variants for rate in sweep.learning_rates]
+    for variant in variants:
+        rate = best_rate(sweep, records, variant)
+        found += [(seed, variant, rate) for seed in sweep.seeds[1:] if rate is not None]
+    return found
+
+
+def sweep_table(sweep: Sweep, records: Records, variants: Sequence[str]) -> list[Row]:
+    """One row a variant and rate, for display."""
+    return [
+        {
+            "variant": variant,
+            "learning rate": rate,
+            "training loss": _last_loss(records, run_name(variant, rate, sweep.seeds[0])),
+            "taken": rate == best_rate(sweep, records, variant),
+        }
+        for variant in variants
+        for rate in sweep.learning_rates
+    ]
