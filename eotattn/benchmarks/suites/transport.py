@@ -152,7 +152,8 @@ def _equal_errors(config: Configuration) -> list[Row]:
                 ours = partial(_ours, config, length, epsilon, kernel, method, reached, None)
                 candidates.append(_solver(f"eotattn, {method}, {kernel} kernel", ours, config, length, epsilon))
         found = measure(candidates, device=left.device, rounds=min(5, config.rounds), warmup=1, calls=1)
-        rows += [{"quantity": "equal errors", "length": length, "epsilon": epsilon, **row} for row in found]
+        at = {"quantity": "equal errors", "length": length, "epsilon": epsilon, "threshold": threshold}
+        rows += [{**at, **row} for row in found]
     return rows
 
 
