@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from eotattn.experiments.figures.captions import VARIANT_NAMES, title_panels
 from eotattn.experiments.intervals import SeedInterval
 from eotattn.experiments.studies.dna import SHOWN_PROMPT, DnaStudy
-from eotattn.plotting import line_styles, panels
+from eotattn.plotting import line_styles, mosaic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,26 +25,26 @@ GENERATOR = "0.35"
 
 def draw_dna(study: DnaStudy) -> Figure:
     """Figure 4: (a) validation, (b) loss by seed, (c) by context, (d) GC trajectory, (e) its correlation, (f) speed."""
-    figure, grid = panels(2, 3, size=(13.5, 7.4))
-    validation, seeds, context, trajectory, correlations, speed = grid.flat
-    _draw_validation(study, validation)
+    figure, axes = mosaic(["abc", "def"], size=(13.5, 7.4), heights=(1, 1))
+    seeds, correlations = axes["b"], axes["e"]
+    _draw_validation(study, axes["a"])
     _draw_points(study, seeds, {v: [float(r.value("bits_per_base")) for r in study.of(v)] for v in study.variants})
     _draw_floor(study, seeds, "bits_per_base")
     seeds.set_ylabel("held-out bits per base")
-    _draw_context(study, context)
-    _draw_trajectory(study, trajectory)
+    _draw_context(study, axes["c"])
+    _draw_trajectory(study, axes["d"])
     _draw_points(study, correlations, {v: study.gc_correlations(v) for v in study.variants})
     if study.best_gc_correlation is not None:
         correlations.axhline(study.best_gc_correlation, color=GENERATOR, linestyle=":", label="true distribution")
         correlations.legend(frameon=False, fontsize=9)
     correlations.set_ylabel("correlation of GC content,\nsampled and true continuations")
-    _draw_speed(study, speed)
+    _draw_speed(study, axes["f"])
     titles = ("validation", "loss by seed", "loss by context", "GC trajectory", "GC correlation", "training")
-    title_panels(grid.flat, titles)
+    title_panels(axes.values(), titles)
     return figure
 
 
-def _styles(study: DnaStudy) -> dict[str, dict[str, object]]:
+def _styles(study: DnaStudy) -> dict[str, dict[str, Any]]:
     return line_styles(list(study.variants))
 
 

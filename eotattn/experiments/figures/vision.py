@@ -9,7 +9,7 @@ import numpy as np
 
 from eotattn.experiments.figures.captions import title_panels
 from eotattn.experiments.studies.vision import VisionStudy
-from eotattn.plotting import line_styles, panels
+from eotattn.plotting import line_styles, mosaic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,21 +23,21 @@ POSITION_NAMES = {"goat": "GOAT", "learned": "learned absolute", "sinusoidal": "
 
 def draw_vision(study: VisionStudy) -> Figure:
     """Figure 5: (a) accuracy by resolution, (b) mean log-prior by lag, (c) by distance, (d) to (f) single heads."""
-    figure, grid = panels(2, 3, size=(13.5, 7.6))
-    _draw_accuracy(study, grid[0, 0])
+    figure, axes = mosaic(["abc", "def"], size=(13.5, 7.6), heights=(1, 1))
+    _draw_accuracy(study, axes["a"])
     lag_maps = study.prior("lag_map")
-    _draw_lag_map(lag_maps.mean((0, 1, 2)), grid[0, 1])
-    _draw_profiles(lag_maps, grid[0, 2])
-    first = lag_maps[0]
-    strongest = np.argsort(-study.prior("strength")[0].flatten())[:3]
+    _draw_lag_map(lag_maps.mean((0, 1, 2)), axes["b"])
+    _draw_profiles(lag_maps, axes["c"])
     titles = ["accuracy by resolution", "learned log-prior, mean", "learned log-prior by distance"]
-    for axes, index in zip(grid[1], strongest, strict=False):
-        block, head = np.unravel_index(index, first.shape[:2])
-        _draw_lag_map(first[block, head], axes)
+    strongest = list(np.argsort(-study.prior("strength")[0].flatten()))
+    for letter in "def":
+        if not strongest:
+            axes[letter].set_axis_off()
+            continue
+        block, head = np.unravel_index(strongest.pop(0), lag_maps.shape[1:3])
+        _draw_lag_map(lag_maps[0, block, head], axes[letter])
         titles.append(f"block {block + 1}, head {head + 1}, seed {study.recipe.seeds[0]}")
-    for axes in grid[1][len(strongest) :]:
-        axes.set_axis_off()
-    title_panels(grid.flat, tuple(titles))
+    title_panels(axes.values(), tuple(titles))
     return figure
 
 

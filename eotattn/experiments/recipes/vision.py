@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from eotattn.experiments.networks import VisionConfig
@@ -53,7 +54,7 @@ def vision(scale: str = "laptop") -> VisionRecipe:
     return _VISION[check_scale("vision", scale)]
 
 
-def _transformers(train_size: int, patch_size: int, **sizes: int) -> tuple[VisionConfig, ...]:
+def _transformers(train_size: int, patch_size: int, sizes: Mapping[str, int]) -> tuple[VisionConfig, ...]:
     """Equal transformers with the three kinds of positions; waves from 2.5 patches to four times the image."""
     grid = train_size // patch_size
     return tuple(
@@ -65,7 +66,7 @@ def _transformers(train_size: int, patch_size: int, **sizes: int) -> tuple[Visio
             num_key_frequencies=2,
             min_period=2.5,
             max_period=4.0 * grid,
-            **sizes,
+            **sizes,  # type: ignore[arg-type]
         )
         for name in ("goat", "learned", "sinusoidal")
     )
@@ -77,7 +78,7 @@ _VISION = {
         corpus=DIGITS,
         sizes=(8, 16, 24),
         max_shift=1,
-        variants=_transformers(8, 2, num_classes=10, num_layers=2, embed_dim=16, num_heads=2),
+        variants=_transformers(8, 2, {"num_classes": 10, "num_layers": 2, "embed_dim": 16, "num_heads": 2}),
         training=TrainingConfig(steps=4, batch_size=8, warmup_steps=1, log_every=2),
         prior_rate_factor=10.0,
         learning_rates=(1e-3, 3e-3),
@@ -88,7 +89,7 @@ _VISION = {
         corpus=DIGITS,
         sizes=(8, 16, 24),
         max_shift=1,
-        variants=_transformers(8, 2, num_classes=10, num_layers=3, embed_dim=48, num_heads=4),
+        variants=_transformers(8, 2, {"num_classes": 10, "num_layers": 3, "embed_dim": 48, "num_heads": 4}),
         training=TrainingConfig(steps=600, batch_size=32, warmup_steps=50, log_every=20, checkpoint_every=300),
         prior_rate_factor=10.0,
         learning_rates=(1e-3, 3e-3),
@@ -99,7 +100,7 @@ _VISION = {
         corpus=DIGITS,
         sizes=(16, 32, 48),
         max_shift=2,
-        variants=_transformers(16, 2, num_classes=10, num_layers=4, embed_dim=96, num_heads=4),
+        variants=_transformers(16, 2, {"num_classes": 10, "num_layers": 4, "embed_dim": 96, "num_heads": 4}),
         training=TrainingConfig(steps=1500, batch_size=128, warmup_steps=100, log_every=50),
         prior_rate_factor=10.0,
         learning_rates=(1e-3, 3e-3),
@@ -110,7 +111,9 @@ _VISION = {
         corpus="imagenet",
         sizes=(224, 384, 512),
         max_shift=16,
-        variants=_transformers(224, 16, num_classes=1000, channels=3, num_layers=12, embed_dim=384, num_heads=6),
+        variants=_transformers(
+            224, 16, {"num_classes": 1000, "channels": 3, "num_layers": 12, "embed_dim": 384, "num_heads": 6}
+        ),
         training=TrainingConfig(
             steps=112_000,  # 90 epochs
             batch_size=1024,

@@ -139,7 +139,7 @@ class VisionStudy:
 
     def _prior_verdict(self) -> list[str]:
         ratio, strength = self.prior("distance_ratio"), self.prior("strength")
-        invariance = np.average(np.nan_to_num(self.prior("shift_invariance")), weights=strength**2 + 1e-30)
+        invariance = float(np.average(np.nan_to_num(self.prior("shift_invariance")), weights=strength**2 + 1e-30))
         share = float((ratio < LOCAL).mean())
         seeds = SeedInterval.of([float(values) for values in ratio.mean((1, 2))])
         return [
