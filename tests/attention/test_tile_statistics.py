@@ -131,7 +131,10 @@ def test_what_the_kernel_does_not_serve_is_refused_by_name(kernel):
         ({"mask": torch.arange(K, device=kernel).float()}, "the mask adds other numbers"),
         ({"mask": lambda start, stop: table[start:stop]}, "the mask is a function of rows"),
         ({"log_prior": table}, "lanes would do"),
-        ({"log_prior": goat_prior(H).to(kernel).lanes(*(torch.arange(K),) * 2, dtype=torch.float64)}, "float64"),
+        (
+            {"log_prior": goat_prior(H).to(kernel).lanes(*(torch.arange(K, device=kernel),) * 2, dtype=torch.float64)},
+            "float64",
+        ),
     ]
     for changed, reason in refused:
         with pytest.raises(NotImplementedError, match=rf"backend 'kernel' does not serve this call: .*{reason}"):
