@@ -85,7 +85,7 @@ def length_curve(network: Decoder, windows: Tensor, *, lengths: Sequence[int], n
 
 
 def watch_sinks(network: nn.Module, inputs: Tensor) -> Evaluate:
-    """An evaluation hook for training that records the mass on the first token, while sinks form.
+    """An evaluation hook for training that records the mass on the first token, while sinks form; in full precision.
 
     Args:
         network: The network in training.
@@ -97,8 +97,9 @@ def watch_sinks(network: nn.Module, inputs: Tensor) -> Evaluate:
     probe = TrainingProbe(network, every=1)
 
     def watch(_: nn.Module, step: int) -> list[Row]:
-        with probe.step(step):
-            network(inputs.to(next(network.parameters()).device))
+        device = next(network.parameters()).device
+        with probe.step(step), torch.autocast(device.type, enabled=False):
+            network(inputs.to(device))
         return [{"sink_mass": probe.reports[step].mean["sink mass of key 0"].tolist()}]
 
     return watch

@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -181,10 +182,11 @@ class RunFolder:
         text = {name: value for name, value in vars(record).items() if name != "arrays"}
         write_atomically(file, (json.dumps(text, indent=1) + "\n").encode())
 
-    def clear(self) -> None:
-        """Forget every record and checkpoint."""
-        for pattern in ("*.json", "*.npz", "*.pt"):
-            for file in self.path.glob(pattern):
+    def forget(self, only: Sequence[str] = ()) -> None:
+        """Delete records and checkpoints of runs whose names match a pattern; of all runs by default."""
+        for file in self.path.iterdir():
+            name = file.stem.rpartition("-")[0] if file.suffix == ".pt" else file.stem
+            if not only or any(fnmatch(name, pattern) for pattern in only):
                 file.unlink()
 
 
@@ -195,7 +197,8 @@ def make(run: Run, store: RunFolder) -> Record:
     """
     checkpoint = store.checkpoint(run)
     started = time.perf_counter()
-    with torch.random.fork_rng():
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
         torch.manual_seed(run.configuration.seed)
         measurement = run.measure(run.configuration, checkpoint)
     seconds = time.perf_counter() - started

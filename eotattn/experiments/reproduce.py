@@ -97,7 +97,7 @@ def make_runs(
         out: Folder of results, relative to the working directory or absolute.
         jobs: Runs side by side, as in :func:`eotattn.experiments.runs.perform`.
         only: Names of runs, or patterns; all by default.
-        fresh: Forget stored runs first.
+        fresh: Forget these runs' records first.
         report: Receives one line a run.
 
     Raises:
@@ -110,7 +110,7 @@ def make_runs(
     for figure, target in targets:
         report(f"{figure.name} at scale {scale}")
         if fresh:
-            RunFolder(target).clear()
+            RunFolder(target).forget(only)
         try:
             perform(figure.runs, figure.recipe(scale), target, jobs=jobs, only=only, report=report)
         except RunsFailedError as error:
@@ -159,7 +159,7 @@ def reproduce(
     for key, target in targets.items():
         report(f"figure {key}: running {target.figure} at scale {scale}")
         if fresh:
-            RunFolder(target).clear()
+            RunFolder(target).forget()
         executed.append(_execute(folder / f"{target.figure}.ipynb", target, jobs))
         report(f"figure {key}: wrote {target.path / target.figure}.{{ipynb,png,pdf,csv,json}}")
     return executed

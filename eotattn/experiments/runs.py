@@ -122,7 +122,8 @@ def perform(
         for name, outcome in _made(missing, store, min(jobs, len(missing))):
             if isinstance(outcome, Record):
                 records[name] = outcome
-                report(f"{name}: {outcome.seconds:.0f} s on {outcome.device}; {outcome.summary}")
+                done = f"{len(records)} of {len(named)}"
+                report(f"{name}: {outcome.seconds:.0f} s on {outcome.device}; {outcome.summary} ({done})")
             else:
                 failed.append(name)
                 report(f"{name}: FAILED\n{outcome}")

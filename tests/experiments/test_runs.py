@@ -275,8 +275,20 @@ def test_train_makes_what_is_missing(draws, tmp_path, capsys):
         "b-seed0",
     ]
     assert ["stored" in line for line in lines] == [False] * 4 + [True, True, False]
+    assert train(tmp_path, "--fresh", "--only", "b-*") == 0
+    assert capsys.readouterr().out.count("stored") == 2  # those of a
     assert train(tmp_path, "--fresh") == 0
     assert "stored" not in capsys.readouterr().out
+
+
+def test_forgetting_a_run_forgets_its_checkpoint_alone(folder):
+    store = RunFolder(folder)
+    kept, gone = (store.checkpoint(Run(name, Draw(1, 0), measure)) for name in ("a-seed0", "a-seed1"))
+    for file in (kept, gone):
+        file.touch()
+    store.forget(["a-seed1"])
+    assert kept.exists()
+    assert not gone.exists()
 
 
 def test_train_returns_1_where_a_run_failed_and_2_for_bad_arguments(draws, tmp_path, capsys):

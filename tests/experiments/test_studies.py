@@ -69,7 +69,8 @@ def table(folder):
 
 def test_copy_mixture_study_stores_what_it_draws(tmp_path):
     recipe = recipes.copy_mixture("smoke")
-    recipe = replace(recipe, training=replace(recipe.training, steps=12), seeds=(0, 1))
+    training = replace(recipe.training, steps=12, warmup_steps=2, evaluate_every=6)
+    recipe = replace(recipe, training=training, seeds=(0, 1))
     folder = ResultFolder(str(tmp_path), "smoke", "fig1_copy_mixture")
     study = CopyMixtureStudy(recipe, perform(copy_mixture.runs, recipe, folder, jobs=1, report=lambda line: None))
     study.save(folder)

@@ -105,7 +105,7 @@ _READINGS = (("interpolated_rope", "rope"), ("ntk_rope", "rope"))
 _FACTORS = (1, 2, 4, 8, 16)
 
 _SMOKE = {"num_layers": 1, "embed_dim": 32, "num_heads": 4, "train_length": 32}
-_LAPTOP = {"num_layers": 2, "embed_dim": 96, "num_heads": 4, "train_length": 128}
+_LAPTOP = {"num_layers": 2, "embed_dim": 64, "num_heads": 4, "train_length": 128}
 _H200 = {"num_layers": 10, "embed_dim": 512, "num_heads": 8, "train_length": 1024}
 _PAPER = {"num_layers": 12, "embed_dim": 768, "num_heads": 12, "train_length": 2048}
 
@@ -131,9 +131,9 @@ _LANGUAGE = {
         variants=_decoders(_VARIANTS, _LAPTOP),
         contrasts=_decoders(_CONTRASTS, _LAPTOP),
         readings=_READINGS,
-        sweep=RateSweep((2e-3, 4e-3, 8e-3), TrainingConfig(steps=100, batch_size=16, warmup_steps=20), windows=64),
+        sweep=RateSweep((2e-3, 4e-3, 8e-3), TrainingConfig(steps=150, batch_size=16, warmup_steps=15), windows=64),
         training=TrainingConfig(
-            steps=500, batch_size=16, warmup_steps=50, log_every=50, evaluate_every=50, checkpoint_every=250
+            steps=1000, batch_size=16, warmup_steps=50, log_every=50, evaluate_every=100, checkpoint_every=250
         ),
         seeds=(0, 1),
         length_factors=_FACTORS,

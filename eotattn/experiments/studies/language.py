@@ -165,7 +165,7 @@ def measure(run: DecoderRun, checkpoint: Path) -> Measurement:
     rows = training_rows(training)
     with autocast(run.training, _device(network)):
         curves = {name: _curve(_read_as(network, name), windows, run.lengths) for name in _kinds(run)}
-        sinks = _sinks(network, windows[: run.sink_windows, -near:], run.sink_bins)
+    sinks = _sinks(network, windows[: run.sink_windows, -near:], run.sink_bins)
     for name, curve in curves.items():
         rows += [{"variant": name} | row for row in curve]
     parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
@@ -221,8 +221,8 @@ def _sinks(network: Decoder, tokens: Tensor, num_bins: int) -> SinkMassReport:
     Early queries have few keys, so that the first one would get mass for free.
     """
     blocks = list(sink_observations(network, tokens, first_query=tokens.shape[1] // 2))
-    omega = torch.stack([block.score_range.float().mean(1) for block in blocks])
-    mass = torch.stack([block.sink_mass.float().mean(1) for block in blocks])
+    omega = torch.stack([block.score_range.mean(1) for block in blocks])
+    mass = torch.stack([block.sink_mass.mean(1) for block in blocks])
     return sink_mass_by_score_range(omega, mass, num_bins=num_bins)
 
 
