@@ -16,6 +16,7 @@ from eotattn.attention.joined import joined
 from eotattn.attention.masks import Masks
 from eotattn.attention.measured import preference
 from eotattn.kernels import flex, local, packed, reference, sdpa, varlen
+from eotattn.priors import LogPrior
 
 __all__ = ["BACKENDS", "choose", "refusal", "run"]
 
@@ -34,7 +35,7 @@ def refusal(name: str, call: AttentionCall) -> str | None:
     if call.return_weights:
         return "fused kernels do not return weights; use backend='reference'"
     if name == "flex":
-        learned = call.prior is not None and torch.is_grad_enabled() and _learns(call.prior)
+        learned = call.prior is not None and torch.is_grad_enabled() and _learns_in_lanes(call.prior)
         return flex.refusal(call.query, mask=call.masks.dense, dropout_p=call.dropout_p, learned=learned)
     if call.prior is not None and not call.prior.has_lanes:
         return "this prior has no lanes; use backend='reference' or 'flex'"
@@ -159,5 +160,7 @@ def _visible(call: AttentionCall) -> Callable[..., Tensor]:
     return visible
 
 
-def _learns(prior: torch.nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in prior.parameters())
+def _learns_in_lanes(prior: LogPrior) -> bool:
+    """Whether a part of the prior that has lanes is being trained."""
+    parts = [part for part in prior.modules() if isinstance(part, LogPrior) and part.has_lanes]
+    return any(parameter.requires_grad for part in parts for parameter in part.parameters())

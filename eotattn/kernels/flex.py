@@ -16,7 +16,14 @@ __all__ = ["attend", "refusal"]
 
 
 def refusal(query: Tensor, *, mask: Tensor | None, dropout_p: float, learned: bool) -> str | None:
-    """Why this backend cannot serve a call, or ``None`` if it can; ``learned`` asks for gradients of a prior."""
+    """Why this backend cannot serve a call, or ``None`` if it can.
+
+    Args:
+        query: (B, H, Q, D).
+        mask: Mask of pairs, if there is one.
+        dropout_p: Probability of dropping a weight.
+        learned: Whether a formula with learned numbers that are read more than once needs gradients.
+    """
     if query.device.type != "cuda":
         return f"it compiles for a GPU and the query is on {query.device.type}"
     if dropout_p:
@@ -25,6 +32,8 @@ def refusal(query: Tensor, *, mask: Tensor | None, dropout_p: float, learned: bo
         return "it takes no additive mask; add it to the prior as a DensePrior"
     if query.dtype == torch.float64:
         return "it has no float64"
+    if learned:
+        return "its backward pass does not compile for learned numbers of priors with lanes; freeze them or use 'sdpa'"
     return None
 
 

@@ -5,7 +5,7 @@ import torch
 from tolerances import assert_close
 from torch.nn.attention.flex_attention import flex_attention
 
-from eotattn.attention import PackedDocuments, prior_attention
+from eotattn.attention import PackedDocuments, explain, prior_attention
 from eotattn.kernels import flex
 from eotattn.priors import GridPrior, RecencyPrior, SinkPrior, TablePrior, goat_prior, grid_positions
 
@@ -66,3 +66,30 @@ def test_flex_equals_the_reference(uncompiled, arguments, kv_heads):
         output = prior_attention(*content, **arguments, backend="flex")
         expected = prior_attention(*content, **arguments, backend="reference")
     assert_close(output, expected)
+
+
+@pytest.mark.parametrize(
+    ("prior", "learned"),
+    [
+        (TablePrior(H, 3), False),
+        (RecencyPrior(H), True),
+        (TablePrior(H, 3) + RecencyPrior(H), True),
+        (0.5 * SinkPrior(H), True),
+        (RecencyPrior(H).freeze(), False),
+        (None, False),
+    ],
+)
+def test_it_is_told_of_learned_numbers_that_it_cannot_differentiate(monkeypatch, prior, learned):
+    """PyTorch's compiler refuses a backward pass that reads one learned tensor twice; the call is refused instead."""
+    told = []
+    monkeypatch.setattr(flex, "refusal", lambda query, **named: told.append(named["learned"]))
+    content = [torch.zeros(2, H, LENGTH, 16)] * 3
+    for recording in (True, False):
+        with torch.set_grad_enabled(recording):
+            explain(*content, prior=prior, backend="flex")
+        assert told[-1] == (learned and recording)
+    monkeypatch.undo()
+    on_gpu = torch.empty(1, 1, 2, 4, device="meta")
+    monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda"), raising=False)
+    assert "freeze them" in flex.refusal(on_gpu, mask=None, dropout_p=0.0, learned=True)
+    assert flex.refusal(on_gpu, mask=None, dropout_p=0.0, learned=False) is None

@@ -128,8 +128,9 @@ def test_flex_against_the_reference():
     query, key, value = (x.cuda().float() for x in (normal(B, H, Q, 16), normal(B, 3, K, 16), normal(B, 3, K, 16)))
     mask = (normal(B, 1, Q, K, seed=4) > -0.8).cuda()
     expected, _ = reference.attend(query, key, value, scale=0.3, mask=mask)
-    assert_close(flex.attend(query, key, value, scale=0.3, mask=mask), expected)
-    assert flex.refusal(query, mask=mask, dropout_p=0.0) is None
-    assert "dropout" in flex.refusal(query, mask=None, dropout_p=0.1)
-    assert "additive" in flex.refusal(query, mask=mask.float(), dropout_p=0.0)
-    assert "float64" in flex.refusal(query.double(), mask=None, dropout_p=0.0)
+    seen = lambda b, h, q, k: mask[b, 0, q, k]  # noqa: E731
+    assert_close(flex.attend(query, key, value, scale=0.3, visible=seen, by_sample=True), expected)
+    assert flex.refusal(query, mask=mask, dropout_p=0.0, learned=False) is None
+    assert "dropout" in flex.refusal(query, mask=None, dropout_p=0.1, learned=False)
+    assert "additive" in flex.refusal(query, mask=mask.float(), dropout_p=0.0, learned=False)
+    assert "float64" in flex.refusal(query.double(), mask=None, dropout_p=0.0, learned=False)
