@@ -39,6 +39,7 @@ class AttentionStatistics:
         lag_mass: (B, H, Q + K - 1) sum of weights of the queries that count, by lag.
         first_lag: Lag of the first entry of ``lag_mass``: query position - key position, tokens.
         counted: (B, Q) queries that count: not padding.
+        backend: What computed it, ``"kernel"`` or ``"blocks"``.
         output: (B, H, Q, V) attention output, or ``None`` where no value was given.
     """
 
@@ -60,6 +61,7 @@ class AttentionStatistics:
     lag_mass: Tensor
     first_lag: int
     counted: Tensor
+    backend: str
     output: Tensor | None = None
 
     @property

@@ -89,7 +89,7 @@ def row_statistics(
         keys: Chosen keys, counted from the start of the sequence; the first one is j* of the margin.
         backend: ``"kernel"`` for the kernel, ``"blocks"`` for blocks of rows; ``"auto"`` takes the kernel where it
             serves: on CUDA with Triton, in 16 or 32 bits, heads and lanes up to 128 wide, masks that all queries and
-            heads share, priors as lanes, no output wanted.
+            heads share, priors as lanes, no output wanted. The result says which it was.
         block_elements: Entries of a block of logits, default 2^19 on a CPU and 2^25 on a GPU; memory is about ten such
             blocks. Asks for blocks.
 
@@ -135,8 +135,9 @@ def row_statistics(
     places = _places(rows, sequence_start, counted, keys)
     if isinstance(tiles, str):
         wide = None if value is None else value.to(rows.dtype)
-        return _statistics(rows, places, _by_blocks(rows.widened(), places, wide, sink, block_elements))
-    return _statistics(rows, places, tile_statistics(rows, tiles, places.chosen, sink, places.counted))
+        return _statistics(rows, places, "blocks", *_by_blocks(rows.widened(), places, wide, sink, block_elements))
+    found = tile_statistics(rows, tiles, places.chosen, sink, places.counted)
+    return _statistics(rows, places, "kernel", *found)
 
 
 @torch.no_grad()
@@ -174,7 +175,7 @@ def weight_statistics(
     require(weights.dim() == 4, "weight_statistics", "weights", "have shape (B, H, Q, K)", weights, remedy)
     source = WeightRows(weights, query_start, key_start)
     places = _places(source, sequence_start, counted, keys)
-    return _statistics(source, places, _by_blocks(source, places))
+    return _statistics(source, places, "blocks", *_by_blocks(source, places))
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,9 +222,8 @@ def _by_blocks(
 
 
 def _statistics(
-    source: ScoreSource, places: _Places, found: tuple[dict[str, Tensor], ColumnSums]
+    source: ScoreSource, places: _Places, backend: str, rows: dict[str, Tensor], columns: ColumnSums
 ) -> AttentionStatistics:
-    rows, columns = found
     statistics = AttentionStatistics(
         **rows,
         column_mass=columns.mass,
@@ -231,6 +231,7 @@ def _statistics(
         lag_mass=columns.lags,
         first_lag=source.query_start - source.key_start - source.shape[3] + 1,
         counted=places.counted & (rows["num_keys"][:, 0] > 0),
+        backend=backend,
     )
     moved = places.given or source.key_start > 0
     return statistics.counted_from(places.starts, source.key_start) if moved else statistics
