@@ -138,15 +138,15 @@ _DNA = {
     ),
     "h200": DnaRecipe(
         scale="h200",
-        genome=IsochoreGenome(IsochoreModel(), num_blocks=8192, block_length=2048, num_held_out=512),
+        genome=IsochoreGenome(IsochoreModel(), num_blocks=8192, block_length=2048, num_held_out=256),
         variants=_decoders(6, 384, 6, 1024),
         training=TrainingConfig(
-            steps=1000, batch_size=32, warmup_steps=100, log_every=20, evaluate_every=100, precision="bf16"
+            steps=800, batch_size=32, warmup_steps=80, log_every=20, evaluate_every=80, precision="bf16"
         ),
         learning_rates=(1e-3, 2e-3),
         seeds=(0, 1, 2),
-        test_windows=512,
-        generation=GenerationConfig(prompts=512, gc_window=64),
+        test_windows=256,
+        generation=GenerationConfig(prompts=256, gc_window=64),
         speed=SpeedConfig(_decoder("rope", 6, 768, 12, 1024), batch_size=16, rounds=20, precision="bf16", compile=True),
     ),
     "paper": DnaRecipe(
