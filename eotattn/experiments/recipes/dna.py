@@ -125,15 +125,15 @@ _DNA = {
     ),
     "laptop": DnaRecipe(
         scale="laptop",
-        genome=IsochoreGenome(IsochoreModel(), num_blocks=2048, block_length=1024, num_held_out=192),
+        genome=IsochoreGenome(IsochoreModel(), num_blocks=2048, block_length=1024, num_held_out=128),
         variants=_decoders(2, 64, 4, 256),
         training=TrainingConfig(
-            steps=400, batch_size=16, warmup_steps=40, log_every=20, evaluate_every=40, checkpoint_every=200
+            steps=300, batch_size=16, warmup_steps=30, log_every=20, evaluate_every=50, checkpoint_every=100
         ),
         learning_rates=(3e-3, 6e-3),
         seeds=(0, 1, 2),
-        test_windows=192,
-        generation=GenerationConfig(prompts=192, gc_window=32),
+        test_windows=128,
+        generation=GenerationConfig(prompts=128, gc_window=32),
         speed=SpeedConfig(_decoder("rope", 2, 64, 4, 256), batch_size=16, rounds=8, precision="no", compile=False),
     ),
     "h200": DnaRecipe(
