@@ -92,7 +92,7 @@ def refusal(tiles: ScoreTiles) -> str | None:
         return f"the tensors are on {tiles.query.device.type}; the kernel runs on CUDA"
     if not _kernels():
         return "Triton is not installed"
-    if not _interpreted() and _shared_memory(tiles.query.device) < SHARED_MEMORY:
+    if not _interpreted() and _kernels()[2](tiles.query.device) < SHARED_MEMORY:
         return f"the device has less than {SHARED_MEMORY // 1024} KiB of shared memory a block"
     if tiles.query.dtype not in DTYPES or tiles.key.dtype != tiles.query.dtype:
         return f"the kernel multiplies one of bfloat16, float16 and float32; got {tiles.query.dtype}, {tiles.key.dtype}"
@@ -143,19 +143,14 @@ def _contiguous(tiles: ScoreTiles) -> ScoreTiles:
 
 @cache
 def _kernels() -> tuple[Any, ...]:
-    """What launches the kernels of rows and of columns, or nothing without Triton."""
+    """What launches the kernels of rows and of columns, and the shared memory of a device; nothing without Triton."""
     try:
         from eotattn.kernels.column_sums_triton import launch_columns
         from eotattn.kernels.row_sums_triton import launch_rows
+        from eotattn.kernels.score_tiles_triton import shared_memory
     except ImportError:
         return ()
-    return launch_rows, launch_columns
-
-
-@cache
-def _shared_memory(device: torch.device) -> int:
-    size: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return size
+    return launch_rows, launch_columns, shared_memory
 
 
 def _interpreted() -> bool:

@@ -11,15 +11,28 @@ Products come from tensor cores; everything else happens in registers, in base t
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
 from eotattn.kernels.score_sums import ScoreTiles
 
-__all__ = ["EMPTY", "FORBIDDEN", "LN_2", "LOG2_E", "content_tile", "operands", "shape", "sizes", "units"]
+__all__ = [
+    "EMPTY",
+    "FORBIDDEN",
+    "LN_2",
+    "LOG2_E",
+    "content_tile",
+    "operands",
+    "shape",
+    "shared_memory",
+    "sizes",
+    "units",
+]
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2.0))
@@ -36,6 +49,14 @@ def content_tile(left, right, scale, softcap, CAP: tl.constexpr, PRECISION: tl.c
         grown = tl.exp2(content * (scale / softcap * 2.0 * LOG2_E))
         content = (softcap * LOG2_E) * (1.0 - 2.0 / (1.0 + grown))
     return content
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a block of threads can have."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    found: int = driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    return found
 
 
 def units(tiles: ScoreTiles) -> tuple[float, float]:
