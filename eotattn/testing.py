@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from eotattn.checks import require
-from eotattn.priors import LogPrior, grid_positions
+from eotattn.priors import LaneFactors, LogPrior, grid_positions
 
 __all__ = ["CHECKS", "Case", "check_prior"]
 
@@ -134,6 +134,19 @@ def check_lanes(case: Case) -> None:
         else:
             _hold(error <= bound, name, f"error {error:.1e} in {dtype} exceeds the stated bound {bound:.1e}")
         _hold(bound <= USEFUL_BOUND * largest, name, f"the stated bound {bound:.1e} in {dtype} says nothing")
+
+
+def check_expansions(case: Case) -> None:
+    """Learned numbers against fixed features, which GPU kernels multiply out, say what the factors say."""
+    prior = case.make_prior()
+    for dtype in KERNEL_DTYPES:
+        parts = prior.expansions(dtype)
+        if parts is None:
+            return
+        expanded = [factor for part in parts for factor in part.factors(*case.positions, dtype=dtype)]
+        stated = prior.factors(*case.positions, dtype=dtype)
+        what = f"expansions and factors for {dtype}"
+        _close(_product(expanded), _product(stated), "expansions", what, TOLERANCE[torch.float32])
 
 
 def check_query_scale(case: Case) -> None:
@@ -353,6 +366,7 @@ def check_sum(case: Case) -> None:
 CHECKS: dict[str, Callable[[Case], None]] = {
     "dense": check_dense,
     "lanes": check_lanes,
+    "expansions": check_expansions,
     "query_scale": check_query_scale,
     "score_mod": check_score_mod,
     "batches": check_batches,
@@ -398,6 +412,13 @@ def _row_term(prior: LogPrior, case: Case) -> Tensor:
     for part in prior.factors(*case.positions, dtype=torch.float64):
         total = total if part.row is None else total + part.row.detach().unsqueeze(-1)
     return total
+
+
+def _product(factors: Sequence[LaneFactors]) -> Tensor:
+    """The inner product of all factors, (H, Q, K) float64, row terms included."""
+    each = [part.query.double() @ part.key.double().transpose(-1, -2) for part in factors]
+    each += [part.row.double().unsqueeze(-1) for part in factors if part.row is not None]
+    return torch.stack(torch.broadcast_tensors(*each)).sum(0)
 
 
 def _check_lane_shapes(prior: LogPrior, query: Tensor, key: Tensor, dtype: torch.dtype) -> None:

@@ -1,9 +1,10 @@
 """Log-priors: the contract, one file a prior, and their factorisation into lanes."""
 
 from eotattn.priors.base import LogPrior, ScaledPrior, ScoreMod, SumPrior
+from eotattn.priors.expansion import Expansion, Form
 from eotattn.priors.fourier import FourierPrior
 from eotattn.priors.given import DensePrior
-from eotattn.priors.goat import goat_prior
+from eotattn.priors.goat import goat_prior, num_local_heads
 from eotattn.priors.grid import ClassTokenPrior, GridPrior, grid_positions
 from eotattn.priors.grid_tables import GridKeyPrior, GridTablePrior
 from eotattn.priors.key_table import KeyTablePrior
@@ -16,6 +17,8 @@ from eotattn.priors.table import TablePrior
 __all__ = [
     "ClassTokenPrior",
     "DensePrior",
+    "Expansion",
+    "Form",
     "FourierPrior",
     "GridKeyPrior",
     "GridPrior",
@@ -34,4 +37,5 @@ __all__ = [
     "alibi_slopes",
     "goat_prior",
     "grid_positions",
+    "num_local_heads",
 ]

@@ -1,51 +1,92 @@
-"""The paper's prior, by name."""
+"""The GOAT prior: in the form that extrapolates, and in the paper's own."""
 
 from __future__ import annotations
 
 import math
 
-from eotattn.priors.base import SumPrior
+from eotattn.checks import check_choice, check_positive, check_positive_int
+from eotattn.priors.base import LogPrior, SumPrior
 from eotattn.priors.fourier import FourierPrior
 from eotattn.priors.recency import RecencyPrior
 from eotattn.priors.sink import SinkPrior
 
-__all__ = ["goat_prior"]
+__all__ = ["goat_prior", "num_local_heads"]
+
+
+def num_local_heads(num_heads: int) -> int:
+    """How many heads of ``goat_prior(num_heads)`` are local; they come first, the global ones last.
+
+    Example:
+        >>> [num_local_heads(num_heads) for num_heads in (1, 2, 4, 8, 12)]
+        [1, 1, 3, 6, 9]
+    """
+    check_positive_int("num_local_heads", "num_heads", num_heads)
+    return num_heads - (max(1, num_heads // 4) if num_heads > 1 else 0)
 
 
 def goat_prior(
     num_heads: int,
     *,
+    form: str = "paper",
     num_frequencies: int = 8,
-    min_period: float = 2 * math.pi,
-    max_period: float = 2 * math.pi * 10_000,
-    num_key_frequencies: int = 4,
+    min_period: float | None = None,
+    max_period: float | None = None,
+    num_key_frequencies: int | None = None,
     length_scale: float = 2048.0,
     init: str = "alibi",
 ) -> SumPrior:
     """The GOAT log-prior: K_ij = kappa(i - j) + u(j) with a recency slope, the sum of three priors.
 
+    In the form ``"split"`` three quarters of the heads are *local*: their mean lags run from 2 tokens to half of
+    ``length_scale``, their waves repeat within a quarter of it. The others are *global*: they have no relative part at
+    all, so that content alone decides at any distance, and nothing that was trained there means something else at
+    longer contexts. u(j) is constant from ``length_scale`` on. In the paper's form, ``"paper"``, every head has waves
+    of up to 62 832 tokens, an ALiBi slope and a u(j) that goes on bending; it forgets, trained or not, what lies many
+    training lengths back.
+
     Args:
         num_heads: Number of query heads H.
+        form: ``"split"`` or ``"paper"``.
         num_frequencies: Frequencies R of the relative part.
-        min_period: Shortest period of the relative part, tokens; the default is angular frequency 1, as in the paper.
-        max_period: Longest period, tokens; the default is the paper's base 10 000.
-        num_key_frequencies: Wave frequencies of u(j).
-        length_scale: Tokens over which u(j) varies; the paper's is its training length.
-        init: ``"alibi"`` starts at ALiBi's slopes, ``"neutral"`` at exactly zero; all the rest starts at zero.
+        min_period: Shortest period of the relative part, tokens; by default 2.5, or the paper's 2 pi.
+        max_period: Longest period, tokens; by default a quarter of ``length_scale``, or the paper's base 10 000.
+        num_key_frequencies: Wave frequencies of u(j); by default none, or four in the paper's form.
+        length_scale: The training length, tokens.
+        init: ``"alibi"`` starts at the slopes of the form, ``"neutral"`` at exactly zero; all the rest starts at zero.
 
     Returns:
-        A :class:`SumPrior` whose ``parts`` are the :class:`FourierPrior`, :class:`RecencyPrior` and :class:`SinkPrior`.
-        In float32 it occupies 2 R + 2 lanes.
+        A :class:`SumPrior` of relative waves, :class:`RecencyPrior` and :class:`SinkPrior`, in this order. In float32
+        it occupies 2 R + 2 lanes.
 
     Source:
-        Litman and Guo 2026 (arXiv 2601.15380), section 3.
+        Litman and Guo 2026 (arXiv 2601.15380), section 3; the form ``"split"`` is original, and chosen by the
+        experiments of ``notebooks/ablations.ipynb``.
 
     Example:
         >>> goat_prior(4, num_frequencies=3).num_lanes()
         8
     """
-    return SumPrior(
-        FourierPrior(num_heads, num_frequencies, min_period, max_period),
-        RecencyPrior(num_heads, init),
-        SinkPrior(num_heads, num_key_frequencies, length_scale),
-    )
+    check_choice("goat_prior", "form", form, ("split", "paper"))
+    scale = check_positive("goat_prior", "length_scale", length_scale)
+    if form == "paper":
+        periods = (min_period or 2 * math.pi, max_period or 2 * math.pi * 10_000)
+        waves: LogPrior = FourierPrior(num_heads, num_frequencies, *periods)
+        recency = RecencyPrior(num_heads, init)
+        return SumPrior(waves, recency, SinkPrior(num_heads, _count(num_key_frequencies, 4), scale))
+    local = num_local_heads(num_heads)
+    shortest = min_period or 2.5
+    waves = FourierPrior(num_heads, num_frequencies, shortest, max_period or max(shortest, scale / 4))
+    of_heads = (1.0,) * local + (0.0,) * (num_heads - local)
+    recency = RecencyPrior(num_heads, init, _mean_lags(local, scale) + [math.inf] * (num_heads - local))
+    sink = SinkPrior(num_heads, _count(num_key_frequencies, 0), scale, horizon=scale)
+    return SumPrior(waves * of_heads, recency, sink)
+
+
+def _mean_lags(count: int, length_scale: float) -> list[float]:
+    """Geometric from 2 tokens to half of the length scale; a single one is the longest."""
+    shortest, longest = 2.0, max(2.0, length_scale / 2)
+    return [longest * (shortest / longest) ** (k / max(1, count - 1)) for k in reversed(range(count))]
+
+
+def _count(given: int | None, default: int) -> int:
+    return default if given is None else given

@@ -7,8 +7,12 @@ import os
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 
 from eotattn.attention import backends, prior_attention
+from eotattn.attention.call import AttentionCall
+from eotattn.kernels.join_layout import PartShape
 from eotattn.priors import FourierPrior, RecencyPrior, SinkPrior, goat_prior
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -39,11 +43,11 @@ def trained(name, heads):
     return prior.to(DEVICE)
 
 
-def run(prior, content, padded, backend):
+def run(prior, content, padded, backend, attend=prior_attention):
     padding = torch.zeros(2, content[0].shape[2], dtype=torch.bool, device=DEVICE)
     padding[0, 5:9] = True
     mask = padding if padded else None
-    output = prior_attention(*content, prior=prior, is_causal=True, key_padding_mask=mask, backend=backend)
+    output = attend(*content, prior=prior, is_causal=True, key_padding_mask=mask, backend=backend)
     weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(5)).to(DEVICE, output.dtype)
     return [output, *torch.autograd.grad(output, [*content, *prior.parameters()], weight)]
 
@@ -69,26 +73,63 @@ def test_joined_lanes_are_the_lanes_of_the_factors(name, kv_heads, padded, dtype
         assert (actual.double() - expected).norm() <= bound * expected.norm() + 1e-6
 
 
-def test_slope_gradients_are_not_rounding(monkeypatch):
-    """Without the residual the error grows with the position and exceeds the signal; with it, it stays small."""
-    generator = torch.Generator().manual_seed(6)
-    content = [torch.randn(1, 2, 256, 16, generator=generator).to(DEVICE, torch.bfloat16) for _ in range(3)]
-    content = [tensor.requires_grad_() for tensor in content]
-    prior, errors = RecencyPrior(2).to(DEVICE), []
-    wide = [tensor.detach().double().requires_grad_() for tensor in content]
-    expected = run_slopes(prior, wide, "reference")
-    for replacement in (backends.joined, lambda call: None):
-        monkeypatch.setattr(backends, "joined", replacement)
-        found = run_slopes(prior, content, "sdpa")
-        errors.append(float((found.double() - expected).norm() / expected.norm()))
-    assert errors[0] <= 0.05
-    assert errors[0] < errors[1]
+def test_lanes_count_positions_from_near_the_last_key():
+    """From zero, a slope times a position of 200 000 would leave an fp32 accumulator a few digits of the score."""
+    prior, at = trained("recency and sink", 4).parts[0], range(199_900, 200_000)
+    query, key = (torch.zeros(1, heads, 100, 8, dtype=torch.bfloat16, device=DEVICE) for heads in (4, 1))
+    call = AttentionCall.check(query, key, key, prior=prior, query_positions=at, key_positions=at, is_causal=True)
+    query, key = (side.detach().float() for side in backends.joined(call))
+    total = torch.zeros(1, 4, 100, 100, device=DEVICE)
+    for lane in range(8, query.shape[-1]):
+        total += query[..., lane, None] * key[..., lane].unsqueeze(-2)
+    positions = torch.tensor(at, device=DEVICE)
+    exact = prior.dense(positions, positions, dtype=torch.float64).detach()
+    error = (total.double() * call.scale - exact) - (total.double() * call.scale - exact).mean(-1, keepdim=True)
+    assert error.abs().max() <= 1e-3
 
 
-def run_slopes(prior, content, backend):
-    at = range(3000, 3256)
-    output = prior_attention(
-        *content, prior=prior, query_positions=at, key_positions=at, is_causal=True, backend=backend
-    )
-    weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(7)).to(DEVICE, output.dtype)
-    return torch.autograd.grad(output, [prior.strength], weight)[0]
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("name", PRIORS)
+def test_compiled_graphs_hold_the_same_kernel_as_one_operator(name, padded):
+    prior, content, graphs = trained(name, 4), inputs(4, 2, torch.bfloat16), []
+
+    def look(graph, example_inputs):
+        graphs.append({node.target for node in graph.graph.nodes})
+        return make_boxed_func(graph.forward)
+
+    attend = torch.compile(prior_attention, fullgraph=True, backend=aot_autograd(fw_compiler=look, bw_compiler=look))
+    found, expected = (run(prior, content, padded, "sdpa", way) for way in (attend, prior_attention))
+    for actual, wanted in zip(found, expected, strict=True):
+        assert torch.equal(actual, wanted)
+    assert torch.ops.eotattn.join.default in graphs[0]
+    assert any(torch.ops.eotattn.join_backward.default in graph for graph in graphs[1:])
+
+
+def test_the_operators_keep_the_rules_of_operators():
+    part = PartShape(((0, 1), (1, 0)), (1, 1), True, 2, False, False, True, True)
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 4, 5, 8), (2, 2, 7, 8), (5, 5), (7, 3), (4,), (4, 1))
+    made = [torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes]
+    query, key, first, second, *learned = made
+    tail = ([tensor.requires_grad_() for tensor in learned], part.numbers(), [1.0, 2.0, 0.5, 1.0], 2, 3.0)
+    sides = (query.requires_grad_(), key.requires_grad_(), first, second)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(torch.ops.eotattn.join, (*sides, None, 0.0, *tail), test_utils=tests)
+
+
+def test_the_second_derivative_is_refused():
+    prior, content = trained("goat", 4), inputs(4, 4, torch.float32)
+    output = prior_attention(*content, prior=prior, is_causal=True, backend="sdpa")
+    (gradient,) = torch.autograd.grad(output.sum(), prior.parts[1].strength, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_a_prior_of_more_tensors_than_the_kernel_takes_rides_in_lanes_of_its_factors():
+    prior = trained("recency and sink", 4)
+    many = prior + trained("recency and sink", 4)
+    content = inputs(4, 4, torch.float32)
+    call = AttentionCall.check(*content, prior=many, is_causal=True)
+    assert backends.joined(call) is None
+    difference = run(many, content, False, "sdpa")[0] - run(2.0 * prior, content, False, "sdpa")[0]
+    assert difference.abs().max() <= 1e-4

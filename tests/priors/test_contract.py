@@ -151,6 +151,7 @@ class BatchBlind(Broken):
         (WrongShape, "dense", "shape is"),
         (WrongLanes, "lanes", r"error .* in torch\.float64"),
         (WrongRow, "lanes", r"error .* in torch\.float64"),
+        (WrongLanes, "expansions", r"expansions and factors for torch\.float64 differ"),
         (FloatScores, "score_mod", "score_mod and dense differ"),
         (BatchBlind, "batches", "both batched"),
         (ByCurrentLength, "chunks", "chunk"),

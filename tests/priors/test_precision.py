@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from priors.cases import CASES, HEADS, off_neutral
 from tolerances import assert_close, centre_rows
 
+from eotattn.attention import prior_attention
 from eotattn.priors import FourierPrior, GridPrior, RecencyPrior, SinkPrior, TablePrior, goat_prior, grid_positions
 from eotattn.priors.lanes import DIGIT_WEIGHTS, LaneFactors, position_digits
 
@@ -191,6 +192,37 @@ def test_lanes_are_finite_at_131072(dtype):
         assert lanes.key.isfinite().all()
     error, bound = lane_error(prior, queries, keys, dtype)
     assert error <= bound
+
+
+class WithoutRest(RecencyPrior):
+    """The recency prior without the lane that returns what is left of score gradients."""
+
+    def factors(self, query_positions, key_positions, *, dtype):
+        factors = super().factors(query_positions, key_positions, dtype=dtype)
+        return tuple(part for part in factors if part.exact != "both")
+
+
+def slope_gradients(prior, content, backend, first):
+    at = range(first, first + content[0].shape[2])
+    output = prior_attention(
+        *content, prior=prior, query_positions=at, key_positions=at, is_causal=True, backend=backend
+    )
+    weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(7))
+    return torch.autograd.grad(output, [prior.strength], weight.to(output.dtype))[0]
+
+
+@pytest.mark.parametrize("first", [0, 3000, 30_000])
+@pytest.mark.parametrize("dtype", LOW)
+def test_slope_gradients_are_not_rounding(first, dtype):
+    """What is left of a row's score gradients, times a large position, would exceed the signal."""
+    generator = torch.Generator().manual_seed(6)
+    content = [torch.randn(1, 2, 256, 16, generator=generator).to(dtype).requires_grad_() for _ in range(3)]
+    wide = [tensor.detach().double().requires_grad_() for tensor in content]
+    expected = slope_gradients(RecencyPrior(2), wide, "reference", first)
+    error = float((slope_gradients(RecencyPrior(2), content, "sdpa", first) - expected).norm() / expected.norm())
+    plain = float((slope_gradients(WithoutRest(2), content, "sdpa", first) - expected).norm() / expected.norm())
+    assert error <= 0.05
+    assert plain > 1 or first == 0 or dtype == torch.float16
 
 
 # Long positions in every form ---------------------------------------------------------------------------------------
