@@ -20,6 +20,8 @@ WIDEST = 128
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 #: Shared memory that the largest tile takes, bytes; processors since Hopper have it.
 SHARED_MEMORY = 200 * 1024
+#: Heads of all samples together that one launch holds.
+MOST_HEADS = 65535
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +96,9 @@ def refusal(tiles: ScoreTiles) -> str | None:
         return "Triton is not installed"
     if not _interpreted() and _kernels()[2](tiles.query.device) < SHARED_MEMORY:
         return f"the device has less than {SHARED_MEMORY // 1024} KiB of shared memory a block"
+    heads = tiles.query.shape[0] * tiles.query.shape[1]
+    if heads > MOST_HEADS:
+        return f"{heads} heads of all samples; a launch holds {MOST_HEADS}"
     if tiles.query.dtype not in DTYPES or tiles.key.dtype != tiles.query.dtype:
         return f"the kernel multiplies one of bfloat16, float16 and float32; got {tiles.query.dtype}, {tiles.key.dtype}"
     lanes = 0 if tiles.query_lanes is None else tiles.query_lanes.shape[-1]

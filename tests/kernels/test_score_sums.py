@@ -126,9 +126,11 @@ def test_what_is_not_served_says_why():
 
 
 @with_kernel
-def test_dtypes_and_widths_that_are_not_served_are_named():
+def test_dtypes_and_sizes_that_are_not_served_are_named():
     side = torch.zeros(1, 1, 2, 4, device=DEVICE)
     assert "float64" in refusal(ScoreTiles(side.double(), side.double(), scale=1.0))
     wide = torch.zeros(1, 1, 2, 130, device=DEVICE)
     assert "width 130" in refusal(ScoreTiles(wide, wide, scale=1.0))
+    many = torch.zeros(1, 1, 2, 4, device=DEVICE).expand(65536, -1, -1, -1)
+    assert refusal(ScoreTiles(many, many, scale=1.0)) == "65536 heads of all samples; a launch holds 65535"
     assert "130 lanes" in refusal(ScoreTiles(side, side, scale=1.0, query_lanes=wide, key_lanes=wide))
