@@ -9,7 +9,7 @@ __all__ = ["GoatAttention"]
 
 
 class GoatAttention(PriorAttention):
-    """The paper's layer: :class:`PriorAttention` with :func:`goat_prior`, its lanes reserved from the head width.
+    """The paper's layer: :class:`PriorAttention` with the paper's :func:`goat_prior`, its lanes reserved from the head.
 
     Args:
         embed_dim: Model width E.
@@ -48,7 +48,9 @@ class GoatAttention(PriorAttention):
             embed_dim,
             num_heads,
             num_kv_heads=num_kv_heads,
-            prior=goat_prior(num_heads, num_frequencies=num_frequencies, length_scale=length_scale, init=init),
+            prior=goat_prior(
+                num_heads, form="paper", num_frequencies=num_frequencies, length_scale=length_scale, init=init
+            ),
             lanes="reserved",
             dropout=dropout,
             bias=bias,

@@ -5,6 +5,7 @@ Legend: H heads, L tokens, E embedding width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,7 +16,16 @@ from torch import Tensor
 from eotattn.attention import PriorAttention, Rotary
 from eotattn.experiments.networks.growing_scores import GrowingScoreAttention
 from eotattn.experiments.networks.rotations import LeadingHeadsRotary, StretchedRotary
-from eotattn.priors import FourierPrior, LogPrior, RecencyPrior, SinkPrior, goat_prior
+from eotattn.priors import (
+    FourierPrior,
+    LogPrior,
+    RecencyPrior,
+    SharedPrior,
+    SinkPrior,
+    SumPrior,
+    goat_prior,
+    num_local_heads,
+)
 
 if TYPE_CHECKING:
     from eotattn.experiments.networks.decoder import DecoderConfig
@@ -81,7 +91,7 @@ def _stretched_rotary(config: DecoderConfig) -> Rotary:
 
 
 def _local_rotary(config: DecoderConfig) -> Rotary:
-    return LeadingHeadsRotary(config.head_dim, num_rotated=(config.num_heads + 1) // 2)
+    return LeadingHeadsRotary(config.head_dim, num_rotated=num_local_heads(config.num_heads))
 
 
 def _alibi(config: DecoderConfig) -> LogPrior:
@@ -92,15 +102,65 @@ def _recency(config: DecoderConfig) -> LogPrior:
     return RecencyPrior(config.num_heads)
 
 
-def _relative(config: DecoderConfig) -> LogPrior:
+def _tied_recency(config: DecoderConfig) -> LogPrior:
+    """Mean lags from 2 tokens to eight training lengths: every head forgets, one of them slowly."""
+    return RecencyPrior(config.num_heads, mean_lags=_geometric(2.0, 8.0 * config.train_length, config.num_heads))
+
+
+def _half_global_recency(config: DecoderConfig) -> LogPrior:
+    """Mean lags up to half of the training length for one half of the heads, no recency for the other."""
+    local = (config.num_heads + 1) // 2
+    lags = _geometric(2.0, config.train_length / 2, local) + [math.inf] * (config.num_heads - local)
+    return RecencyPrior(config.num_heads, mean_lags=lags)
+
+
+def _floored_recency(config: DecoderConfig) -> LogPrior:
+    """Slopes that start at ALiBi's and stay above half of them."""
+    return 0.5 * RecencyPrior(config.num_heads).freeze() + 0.5 * RecencyPrior(config.num_heads)
+
+
+def _geometric(first: float, last: float, count: int) -> list[float]:
+    return [first * (last / first) ** (k / max(1, count - 1)) for k in range(count)]
+
+
+def _waves(config: DecoderConfig) -> LogPrior:
     return FourierPrior(config.num_heads, config.num_frequencies, config.min_period, config.max_period)
+
+
+def _shared_waves(config: DecoderConfig) -> LogPrior:
+    one = FourierPrior(1, config.num_frequencies, config.min_period, config.max_period)
+    return SharedPrior(one, config.num_heads)
 
 
 def _sink(config: DecoderConfig) -> LogPrior:
     return SinkPrior(config.num_heads, length_scale=float(config.train_length))
 
 
-def _goat(**options: Any) -> MakePrior:
+def _held_sink(config: DecoderConfig) -> LogPrior:
+    length = float(config.train_length)
+    return SinkPrior(config.num_heads, length_scale=length, horizon=length)
+
+
+def _first_token(config: DecoderConfig) -> LogPrior:
+    length = float(config.train_length)
+    return SinkPrior(config.num_heads, 0, length, horizon=length)
+
+
+def _shared_sink(config: DecoderConfig) -> LogPrior:
+    return SharedPrior(SinkPrior(1, length_scale=float(config.train_length)), config.num_heads)
+
+
+def _sum(*makers: MakePrior) -> MakePrior:
+    """The sum of some priors."""
+    return lambda config: SumPrior(*(make(config) for make in makers))
+
+
+def _goat(config: DecoderConfig) -> LogPrior:
+    length = float(config.train_length)
+    return goat_prior(config.num_heads, form="split", num_frequencies=config.num_frequencies, length_scale=length)
+
+
+def _paper_goat(**options: Any) -> MakePrior:
     """The paper's prior at the configuration's frequencies and length, with some options of one's own."""
 
     def make(config: DecoderConfig) -> LogPrior:
@@ -110,15 +170,21 @@ def _goat(**options: Any) -> MakePrior:
             "max_period": config.max_period,
             "length_scale": float(config.train_length),
         }
-        return goat_prior(config.num_heads, **(of_config | options))
+        return goat_prior(config.num_heads, form="paper", **(of_config | options))
 
     return make
 
 
+def _tied_goat(config: DecoderConfig) -> LogPrior:
+    """The paper's prior with waves that have run through within the training length."""
+    return _paper_goat(min_period=4.0, max_period=float(config.train_length))(config)
+
+
 #: Every attention that an experiment can name. A new one is one entry.
 ATTENTION_KINDS = {
-    "goat": AttentionKind(prior=_goat()),
-    "paper_goat": AttentionKind(prior=_goat()),
+    # What the paper compares.
+    "goat": AttentionKind(prior=_goat),
+    "paper_goat": AttentionKind(prior=_paper_goat()),
     "alibi": AttentionKind(prior=_alibi),
     "rope": AttentionKind(rotary=_rotary),
     "interpolated_rope": AttentionKind(rotary=_rotary, interpolated=True, trained_as="rope"),
@@ -126,12 +192,24 @@ ATTENTION_KINDS = {
     "sinusoidal": AttentionKind(embedding="sinusoidal"),
     "learned": AttentionKind(embedding="learned"),
     "none": AttentionKind(),
-    "rotary_goat": AttentionKind(prior=_goat(), rotary=_rotary),
+    # Priors on rotary content.
+    "local_rotary_goat": AttentionKind(prior=_goat, rotary=_local_rotary),
+    "rotary_goat": AttentionKind(prior=_paper_goat(), rotary=_rotary),
     "rotary_recency": AttentionKind(prior=_recency, rotary=_rotary),
-    "local_rotary_goat": AttentionKind(prior=_goat(), rotary=_local_rotary),
+    # Parts alone, and the whole without one.
     "recency_only": AttentionKind(prior=_recency),
-    "relative_only": AttentionKind(prior=_relative),
+    "relative_only": AttentionKind(prior=_waves),
     "sink_only": AttentionKind(prior=_sink),
-    "growing_goat": AttentionKind(prior=_goat(), scores_grow=True),
+    "without_waves": AttentionKind(prior=_sum(_recency, _sink)),
+    "one_wave": AttentionKind(prior=_paper_goat(num_frequencies=1)),
+    "sixteen_waves": AttentionKind(prior=_paper_goat(num_frequencies=16)),
+    # What might keep a prior extrapolating.
+    "tied_waves": AttentionKind(prior=_tied_goat),
+    "shared_waves": AttentionKind(prior=_sum(_shared_waves, _recency, _shared_sink)),
+    "held_sink": AttentionKind(prior=_sum(_waves, _recency, _held_sink)),
+    "floored_slopes": AttentionKind(prior=_sum(_waves, _floored_recency, _sink)),
+    "growing_scores": AttentionKind(prior=_paper_goat(), scores_grow=True),
+    "tied_slopes": AttentionKind(prior=_sum(_tied_recency, _first_token)),
+    "half_global": AttentionKind(prior=_sum(_half_global_recency, _first_token)),
     "growing_none": AttentionKind(scores_grow=True),
 }

@@ -63,6 +63,7 @@ class CopyReader(nn.Module):
         self.embedding = nn.Embedding(config.vocabulary_size, config.embed_dim)
         prior = goat_prior(
             config.num_heads,
+            form="paper",
             num_frequencies=config.num_frequencies,
             min_period=config.min_period,
             max_period=config.max_period,

@@ -15,20 +15,32 @@ __all__ = ["AblationRecipe", "ablations"]
 
 #: Name of the attention -> what it is made of.
 VARIANTS = {
-    "rope": "rotary content",
-    "ntk_rope": "rotary content, NTK-aware scaling",
-    "learned": "learned absolute positions",
+    "goat": "split: local heads, global heads",
+    "local_rotary_goat": "split, local heads rotary",
+    "rope": "RoPE",
+    "ntk_rope": "RoPE, NTK-aware scaling",
+    "alibi": "ALiBi: fixed slopes",
     "none": "no positions",
-    "alibi": "fixed slopes",
-    "recency_only": "learned slopes",
-    "relative_only": "waves",
-    "sink_only": "u(j)",
-    "paper_goat": "the paper's prior: waves, learned slopes, u(j)",
-    "goat": "the default prior",
+    "paper_goat": "paper: waves, slopes, u(j)",
+    "rotary_goat": "paper, on rotary content",
+    "rotary_recency": "slopes, on rotary content",
+    "recency_only": "slopes alone",
+    "relative_only": "waves alone",
+    "sink_only": "u(j) alone",
+    "without_waves": "paper without waves",
+    "one_wave": "paper, one frequency",
+    "sixteen_waves": "paper, 16 frequencies",
+    "tied_waves": "paper, waves within the training length",
+    "shared_waves": "paper, waves and u(j) shared by heads",
+    "held_sink": "paper, u(j) constant beyond training",
+    "floored_slopes": "paper, slopes above half of ALiBi's",
+    "growing_scores": "paper, scores times ln(length)",
+    "tied_slopes": "slopes up to 8 training lengths",
+    "half_global": "half of the heads global, no waves",
 }
 
 #: Variants that run with every seed.
-REPEATED = ("rope", "alibi", "paper_goat", "goat")
+REPEATED = ("rope", "alibi", "paper_goat", "goat", "local_rotary_goat")
 
 
 @dataclass(frozen=True)
@@ -89,7 +101,7 @@ def ablations(scale: str = "laptop") -> AblationRecipe:
     sizes = {"num_layers": 2, "embed_dim": 64, "num_heads": 4}
     if not is_small:
         sizes = {"num_layers": 4, "embed_dim": 256, "num_heads": 8}
-    names = ("rope", "alibi", "paper_goat", "goat") if is_small else tuple(VARIANTS)
+    names = REPEATED if is_small else tuple(VARIANTS)
     decoders = tuple(
         DecoderConfig(
             name,
