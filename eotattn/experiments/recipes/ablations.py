@@ -153,5 +153,5 @@ _H200 = TrainingConfig(
 )
 
 #: Scale -> training on language and on retrieval.
-_TRAINING = {"smoke": (_SMOKE, _SMOKE), "laptop": (_LAPTOP, replace(_LAPTOP, steps=1600))}
+_TRAINING = {"smoke": (_SMOKE, _SMOKE), "laptop": (_LAPTOP, replace(_LAPTOP, steps=1200))}
 _H200_TRAINING = (_H200, replace(_H200, steps=1200))

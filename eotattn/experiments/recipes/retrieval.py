@@ -107,7 +107,7 @@ _PAPER_TRAINING = TrainingConfig(
 _TRAINING = {
     "smoke": TrainingConfig(steps=4, batch_size=4, warmup_steps=1, log_every=2),
     "laptop": TrainingConfig(
-        steps=1600,
+        steps=1200,
         batch_size=32,
         learning_rate=3e-3,
         prior_learning_rate=3e-3,
