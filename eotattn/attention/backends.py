@@ -25,7 +25,7 @@ BACKENDS = ("sdpa", "varlen", "flex", "reference")
 
 def choose(call: AttentionCall) -> str:
     """The first backend that can serve the call, fastest first as measured."""
-    return next(name for name in preference(call.masks) if refusal(name, call) is None)
+    return next(name for name in preference(call.masks, call.query.shape[2]) if refusal(name, call) is None)
 
 
 def refusal(name: str, call: AttentionCall) -> str | None:

@@ -41,7 +41,7 @@ class KeyValueCache:
 
     Attributes:
         length: Slots filled so far.
-        step: What the last decoding step looked like and its scale, if the next one can do without checks.
+        step: What the last decoding step looked like, its scale and window, if the next one can do without checks.
 
     Example:
         >>> cache = KeyValueCache(1, 2, max_length=8, key_width=4, value_width=4)
@@ -80,7 +80,7 @@ class KeyValueCache:
         self._padding = torch.zeros(batch_size, max_length, dtype=torch.bool, device=device)
         self._has_padding = False
         self._widen_values()
-        self.step: tuple[tuple[Any, ...], float] | None = None
+        self.step: tuple[tuple[Any, ...], float, int | None] | None = None
 
     @property
     def keys(self) -> Tensor:
@@ -156,7 +156,7 @@ class KeyValueCache:
         positions, end = self.next_positions(count, padding), start + count
         self._write(key, value, padding)
         if padding is not None and not isinstance(positions, range):
-            self._has_padding = True
+            self._has_padding, self.step = True, None
             self._padding[:, start:end], self._positions[:, start:end] = padding, positions
             self._expect_no_padding(start)
             self._widen_values()

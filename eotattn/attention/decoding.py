@@ -37,22 +37,30 @@ def step_again(
     known = cache.step
     if known is None or not cache.has_room(1) or known[0] != _signature(query, key, value, prior, options):
         return None
-    operands = cache.operands_after(query, key, value, prior, scale=known[1])
+    _, scale, window = known
+    operands = cache.operands_after(query, key, value, prior, scale=scale)
     if operands is None:
         return None
-    output = sdpa.attend(*operands, scale=known[1])
+    query, key, value = operands
+    if window is not None:
+        key, value = key[:, :, -window:], value[:, :, -window:]
+    output = sdpa.attend(query, key, value, scale=scale)
     return output if output.shape[-1] == cache.value_width else output[..., : cache.value_width]
 
 
 def remember_step(
-    content: tuple[Tensor, Tensor, Tensor], call: AttentionCall, backend: str, options: tuple[Any, ...]
+    content: tuple[Tensor, Tensor, Tensor],
+    call: AttentionCall,
+    window: int | None,
+    backend: str,
+    options: tuple[Any, ...],
 ) -> None:
     """Let :func:`step_again` serve steps like ``call``, whose new tokens had ``content``, if that is all they need."""
-    cache, masks = call.cache, call.masks
-    alone = masks.dense is None and masks.band is None and call.query.shape[2] == 1
+    cache = call.cache
+    alone = call.masks.dense is None and call.query.shape[2] == 1  # the one query sees the last keys, or all
     same = call.query is content[0]  # not cast for autocast
     if cache is not None and backend == "sdpa" and alone and same and not call.dropout_p:
-        cache.step = _signature(*content, call.prior, options), call.scale
+        cache.step = _signature(*content, call.prior, options), call.scale, window
 
 
 def _signature(

@@ -88,9 +88,9 @@ def prior_attention(
         torch.Size([1, 2, 5, 8])
     """
     check_choice("prior_attention", "backend", backend, ("auto", *BACKENDS))
-    content, options = (query, key, value), (is_causal, scale, dropout_p, backend)
+    content, options = (query, key, value), (is_causal, window, scale, dropout_p, backend)
     if cache is not None:
-        is_step = attn_mask is None and key_padding_mask is None and window is None and not return_weights
+        is_step = attn_mask is None and key_padding_mask is None and not return_weights
         _check_left_to_cache(query, key, query_positions, key_positions, documents)
         if is_step and (output := step_again(*content, prior, cache, options)) is not None:
             return output
@@ -121,7 +121,7 @@ def prior_attention(
     with without_autocast(call.query.device):
         output, weights = run(chosen, call)
     if cache is not None and is_step:
-        remember_step(content, call, chosen, options)
+        remember_step(content, call, window, chosen, options)
     return (output, weights) if return_weights and weights is not None else output
 
 

@@ -44,12 +44,15 @@ TIMES: dict[str, dict[str, Times]] = {
 }
 
 
-def pattern_of(masks: Masks) -> str:
-    """Whether queries see the ``"whole"`` triangle or square, or a ``"part"`` that a kernel can skip the rest of."""
+def pattern_of(masks: Masks, queries: int) -> str:
+    """Whether queries see the ``"whole"`` triangle or square, or a ``"part"`` that a kernel can skip the rest of.
+
+    What a single query sees is a slice of the keys, and so the whole of them.
+    """
     is_part = masks.documents is not None or (masks.band is not None and not masks.band.is_triangle)
-    return "part" if is_part else "whole"
+    return "part" if is_part and queries > 1 else "whole"
 
 
-def preference(masks: Masks) -> tuple[str, ...]:
+def preference(masks: Masks, queries: int) -> tuple[str, ...]:
     """Backends for calls with these masks, the fastest first."""
-    return tuple(TIMES[pattern_of(masks)])
+    return tuple(TIMES[pattern_of(masks, queries)])
