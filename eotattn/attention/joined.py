@@ -38,7 +38,7 @@ def joined(call: AttentionCall) -> tuple[Tensor, Tensor] | None:
     parts = prior.expansions(query.dtype)
     if parts is None:
         return None
-    coefficients = [tensor for part in parts for tensor in part.coefficients]
+    coefficients = [tensor.contiguous() for part in parts for tensor in part.coefficients]
     if join.refusal(query, key, coefficients) is not None or not _one_row(call.query_positions, call.key_positions):
         return None
     padding = call.masks.padding.contiguous() if call.masks.padding is not None and call.masks.dense is None else None

@@ -80,8 +80,6 @@ def refusal(query: Tensor, key: Tensor, coefficients: Sequence[Tensor]) -> str |
     for tensor in coefficients:
         if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.dtype != torch.float32:
             return "it takes coefficients in float32"
-        if not tensor.is_contiguous():
-            return "it takes contiguous coefficients"
     return None
 
 
@@ -92,7 +90,7 @@ def join(query: Tensor, key: Tensor, made: Join, coefficients: Sequence[Tensor])
         query: (B, H, Q, D).
         key: (B, H / G, K, D).
         made: The lanes.
-        coefficients: Learned numbers in the order of the layout, each (H,) or (H, n), float32.
+        coefficients: Learned numbers in the order of the layout, each (H,) or (H, n), float32, contiguous.
 
     Returns:
         (B, H, Q, W) and (B, H / G, K, W), tokens before heads in memory. Gradients reach the content and the

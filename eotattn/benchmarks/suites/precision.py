@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from eotattn.attention import prior_attention
+from eotattn.attention.call import AttentionCall
+from eotattn.attention.joined import joined
 from eotattn.benchmarks import peers
 from eotattn.benchmarks.oracle import causal_rows, relative_error
 from eotattn.benchmarks.suites.configuration import Configuration
@@ -42,14 +45,15 @@ def _total_variation(config: Configuration, length: int, heads: int = 12, num_ro
     device, dtype = config.place["device"], config.place["dtype"]
     near, num_rows = min(length, 8192), min(num_rows, length)
     prior = RecencyPrior(heads).to(device)
-    queries, keys = torch.arange(length - num_rows, length, device=device), torch.arange(length, device=device)
+    ends = range(length - num_rows, length), range(length)
+    queries, keys = (torch.arange(end.start, end.stop, device=device) for end in ends)
     with torch.no_grad():
         future = keys[-near:] > queries[:, None]
         exact = prior.dense(queries, keys[-near:], dtype=torch.float64).masked_fill(future, float("-inf")).softmax(-1)
-        split, single = (prior.lanes(queries, keys, dtype=kind) for kind in (dtype, torch.float32))
+        single = prior.lanes(queries, keys, dtype=torch.float32)
         found = []
-        for name, lanes in (("digit lanes", (split.query, split.key)), ("one lane", (single.query, single.key))):
-            query, key = (functional.pad(side.to(dtype), (64 - side.shape[-1], 0)) for side in lanes)
+        for name, sides in (("digit lanes", _carried(prior, *ends, config)), ("one lane", (single.query, single.key))):
+            query, key = (functional.pad(side.to(dtype), (64 - side.shape[-1], 0)) for side in sides)
             key = key.expand(heads, -1, -1)
             scores = torch.cat([_scores(query, part) for part in key[:, -near:].split(256, dim=1)], dim=-1)
             scores = scores.masked_fill(future, float("-inf"))
@@ -61,6 +65,19 @@ def _total_variation(config: Configuration, length: int, heads: int = 12, num_ro
             row = {"quantity": "total variation", "length": length, "name": name, "value": float(variation.max())}
             found.append({**row, "mean": float(variation.mean())})
     return found
+
+
+def _carried(prior: RecencyPrior, queries: range, keys: range, config: Configuration) -> tuple[Tensor, Tensor]:
+    """What a fused call with content zero carries: (H, Q, W) and (1, K, W)."""
+    query, key = (
+        torch.zeros(1, heads, len(at), 8, **config.place) for heads, at in ((prior.num_heads, queries), (1, keys))
+    )
+    at: dict[str, Any] = {"query_positions": queries, "key_positions": keys}
+    pair = joined(AttentionCall.check(query, key, key, prior=prior, scale=1.0, **at))
+    if pair is not None:
+        return pair[0][0], pair[1][0]
+    lanes = prior.lanes(*(torch.tensor(side, device=query.device) for side in (queries, keys)), dtype=query.dtype)
+    return lanes.query, lanes.key
 
 
 def _scores(query: Tensor, key: Tensor) -> Tensor:
