@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from eotattn.attention import backends
 from eotattn.attention.backends import BACKENDS, choose, refusal, run
 from eotattn.attention.cache import KeyValueCache
 from eotattn.attention.call import AttentionCall, without_autocast
@@ -90,7 +91,8 @@ def prior_attention(
     check_choice("prior_attention", "backend", backend, ("auto", *BACKENDS))
     content, options = (query, key, value), (is_causal, window, scale, dropout_p, backend)
     if cache is not None:
-        is_step = attn_mask is None and key_padding_mask is None and not return_weights
+        is_watched = run is not backends.run  # who listens in on calls sees every one
+        is_step = attn_mask is None and key_padding_mask is None and not return_weights and not is_watched
         _check_left_to_cache(query, key, query_positions, key_positions, documents)
         if is_step and (output := step_again(*content, prior, cache, options)) is not None:
             return output

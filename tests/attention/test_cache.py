@@ -9,7 +9,7 @@ from attention.oracles import normal
 from priors.cases import off_neutral
 from tolerances import assert_close
 
-from eotattn.attention import KeyValueCache, PriorAttention, Rotary, prior_attention
+from eotattn.attention import KeyValueCache, PriorAttention, Rotary, functional, prior_attention
 from eotattn.attention.key_storage import AHEAD
 from eotattn.priors import RecencyPrior, SinkPrior, TablePrior, goat_prior
 
@@ -278,3 +278,13 @@ def test_a_full_cache_takes_no_more_steps():
     with pytest.raises(ValueError, match="leave room in 10 slots; got '11 tokens'"):
         steps(inputs, prior, cache, [1], start=10)
     assert cache.length == 10
+
+
+def test_who_listens_sees_every_step(monkeypatch):
+    """Capture stands in for ``functional.run``; a step that needs no checks must not pass it by."""
+    prior, inputs, seen = PRIORS["goat"](), content(), []
+    cache, run = cache_for(prior), functional.run
+    steps(inputs, prior, cache, [8, 1, 1])
+    monkeypatch.setattr(functional, "run", lambda name, call: seen.append(call.key.shape[2]) or run(name, call))
+    steps(inputs, prior, cache, [1, 1, 1], start=10)
+    assert seen == [11, 12, 13]
