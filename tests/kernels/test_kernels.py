@@ -107,6 +107,11 @@ def test_kernel_width(width):
     assert width <= on_gpu < width + 8
 
 
+@pytest.mark.parametrize(("width", "on_gpu"), [(65, 80), (80, 80), (104, 112), (128, 128), (141, 144)])
+def test_wide_kernels_come_in_larger_steps(width, on_gpu):
+    assert sdpa.kernel_width(width, torch.device("cuda")) == on_gpu
+
+
 def test_reference_does_not_hide_nan():
     """A row of NaN is an error upstream, not a row without admissible keys."""
     query, key, value = content()
