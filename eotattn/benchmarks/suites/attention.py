@@ -21,6 +21,7 @@ from eotattn.benchmarks.oracle import causal_rows, relative_error
 from eotattn.benchmarks.suites.configuration import Configuration
 from eotattn.benchmarks.suites.inputs import content, gpt_prior, measured, output_of, trained
 from eotattn.benchmarks.timing import Candidate, Row
+from eotattn.kernels.sdpa import WIDTH_STEP, kernel_width
 from eotattn.priors import LogPrior, RecencyPrior, goat_prior
 
 __all__ = ["attention"]
@@ -133,7 +134,7 @@ def _lane_candidates(subject: _Subject) -> Iterator[Candidate]:
     paper = goat_prior(subject.heads, num_frequencies=4)
     for name, prior in (("recency + sink", gpt_prior(subject.heads)), ("GOAT, 4 frequencies", paper)):
         trained(prior, subject.config)
-        lanes, ours = prior.num_lanes(dtype), partial(partial, _fused, prior)
+        lanes, ours = -(-prior.num_lanes(dtype) // WIDTH_STEP) * WIDTH_STEP, partial(partial, _fused, prior)
         if lanes < subject.width:
             narrow = subject.widened(-lanes)
             yield subject.candidate(f"eotattn, {name}, reserved", ours, prior=prior, inputs=narrow)
@@ -141,7 +142,7 @@ def _lane_candidates(subject: _Subject) -> Iterator[Candidate]:
             within = f"SDPA alone, {name} within its columns"
             yield subject.candidate(within, alone, inputs=subject.joined(prior))
         yield subject.candidate(f"eotattn, {name}, appended", ours, prior=prior)
-    wide = -(-(subject.width + lanes) // 8) * 8 - subject.width
+    wide = kernel_width(subject.width + lanes, subject.inputs[0].device) - subject.width
     plain = partial(partial, _plain, scale=subject.scale)
     yield subject.candidate(f"SDPA alone, {wide} columns more", plain, inputs=subject.widened(wide))
     yield subject.candidate("FlashBias as SDPA, GOAT, 4 frequencies", partial(partial, _flashbias, paper), prior=paper)
