@@ -112,7 +112,7 @@ SOURCES = [
     ("whole", "flex", "bench_attention", {"width": "64"}, "FlexAttention, learnable slopes"),
     ("part", "varlen", "bench_patterns", {"pattern": "documents"}, "eotattn, recency + sink, varlen"),
     ("part", "sdpa", "bench_patterns", {"pattern": "documents"}, "eotattn, recency + sink, sdpa"),
-    ("part", "flex", "bench_patterns", {"pattern": "documents"}, "eotattn, recency + sink, flex"),
+    ("part", "flex", "bench_patterns", {"pattern": "documents"}, "eotattn, no prior, flex"),
 ]
 
 

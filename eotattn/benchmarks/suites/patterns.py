@@ -20,6 +20,7 @@ from eotattn.priors import LogPrior
 
 __all__ = ["patterns"]
 
+
 def patterns(config: Configuration) -> list[Row]:
     """Windows and documents against the whole causal triangle: forward, and forward and backward."""
     rows: list[Row] = []
@@ -30,13 +31,16 @@ def patterns(config: Configuration) -> list[Row]:
         "window": {"window": small},
         "documents": {"documents": PackedDocuments(lengths)},
     }
-    backends = ("sdpa",) if config.device == "cpu" else ("varlen", "sdpa", "flex")
+    backends = ("sdpa",) if config.device == "cpu" else ("varlen", "sdpa")
     sides = [content(config, batch, heads, length, width) for _ in range(3)]
     for pattern, arguments in asked.items():
         for learns in (False, True):
             candidates = [Candidate("SDPA, whole triangle", partial(_timed, _whole, sides, (), learns))]
             for name, prior in (("no prior", None), ("recency + sink", trained(gpt_prior(heads), config))):
-                for backend in backends:
+                compiled = (
+                    ("flex",) if config.device != "cpu" and prior is None else ()
+                )  # each takes seconds to compile
+                for backend in (*backends, *compiled):
                     attend = partial(_attend, prior, backend, arguments)
                     learned = () if prior is None else tuple(prior.parameters())
                     error = None if learns else partial(_error, attend, sides, prior, arguments)
