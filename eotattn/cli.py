@@ -6,6 +6,7 @@ A subcommand is one function that adds its parser and names what it calls; :data
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -50,6 +51,8 @@ def _train(arguments: argparse.Namespace) -> int:
     from eotattn.experiments.runs import RunsFailedError
 
     options = {name: getattr(arguments, name) for name in ("scale", "out", "jobs", "only", "fresh")}
+    # A machine that is taken away says so by SIGTERM: end like Ctrl-C, which ends the other processes too.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         make_runs(arguments.figure, **options)
     except RunsFailedError as error:
@@ -58,6 +61,8 @@ def _train(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("eotattn: interrupted; finished runs are kept, the same command continues", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 

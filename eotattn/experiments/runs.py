@@ -206,7 +206,7 @@ def _work(pipe: connection.Connection, store: RunFolder, threads: int, device: i
         while True:
             outcome = _attempt(pipe.recv(), store)
             pipe.send(None if isinstance(outcome, Record) else outcome)
-    except EOFError:
+    except (EOFError, BrokenPipeError):
         return
 
 

@@ -179,7 +179,8 @@ if __name__ == "__main__":
 """
 
 
-def test_ctrl_c_ends_all_processes_and_keeps_what_is_finished(tmp_path):
+@pytest.mark.parametrize("how", ["ctrl-c", "terminated"])
+def test_ctrl_c_ends_all_processes_and_keeps_what_is_finished(tmp_path, how):
     script = tmp_path / "script.py"
     script.write_text(INTERRUPTED)
     command = [sys.executable, str(script), str(Path(__file__).parent), str(tmp_path)]
@@ -190,7 +191,10 @@ def test_ctrl_c_ends_all_processes_and_keeps_what_is_finished(tmp_path):
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)
+    if how == "ctrl-c":
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    else:
+        process.terminate()
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
     assert errors.decode().strip() == "eotattn: interrupted; finished runs are kept, the same command continues"
