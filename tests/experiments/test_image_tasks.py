@@ -132,8 +132,10 @@ def test_folder_of_one_class_is_refused(tmp_path):
         FolderImages.scan(tmp_path)
 
 
-@pytest.mark.parametrize(("library", "call"), [("sklearn", load_digits), ("PIL", lambda: FolderImages.scan("."))])
-def test_missing_libraries_are_named(library, call, monkeypatch):
+@pytest.mark.parametrize(
+    ("extra", "call"), [("experiments", load_digits), ("data", lambda: FolderImages.scan("."))], ids=["digits", "files"]
+)
+def test_missing_libraries_are_named(extra, call, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'eotattn\[data\]'"):
+    with pytest.raises(ModuleNotFoundError, match=rf"pip install 'eotattn\[{extra}\]'"):
         call()

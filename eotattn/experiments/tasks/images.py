@@ -138,7 +138,9 @@ def load_digits() -> StoredImages:
         Alpaydin and Kaynak 1998, the test set of *Optical Recognition of Handwritten Digits* (UCI).
     """
     if importlib.util.find_spec("sklearn") is None:
-        message = "load_digits: the library 'scikit-learn' is missing. Install it with pip install 'eotattn[data]'."
+        message = (
+            "load_digits: the library 'scikit-learn' is missing. Install it with pip install 'eotattn[experiments]'."
+        )
         raise ModuleNotFoundError(message)
     from sklearn import datasets
 

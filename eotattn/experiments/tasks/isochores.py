@@ -7,37 +7,16 @@ A token is a base: 0 A, 1 C, 2 G, 3 T.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from eotattn.checks import check_positive, check_positive_int, require
+from eotattn.experiments.tasks.isochore_walk import NOTHING, HiddenStates, Walk
 
 __all__ = ["IsochoreModel"]
 
 A, C, G, T = range(4)
-#: Row of the background table that stands for "no base before this one".
-NOTHING = 4
-
-
-class _States(NamedTuple):
-    """One number a hidden state: probabilities, or emissions.
-
-    Attributes:
-        background: (..., C).
-        tandem: (..., C, P).
-        element: (..., C, F, K).
-    """
-
-    background: Tensor
-    tandem: Tensor
-    element: Tensor
-
-    def flat(self) -> Tensor:
-        """(..., S), all states in one axis."""
-        parts = (self.background, self.tandem, self.element)
-        return torch.cat([part.flatten(self.background.dim() - 1) for part in parts], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -113,7 +92,7 @@ class IsochoreModel:
         fits = fits and abs(sum(self.class_shares) - 1) < 1e-9
         rule = f"be {len(self.gc_fractions)} shares that sum to one"
         require(fits, owner, "class_shares", rule, self.class_shares, "Pass one share a class")
-        leaves = 1 / self.segment_length + self._tandem_rate + self._element_rate if self._background > 0 else 2.0
+        leaves = 1 / self.segment_length + self.tandem_rate + self.element_rate if self._background > 0 else 2.0
         rule = "leave room for background between repeats"
         got = (self.tandem_share, self.element_share)
         require(leaves < 1, owner, "tandem_share and element_share", rule, got, "Lower them or lengthen repeats")
@@ -126,12 +105,12 @@ class IsochoreModel:
         return 1 - self.tandem_share - self.element_share
 
     @property
-    def _tandem_rate(self) -> float:
+    def tandem_rate(self) -> float:
         """Probability that a tandem repeat follows a background base."""
         return self.tandem_share / (self._background * self.tandem_length)
 
     @property
-    def _element_rate(self) -> float:
+    def element_rate(self) -> float:
         """Probability that an interspersed repeat follows a background base; its mean length is (K + 1) / 2."""
         return 2 * self.element_share / (self._background * (self.family_length + 1))
 
@@ -150,7 +129,7 @@ class IsochoreModel:
         table[C, :, A] += (1 - self.cpg_depletion) * composition[:, G]
         return table
 
-    def _stationary(self) -> _States:
+    def _stationary(self) -> HiddenStates:
         """Share of bases in every hidden state; the class does not depend on the rule."""
         shares = torch.tensor(self.class_shares, dtype=torch.float64)
         periods, families = len(self.periods), 2 * self.num_families
@@ -158,7 +137,7 @@ class IsochoreModel:
         reached = torch.arange(1, self.family_length + 1, dtype=torch.float64)
         place = reached / reached.sum() / families  # the k-th base is in every copy that begins at or before it
         element = shares[:, None, None] * self.element_share * place.expand(families, -1)
-        return _States(shares * self._background, tandem, element)
+        return HiddenStates(shares * self._background, tandem, element)
 
     # Likelihood ---------------------------------------------------------------------------------------------------
 
@@ -173,23 +152,23 @@ class IsochoreModel:
         """
         return self._filter(tokens)[0]
 
-    def _filter(self, tokens: Tensor) -> tuple[Tensor, _States]:
+    def _filter(self, tokens: Tensor) -> tuple[Tensor, HiddenStates]:
         """Surprisals, and the probability of every hidden state of the base after the last (forward algorithm)."""
         self._check_tokens(tokens)
         tokens = tokens.long()
-        state = _States(*(part.expand(tokens.shape[0], *part.shape) for part in self._stationary()))
+        state = HiddenStates(*(part.expand(tokens.shape[0], *part.shape) for part in self._stationary()))
         table, families = self.background_table(), self.families()
         surprisals = []
         for t in range(tokens.shape[1]):
             emission = self._emission(tokens[:, : t + 1], table, families)
-            joint = _States(*(p * e for p, e in zip(state, emission, strict=True)))
+            joint = HiddenStates(*(p * e for p, e in zip(state, emission, strict=True)))
             probability = joint.flat().sum(-1)
             surprisals.append(-probability.log())
             scale = 1 / probability
-            state = self._advance(_States(*(torch.einsum("b...,b->b...", part, scale) for part in joint)))
+            state = self._advance(HiddenStates(*(torch.einsum("b...,b->b...", part, scale) for part in joint)))
         return torch.stack(surprisals, dim=-1), state
 
-    def _emission(self, seen: Tensor, table: Tensor, families: Tensor) -> _States:
+    def _emission(self, seen: Tensor, table: Tensor, families: Tensor) -> HiddenStates:
         """Probability that each hidden state makes the last base of ``seen`` (B, t + 1)."""
         last, t = seen[:, -1], seen.shape[1] - 1
         before = seen[:, -2] if t > 0 else torch.full_like(last, NOTHING)
@@ -199,23 +178,23 @@ class IsochoreModel:
             for period in self.periods
         ]
         element = self._copied(families == last[:, None, None], background[..., None, None])
-        return _States(background, torch.stack(copies, dim=-1), element)
+        return HiddenStates(background, torch.stack(copies, dim=-1), element)
 
     def _copied(self, same: Tensor, background: Tensor) -> Tensor:
         """Probability of a base of a repeat, which is as in the original or replaced."""
         return (1 - self.divergence) * same.unsqueeze(1).double() + self.divergence * background
 
-    def _advance(self, state: _States) -> _States:
+    def _advance(self, state: HiddenStates) -> HiddenStates:
         """Probabilities of the hidden states of the next base."""
         background, tandem, element = state
         new_class, ends = 1 / self.segment_length, 1 / self.tandem_length
-        stays = 1 - new_class - self._tandem_rate - self._element_rate
+        stays = 1 - new_class - self.tandem_rate - self.element_rate
         drawn = background.sum(-1, keepdim=True) * torch.tensor(self.class_shares, dtype=torch.float64)
         ended = tandem.sum(-1) * ends + element[..., -1].sum(-1)
-        begun = background[..., None, None] * self._element_rate / (element.shape[-2] * element.shape[-1])
+        begun = background[..., None, None] * self.element_rate / (element.shape[-2] * element.shape[-1])
         moved = torch.cat([torch.zeros_like(element[..., :1]), element[..., :-1]], dim=-1) + begun
-        copying = tandem * (1 - ends) + background[..., None] * self._tandem_rate / tandem.shape[-1]
-        return _States(stays * background + new_class * drawn + ended, copying, moved)
+        copying = tandem * (1 - ends) + background[..., None] * self.tandem_rate / tandem.shape[-1]
+        return HiddenStates(stays * background + new_class * drawn + ended, copying, moved)
 
     def _check_tokens(self, tokens: Tensor) -> None:
         is_integer = not tokens.is_floating_point() and tokens.dim() == 2 and tokens.numel() > 0
@@ -240,7 +219,7 @@ class IsochoreModel:
         check_positive_int("IsochoreModel.sample", "count", count)
         check_positive_int("IsochoreModel.sample", "length", length)
         generator = torch.Generator().manual_seed(seed)
-        start = _States(*(part.expand(count, *part.shape) for part in self._stationary()))
+        start = HiddenStates(*(part.expand(count, *part.shape) for part in self._stationary()))
         empty = torch.empty(count, 0, dtype=torch.uint8)
         return self._simulate(start, empty, length, generator)
 
@@ -259,9 +238,9 @@ class IsochoreModel:
         generator = torch.Generator().manual_seed(seed)
         return self._simulate(self._filter(tokens)[1], tokens.to(torch.uint8), length, generator)
 
-    def _simulate(self, start: _States, history: Tensor, length: int, generator: torch.Generator) -> Tensor:
+    def _simulate(self, start: HiddenStates, history: Tensor, length: int, generator: torch.Generator) -> Tensor:
         """Draw hidden states from ``start``, then walk: (B, length) bases that follow ``history`` (B, any)."""
-        walk = _Walk.begin(self, start, generator)
+        walk = Walk.begin(self, start, generator)
         known = history.shape[1]
         columns = torch.empty(known + length, history.shape[0], dtype=torch.uint8)  # a base of all walkers is one run
         columns[:known] = history.T
@@ -269,72 +248,3 @@ class IsochoreModel:
             columns[t] = walk.emit(columns, t)
             walk.step()
         return columns[known:].T.contiguous()
-
-
-@dataclass
-class _Walk:
-    """B walkers on the hidden states.
-
-    Attributes:
-        kind: (B,) class of each.
-        rule: (B,) 0 background, then the tandem periods, then the bases of the families, family by family.
-    """
-
-    model: IsochoreModel
-    generator: torch.Generator
-    kind: Tensor
-    rule: Tensor
-
-    def __post_init__(self) -> None:
-        model = self.model
-        self.cumulative = model.background_table().cumsum(-1)
-        self.families = model.families().flatten()
-        self.periods = torch.tensor((0, *model.periods))
-        self.shares = torch.tensor(model.class_shares, dtype=torch.float64).cumsum(-1)
-
-    @classmethod
-    def begin(cls, model: IsochoreModel, start: _States, generator: torch.Generator) -> _Walk:
-        """Draw every walker's state from the probabilities ``start``."""
-        kinds, periods = len(model.class_shares), len(model.periods)
-        by_rule = torch.cat([start.background.unsqueeze(-1), start.tandem, start.element.flatten(-2)], dim=-1)
-        cumulative = by_rule.flatten(1).cumsum(-1)
-        uniform = torch.rand(len(cumulative), 1, generator=generator, dtype=torch.float64)
-        drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(-1)
-        width = 1 + periods + 2 * model.num_families * model.family_length
-        assert by_rule.shape[1:] == (kinds, width)
-        return cls(model, generator, drawn // width, drawn % width)
-
-    def emit(self, columns: Tensor, t: int) -> Tensor:
-        """(B,) uint8: the next bases, at place ``t`` after ``columns[:t]`` (t, B)."""
-        before = columns[t - 1].long() if t > 0 else torch.full_like(self.kind, NOTHING)
-        base = (self._uniform()[:, None] >= self.cumulative[before, self.kind]).sum(-1).clamp(max=T)
-        first_element = len(self.periods)
-        in_tandem, in_element = (self.rule > 0) & (self.rule < first_element), self.rule >= first_element
-        back = t - self.periods[self.rule.clamp(max=first_element - 1)]
-        copied = columns[back.clamp(min=0), torch.arange(len(back))].long()
-        copied = torch.where(in_element, self.families[(self.rule - first_element).clamp(min=0)], copied)
-        copies = (in_element | (in_tandem & (back >= 0))) & (self._uniform() >= self.model.divergence)
-        return torch.where(copies, copied, base).to(torch.uint8)
-
-    def step(self) -> None:
-        """Move every walker to the state of the next base."""
-        model, first_element = self.model, len(self.periods)
-        count = 2 * model.num_families * model.family_length
-        drawn, which = self._uniform(), self._uniform()
-        new_class = 1 / model.segment_length
-        tandem_below = new_class + model._tandem_rate
-        element_below = tandem_below + model._element_rate
-        outside, in_element = self.rule == 0, self.rule >= first_element
-        redrawn = (which[:, None] >= self.shares).sum(-1).clamp(max=len(self.shares) - 1)
-        self.kind = torch.where(outside & (drawn < new_class), redrawn, self.kind)
-        to_tandem = outside & (drawn >= new_class) & (drawn < tandem_below)
-        to_element = outside & (drawn >= tandem_below) & (drawn < element_below)
-        at_end = in_element & ((self.rule - first_element) % model.family_length == model.family_length - 1)
-        ends = at_end | (~outside & ~in_element & (drawn < 1 / model.tandem_length))
-        rule = torch.where(in_element, self.rule + 1, self.rule)
-        rule = torch.where(to_tandem, 1 + (which * len(model.periods)).long(), rule)
-        rule = torch.where(to_element, first_element + (which * count).long(), rule)
-        self.rule = torch.where(ends, 0, rule)
-
-    def _uniform(self) -> Tensor:
-        return torch.rand(self.kind.shape, generator=self.generator, dtype=torch.float64)
