@@ -76,7 +76,7 @@ def row_statistics(
         softcap: c of c tanh(score / c), nats, positive; ``None`` for none.
         log_prior: Broadcastable to (B, H, Q, K), nats, or a function (start, stop) -> those rows, or the lanes of a
             prior; the prior part. Lanes state it up to a constant of each row, which moves both log-sum-exps alike and
-            nothing else.
+            nothing else, and within their ``error_bound``, which every statistic inherits.
         mask: Likewise; boolean with true where a query may attend, or floating and added to the prior part, with -inf
             or the dtype's lowest number at inadmissible keys.
         is_causal: Keys at later positions than the query are inadmissible.
