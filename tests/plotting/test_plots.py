@@ -13,7 +13,9 @@ from eotattn.diagnostics import sink_mass_by_score_range
 from eotattn.plotting import (
     OKABE_ITO,
     plot_causal_prior,
+    plot_cell_map,
     plot_key_only,
+    plot_lag_map,
     plot_length_curves,
     plot_relative,
     plot_row_centred,
@@ -109,3 +111,21 @@ def test_given_axes_are_used_and_returned():
 def test_bad_arrays_say_what_is_wrong(call, says):
     with pytest.raises(ValueError, match=says):
         call()
+
+
+def test_maps_of_grids_are_centred_with_lags_on_the_axes():
+    relative = np.arange(15.0).reshape(3, 5)
+    axes = plot_lag_map(relative)
+    (image,) = axes.images
+    np.testing.assert_allclose(image.get_array(), relative - relative.mean())
+    assert image.get_extent() == [-2.5, 2.5, 1.5, -1.5]
+    assert image.norm.vcenter == 0
+    assert axes.get_xlabel() == "column lag (cells)"
+    axes = plot_cell_map([[1.0, np.nan], [3.0, 5.0]])
+    shown = axes.images[0].get_array()
+    np.testing.assert_allclose(shown.compressed(), [-2.0, 0.0, 2.0])
+    assert shown.mask.tolist() == [[False, True], [False, False]]
+    with pytest.raises(ValueError, match=r"plot_lag_map: relative must have odd numbers of lags"):
+        plot_lag_map(np.zeros((2, 3)))
+    with pytest.raises(ValueError, match=r"plot_cell_map: the values must hold a finite value"):
+        plot_cell_map(np.full((2, 2), np.nan))

@@ -45,9 +45,9 @@ def analyze(  # noqa: PLR0913  (one argument an option of the command)
 
     Args:
         model: A Hugging Face model, or the folder of one (``config.json``, tokenizer, safetensors; library classes
-            only, never pickles or remote code).
+            only, never pickles or remote code), or any module that takes token ids (1, L).
         texts: At least one text of at least two tokens; the first one's tokens label the report.
-        tokenizer: Of a model that is given as an object.
+        tokenizer: Of a model that is given as an object; :class:`ByteTokenizer` for models of bytes.
         attention: Instead of model and texts: attention maps as :func:`eotattn.integrations.read_maps` takes them.
         out: Folder for tables, figures and ``report.html``; written when all is done. Nothing is written without.
         layers: Names or indices of layers; all by default.
@@ -161,5 +161,5 @@ def _run_text(
     """One text; the weights of the first one are certified."""
     device = next(model.parameters()).device
     with residuals(model) as norms, capture(model, layers, heads, certify=certify) as captured:
-        model(input_ids=ids.to(device))
+        model(ids.to(device))
     return TextFindings(captured.layers, captured.values, captured.certificates, norms)

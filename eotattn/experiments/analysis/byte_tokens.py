@@ -1,0 +1,40 @@
+"""Bytes as tokens: what the project's own language models read, in the form that an analysis asks of tokenizers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eotattn.checks import require
+
+__all__ = ["ByteTokenizer"]
+
+
+class ByteTokenizer:
+    """A text's UTF-8 bytes, 0 to 255, one token each.
+
+    Args:
+        model_max_length: Longest text, tokens; the positions of the model.
+
+    Example:
+        >>> tokenizer = ByteTokenizer(64)
+        >>> tokenizer("a b")["input_ids"], tokenizer.convert_ids_to_tokens([97, 32, 10])
+        (tensor([[97, 32, 98]]), ['a', '␣', '⏎'])
+    """
+
+    def __init__(self, model_max_length: int) -> None:
+        self.model_max_length = model_max_length
+
+    def __call__(self, text: str, *, max_length: int | None = None, **options: Any) -> dict[str, Tensor]:
+        """``{"input_ids": (1, L)}``, cut to ``max_length``; takes and needs no other option of tokenizers."""
+        known = {"truncation", "return_tensors", "verbose"}
+        unknown = sorted(set(options) - known)
+        require(not unknown, "ByteTokenizer", "options", f"be among {sorted(known)}", unknown, "Drop them")
+        return {"input_ids": torch.tensor([list(text.encode()[:max_length])], dtype=torch.int64)}
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        """Visible characters for ASCII, the byte's number for others."""
+        names = {32: "␣", 10: "⏎", 9: "⇥"}
+        return [names.get(i, chr(i) if 32 < i < 127 else f"<{i}>") for i in ids]
