@@ -101,8 +101,12 @@ class AttentionCall:
             check_positive_int(OWNER, "window", window)
             require(is_causal, OWNER, "window", "be left out without is_causal", window, "Pass is_causal=True")
         seen: Band | Tensor | None = None
-        if is_causal:
-            seen = causal_pattern(queries, keys, window) if documents is None else Band(0, window)
+        if is_causal and documents is not None:
+            seen = Band(0, window)
+        elif is_causal and cache is not None and window is None:
+            seen = Band(keys.length - queries.length)  # slots are in the order of positions, whatever is padding
+        elif is_causal:
+            seen = causal_pattern(queries, keys, window)
         shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
         masks = gather_masks(OWNER, shape, attn_mask, key_padding_mask, seen, documents)
         if attn_mask is not None or key_padding_mask is not None:

@@ -11,6 +11,7 @@ from tolerances import assert_close
 
 from eotattn.attention import KeyValueCache, PriorAttention, Rotary, functional, prior_attention
 from eotattn.attention.key_storage import AHEAD
+from eotattn.kernels import sdpa
 from eotattn.priors import RecencyPrior, SinkPrior, TablePrior, goat_prior
 
 B, H, HK, D, V, LENGTH = 2, 4, 2, 8, 5, 40
@@ -288,3 +289,18 @@ def test_who_listens_sees_every_step(monkeypatch):
     monkeypatch.setattr(functional, "run", lambda name, call: seen.append(call.key.shape[2]) or run(name, call))
     steps(inputs, prior, cache, [1, 1, 1], start=10)
     assert seen == [11, 12, 13]
+
+
+def test_a_padded_prompt_needs_no_square_mask(monkeypatch):
+    """Slots are in the order of positions, so the kernel's own triangle says all, and padding is a lane."""
+    prior, inputs, masks = PRIORS["goat"](), content(), []
+    padding = torch.zeros(B, LENGTH, dtype=torch.bool)
+    padding[1, :7] = True
+    attend = sdpa.attend
+    monkeypatch.setattr(sdpa, "attend", lambda *a, **named: masks.append(named["mask"]) or attend(*a, **named))
+    output = steps(inputs, prior, cache_for(prior), [LENGTH], key_padding_mask=padding)
+    assert masks == [None]
+    alone = [side[1:, :, 7:] for side in inputs]
+    expected = prior_attention(*alone, prior=prior, is_causal=True, backend="reference")
+    assert_close(output[1:, :, 7:], expected)
+    assert not output[1, :, :7].any()
