@@ -175,13 +175,12 @@ class PriorAttention(ProjectedHeads):
             at = (None, None)  # they say it themselves
         if self.appended is not None:
             require(documents is None, owner, "documents", "be left out with appended keys", documents, "Drop one")
-            length = content.key.shape[2]
-            known = length if cache is None else cache.length - self.appended.count + length
-            mask = self.appended.widen(mask, known, visible=True)
-            if cache is None:
-                padding = self.appended.widen(padding, length, visible=False)
-                at = (at[0], self.appended.positions(at[1], length, query.device))
-                content = Heads(content.query, *self.appended(content.key, content.value))
+            length = content.key.shape[2] + (0 if cache is None else cache.length - self.appended.count)
+            mask = self.appended.widen(mask, length, visible=True)
+        if self.appended is not None and cache is None:  # a cache has them since it was made
+            padding = self.appended.widen(padding, length, visible=False)
+            at = (at[0], self.appended.positions(at[1], length, query.device))
+            content = Heads(content.query, *self.appended(content.key, content.value))
         result = prior_attention(
             *content,
             prior=self.prior,
