@@ -42,10 +42,9 @@ class TransportProblem:
     constraint. Without a key marginal the keys are free and, with an infinite query penalty, the rows of the solution
     are the attention weights ``softmax(score / epsilon + log_prior)``.
 
-    All tensors share one dtype (float32 or float64) and one device, and broadcast over leading batch dimensions.
-    ``from_factors`` and ``from_points`` state problems of any size without n x m numbers; they solve alike.
-    A key marginal entry of exactly zero removes the key, and receives zero gradient; a query without mass still has a
-    potential, attention weights and its one-sided derivative.
+    All tensors share dtype and device, and broadcast over leading batch dimensions. ``from_factors`` and
+    ``from_points`` state problems of any size without n x m numbers; they solve alike. A key marginal entry of exactly
+    zero removes the key, and receives zero gradient; a query without mass still has a potential and attention weights.
 
     Args:
         score: Affinities (the negated cost), cost units, shape (..., n, m), finite.
@@ -116,11 +115,14 @@ class TransportProblem:
         """State a problem whose score is ``<query_i, key_j>``, unscaled: attention has ``epsilon = sqrt(d)``.
 
         The kernel runs in the dtype of query and key; potentials and marginals are float64 for float64, else float32.
+        So bfloat16 rounds only the content and the lanes of the prior: at n = m = 4096, d = 64 marginal errors reach
+        4e-7 of the mass in both (3e-6 in bfloat16 where marginals are soft), while applied values are rounded by the
+        kernel, to 3e-7 in float32 and 2e-3 in bfloat16. Certificates are computed in float64 and see all of it.
 
         Args:
             query: Shape (..., n, d), float32, float64 or bfloat16, finite.
             key: Shape (..., m, d), the same dtype.
-            epsilon: Transport temperature, cost units.
+            epsilon: Cost units.
             prior: A log-prior with lanes; its heads are the last leading dimension. Its row constants count.
             query_positions: Shape (n,) or (B, n), tokens; 0 to n - 1 by default. With a prior only.
             key_positions: The same for keys.
@@ -172,12 +174,9 @@ class TransportProblem:
             key: Points, shape (..., m, d), the same dtype.
             epsilon: Transport temperature, in units of squared distance.
             query_marginal: As for a dense problem, as are the three that follow.
-            key_marginal: Likewise.
-            query_penalty: Likewise.
-            key_penalty: Likewise.
-
-        Raises:
-            TypeError, ValueError: As a dense problem.
+            key_marginal: Shape (..., m).
+            query_penalty: In [0, inf].
+            key_penalty: In (0, inf].
 
         Example:
             >>> TransportProblem.from_points(torch.zeros(1, 2), torch.ones(1, 2), epsilon=1.0).score

@@ -1,4 +1,4 @@
-"""The same problems through POT, the independent oracle. The only file that imports it."""
+"""Problems with every kind of marginal, through the POT call that is right for each."""
 
 # Legend: n queries, m keys. POT's traps that the calls below avoid (0.9.7, each shown by a test or by its source):
 # a balanced `ot.solve` ignores the reference `c`; `reg_type="entropy"` replaces it by ones; the unbalanced value lacks
@@ -21,7 +21,10 @@ from eotattn.transport.objective import primal_objective, reference_mass
 from eotattn.transport.problem import TransportProblem
 from eotattn.transport.reduced import ReducedProblem, reduce_problem
 
-__all__ = ["PotSolution", "fixed_key_marginal", "log_sinkhorn", "majorization", "quasi_newton", "solve"]
+__all__ = ["LOG_CALL", "UNBALANCED_CALL", "PotSolution", "hard_marginals", "log_sinkhorn", "solve", "tensor_like"]
+
+LOG_CALL = "ot.bregman.sinkhorn_log"
+UNBALANCED_CALL = "ot.unbalanced.sinkhorn_unbalanced"
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,94 +75,10 @@ def solve(problem: TransportProblem, *, tolerance: float = 1e-15, max_iterations
     Source: POT, Flamary et al. 2021.
     """
     if problem.is_balanced:
-        return _run(problem, lambda one: _hard(one, reduce_problem(one), tolerance, max_iterations)[0], _LOG)
-    return _run(problem, lambda one: _soft(one, reduce_problem(one), tolerance, max_iterations), _UNBALANCED)
-
-
-def fixed_key_marginal(problem: TransportProblem, key_marginal: Tensor) -> tuple[Tensor, Tensor]:
-    """Solve a free-key problem with its key marginal fixed: an oracle that shares nothing with the closed form.
-
-    At the key marginal of the free optimum the constraint is idle, so the key potential must be constant.
-
-    Args:
-        problem: One problem (no batch) with free keys and an infinite query penalty.
-        key_marginal: Shape (m,), e.g. the column sums of the coupling to be tested.
-
-    Returns:
-        ``(coupling, key_potential)``, shapes (n, m) and (m,), cost units; the potential is NaN on keys without mass.
-
-    Raises:
-        NotImplementedError: If the problem is a batch, has a key marginal, or a finite query penalty.
-
-    Example:
-        >>> problem = TransportProblem(torch.zeros(1, 2))
-        >>> fixed_key_marginal(problem, torch.tensor([0.5, 0.5]))[0]
-        tensor([[0.5000, 0.5000]])
-
-    Source: original, on POT's ``sinkhorn_log``.
-    """
-    _require_free(problem, "ot.bregman.sinkhorn_log", finite=False)
-    arrays = reduce_problem(problem, key_marginal)
-    coupling, potential = _hard(problem, arrays, 1e-13, 100_000)
-    full = np.full(problem.num_keys, math.nan)
-    full[arrays.columns] = potential
-    return _tensor(problem, coupling), _tensor(problem, full)
-
-
-def majorization(problem: TransportProblem, *, max_iterations: int = 20_000) -> Tensor:
-    """Solve a free-key problem with a finite query penalty by POT's multiplicative ``mm_unbalanced``.
-
-    Args:
-        problem: One problem (no batch) with free keys and a finite query penalty.
-        max_iterations: POT's ``numItermax``.
-
-    Returns:
-        The coupling, shape (n, m).
-
-    Raises:
-        NotImplementedError: If the problem is of another kind.
-
-    Example:
-        >>> problem = TransportProblem(torch.zeros(1, 2), query_penalty=1.0)
-        >>> majorization(problem)
-        tensor([[0.7071, 0.7071]])
-
-    Source: POT; Chapel et al. 2021.
-    """
-    _require_free(problem, "ot.unbalanced.mm_unbalanced", finite=True)
-    return _tensor(problem, _general(problem, ot.unbalanced.mm_unbalanced, max_iterations, {"div": "kl"}))
-
-
-def quasi_newton(problem: TransportProblem, *, max_iterations: int = 2_000) -> Tensor:
-    """Solve a free-key problem with a finite query penalty by POT's generic ``lbfgsb_unbalanced``; about 1e-6 accurate.
-
-    Args:
-        problem: One problem (no batch) with free keys and a finite query penalty.
-        max_iterations: POT's ``numItermax``.
-
-    Returns:
-        The coupling, shape (n, m).
-
-    Raises:
-        NotImplementedError: If the problem is of another kind, or forbids pairs.
-
-    Example:
-        >>> problem = TransportProblem(torch.zeros(1, 2), query_penalty=1.0)
-        >>> quasi_newton(problem)
-        tensor([[0.7071, 0.7071]])
-
-    Source: POT; Blondel et al. 2018.
-    """
-    _require_free(problem, "ot.unbalanced.lbfgsb_unbalanced", finite=True)
-    log_prior = problem.log_prior
-    if log_prior is not None and bool((log_prior == -math.inf).any()):
-        raise NotImplementedError(f"pot: ot.unbalanced.lbfgsb_unbalanced fails on forbidden pairs; got {problem}.")
-    kinds = {"reg_div": "kl", "regm_div": "kl"}
-    return _tensor(problem, _general(problem, ot.unbalanced.lbfgsb_unbalanced, max_iterations, kinds))
-
-
-_LOG = "ot.bregman.sinkhorn_log"
-_UNBALANCED = "ot.unbalanced.sinkhorn_unbalanced"
+        return _run(
+            problem, lambda one: hard_marginals(one, reduce_problem(one), tolerance, max_iterations)[0], LOG_CALL
+        )
+    return _run(problem, lambda one: _soft(one, reduce_problem(one), tolerance, max_iterations), UNBALANCED_CALL)
 
 
 def log_sinkhorn(
@@ -206,7 +125,7 @@ def _run(problem: TransportProblem, solver: Callable[[TransportProblem], np.ndar
         for tensor, sizes in zip(problem.tensors, trailing, strict=True)
     ]
     plans = [
-        _tensor(problem, solver(problem.with_tensors(*(None if x is None else x[index] for x in flat))))
+        tensor_like(problem, solver(problem.with_tensors(*(None if x is None else x[index] for x in flat))))
         for index in range(math.prod(batch))
     ]
     coupling = torch.stack(plans).reshape(*batch, n, m)
@@ -215,7 +134,7 @@ def _run(problem: TransportProblem, solver: Callable[[TransportProblem], np.ndar
     return PotSolution(coupling, value, call)
 
 
-def _hard(
+def hard_marginals(
     problem: TransportProblem, arrays: ReducedProblem, tolerance: float, max_iterations: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Two hard marginals: the prior enters the cost, and warmer temperatures start the cooler ones."""
@@ -240,7 +159,7 @@ def _hard(
                 warmstart=start,
             )
         start = (4 * log["log_u"], 4 * log["log_v"])
-    _require_converged(log["err"][-1], 10 * tolerance, _LOG)
+    _require_converged(log["err"][-1], 10 * tolerance, LOG_CALL)
     return arrays.restore(plan), problem.epsilon * log["log_v"]
 
 
@@ -250,7 +169,7 @@ def _soft(problem: TransportProblem, arrays: ReducedProblem, tolerance: float, m
         kernel = arrays.prior * np.exp(-arrays.cost / problem.epsilon)
     seen: np.ndarray = np.asarray(kernel.any(0))
     if not np.isfinite(kernel).all() or (problem.key_marginal is not None and not seen.all()):
-        raise NotImplementedError(f"pot.solve: {_UNBALANCED} cannot hold {problem}; its kernel leaves the doubles.")
+        raise NotImplementedError(f"pot.solve: {UNBALANCED_CALL} cannot hold {problem}; its kernel leaves the doubles.")
     # A column that underflows would make POT stop at its starting point; its mass is below 1e-300.
     arrays = arrays.keep_columns(seen)
     demand = _shifted_marginal(problem, arrays)
@@ -269,8 +188,8 @@ def _soft(problem: TransportProblem, arrays: ReducedProblem, tolerance: float, m
                 log=True,
             )
         except UserWarning as warning:
-            raise NotImplementedError(f"pot.solve: {_UNBALANCED} cannot hold {problem}; {warning}.") from warning
-    _require_converged(log["err"][-1], tolerance, _UNBALANCED)
+            raise NotImplementedError(f"pot.solve: {UNBALANCED_CALL} cannot hold {problem}; {warning}.") from warning
+    _require_converged(log["err"][-1], tolerance, UNBALANCED_CALL)
     return arrays.restore(plan)
 
 
@@ -280,44 +199,8 @@ def _shifted_marginal(problem: TransportProblem, arrays: ReducedProblem) -> np.n
         return arrays.query_marginal
     exponent = arrays.lift / problem.query_penalty
     if exponent.max() > 600:
-        raise NotImplementedError(f"pot.solve: {_UNBALANCED} cannot hold {problem}; the optimal mass overflows.")
+        raise NotImplementedError(f"pot.solve: {UNBALANCED_CALL} cannot hold {problem}; the optimal mass overflows.")
     return arrays.query_marginal * np.exp(exponent)
-
-
-def _general(
-    problem: TransportProblem, function: Callable[..., np.ndarray], max_iterations: int, kinds: dict[str, str]
-) -> np.ndarray:
-    """Free keys and a finite query penalty, by one of POT's solvers that work on the coupling itself."""
-    arrays = reduce_problem(problem)
-    reference = arrays.query_marginal[:, None] * arrays.prior
-    cost = arrays.cost - arrays.lift[:, None]
-    # The lift restores the problem itself, so that nothing of the shift is shared with what is tested.
-    with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
-        # POT hands SciPy an option that SciPy is about to drop.
-        warnings.filterwarnings("ignore", message=".*`disp` and `iprint`", category=DeprecationWarning)
-        plan = function(
-            arrays.query_marginal,
-            arrays.key_marginal,
-            cost,
-            reg=problem.epsilon,
-            reg_m=(problem.query_penalty, 0.0),
-            c=reference,
-            G0=reference,
-            numItermax=max_iterations,
-            stopThr=1e-16,
-            **kinds,
-        )
-    return arrays.restore(plan)
-
-
-def _require_free(problem: TransportProblem, call: str, *, finite: bool) -> None:
-    """Raise unless the problem is single, with free keys and a query penalty of the right kind."""
-    fits = problem.key_marginal is None and not problem.batch_shape
-    kind = "a finite positive" if finite else "an infinite"
-    if not (fits and (0 < problem.query_penalty < math.inf if finite else math.isinf(problem.query_penalty))):
-        raise NotImplementedError(
-            f"pot: {call} as an oracle serves one problem with free keys and {kind} query_penalty; got {problem}."
-        )
 
 
 def _require_converged(error: float, tolerance: float, call: str) -> None:
@@ -326,6 +209,6 @@ def _require_converged(error: float, tolerance: float, call: str) -> None:
         raise RuntimeError(f"pot: {call} must converge; got an error of {error:.1e}. Raise max_iterations or epsilon.")
 
 
-def _tensor(problem: TransportProblem, array: np.ndarray) -> Tensor:
+def tensor_like(problem: TransportProblem, array: np.ndarray) -> Tensor:
     """A tensor like the score."""
     return torch.as_tensor(array, dtype=problem.affinity.dtype, device=problem.affinity.device)
