@@ -58,11 +58,11 @@ class Join(NamedTuple):
 
 
 @cache
-def _triton() -> Any:
-    """The kernels."""
-    from eotattn.kernels import join_triton
+def _launches() -> Any:
+    """The kernels; a module that needs Triton."""
+    from eotattn.kernels import join_launch
 
-    return join_triton
+    return join_launch
 
 
 def refusal(query: Tensor, key: Tensor, coefficients: Sequence[Tensor]) -> str | None:
@@ -104,7 +104,7 @@ class _Joined(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, made: Join, *coefficients: Tensor) -> tuple[Tensor, Tensor]:
         ctx.made, ctx.content_width = made, query.shape[-1]
         ctx.save_for_backward(*coefficients)
-        return _triton().launch_join(query, key, made, coefficients)
+        return _launches().launch_join(query, key, made, coefficients)
 
     @staticmethod
     def backward(ctx: Any, grad_query: Tensor, grad_key: Tensor) -> tuple[Tensor | None, ...]:
@@ -115,7 +115,7 @@ def _backward(ctx: Any, grad_query: Tensor, grad_key: Tensor) -> tuple[Tensor | 
     width, coefficients = ctx.content_width, ctx.saved_tensors
     if not any(ctx.needs_input_grad[3:]):
         return (grad_query[..., :width], grad_key[..., :width], None, *(None for _ in coefficients))
-    query, key, flat = _triton().launch_split(grad_query, grad_key, ctx.made, coefficients, width)
+    query, key, flat = _launches().launch_split(grad_query, grad_key, ctx.made, coefficients, width)
     return (query, key, None, *torch._C._nn.unflatten_dense_tensors(flat, coefficients))
 
 
@@ -167,7 +167,7 @@ def _join(
     query: Tensor, key: Tensor, first: Tensor, second: Tensor, padding: Tensor | None, far: float, *tail: Any
 ) -> tuple[Tensor, Tensor]:
     made, coefficients = _made(query.shape[1], (first, second), tail)
-    return _triton().launch_join(query, key, made._replace(padding=padding, far=far), coefficients)
+    return _launches().launch_join(query, key, made._replace(padding=padding, far=far), coefficients)
 
 
 def _join_shapes(
@@ -182,7 +182,7 @@ def _join_backward(
     query: Tensor, key: Tensor, first: Tensor, second: Tensor, width: int, *tail: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     made, coefficients = _made(query.shape[1], (first, second), tail)
-    return _triton().launch_split(query, key, made, coefficients, width)
+    return _launches().launch_split(query, key, made, coefficients, width)
 
 
 def _join_backward_shapes(

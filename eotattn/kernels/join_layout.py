@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["MAX_TENSORS", "Layout", "Maps", "PartShape", "read_layout"]
+__all__ = ["MAX_TENSORS", "Layout", "Maps", "PartShape", "read_layout", "tile_width"]
 
 NOTHING = -1
 #: The term of a lane that is zero and yet has the gradient of its slots.
