@@ -13,7 +13,6 @@ from torch import Tensor
 
 from eotattn.attention.call import AttentionCall
 from eotattn.attention.joined import joined
-from eotattn.attention.masks import Masks
 from eotattn.attention.measured import preference
 from eotattn.kernels import flex, local, packed, reference, sdpa, varlen
 from eotattn.priors import LogPrior
@@ -131,17 +130,21 @@ def _through_flex(call: AttentionCall) -> Tensor:
     score_mod = None
     if call.prior is not None:
         score_mod = call.prior.score_mod(call.query_positions.tensor, call.key_positions.tensor)
-    masks = call.masks
-    by_sample = masks.padding is not None or masks.dense is not None or masks.documents is not None
-    visible = _visible(call) if by_sample or masks.band is not None else None
-    return flex.attend(
-        call.query, call.key, call.value, scale=call.scale, score_mod=score_mod, visible=visible, by_sample=by_sample
-    )
+    masks, pattern = call.masks, None
+    if any(mask is not None for mask in (masks.dense, masks.padding, masks.band, masks.documents)):
+        own, of_caller = masks.documents is not None, masks.padding is not None or masks.dense is not None
+        pattern = flex.Pattern(
+            _visible(call),
+            by_sample=own or of_caller,
+            by_head=masks.dense is not None,
+            name=None if of_caller else (masks.band, masks.documents),
+        )
+    return flex.attend(call.query, call.key, call.value, scale=call.scale, score_mod=score_mod, pattern=pattern)
 
 
 def _visible(call: AttentionCall) -> Callable[..., Tensor]:
     """All masks as a function (batch, head, query index, key index) -> boolean."""
-    masks: Masks = call.masks
+    masks = call.masks
     batch, heads, queries, keys = *call.query.shape[:3], call.key.shape[2]
     dense = None if masks.dense is None else masks.dense.expand(batch, heads, queries, keys)
     ids = None if masks.documents is None else masks.documents.ids(batch, keys, call.query.device)

@@ -5,14 +5,15 @@ Legend: B batch, H query heads, Q queries, K keys, D score width, V value width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["attend", "refusal"]
+__all__ = ["Pattern", "attend", "refusal"]
 
 
 def refusal(query: Tensor, *, mask: Tensor | None, dropout_p: float, learned: bool) -> str | None:
@@ -37,6 +38,24 @@ def refusal(query: Tensor, *, mask: Tensor | None, dropout_p: float, learned: bo
     return None
 
 
+@dataclass(frozen=True)
+class Pattern:
+    """Which keys each query sees.
+
+    Args:
+        visible: Function (batch, head, query_index, key_index) -> boolean, true where a query may attend.
+        by_sample: Whether it reads the sample.
+        by_head: Whether it reads the head.
+        name: Identifies the function, equal names meaning equal functions, so that its blocks are found once; ``None``
+            for functions that read tensors of the caller.
+    """
+
+    visible: Callable[..., Tensor] = field(compare=False)
+    by_sample: bool = False
+    by_head: bool = False
+    name: Hashable = None
+
+
 @cache
 def _compiled() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
@@ -51,8 +70,7 @@ def attend(
     *,
     scale: float,
     score_mod: Callable[..., Tensor] | None = None,
-    visible: Callable[..., Tensor] | None = None,
-    by_sample: bool = False,
+    pattern: Pattern | None = None,
 ) -> Tensor:
     """Compute attention with ``score_mod`` inside the kernel; blocks without a visible pair are skipped.
 
@@ -62,18 +80,25 @@ def attend(
         value: (B, H / G, K, V).
         scale: Factor on the inner products.
         score_mod: Function (score, batch, head, query_index, key_index) -> score, e.g. ``LogPrior.score_mod()``.
-        visible: Function (batch, head, query_index, key_index) -> boolean, true where a query may attend.
-        by_sample: Whether ``visible`` reads the sample and the head.
+        pattern: Which keys each query sees; all of them by default.
 
     Returns:
         (B, H, Q, V) in the dtype of ``query``.
     """
-    from torch.nn.attention.flex_attention import create_block_mask
-
     block_mask = None
-    if visible is not None:
-        batch, heads = (query.shape[0], query.shape[1]) if by_sample else (None, None)
-        device = str(query.device)
-        block_mask = create_block_mask(visible, batch, heads, query.shape[2], key.shape[2], device=device)
+    if pattern is not None:
+        sizes = (*query.shape[:3], key.shape[2], query.device)
+        block_mask = _blocks(pattern, *sizes) if pattern.name is None else _blocks_once(pattern, *sizes)
     grouped = query.shape[1] != key.shape[1]
     return _compiled()(query, key, value, score_mod=score_mod, block_mask=block_mask, scale=scale, enable_gqa=grouped)
+
+
+def _blocks(pattern: Pattern, batch: int, heads: int, queries: int, keys: int, device: torch.device) -> Any:
+    """Which blocks of pairs hold visible ones; costs as much as a dense mask."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    samples, by_head = batch if pattern.by_sample else None, heads if pattern.by_head else None
+    return create_block_mask(pattern.visible, samples, by_head, queries, keys, device=str(device))
+
+
+_blocks_once = lru_cache(maxsize=8)(_blocks)

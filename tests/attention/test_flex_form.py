@@ -1,5 +1,7 @@
 """The FlexAttention backend through PyTorch's own uncompiled form, which runs anywhere: same call, same numbers."""
 
+from functools import lru_cache
+
 import pytest
 import torch
 from tolerances import assert_close
@@ -52,6 +54,7 @@ CALLS = {
 
 @pytest.fixture
 def uncompiled(monkeypatch):
+    torch._dynamo.reset()  # the uncompiled form is traced too, and what other tests traced counts against a limit
     monkeypatch.setattr(flex, "_compiled", lambda: flex_attention)
     monkeypatch.setattr(flex, "refusal", lambda query, **_: None)
 
@@ -93,3 +96,20 @@ def test_it_is_told_of_learned_numbers_that_it_cannot_differentiate(monkeypatch,
     monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda"), raising=False)
     assert "freeze them" in flex.refusal(on_gpu, mask=None, dropout_p=0.0, learned=True)
     assert flex.refusal(on_gpu, mask=None, dropout_p=0.0, learned=False) is None
+
+
+def test_blocks_of_a_pattern_are_found_once(uncompiled, monkeypatch):
+    """Those of a band or of documents; a tensor of the caller may change, so its blocks are found every time."""
+    made, blocks = [], flex._blocks
+    monkeypatch.setattr(flex, "_blocks_once", lru_cache(lambda *a: made.append("once") or blocks(*a)))
+    monkeypatch.setattr(flex, "_blocks", lambda *a: made.append("again") or blocks(*a))
+    content = [torch.zeros(2, H, LENGTH, 16)] * 3
+    documents, others = PackedDocuments([5, 7, 12]), PackedDocuments([12, 7, 5])
+    calls = [{"documents": documents}, {"documents": others}, {"window": 3}, {"window": 4}]
+    with torch.no_grad():
+        for arguments in (*calls, *calls):
+            prior_attention(*content, is_causal=True, backend="flex", **arguments)
+        assert made == ["once"] * 4
+        for _ in range(2):
+            prior_attention(*content, is_causal=True, backend="flex", key_padding_mask=PADDING)
+    assert made[4:] == ["again"] * 2

@@ -134,7 +134,7 @@ def test_flex_against_the_reference():
     mask = (normal(B, 1, Q, K, seed=4) > -0.8).cuda()
     expected, _ = reference.attend(query, key, value, scale=0.3, mask=mask)
     seen = lambda b, h, q, k: mask[b, 0, q, k]  # noqa: E731
-    assert_close(flex.attend(query, key, value, scale=0.3, visible=seen, by_sample=True), expected)
+    assert_close(flex.attend(query, key, value, scale=0.3, pattern=flex.Pattern(seen, by_sample=True)), expected)
     assert flex.refusal(query, mask=mask, dropout_p=0.0, learned=False) is None
     assert "dropout" in flex.refusal(query, mask=None, dropout_p=0.1, learned=False)
     assert "additive" in flex.refusal(query, mask=mask.float(), dropout_p=0.0, learned=False)
