@@ -150,15 +150,20 @@ _LANGUAGE = {
         readings=_READINGS,
         sweep=RateSweep(
             (5e-4, 1e-3, 2e-3),
-            TrainingConfig(steps=150, batch_size=32, warmup_steps=30, precision="bf16"),
+            TrainingConfig(steps=100, batch_size=16, warmup_steps=20, precision="bf16"),
             windows=64,
         ),
         training=TrainingConfig(
-            steps=1000, batch_size=32, warmup_steps=100, log_every=50, evaluate_every=100, precision="bf16"
+            steps=500,  # 8.2e6 tokens in batches of 16 windows of 1024
+            batch_size=16,
+            warmup_steps=50,
+            log_every=25,
+            evaluate_every=100,
+            precision="bf16",
         ),
         seeds=(0, 1, 2),
         length_factors=_FACTORS,
-        curve_windows=96,
+        curve_windows=16,
         sink_windows=16,
         sink_bins=16,
         probe_windows=4,

@@ -77,7 +77,8 @@ class LanguageStudy:
     records: Records
 
     def __post_init__(self) -> None:
-        corpora = sorted({record.provenance["data"]["sha256"][:12] for record in self.records.values()})
+        data = [record.provenance["data"] for record in self.records.values()]
+        corpora = sorted({f"{each['sha256'][:12]} of {each['held_out_bytes']} held-out bytes" for each in data})
         remedy = "Make all runs on one machine: eotattn train --figure 2 --fresh"
         require(len(corpora) == 1, "LanguageStudy", "records", "come from one corpus", corpora, remedy)
 
