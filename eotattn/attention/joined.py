@@ -17,7 +17,7 @@ from eotattn.kernels import join, sdpa
 from eotattn.kernels.join_layout import Layout, PartShape, read_layout
 from eotattn.priors.expansion import Expansion, Form
 from eotattn.priors.lanes import default_terms, is_low_precision
-from eotattn.priors.positions import may_remember, run_table
+from eotattn.priors.positions import is_plain, may_remember, run_table
 
 __all__ = ["joined"]
 
@@ -50,7 +50,7 @@ def joined(call: AttentionCall) -> tuple[Tensor, Tensor] | None:
         features = [_features(forms, side, origin, positions.tensor) for side, positions in sides]
         rest = (coefficients, *_numbers(parts, query.dtype), 1 / call.scale, padding, far)
         return join.join_in_graph(query, key, (features[0], features[1]), *rest)
-    if not may_remember(query.device):
+    if not is_plain():
         return None
     if call.query_positions.given is not None or call.key_positions.given is not None:  # whole numbers need no check
         prior.check_positions(call.query_positions.tensor, call.key_positions.tensor)
@@ -78,7 +78,7 @@ def _table(forms: tuple[Form, ...], side: str, origin: int, positions: Positions
     """Features of one side, and the row of the first token."""
     compute = partial(_features, forms, side, origin)
     first = positions.first
-    if first is None or first < 0:
+    if first is None or first < 0 or not may_remember(positions.device):
         return compute(positions.tensor), 0
     return run_table((side, forms, origin), first + positions.length, positions.device, compute), first
 

@@ -23,6 +23,7 @@ __all__ = [
     "check_positions",
     "consecutive",
     "constants",
+    "is_plain",
     "may_remember",
     "pair_positions",
     "position_lookup",
@@ -92,11 +93,16 @@ _LOCK = RLock()
 
 def may_remember(device: torch.device) -> bool:
     """Whether tensors made now can be kept for later calls: not while compiling, transforming or capturing a graph."""
-    if torch.compiler.is_compiling() or device.type not in ("cpu", "cuda") or _get_current_dispatch_mode() is not None:
-        return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if device.type not in ("cpu", "cuda") or not is_plain():
         return False
     return device.type == "cpu" or not torch.cuda.is_current_stream_capturing()
+
+
+def is_plain() -> bool:
+    """Whether tensors are what they seem: nothing is compiled, transformed or dispatched to a mode."""
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is None
 
 
 def consecutive(first: int, length: int, device: torch.device) -> Tensor:
