@@ -1,4 +1,4 @@
-"""The GOAT prior: in the form that extrapolates, and in the paper's own."""
+"""The GOAT prior, in the form that extrapolates and in the paper's own."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from eotattn.priors.recency import RecencyPrior
 from eotattn.priors.sink import SinkPrior
 
 __all__ = ["goat_prior", "num_local_heads"]
+
+
+#: Mean lag of a global head in training lengths: over sixteen of them it forgets a quarter of a nat.
+GLOBAL_REACH = 64.0
 
 
 def num_local_heads(num_heads: int) -> int:
@@ -27,7 +31,7 @@ def num_local_heads(num_heads: int) -> int:
 def goat_prior(
     num_heads: int,
     *,
-    form: str = "paper",
+    form: str = "split",
     num_frequencies: int = 8,
     min_period: float | None = None,
     max_period: float | None = None,
@@ -38,11 +42,11 @@ def goat_prior(
     """The GOAT log-prior: K_ij = kappa(i - j) + u(j) with a recency slope, the sum of three priors.
 
     In the form ``"split"`` three quarters of the heads are *local*: their mean lags run from 2 tokens to half of
-    ``length_scale``, their waves repeat within a quarter of it. The others are *global*: they have no relative part at
-    all, so that content alone decides at any distance, and nothing that was trained there means something else at
-    longer contexts. u(j) is constant from ``length_scale`` on. In the paper's form, ``"paper"``, every head has waves
-    of up to 62 832 tokens, an ALiBi slope and a u(j) that goes on bending; it forgets, trained or not, what lies many
-    training lengths back.
+    ``length_scale``, and their waves repeat within a quarter of it, so that training shows every lag that matters. The
+    others are *global*: their mean lag is 64 times ``length_scale`` and their waves are as much weaker, so that content
+    alone decides, there and at contexts many times longer. u(j) is constant from ``length_scale`` on. In the paper's
+    form, ``"paper"``, every head has an ALiBi slope whatever the training length, waves of up to 62 832 tokens, and a
+    u(j) that goes on bending; it extrapolates on language, and forgets what lies many training lengths back.
 
     Args:
         num_heads: Number of query heads H.
@@ -71,22 +75,19 @@ def goat_prior(
     if form == "paper":
         periods = (min_period or 2 * math.pi, max_period or 2 * math.pi * 10_000)
         waves: LogPrior = FourierPrior(num_heads, num_frequencies, *periods)
-        recency = RecencyPrior(num_heads, init)
-        return SumPrior(waves, recency, SinkPrior(num_heads, _count(num_key_frequencies, 4), scale))
-    local = num_local_heads(num_heads)
+        sink = SinkPrior(num_heads, 4 if num_key_frequencies is None else num_key_frequencies, scale)
+        return SumPrior(waves, RecencyPrior(num_heads, init), sink)
+    lags = _split_mean_lags(num_heads, scale)
     shortest = min_period or 2.5
     waves = FourierPrior(num_heads, num_frequencies, shortest, max_period or max(shortest, scale / 4))
-    of_heads = (1.0,) * local + (0.0,) * (num_heads - local)
-    recency = RecencyPrior(num_heads, init, _mean_lags(local, scale) + [math.inf] * (num_heads - local))
-    sink = SinkPrior(num_heads, _count(num_key_frequencies, 0), scale, horizon=scale)
-    return SumPrior(waves * of_heads, recency, sink)
+    weaker = [min(1.0, scale / (2 * lag)) for lag in lags]
+    sink = SinkPrior(num_heads, num_key_frequencies or 0, scale, horizon=scale)
+    return SumPrior(waves * weaker, RecencyPrior(num_heads, init, lags), sink)
 
 
-def _mean_lags(count: int, length_scale: float) -> list[float]:
-    """Geometric from 2 tokens to half of the length scale; a single one is the longest."""
+def _split_mean_lags(num_heads: int, length_scale: float) -> list[float]:
+    """Mean lags of local heads, geometric from 2 tokens to half of the length scale, then those of global heads."""
+    local = num_local_heads(num_heads)
     shortest, longest = 2.0, max(2.0, length_scale / 2)
-    return [longest * (shortest / longest) ** (k / max(1, count - 1)) for k in reversed(range(count))]
-
-
-def _count(given: int | None, default: int) -> int:
-    return default if given is None else given
+    lags = [longest * (shortest / longest) ** (k / max(1, local - 1)) for k in reversed(range(local))]
+    return lags + [GLOBAL_REACH * max(1.0, length_scale)] * (num_heads - local)

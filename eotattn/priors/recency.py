@@ -38,7 +38,7 @@ def alibi_slopes(num_heads: int) -> list[float]:
 
 
 def slope_of_mean_lag(mean_lag: float) -> float:
-    """Slope of the causal recency prior whose mean lag is ``mean_lag`` tokens, nats a token; zero for infinity.
+    """Slope of the causal recency prior whose mean lag is ``mean_lag`` tokens, nats a token.
 
     Among all distributions of the lags 0, 1, 2, ... with this mean, the geometric one has maximum entropy; the log of
     its ratio is -ln(1 + 1 / mean_lag).
@@ -47,8 +47,8 @@ def slope_of_mean_lag(mean_lag: float) -> float:
         Litman and Guo 2026 (arXiv 2601.15380), appendix F, theorem 3.
 
     Example:
-        >>> round(slope_of_mean_lag(1.0), 4), slope_of_mean_lag(math.inf)
-        (0.6931, 0.0)
+        >>> round(slope_of_mean_lag(1.0), 4)
+        0.6931
     """
     return math.log1p(1 / mean_lag)
 
@@ -64,8 +64,7 @@ class RecencyPrior(LogPrior):
     Args:
         num_heads: Number of query heads H.
         init: ``"alibi"`` starts at the unit slopes, ``"neutral"`` at exactly zero (every parameter has a gradient).
-        mean_lags: H mean lags, tokens, that the unit slopes belong to; ALiBi's slopes by default. A head whose mean lag
-            is infinite has no recency, and cannot learn any: it forgets nothing at any length.
+        mean_lags: H mean lags, tokens, that the unit slopes belong to; ALiBi's slopes by default.
 
     Attributes:
         strength: (H,) dimensionless.
@@ -84,8 +83,8 @@ class RecencyPrior(LogPrior):
     def __init__(self, num_heads: int, init: str = "alibi", mean_lags: Sequence[float] | None = None) -> None:
         super().__init__(num_heads)
         if mean_lags is not None:
-            good = len(mean_lags) == num_heads and all(lag > 0 for lag in mean_lags)
-            rule, remedy = f"hold {num_heads} positive numbers", "Pass one a head, math.inf for no recency"
+            good = len(mean_lags) == num_heads and all(0 < lag < math.inf for lag in mean_lags)
+            rule, remedy = f"hold {num_heads} positive numbers", "Pass one a head"
             require(good, "RecencyPrior", "mean_lags", rule, mean_lags, remedy)
         self.mean_lags = None if mean_lags is None else tuple(mean_lags)
         slopes = alibi_slopes(num_heads) if mean_lags is None else map(slope_of_mean_lag, mean_lags)

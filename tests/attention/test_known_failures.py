@@ -32,7 +32,7 @@ def content(*shape, seed=1, dtype=torch.float32):
 
 
 def goat_layer(**arguments):
-    prior = goat_prior(H, num_frequencies=2, length_scale=32.0)
+    prior = goat_prior(H, form="paper", num_frequencies=2, length_scale=32.0)
     return randomise(PriorAttention(WIDTH, H, prior=prior, **arguments)).eval()
 
 
@@ -330,7 +330,7 @@ def test_23_a_scale_is_saved_and_scales_everything():
 
 
 def test_24_every_head_has_its_own_parts_and_a_neutral_start_can_learn():
-    prior = goat_prior(H, num_frequencies=2, max_period=16.0, length_scale=16.0, init="neutral")
+    prior = goat_prior(H, form="paper", num_frequencies=2, max_period=16.0, length_scale=16.0, init="neutral")
     assert [type(part) for part in prior.parts] == [FourierPrior, RecencyPrior, SinkPrior]
     assert all(parameter.shape[0] == H for parameter in prior.parameters())
     layer = PriorAttention(WIDTH, H, prior=prior)

@@ -450,7 +450,7 @@ def test_meta_device():
 
 def test_a_prior_that_is_passed_in_keeps_its_values():
     """It may come trained or loaded; only an explicit reset puts it back."""
-    prior = off_neutral(goat_prior(H))
+    prior = off_neutral(goat_prior(H, form="paper"))
     before = {name: value.clone() for name, value in prior.state_dict().items()}
     layer = PriorAttention(E, H, prior=prior)
     converted = PriorAttention.from_multihead_attention(nn.MultiheadAttention(E, H), prior=prior)

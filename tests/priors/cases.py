@@ -59,7 +59,7 @@ CASES = {
     "fourier": (fourier, ()),
     "recency": (recency, ()),
     "recency neutral": (lambda: recency("neutral"), ()),
-    "recency of mean lags": (lambda: recency(mean_lags=(1.5, math.inf, 60.0)), ("start",)),
+    "recency of mean lags": (lambda: recency(mean_lags=(1.5, 2000.0, 60.0)), ()),
     "sink": (lambda: off_neutral(SinkPrior(HEADS, 3, length_scale=40.0)), ()),
     "sink with a horizon": (lambda: off_neutral(SinkPrior(HEADS, 3, length_scale=40.0, horizon=4.5)), ()),
     "sink without waves": (lambda: off_neutral(SinkPrior(HEADS, 0, length_scale=40.0)), ()),
@@ -76,6 +76,7 @@ CASES = {
     "vit": (lambda: GridPrior(fourier(3), fourier(4)) + off_neutral(ClassTokenPrior(HEADS)), ()),
     "goat": (lambda: off_neutral(goat_prior(HEADS, num_frequencies=3, length_scale=50.0)), ()),
     "goat neutral": (lambda: off_neutral(goat_prior(HEADS, num_frequencies=3, init="neutral")), ()),
+    "goat of the paper": (lambda: off_neutral(goat_prior(HEADS, form="paper", num_frequencies=3)), ()),
     "shared": (lambda: SharedPrior(off_neutral(goat_prior(1, num_frequencies=2)), HEADS), ()),
     "shared grid": (
         lambda: SharedPrior(GridPrior(*(off_neutral(FourierPrior(1, 2, 4.0, 30.0)) for _ in range(2))), HEADS),

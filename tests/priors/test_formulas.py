@@ -21,6 +21,7 @@ from eotattn.priors import (
     alibi_slopes,
     goat_prior,
     grid_positions,
+    num_local_heads,
 )
 
 QUERIES, KEYS = torch.arange(3, 8), torch.arange(7)
@@ -157,12 +158,11 @@ def test_recency_is_never_negative_and_can_come_back():
 def test_mean_lags_are_the_mean_lags_of_the_prior():
     """Of the distribution that attention without signal returns to, over more lags than matter."""
     wanted = [0.5, 3.0, 40.0]
-    prior = RecencyPrior(4, mean_lags=[*wanted, math.inf])
+    prior = RecencyPrior(3, mean_lags=wanted)
     query, keys = torch.tensor([6000]), torch.arange(6001)
     weights = prior.dense(query, keys, dtype=torch.float64).softmax(-1)[:, 0]
     means = (weights * (query - keys)).sum(-1).detach()
-    assert_close(means[:3], torch.tensor(wanted, dtype=torch.float64), tolerance=1e-4)  # slopes pass through float32
-    assert_close(weights[3].detach(), torch.full((6001,), 1 / 6001, dtype=torch.float64))
+    assert_close(means, torch.tensor(wanted, dtype=torch.float64), tolerance=1e-4)  # slopes pass through float32
 
 
 # Sink ---------------------------------------------------------------------------------------------------------------
@@ -301,7 +301,7 @@ def goat_oracle(prior, queries, keys, *, num_frequencies, length_scale):
 
 
 def test_goat_prior_is_the_papers_sum():
-    prior = off_neutral(goat_prior(HEADS, num_frequencies=4, length_scale=50.0))
+    prior = off_neutral(goat_prior(HEADS, form="paper", num_frequencies=4, length_scale=50.0))
     expected = goat_oracle(prior, QUERIES, KEYS, num_frequencies=4, length_scale=50.0)
     assert_close(exact(prior), expected)
     lanes = prior.lanes(QUERIES, KEYS, dtype=torch.float64).dense()
@@ -319,6 +319,7 @@ NEUTRAL = {
     "grid": lambda: GridPrior(FourierPrior(HEADS, 3, 4.0, 9.0), FourierPrior(HEADS, 3, 4.0, 9.0)),
     "class token": lambda: ClassTokenPrior(HEADS),
     "goat": lambda: goat_prior(HEADS, num_frequencies=3, init="neutral"),
+    "goat of the paper": lambda: goat_prior(HEADS, form="paper", num_frequencies=3, init="neutral"),
 }
 
 
@@ -343,8 +344,29 @@ def test_a_neutral_start_is_exactly_zero_and_every_number_can_move(name):
 
 
 def test_alibi_seeded_start_is_alibi():
-    prior = goat_prior(8)
+    prior = goat_prior(8, form="paper")
     assert_close(exact(prior), exact(RecencyPrior(8)))
+
+
+def test_the_split_form_has_local_and_global_heads():
+    """From its description, head by head: mean lags 2, 16, 128 and 64 training lengths; waves of periods 2.5 and 64."""
+    prior = off_neutral(goat_prior(4, num_frequencies=2, length_scale=256.0))
+    waves, recency, sink = prior.parts
+    queries, keys = torch.arange(690, 700), torch.arange(0, 700, 7)
+    lag = torch.from_numpy(lags(queries, keys))
+    mean_lags, weaker = (2.0, 16.0, 128.0, 64 * 256.0), (1.0, 1.0, 1.0, 1 / 128)
+    angles = lag[..., None] * 2 * math.pi / torch.tensor([2.5, 64.0], dtype=torch.float64)
+    fourier = waves.prior
+    key = keys.clamp(max=256).double()
+    for h in range(4):
+        even, odd = fourier.even[h].detach().double(), fourier.odd[h].detach().double()
+        relative = weaker[h] * (angles.cos() * even + angles.sin() * odd).sum(-1)
+        slope = recency.strength[h].abs().item() * math.log(1 + 1 / mean_lags[h])
+        first, growth = sink.first_token[h].item(), sink.growth[h].item()
+        u = first * (keys == 0) + growth * torch.log1p(key) / math.log(257)
+        expected = relative - slope * lag + u
+        assert_close(prior.dense(queries, keys, dtype=torch.float64)[h].detach(), expected, tolerance=1e-4)
+    assert num_local_heads(4) == 3
 
 
 # Algebra ------------------------------------------------------------------------------------------------------------
@@ -377,8 +399,8 @@ def test_shared_priors_are_equal_in_all_heads_and_learn_from_all():
     shared = SharedPrior(one, 4)
     assert torch.equal(exact(shared), exact(one).expand(4, -1, -1))
     exact_sum = shared.dense(QUERIES, KEYS, dtype=torch.float64).sum()
-    (gradient,) = torch.autograd.grad(exact_sum, one.parts[0].even)
-    (alone,) = torch.autograd.grad(one.dense(QUERIES, KEYS, dtype=torch.float64).sum(), one.parts[0].even)
+    (gradient,) = torch.autograd.grad(exact_sum, one.parts[2].growth)
+    (alone,) = torch.autograd.grad(one.dense(QUERIES, KEYS, dtype=torch.float64).sum(), one.parts[2].growth)
     assert_close(gradient, 4 * alone, tolerance=1e-5)
 
 
@@ -413,6 +435,7 @@ def test_a_part_of_a_sum_can_be_frozen():
         (lambda: FourierPrior(2, periods=3), TypeError, "unexpected keyword"),
         (lambda: RecencyPrior(2, "zero"), ValueError, "init must be one of 'alibi', 'neutral'; got 'zero'"),
         (lambda: RecencyPrior(2, mean_lags=[3.0]), ValueError, r"mean_lags must hold 2 positive numbers; got \[3.0\]"),
+        (lambda: RecencyPrior(2, mean_lags=[3.0, math.inf]), ValueError, "mean_lags must hold 2 positive numbers"),
         (lambda: RecencyPrior(2, mean_lags=[3.0, 0.0]), ValueError, "mean_lags must hold 2 positive numbers"),
         (lambda: SinkPrior(2, horizon=0.0), ValueError, "horizon must be positive; got 0.0"),
         (lambda: SinkPrior(2, -1), ValueError, "num_frequencies must be at least 0"),

@@ -42,7 +42,7 @@ AMPLITUDES = st.floats(-50, 50, allow_subnormal=False, width=32)
     part=st.sampled_from(["fourier", "recency", "sink", "goat"]),
 )
 def test_low_precision_lanes_stay_within_their_bound(queries, keys, amplitude, other, strength, dtype, part):
-    prior = goat_prior(HEADS, num_frequencies=3, length_scale=300.0)
+    prior = goat_prior(HEADS, form="paper", num_frequencies=3, length_scale=300.0)
     fourier, recency, sink = prior.parts
     with torch.no_grad():
         fourier.even.copy_(torch.tensor([amplitude, other, 0.1]).expand(HEADS, 3))

@@ -5,7 +5,6 @@ Legend: H heads, L tokens, E embedding width.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -108,10 +107,10 @@ def _tied_recency(config: DecoderConfig) -> LogPrior:
 
 
 def _half_global_recency(config: DecoderConfig) -> LogPrior:
-    """Mean lags up to half of the training length for one half of the heads, no recency for the other."""
+    """Mean lags up to half of the training length for half of the heads, 64 training lengths for the others."""
     local = (config.num_heads + 1) // 2
-    lags = _geometric(2.0, config.train_length / 2, local) + [math.inf] * (config.num_heads - local)
-    return RecencyPrior(config.num_heads, mean_lags=lags)
+    far = [64.0 * config.train_length] * (config.num_heads - local)
+    return RecencyPrior(config.num_heads, mean_lags=_geometric(2.0, config.train_length / 2, local) + far)
 
 
 def _floored_recency(config: DecoderConfig) -> LogPrior:
@@ -157,7 +156,7 @@ def _sum(*makers: MakePrior) -> MakePrior:
 
 def _goat(config: DecoderConfig) -> LogPrior:
     length = float(config.train_length)
-    return goat_prior(config.num_heads, form="split", num_frequencies=config.num_frequencies, length_scale=length)
+    return goat_prior(config.num_heads, num_frequencies=config.num_frequencies, length_scale=length)
 
 
 def _paper_goat(**options: Any) -> MakePrior:
