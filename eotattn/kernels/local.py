@@ -12,8 +12,9 @@ from eotattn.kernels import sdpa
 
 __all__ = ["attend"]
 
-#: Queries of a block at least; smaller blocks compute less beyond the window and cost more calls' worth of overhead.
-MIN_BLOCK = 64
+#: Queries of a block, in windows and at least. Keys of a block are copied, (block + window) / block times in all, and
+#: pairs beyond the window are computed and masked: half a window copies threefold and masks a third.
+BLOCK_SHARE, MIN_BLOCK = 2, 64
 
 
 def attend(
@@ -40,7 +41,7 @@ def attend(
     unseen = max(0, offset - before)
     key, value = (side[:, :, unseen : offset + queries] for side in (key, value))
     offset = offset - unseen
-    block = max(window, MIN_BLOCK)
+    block = max(window // BLOCK_SHARE, MIN_BLOCK)
     num_blocks = max(0, queries - (before - offset)) // block
     head = queries - num_blocks * block  # these see keys from the first one on, the others only later ones
     parts = []
