@@ -81,7 +81,7 @@ def _prepare(candidate: Candidate, device: torch.device, warmup: int) -> _Ready 
     except Exception as error:  # a peer may fail in any way, and the table says how
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        return {"name": candidate.name, "failure": f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"}
+        return {"name": candidate.name, "failure": _reason(error)}
     return _Ready(candidate, run, peak, [])
 
 
@@ -121,5 +121,13 @@ def _row(one: _Ready, baseline: _Ready | None) -> Row:
     row["ratio"] = None if baseline is None else middle / statistics.median(baseline.times)
     row["peak_mib"] = one.peak_mib
     row["peak_ratio"] = one.peak_mib / baseline.peak_mib if one.peak_mib and baseline and baseline.peak_mib else None
-    row["error"] = None if one.candidate.error is None else one.candidate.error()
+    try:
+        row["error"] = None if one.candidate.error is None else one.candidate.error()
+    except Exception as error:  # likewise
+        row["failure"] = _reason(error)
     return row
+
+
+def _reason(error: Exception) -> str:
+    """The kind of error and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"

@@ -67,15 +67,14 @@ def ott(query: Tensor, key: Tensor, epsilon: float, tolerance: float) -> Potenti
     return run
 
 
-def flash_sinkhorn(query: Tensor, key: Tensor, epsilon: float, iterations: int, *, tf32: bool) -> Potential:
-    """flash-sinkhorn's alternating solver, its Triton kernels reading points.
+def flash_sinkhorn(query: Tensor, key: Tensor, epsilon: float, iterations: int) -> Potential:
+    """flash-sinkhorn's alternating solver, its Triton kernels reading points, products in TensorFloat-32.
 
     Args:
         query: Points (n, d), float32, on a GPU.
         key: Points (m, d).
         epsilon: Temperature, squared distance.
         iterations: Whole iterations.
-        tf32: Whether products are rounded to TensorFloat-32.
     """
     from flash_sinkhorn.sinkhorn_solvers import sinkhorn_flashstyle_alternating  # type: ignore[import-not-found]
 
@@ -83,7 +82,7 @@ def flash_sinkhorn(query: Tensor, key: Tensor, epsilon: float, iterations: int, 
 
     def run() -> Tensor:
         _, found = sinkhorn_flashstyle_alternating(
-            query, key, rows, columns, eps=epsilon, n_iters=iterations, allow_tf32=tf32
+            query, key, rows, columns, eps=epsilon, n_iters=iterations, allow_tf32=True
         )[:2]
         # Its potentials belong to the uniform reference, ours to exp(log_prior).
         shifted: Tensor = found + epsilon * columns.log()

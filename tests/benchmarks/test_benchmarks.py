@@ -58,6 +58,12 @@ def test_a_peer_that_fails_is_a_row_that_says_why():
     assert "No module named 'peer'" in format_table(rows)
 
 
+def test_an_error_that_cannot_be_computed_is_said_beside_the_time():
+    (row,) = measure([Candidate("ours", lambda: lambda: None, lambda: 1 / 0)], device=CPU, rounds=1)
+    assert row["median_ms"] >= 0.0
+    assert row["failure"] == "ZeroDivisionError: division by zero"
+
+
 def test_the_oracle_is_attention():
     generator = torch.Generator().manual_seed(0)
     query, key, value, upstream = (torch.randn(1, 2, 9, 4, generator=generator, dtype=torch.float64) for _ in range(4))
