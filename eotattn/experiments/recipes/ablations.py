@@ -23,7 +23,6 @@ VARIANTS = {
     "none": "no positions",
     "paper_goat": "paper: waves, slopes, u(j)",
     "rotary_goat": "paper, on rotary content",
-    "rotary_recency": "slopes, on rotary content",
     "recency_only": "slopes alone",
     "relative_only": "waves alone",
     "sink_only": "u(j) alone",
@@ -143,7 +142,7 @@ _LAPTOP = TrainingConfig(
 )
 
 _H200 = TrainingConfig(
-    steps=800,
+    steps=500,
     batch_size=32,
     learning_rate=1e-3,
     prior_learning_rate=1e-3,
@@ -154,4 +153,4 @@ _H200 = TrainingConfig(
 
 #: Scale -> training on language and on retrieval.
 _TRAINING = {"smoke": (_SMOKE, _SMOKE), "laptop": (_LAPTOP, replace(_LAPTOP, steps=1200))}
-_H200_TRAINING = (_H200, replace(_H200, steps=1200))
+_H200_TRAINING = (_H200, replace(_H200, steps=900))
