@@ -60,9 +60,9 @@ class Join(NamedTuple):
 @cache
 def _launches() -> Any:
     """The kernels; a module that needs Triton."""
-    from eotattn.kernels import join_launch
+    from eotattn.kernels import join_launch_triton
 
-    return join_launch
+    return join_launch_triton
 
 
 def refusal(query: Tensor, key: Tensor, coefficients: Sequence[Tensor]) -> str | None:
