@@ -22,6 +22,8 @@ from eotattn.transport import TransportProblem, TransportSolution, certify, solv
 
 __all__ = ["transport"]
 
+#: A tolerance that is never met.
+NEVER = 1e-30
 #: Kernels by name: the dtype of their operands, and PyTorch's setting for float32 products.
 KERNELS = {
     "bf16": (torch.bfloat16, "highest"),
@@ -91,7 +93,7 @@ def _iteration(config: Configuration) -> list[Row]:
 
             return run
 
-        ours = partial(solve, problem, method="sinkhorn", start=start, tolerance=1e-30, max_iterations=iterations)
+        ours = partial(solve, problem, method="sinkhorn", start=start, tolerance=NEVER, max_iterations=iterations)
         candidates = [
             Candidate(f"{2 * iterations} SDPA forwards", forwards),
             Candidate(f"eotattn, {iterations} iterations", partial(_given, ours)),
@@ -125,7 +127,7 @@ def _equal_iterations(config: Configuration) -> list[Row]:
         peer = partial(transport_peers.flash_sinkhorn, left, right, epsilon, iterations)
         candidates = [_solver("flash-sinkhorn, tf32", peer, config, length, epsilon)]
         for kernel in kernels:
-            ours = partial(_ours, config, length, epsilon, kernel, "sinkhorn", 1e-30, iterations)
+            ours = partial(_ours, config, length, epsilon, kernel, "sinkhorn", NEVER, iterations)
             candidates.append(_solver(f"eotattn, {kernel} kernel", ours, config, length, epsilon))
         found = measure(candidates, device=left.device, rounds=min(5, config.rounds), warmup=1, calls=1)
         at = {"quantity": "equal iterations", "length": length, "epsilon": epsilon, "iterations": iterations}
@@ -138,6 +140,7 @@ def _equal_errors(config: Configuration) -> list[Row]:
     rows: list[Row] = []
     (length,) = config.pick([250], [8192])
     left, right = (_points(config, length, seed).float() for seed in (1, 2))
+    limit = 5000 if config.sizes == "full" else 20
     for epsilon, threshold in config.pick([(12.8, 1e-4)], [(3.2, 1e-4), (3.2, 1e-6), (1.6, 1e-5)]):
         peer = partial(transport_peers.pot, left, right, epsilon, threshold)
         reached = _exact_error(config, length, epsilon, peer()())
@@ -146,7 +149,7 @@ def _equal_errors(config: Configuration) -> list[Row]:
         candidates.append(_solver("OTT, Sinkhorn", ott, config, length, epsilon))
         for kernel in ("bf16", "fp32"):
             for method in ("streaming", "sinkhorn"):
-                ours = partial(_ours, config, length, epsilon, kernel, method, reached, None)
+                ours = partial(_ours, config, length, epsilon, kernel, method, reached, limit)
                 candidates.append(_solver(f"eotattn, {method}, {kernel} kernel", ours, config, length, epsilon))
         found = measure(candidates, device=left.device, rounds=min(5, config.rounds), warmup=1, calls=1)
         at = {"quantity": "equal errors", "length": length, "epsilon": epsilon, "threshold": threshold}
@@ -161,12 +164,12 @@ def _ours(
     kernel: str,
     method: str,
     tolerance: float,
-    iterations: int | None,
+    iterations: int,
 ) -> transport_peers.Potential:
-    """Our solver on the points' problem; from zero where the number of iterations is given."""
+    """Our solver on the points' problem; from zero where only the number of iterations stops it."""
     with _products(kernel) as dtype:
         problem = _problem(config, length, dtype, epsilon, points=True)
-    start = None if iterations is None else torch.zeros(length, device=problem.affinity.device)
+    start = None if tolerance > NEVER else torch.zeros(length, device=problem.affinity.device)
 
     def run() -> Tensor:
         with _products(kernel):
