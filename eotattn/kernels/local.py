@@ -12,9 +12,11 @@ from eotattn.kernels import sdpa
 
 __all__ = ["attend"]
 
-#: Queries of a block, in windows and at least. Keys of a block are copied, (block + window) / block times in all, and
-#: pairs beyond the window are computed and masked: half a window copies threefold and masks a third.
-BLOCK_SHARE, MIN_BLOCK = 2, 64
+#: A window is so many blocks of queries. Every block copies the keys that it sees, so more blocks copy more; and it
+#: computes pairs beyond the window only to mask them, so fewer blocks mask more. Two: three copies, a third masked.
+BLOCKS = 2
+#: Queries of a block at least.
+MIN_BLOCK = 64
 
 
 def attend(
@@ -41,7 +43,7 @@ def attend(
     unseen = max(0, offset - before)
     key, value = (side[:, :, unseen : offset + queries] for side in (key, value))
     offset = offset - unseen
-    block = max(window // BLOCK_SHARE, MIN_BLOCK)
+    block = max(window // BLOCKS, MIN_BLOCK)
     num_blocks = max(0, queries - (before - offset)) // block
     head = queries - num_blocks * block  # these see keys from the first one on, the others only later ones
     parts = []

@@ -193,7 +193,7 @@ def test_13_the_cache_remembers_padding():
     cache = layer.make_cache(2, 9)
     parts = [run(layer, x[:, :5], key_padding_mask=padding[:, :5], cache=cache)]
     parts += [run(layer, x[:, t : t + 1], cache=cache) for t in range(5, 9)]
-    assert_close(torch.cat(parts, dim=1), full)
+    assert_close(torch.cat(parts, dim=1)[~padding], full[~padding])
 
 
 def test_14_a_cache_holds_one_entry_a_token():
