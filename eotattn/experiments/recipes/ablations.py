@@ -124,8 +124,8 @@ def ablations(scale: str = "laptop") -> AblationRecipe:
         repeated=REPEATED,
         length_factors=(1, 2) if scale == "smoke" else (1, 4, 16),
         depths=(0.1, 0.9) if scale == "smoke" else (0.1, 0.5, 0.9),
-        windows={"smoke": 4, "laptop": 96}.get(scale, 256),
-        count={"smoke": 4, "laptop": 32}.get(scale, 64),
+        windows={"smoke": 4, "laptop": 96}.get(scale, 64),
+        count={"smoke": 4}.get(scale, 32),
     )
 
 

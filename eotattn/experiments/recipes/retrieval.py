@@ -88,7 +88,7 @@ def retrieval(scale: str = "laptop") -> RetrievalRecipe:
         repeated=("goat", "paper_goat", "alibi"),
         length_factors={"smoke": (1, 2), "laptop": (1, 2, 4, 8, 16)}.get(scale, (1, 2, 4, 8, 16, 32)),
         depths=(0.1, 0.9) if scale == "smoke" else (0.1, 0.3, 0.5, 0.7, 0.9),
-        count={"smoke": 4, "laptop": 32}.get(scale, 64),
+        count={"smoke": 4}.get(scale, 32),
     )
 
 
