@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from eotattn.attention import KeyValueCache, prior_attention
 from eotattn.benchmarks.suites.configuration import Configuration
-from eotattn.benchmarks.suites.inputs import content, gpt_prior, measured, trained
+from eotattn.benchmarks.suites.inputs import gpt_prior, measured, trained
 from eotattn.benchmarks.timing import Candidate, Row
 from eotattn.kernels.sdpa import kernel_width
 from eotattn.priors import LogPrior
@@ -51,9 +51,10 @@ Shape = tuple[int, int, int, int, int]
 def _sides(config: Configuration, shape: Shape, more: int) -> tuple[Tensor, Tensor, Tensor]:
     """One query and all keys and values; ``more`` columns of queries and keys."""
     batch, heads, kv_heads, length, width = shape
-    query = content(config, batch, heads, 1, width + more).detach()
-    key = content(config, batch, kv_heads, length, width + more).detach()
-    return query, key, content(config, batch, kv_heads, length, width).detach()
+    generator = torch.Generator(config.device).manual_seed(config.seed)  # on the device: these are large
+    shapes = ((heads, 1, width + more), (kv_heads, length, width + more), (kv_heads, length, width))
+    query, key, value = (torch.randn(batch, *one, generator=generator, **config.place) for one in shapes)
+    return query, key, value
 
 
 def _bare(config: Configuration, shape: Shape, more: int, appending: bool) -> Callable[[], Any]:
