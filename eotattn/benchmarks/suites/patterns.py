@@ -37,10 +37,8 @@ def patterns(config: Configuration) -> list[Row]:
         for learns in (False, True):
             candidates = [Candidate("SDPA, whole triangle", partial(_timed, _whole, sides, (), learns))]
             for name, prior in (("no prior", None), ("recency + sink", trained(gpt_prior(heads), config))):
-                compiled = (
-                    ("flex",) if config.device != "cpu" and prior is None else ()
-                )  # each takes seconds to compile
-                for backend in (*backends, *compiled):
+                compiles = config.device != "cpu" and prior is None and pattern == "documents"  # takes seconds
+                for backend in (*backends, "flex") if compiles else backends:
                     attend = partial(_attend, prior, backend, arguments)
                     learned = () if prior is None else tuple(prior.parameters())
                     error = None if learns else partial(_error, attend, sides, prior, arguments)
