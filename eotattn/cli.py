@@ -85,7 +85,8 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _add_bench(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     text = "time, memory and error against every peer that is installed"
     parser = subparsers.add_parser("bench", help=text, description=text)
-    parser.add_argument("suite", help="attention, layer, decode, padding, precision or gradients")
+    suites = "attention, layer, decode, padding, patterns, precision, gradients, transport or statistics"
+    parser.add_argument("suite", help=suites)
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default: float32)")
     parser.add_argument("--sizes", default="small", help="small (seconds on a CPU) or full (default: small)")
