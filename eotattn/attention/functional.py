@@ -88,7 +88,8 @@ def prior_attention(
         >>> prior_attention(query, key, value, prior=RecencyPrior(2), is_causal=True).shape
         torch.Size([1, 2, 5, 8])
     """
-    check_choice("prior_attention", "backend", backend, ("auto", *BACKENDS))
+    if backend != "auto":
+        check_choice("prior_attention", "backend", backend, ("auto", *BACKENDS))
     content, options = (query, key, value), (is_causal, window, scale, dropout_p, backend)
     if cache is not None:
         is_watched = run is not backends.run  # who listens in on calls sees every one

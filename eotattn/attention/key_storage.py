@@ -53,7 +53,7 @@ class KeyStorage:
             self._num_lanes = self._make(zero, zero)[1].shape[-1]
         self._widen()
         modules = [] if prior is None else prior.modules()
-        self._modules = [(module._parameters, module._buffers) for module in modules]
+        self._held = [held for module in modules for held in (module._parameters, module._buffers) if held]
         self._num_ready, self._stamp = 0, self._versions()
         self._query_first, self._query_lanes = 0, self.tensor.new_zeros(0, 0)
 
@@ -145,10 +145,15 @@ class KeyStorage:
         grouped = lanes.grouped(num_kv_heads)
         return grouped.query, grouped.key
 
-    def _versions(self) -> list[tuple[int, int, int]]:
+    def _versions(self) -> list[int]:
         """What changes when a parameter or buffer of the prior is replaced, moved or written to."""
-        tensors = (t for module in self._modules for held in module for t in held.values() if t is not None)
-        return [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+        found: list[int] = []
+        for held in self._held:
+            for tensor in held.values():
+                if tensor is not None:
+                    version = 0 if tensor.is_inference() else tensor._version
+                    found += (id(tensor), tensor.data_ptr(), version)
+        return found
 
     def _widen(self) -> None:
         """Make room for lanes and for the padding lane."""
