@@ -26,7 +26,8 @@ class KeyValueCache:
     on from its own count. So left padding, right padding and prompts of unequal length are one case.
 
     With ``prior``, keys are stored with the prior's lanes beside them: a decoding step writes one row and attends to
-    views, nothing is copied. Parameters of the prior may change between the steps; lanes are then made again.
+    views, nothing is copied. Parameters of the prior may change between the steps; lanes are then made again. (What is
+    written through ``.data`` is not counted by PyTorch and so not seen.)
 
     Args:
         batch_size: Samples B.
