@@ -9,8 +9,8 @@ from eotattn.priors.grid import ClassTokenPrior, GridPrior, grid_positions
 from eotattn.priors.grid_tables import GridKeyPrior, GridTablePrior
 from eotattn.priors.key_table import KeyTablePrior
 from eotattn.priors.lanes import LaneFactors, Lanes
+from eotattn.priors.one_for_all import SharedPrior
 from eotattn.priors.recency import RecencyPrior, alibi_slopes
-from eotattn.priors.shared import SharedPrior
 from eotattn.priors.sink import SinkPrior
 from eotattn.priors.table import TablePrior
 
