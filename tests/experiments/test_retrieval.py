@@ -227,8 +227,8 @@ def test_tables_and_figure_are_drawn_from_records_alone(tmp_path):
     figure.savefig(tmp_path / "figure.png", dpi=40)
 
 
-def test_runs_cover_every_variant_and_seed_with_the_papers_sizes_from_h200_on():
-    recipe = recipes.retrieval("h200")
+def test_runs_cover_every_variant_and_seed_with_the_papers_sizes():
+    recipe = recipes.retrieval("paper")
     named = {run.name: run.configuration for run in retrieval.runs(recipe, {})}
     assert len(named) == 3 * 3 + 2
     assert named["rope-seed0"].also_read_as == ("interpolated_rope", "ntk_rope")
@@ -238,6 +238,9 @@ def test_runs_cover_every_variant_and_seed_with_the_papers_sizes_from_h200_on():
     assert (run.training.steps, run.training.batch_size, run.training.learning_rate) == (2000, 32, 3e-4)
     assert (run.training.warmup_steps, run.task.length, run.decoder.num_frequencies) == (400, 256, 8)
     assert run.lengths == (256, 512, 1024, 2048, 4096, 8192)
+    faster = recipes.retrieval("h200")
+    assert (faster.variants, faster.task) == (recipe.variants, recipe.task)
+    assert (faster.training.steps, faster.training.learning_rate) == (2000, 6e-4)
 
 
 def test_a_run_trains_examines_and_reads_the_prior(tmp_path):
