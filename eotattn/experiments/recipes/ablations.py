@@ -132,7 +132,7 @@ def ablations(scale: str = "laptop") -> AblationRecipe:
 _SMOKE = TrainingConfig(steps=2, batch_size=4, log_every=1)
 
 _LAPTOP = TrainingConfig(
-    steps=600,
+    steps=300,
     batch_size=32,
     learning_rate=3e-3,
     prior_learning_rate=3e-3,
@@ -152,5 +152,5 @@ _H200 = TrainingConfig(
 )
 
 #: Scale -> training on language and on retrieval.
-_TRAINING = {"smoke": (_SMOKE, _SMOKE), "laptop": (_LAPTOP, replace(_LAPTOP, steps=1200))}
+_TRAINING = {"smoke": (_SMOKE, _SMOKE), "laptop": (_LAPTOP, replace(_LAPTOP, steps=800))}
 _H200_TRAINING = (_H200, replace(_H200, steps=900))

@@ -56,9 +56,9 @@ class RetrievalRecipe:
 def retrieval(scale: str = "laptop") -> RetrievalRecipe:
     """Figure 3 at a scale.
 
-    ``"h200"`` and ``"paper"`` have the paper's decoder, steps, batch, training length and frequencies. There one network
-    learns both tasks, half a batch each, where the paper trains one a task; ``"h200"`` makes up for it with twice the
-    paper's rate.
+    ``"h200"`` and ``"paper"`` have the paper's decoder, steps, batch, training length and frequencies. There one
+    network learns both tasks, half a batch each, where the paper trains one a task; ``"h200"`` makes up for it with
+    twice the paper's rate.
 
     Example:
         >>> retrieval("laptop").lengths
