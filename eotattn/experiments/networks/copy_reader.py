@@ -53,6 +53,7 @@ class CopyReader(nn.Module):
         config: Sizes.
 
     Example:
+        >>> import torch
         >>> CopyReader(CopyReaderConfig())(torch.zeros(2, 5, dtype=torch.long)).shape
         torch.Size([2, 5, 16])
     """
