@@ -139,9 +139,9 @@ def _layer_rules() -> list[Rule]:
     for length, bound in ((2048, 1.15), (8192, 1.10)):
         at = {"length": length}
         rules.append(Rule(f"layer, {length} tokens, reserved, eager", bound, "layer", _RESERVED, where=at))
-        compiled, bare = f"{_RESERVED}, compiled", "bare, compiled"
-        what = f"layer, {length} tokens, reserved, both compiled"
-        rules.append(Rule(what, 1.08, "layer", compiled, "median_ms", at, over=bare))
+        for kind in ("compiled", "compiled into graphs"):
+            what = f"layer, {length} tokens, reserved, both {kind}"
+            rules.append(Rule(what, 1.08, "layer", f"{_RESERVED}, {kind}", "median_ms", at, over=f"bare, {kind}"))
         padded = f"{_RESERVED}, padded"
         rules.append(Rule(f"layer, {length} tokens, padded: time", 1.25, "padding", padded, where=at))
         rules.append(Rule(f"layer, {length} tokens, padded: memory", 1.3, "padding", padded, "peak_ratio", at))
