@@ -27,6 +27,7 @@ def draw_retrieval(study: RetrievalStudy) -> Figure:
     for task, quantity in SCORES.items():
         _draw_curves(study, task, axes[task])
         axes[task].set_ylabel(f"{task}: {quantity.replace('_', ' ')}")
+    axes["passkey"].get_legend().remove()  # the same as beside it
     _draw_prior(study, axes["prior"])
     for name, task in ((f"{task} {variant}", task) for task in SCORES for variant in study.variants):
         variant = name.removeprefix(f"{task} ")
@@ -54,7 +55,7 @@ def _draw_curves(study: RetrievalStudy, task: str, axes: Axes) -> None:
         errors[VARIANT_NAMES[variant]] = [mean - seeds.min(0), seeds.max(0) - mean]
     plot_length_curves(study.recipe.lengths, curves, train_length=study.recipe.task.length, errors=errors, axes=axes)
     axes.set_ylim(-0.04, 1.14)  # room for the mark of the training length above accuracy one
-    axes.legend(frameon=False, fontsize=7.5)
+    axes.legend(frameon=False, fontsize=8, loc="center right")
 
 
 def _draw_prior(study: RetrievalStudy, axes: Axes) -> None:
