@@ -254,7 +254,7 @@ class AblationStudy:
             f"- **Which trainable prior extrapolates at least as well as ALiBi and is at least as good in distribution "
             f"as RoPE, on language and on retrieval? {named[0].upper() + named[1:]}.**"
         ]
-        shown = dict.fromkeys(name for name in ("rope", "alibi", "paper_goat", "goat", *answers))
+        shown = dict.fromkeys(name for name in ("rope", "alibi", "paper_goat", "goat", "local_rotary_goat", *answers))
         for name in shown:
             if name in self.variants:
                 near_bits, far_bits, near_found, far_found = self._summary(name)
