@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from eotattn.kernels.join_layout import MAX_TENSORS, Layout, read_layout
 from eotattn.kernels.sdpa import kernel_width
@@ -174,7 +175,9 @@ def _join_shapes(
     query: Tensor, key: Tensor, first: Tensor, second: Tensor, padding: Tensor | None, far: float, *tail: Any
 ) -> tuple[Tensor, ...]:
     made, _ = _made(query.shape[1], (first, second), tail)
-    width = made._replace(padding=padding).width(query.shape[-1], query.device)
+    width = int(made._replace(padding=padding).width(query.shape[-1], query.device))
+    with unset_fake_temporarily():  # tables of a layout made in a CUDA graph would lie in its memory
+        made.layout.maps(query.device, width - int(query.shape[-1]))
     return tuple(_tokens_before_heads(side, width) for side in (query, key))
 
 

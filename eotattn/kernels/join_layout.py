@@ -159,7 +159,7 @@ class Layout:
         return found
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)
 def read_layout(numbers: tuple[int, ...], scales: tuple[float, ...], num_heads: int, num_kv_heads: int) -> Layout:
     """The layout that :meth:`PartShape.numbers` of all parts, and their scales one after the other, describe."""
     parts = tuple(_parts(iter(numbers)))

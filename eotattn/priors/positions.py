@@ -155,10 +155,13 @@ def _table(run: _Run, name: Hashable, compute: Callable[[Tensor], Tensor]) -> Te
 
 def constants(numbers: tuple[float, ...], device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
     """``numbers`` as (n,) on ``device``, put there once; not to be written to."""
+    if not numbers:
+        return torch.empty(0, dtype=dtype, device=device)
     held = None if torch.compiler.is_compiling() else _CONSTANTS.get((numbers, device, dtype))
     if held is None:
         if not may_remember(device):
-            return torch.tensor(numbers, dtype=dtype, device=device)
+            # filled in on the device: a copy from the host would keep CUDA graphs from being captured
+            return torch.stack([torch.full((), number, dtype=dtype, device=device) for number in numbers])
         with torch.inference_mode(False):
             held = torch.tensor(numbers, dtype=dtype, device=device)
         with _LOCK:
