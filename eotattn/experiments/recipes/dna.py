@@ -111,6 +111,16 @@ def _decoders(*sizes: int) -> tuple[DecoderConfig, ...]:
     return tuple(_decoder(name, *sizes) for name in ("rope", "paper_goat"))
 
 
+#: Repeats that a small decoder learns within minutes: one family, short and little worn.
+_SMALL_GENOME = IsochoreModel(
+    periods=(2, 3, 4),
+    tandem_share=0.1,
+    num_families=1,
+    family_length=24,
+    element_share=0.3,
+    divergence=0.05,
+)
+
 _DNA = {
     "smoke": DnaRecipe(
         scale="smoke",
@@ -125,12 +135,12 @@ _DNA = {
     ),
     "laptop": DnaRecipe(
         scale="laptop",
-        genome=IsochoreGenome(IsochoreModel(), num_blocks=2048, block_length=1024, num_held_out=128),
+        genome=IsochoreGenome(_SMALL_GENOME, num_blocks=2048, block_length=1024, num_held_out=128),
         variants=_decoders(2, 64, 4, 256),
         training=TrainingConfig(
             steps=300, batch_size=16, warmup_steps=30, log_every=20, evaluate_every=50, checkpoint_every=100
         ),
-        learning_rates=(3e-3, 6e-3),
+        learning_rates=(6e-3, 1.2e-2),
         seeds=(0, 1, 2),
         test_windows=128,
         generation=GenerationConfig(prompts=128, gc_window=32),
@@ -138,7 +148,7 @@ _DNA = {
     ),
     "h200": DnaRecipe(
         scale="h200",
-        genome=IsochoreGenome(IsochoreModel(), num_blocks=8192, block_length=2048, num_held_out=256),
+        genome=IsochoreGenome(IsochoreModel(family_length=64), num_blocks=8192, block_length=2048, num_held_out=256),
         variants=_decoders(6, 384, 6, 1024),
         training=TrainingConfig(
             steps=800, batch_size=32, warmup_steps=80, log_every=20, evaluate_every=80, precision="bf16"
