@@ -136,8 +136,8 @@ def _draw_speed(study: DnaStudy, axes: Axes) -> None:
     axes.axvline(1, color="0.45", linestyle="--", linewidth=1)
     axes.set_yticks(places, [row["variant"] for row in table], fontsize=8)
     axes.set_xlabel("ratio to fused RoPE")
-    axes.margins(x=0.18)
-    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    axes.margins(x=0.2)
+    axes.legend(frameon=False, fontsize=9, loc="lower center", bbox_to_anchor=(0.6, 1.0), ncols=2)
 
 
 def _label(axes: Axes, places: np.ndarray, values: list[float]) -> None:

@@ -111,14 +111,22 @@ def _decoders(*sizes: int) -> tuple[DecoderConfig, ...]:
     return tuple(_decoder(name, *sizes) for name in ("rope", "paper_goat"))
 
 
-#: Repeats that a small decoder learns within minutes: one family, short and little worn.
+#: Repeats that a small decoder learns within minutes, one family, short and little worn; isochores that differ so much
+#: that a short prompt tells them apart.
 _SMALL_GENOME = IsochoreModel(
+    gc_fractions=(0.3, 0.45, 0.6),
+    class_shares=(0.4, 0.35, 0.25),
     periods=(2, 3, 4),
     tandem_share=0.1,
     num_families=1,
     family_length=24,
     element_share=0.3,
     divergence=0.05,
+)
+
+#: Within windows of a kilobase GC content varies more than the means of isochores do.
+_GENOME = IsochoreModel(
+    gc_fractions=(0.33, 0.38, 0.43, 0.5, 0.58), class_shares=(0.2, 0.3, 0.25, 0.15, 0.1), family_length=64
 )
 
 _DNA = {
@@ -143,12 +151,12 @@ _DNA = {
         learning_rates=(6e-3, 1.2e-2),
         seeds=(0, 1, 2),
         test_windows=128,
-        generation=GenerationConfig(prompts=128, gc_window=32),
+        generation=GenerationConfig(prompts=128, gc_window=64),
         speed=SpeedConfig(_decoder("rope", 2, 64, 4, 256), batch_size=16, rounds=8, precision="no", compile=False),
     ),
     "h200": DnaRecipe(
         scale="h200",
-        genome=IsochoreGenome(IsochoreModel(family_length=64), num_blocks=8192, block_length=2048, num_held_out=256),
+        genome=IsochoreGenome(_GENOME, num_blocks=8192, block_length=2048, num_held_out=256),
         variants=_decoders(6, 384, 6, 1024),
         training=TrainingConfig(
             steps=800, batch_size=32, warmup_steps=80, log_every=20, evaluate_every=80, precision="bf16"
@@ -156,7 +164,7 @@ _DNA = {
         learning_rates=(1e-3, 2e-3),
         seeds=(0, 1, 2),
         test_windows=256,
-        generation=GenerationConfig(prompts=256, gc_window=64),
+        generation=GenerationConfig(prompts=256, gc_window=128),
         speed=SpeedConfig(_decoder("rope", 6, 768, 12, 1024), batch_size=16, rounds=20, precision="bf16", compile=True),
     ),
     "paper": DnaRecipe(
