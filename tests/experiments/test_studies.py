@@ -126,7 +126,7 @@ def test_language_study_measures_every_variant_seed_and_length(small_language):
         ]
         far = [row["value"] for row in found if row["length"] == 512]
         assert small_language.interval(variant, 512).mean == pytest.approx(sum(far) / 2)
-    assert {row["variant"] for row in rows if row["panel"] == "b"} == {"paper_goat", "rotary_goat"}
+    assert {row["variant"] for row in rows if row["panel"] == "c"} == {"paper_goat", "rotary_goat"}
     assert {row["variant"] for row in rows if row["panel"] == "sweep"} == {"rope", "alibi", "paper_goat", "rotary_goat"}
     assert len({frozenset(row) for row in rows}) == 1  # one set of columns
     assert len(small_language.curve_table()) == 7 * 5
@@ -182,8 +182,12 @@ def test_language_study_saves_and_draws(small_language, tmp_path):
     folder = ResultFolder(str(tmp_path), "smoke", "fig2_language")
     small_language.save(folder)
     figure = draw_language(small_language)
-    assert len(figure.axes) == 4
-    assert len(figure.axes[0].child_axes) == 1  # the enlarged curves
+    assert [axes.get_title(loc="left")[:3] for axes in figure.axes] == ["(a)", "(b)", "(c)", "(d)", "(e)", "(f)"]
+    drawn = {line.get_label(): line for line in figure.axes[0].get_lines()}
+    means = [small_language.interval("ntk_rope", length).mean for length in small_language.recipe.lengths]
+    assert drawn["RoPE, NTK"].get_ydata().tolist() == pytest.approx(means)
+    formed = {line.get_label(): line for line in figure.axes[4].get_lines()}
+    assert formed["ALiBi"].get_ydata() == pytest.approx(mean_formation(small_language.of("alibi"))[1].mean(0))
     plt.close(figure)
     assert len(table(folder)) == len(small_language.rows())
     assert small_language.uniform_mass == pytest.approx(sum(1 / n for n in range(17, 33)) / 16)

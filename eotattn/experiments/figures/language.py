@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from eotattn.experiments.figures.captions import VARIANT_NAMES, title_panels
 from eotattn.experiments.studies.language_study import LanguageStudy, mean_formation
@@ -19,30 +16,67 @@ __all__ = ["draw_language"]
 
 
 def draw_language(study: LanguageStudy) -> Figure:
-    """Figure 2: (a) bits per byte by context, (b) learned u(j), (c) sink mass by signal strength, (d) by step."""
-    figure, grid = panels(2, 2, size=(11.5, 8.2))
-    curves, key_only, by_signal, by_step = axes = [axes for row in grid for axes in row]
-    order = [VARIANT_NAMES.get(name, name) for name in study.names]
-    _draw_curves(study, curves, order)
+    """Figure 2: (a) and (b) bits per byte by context, (c) u(j), (d) sink mass by signal and (e) by step, (f) rates."""
+    figure, grid = panels(2, 3, size=(15.5, 8.2))
+    (curves, close, key_only), (by_signal, by_step, rates) = grid
+    order = [_label(decoder.attention) for decoder in study.recipe.variants + study.recipe.contrasts]
+    _draw_curves(study, order, order, curves)
+    _draw_readings(study, order, curves)
+    _draw_curves(study, [_label(name) for name in ("alibi", *study.learned)], order, close)
     _draw_key_only(study, study.learned[0], key_only)
-    shown = ("rope", *study.learned)
-    reports = {VARIANT_NAMES.get(name, name): study.of(name)[0].sinks for name in shown}
+    reports = {_label(name): study.of(name)[0].sinks for name in ("rope", *study.learned)}
     plot_sink_mass(reports, uniform_mass=study.uniform_mass, order=order, axes=by_signal)
     _draw_formation(study, by_step, order)
-    title = f"learned key-only part of {VARIANT_NAMES.get(study.learned[0], study.learned[0])}"
-    title_panels(axes, ("length extrapolation", title, "sink mass", "sink formation"))
+    _draw_sweep(study, rates, order)
+    shown = f"learned u(j), {_label(study.learned[0])}"
+    titles = ("length extrapolation", "the close curves", shown, "sink mass", "sink formation", "choice of rates")
+    title_panels([curves, close, key_only, by_signal, by_step, rates], titles)
     return figure
 
 
-def _draw_curves(study: LanguageStudy, axes: Axes, order: list[str]) -> None:
-    """Means and 95 % intervals over seeds; the close curves once more at their own scale."""
-    lengths = study.recipe.lengths
-    found = {name: [study.interval(name, length) for length in lengths] for name in study.names}
-    curves = {VARIANT_NAMES.get(name, name): [i.mean for i in intervals] for name, intervals in found.items()}
-    errors = {VARIANT_NAMES.get(name, name): [i.half_width for i in intervals] for name, intervals in found.items()}
-    plot_length_curves(lengths, curves, errors=errors, train_length=study.recipe.train_length, order=order, axes=axes)
-    close = [VARIANT_NAMES.get(name, name) for name in ("alibi", *study.learned)]
-    _enlarge(axes, lengths, {name: curves[name] for name in close}, {name: errors[name] for name in close}, order)
+def _label(name: str) -> str:
+    return VARIANT_NAMES.get(name, name)
+
+
+def _draw_curves(study: LanguageStudy, labels: list[str], order: list[str], axes: Axes) -> None:
+    """Means and 95 % intervals over seeds."""
+    recipe = study.recipe
+    found = {
+        _label(name): [study.interval(name, length) for length in recipe.lengths]
+        for name in study.names
+        if _label(name) in labels
+    }
+    curves = {label: [interval.mean for interval in intervals] for label, intervals in found.items()}
+    errors = {label: [interval.half_width for interval in intervals] for label, intervals in found.items()}
+    plot_length_curves(recipe.lengths, curves, errors=errors, train_length=recipe.train_length, order=order, axes=axes)
+
+
+def _draw_readings(study: LanguageStudy, order: list[str], axes: Axes) -> None:
+    """Trained decoders read with other positions: the colour of the decoder, broken lines."""
+    styles = line_styles(order)
+    for (kind, trained), dashes in zip(study.recipe.readings, ("--", ":", "-."), strict=False):
+        means = [study.interval(kind, length).mean for length in study.recipe.lengths]
+        axes.plot(
+            study.recipe.lengths, means, linestyle=dashes, color=styles[_label(trained)]["color"], label=_label(kind)
+        )
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _draw_sweep(study: LanguageStudy, axes: Axes, order: list[str]) -> None:
+    """Bits per byte on validation files against the learning rate; a ring marks the chosen rate."""
+    rows, styles = study.sweep_table(), line_styles(order)
+    for decoder in study.recipe.variants:
+        label = _label(decoder.attention)
+        found = [row for row in rows if row["variant"] == decoder.attention]
+        axes.plot(
+            [r["learning_rate"] for r in found], [r["bits_per_byte"] for r in found], label=label, **styles[label]
+        )
+        chosen = [(r["learning_rate"], r["bits_per_byte"]) for r in found if r["chosen"]]
+        axes.plot(*zip(*chosen, strict=True), "o", markersize=11, fillstyle="none", color=styles[label]["color"])
+    axes.set_xscale("log")
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("bits per byte, validation files, short runs")
+    axes.legend(frameon=False, fontsize=8)
 
 
 def _draw_key_only(study: LanguageStudy, name: str, axes: Axes) -> None:
@@ -56,34 +90,13 @@ def _draw_key_only(study: LanguageStudy, name: str, axes: Axes) -> None:
 
 def _draw_formation(study: LanguageStudy, axes: Axes, order: list[str]) -> None:
     """Mass on the first token while training, averaged over blocks, heads and queries; the band spans the seeds."""
-    names = [decoder.attention for decoder in study.recipe.variants]
-    labels = {name: VARIANT_NAMES.get(name, name) for name in names}
-    styles = line_styles(list(labels.values()), order)
-    for name, label in labels.items():
-        steps, mass = mean_formation(study.of(name))
+    styles = line_styles(order)
+    for decoder in study.recipe.variants:
+        label = _label(decoder.attention)
+        steps, mass = mean_formation(study.of(decoder.attention))
         axes.plot(steps, mass.mean(0), label=label, **(styles[label] | {"markersize": 3.5}))
         axes.fill_between(steps, mass.min(0), mass.max(0), color=styles[label]["color"], alpha=0.2, linewidth=0)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("training step")
     axes.set_ylabel("mass on the first token, mean over queries")
     axes.legend(frameon=False, fontsize=9)
-
-
-def _enlarge(
-    axes: Axes,
-    lengths: Sequence[int],
-    curves: dict[str, list[float]],
-    errors: dict[str, list[float]],
-    order: list[str],
-) -> None:
-    """Repeat curves in an inset at their own scale."""
-    inset = axes.inset_axes((0.08, 0.5, 0.42, 0.4))
-    styles = line_styles(list(curves), order)
-    for name, values in curves.items():
-        bars = np.nan_to_num(errors[name])
-        inset.errorbar(lengths, values, yerr=bars, capsize=2, **(styles[name] | {"markersize": 4}))
-    inset.set_xscale("log", base=2)
-    inset.set_xticks([])
-    inset.tick_params(labelsize=8)
-    inset.margins(y=0.15)
-    inset.set_title("enlarged", fontsize=8, pad=2, color="0.3")

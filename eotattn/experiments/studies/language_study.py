@@ -126,7 +126,7 @@ class LanguageStudy:
 
     @property
     def uniform_mass(self) -> float:
-        """Mass on the first token if attention were uniform over the keys, for the queries of panel (c)."""
+        """Mass on the first token if attention were uniform over the keys, for the queries of panel (d)."""
         queries = range(self.recipe.train_length // 2, self.recipe.train_length)
         return sum(1 / (query + 1) for query in queries) / len(queries)
 
@@ -196,7 +196,7 @@ def _rows(decoder: TrainedDecoder) -> list[Row]:
         blocks, heads, length = decoder.key_only.shape
         positions = sorted({*range(min(length, 128)), *range(0, length, max(1, length // 256))})
         rows += [
-            {"panel": "b", "quantity": "key_only_log_prior", "unit": "nats", "block": b, "head": h, "position": j}
+            {"panel": "c", "quantity": "key_only_log_prior", "unit": "nats", "block": b, "head": h, "position": j}
             | {"value": float(decoder.key_only[b, h, j])}
             for b in range(blocks)
             for h in range(heads)
@@ -204,7 +204,7 @@ def _rows(decoder: TrainedDecoder) -> list[Row]:
         ]
     sinks = decoder.sinks
     rows += [
-        {"panel": "c", "quantity": "sink_mass", "unit": "probability", "count": count}
+        {"panel": "d", "quantity": "sink_mass", "unit": "probability", "count": count}
         | {"score_range": float(sinks.mean_score_range[m]), "standard_error": float(sinks.standard_error[m])}
         | {"value": float(sinks.mean_sink_mass[m])}
         for m, count in enumerate(sinks.counts.tolist())
@@ -217,7 +217,7 @@ def _formation_rows(decoder: TrainedDecoder) -> list[Row]:
     """Mass on the first token by step and block, averaged over heads."""
     steps, mass = decoder.formation
     return [
-        {"panel": "d", "quantity": "sink_mass", "unit": "probability", "step": int(step), "block": b, "value": float(m)}
+        {"panel": "e", "quantity": "sink_mass", "unit": "probability", "step": int(step), "block": b, "value": float(m)}
         for step, blocks in zip(steps, mass.mean(-1), strict=True)
         for b, m in enumerate(blocks)
     ]
