@@ -130,7 +130,7 @@ def perform(
     unknown = [pattern for pattern in only if not any(fnmatch(name, pattern) for name in named)]
     require(not unknown, "perform", "only", "name runs of the study", unknown, f"There are {', '.join(named)}")
     if failed:
-        raise RunsFailedError(failed)
+        raise RunsFailedError([name for name in named if name in failed])
     return {name: records[name] for name in named if name in records}
 
 

@@ -55,7 +55,7 @@ def _draw_formation(study: CopyMixtureStudy, axes: Axes) -> None:
     axes.axhline(BOUND, color=colours["correlation"], linestyle=":", label=f"bound, {BOUND}")
     axes.set_xlabel("training step")
     axes.set_ylim(0, 1.02)
-    axes.legend(frameon=False, fontsize=8, loc="center right")
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
 
 
 def _draw_loss(study: CopyMixtureStudy, axes: Axes) -> None:

@@ -59,7 +59,7 @@ def _draw_readings(study: LanguageStudy, order: list[str], axes: Axes) -> None:
         axes.plot(
             study.recipe.lengths, means, linestyle=dashes, color=styles[_label(trained)]["color"], label=_label(kind)
         )
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0.06, 0.94))
 
 
 def _draw_sweep(study: LanguageStudy, axes: Axes, order: list[str]) -> None:
