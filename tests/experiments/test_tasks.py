@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eotattn.experiments.tasks import CopyMixture, LanguageTask, find_texts, split_by_file
+from eotattn.experiments.tasks import CopyMixture, LanguageTask, find_texts, split_by_file, step_generator
 
 
 def small_language(length=8):
@@ -49,6 +49,13 @@ def test_ideal_attention_reads_the_sources():
     log_prior = CopyMixture(length=5).ideal_log_prior(floor=1e-3)
     assert bool((log_prior.triu(1)[log_prior.triu(1) != 0] == -math.inf).all())
     assert float(log_prior[3, 1]) == pytest.approx(math.log(1e-3))
+
+
+def test_every_seed_and_step_has_its_own_stream():
+    """torch reads 32 bits of a seed, so that 0 and 2**32 are one."""
+    pairs = [(seed, step) for seed in (0, 1, 2, 3, 2**20, 2**31) for step in (0, 1, 2, 500, 2**31, 2**32)]
+    drawn = {tuple(torch.rand(2, generator=step_generator(*pair)).tolist()) for pair in pairs}
+    assert len(drawn) == len(pairs)
 
 
 def test_split_puts_every_file_on_exactly_one_side_and_does_not_depend_on_the_others():
