@@ -6,7 +6,6 @@ import pytest
 
 from eotattn.plotting import plot_identity, plot_measured_and_bound
 
-
 LABELS = {"labels": ("x", "y")}
 
 
