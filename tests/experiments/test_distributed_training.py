@@ -60,8 +60,8 @@ def test_two_processes_train_like_one(accumulation, tmp_path):
         assert losses == pytest.approx([row["loss"] for row in expected], abs=1e-5)
         network = reader()
         network.load_state_dict(found["weights"])
-        # Outputs, because the bias of the keys has no gradient but rounding, which Adam blows up. It does so to a
-        # degree with every small gradient: hence a wider tolerance than that of the losses.
+        # Outputs, because the bias of the keys has no gradient but rounding, which Adam blows up. It does so, to a
+        # degree, with every small gradient: hence a wider tolerance than that of the losses.
         torch.testing.assert_close(network(inputs), alone(inputs), rtol=0, atol=1e-4)
 
 
