@@ -16,16 +16,16 @@ def test_reproduce_passes_its_arguments_on(monkeypatch):
     assert cli.main(["reproduce", "--figure", "2", "1", "--scale", "smoke", "--out", "elsewhere"]) == 0
     assert cli.main(["reproduce", "--figure", "1", "--figure", "2"]) == 0
     assert calls == [
-        (None, {"scale": "laptop", "out": "figures"}),
-        ([2, 1], {"scale": "smoke", "out": "elsewhere"}),
-        ([1, 2], {"scale": "laptop", "out": "figures"}),
+        (None, {"scale": "laptop", "out": "figures", "jobs": None, "fresh": False}),
+        (["2", "1"], {"scale": "smoke", "out": "elsewhere", "jobs": None, "fresh": False}),
+        (["1", "2"], {"scale": "laptop", "out": "figures", "jobs": None, "fresh": False}),
     ]
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--figure", "9"], "eotattn: error: reproduce: figures must be among 1, 2; got [9]."),
+        (["--figure", "9"], "eotattn: error: reproduce: figures must be among 1, 2, 3, 4, 5, ablations; got ['9']."),
         (["--scale", "huge"], "eotattn: error: reproduce: scale must be one of 'smoke'"),
     ],
 )
@@ -36,7 +36,7 @@ def test_user_errors_are_one_line_and_status_two(arguments, says, capsys):
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [[], ["unknown"], ["reproduce", "--figure", "one"]])
+@pytest.mark.parametrize("arguments", [[], ["unknown"], ["reproduce", "--jobs", "one"]])
 def test_bad_syntax_ends_with_usage(arguments, capsys):
     with pytest.raises(SystemExit) as exit_info:
         cli.main(arguments)

@@ -27,7 +27,9 @@ def draw_retrieval(study: RetrievalStudy) -> Figure:
     for task, quantity in SCORES.items():
         _draw_curves(study, task, axes[task])
         axes[task].set_ylabel(f"{task}: {quantity.replace('_', ' ')}")
-    axes["passkey"].get_legend().remove()  # the same as beside it
+    legend = axes["passkey"].get_legend()
+    assert legend is not None
+    legend.remove()  # the same as beside it
     _draw_prior(study, axes["prior"])
     for name, task in ((f"{task} {variant}", task) for task in SCORES for variant in study.variants):
         variant = name.removeprefix(f"{task} ")
