@@ -82,7 +82,7 @@ def train(
     batch's inputs to logits whose last axis has the classes and whose other axes are those of the targets.
 
     Interrupt it at any time: with ``checkpoint``, the same call continues from the last one written and ends, on one
-    CPU, with the same bits as a run that was never interrupted.
+    CPU with the same number of threads, with the same bits as a run that was never interrupted.
 
     Args:
         network: Maps (B, ...) inputs to logits of shape (*targets.shape, V).

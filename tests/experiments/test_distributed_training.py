@@ -13,7 +13,7 @@ from eotattn.experiments.tasks import CopyMixture
 from eotattn.experiments.tasks.batches import IGNORED, Batch
 from eotattn.experiments.training import TrainingConfig, train
 
-CONFIG = TrainingConfig(steps=6, batch_size=4, warmup_steps=2, log_every=1, checkpoint_every=3, learning_rate=1e-2)
+CONFIG = TrainingConfig(steps=6, batch_size=4, warmup_steps=2, log_every=1, checkpoint_every=3, learning_rate=1e-3)
 
 
 class Uneven:

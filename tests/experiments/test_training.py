@@ -66,7 +66,10 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
+import torch
 import test_training as here
+
+torch.set_num_threads(int(sys.argv[4]))
 
 class Deadly:
     def batch(self, batch_size, *, seed, step):
@@ -81,7 +84,8 @@ here.train(here.reader(), Deadly(), here.CONFIG, evaluate=here.weight_norm, chec
 def test_killed_and_resumed_run_equals_the_uninterrupted_one_to_the_bit(tmp_path):
     path, whole = tmp_path / "run.pt", reader()
     expected = train(whole, TASK, CONFIG, evaluate=weight_norm)
-    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(path), "6"]
+    threads = str(torch.get_num_threads())  # sums over other numbers of threads round otherwise
+    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(path), "6", threads]
     assert subprocess.run(command, check=False, capture_output=True).returncode == -signal.SIGKILL
     assert torch.load(path)["step"] == 4
     resumed = reader()
