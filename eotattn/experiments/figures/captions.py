@@ -19,6 +19,7 @@ VARIANT_NAMES = {
     "goat": "GOAT",
     "paper_goat": "GOAT, paper's form",
     "rotary_goat": "RoPE + GOAT",
+    "local_rotary_goat": "GOAT, local heads rotary",
     "sinusoidal": "sinusoidal",
     "none": "no positions",
 }

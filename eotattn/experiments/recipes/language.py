@@ -99,8 +99,8 @@ def _decoders(names: tuple[str, ...], sizes: Mapping[str, int]) -> tuple[Decoder
     )
 
 
-_VARIANTS = ("rope", "alibi", "paper_goat", "rotary_goat")
-_LAPTOP_VARIANTS = ("rope", "alibi", "paper_goat", "goat")
+_VARIANTS = ("rope", "alibi", "paper_goat", "goat", "local_rotary_goat")
+_LAPTOP_VARIANTS = _VARIANTS[:4]
 _CONTRASTS = ("none", "sinusoidal")
 _READINGS = (("interpolated_rope", "rope"), ("ntk_rope", "rope"))
 _FACTORS = (1, 2, 4, 8, 16)
