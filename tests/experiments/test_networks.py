@@ -62,6 +62,16 @@ def test_alibi_is_frozen_and_goat_learns():
     assert all(p.requires_grad for p in decoder("goat").blocks[0].attention.prior.parameters())
 
 
+@pytest.mark.parametrize("attention", ["sinusoidal", "learned"])
+def test_embedded_positions_do_not_drown_the_tokens(attention):
+    network, seen = decoder(attention), []
+    network.blocks[0].register_forward_pre_hook(lambda block, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        network(tokens(7))
+        words = network.embedding(tokens(7))
+    assert 0.5 < float((seen[0] - words).norm() / words.norm()) < 2.0
+
+
 def test_num_targets_reads_out_the_end_of_the_full_pass():
     network = decoder("goat")
     with torch.no_grad():

@@ -20,6 +20,9 @@ from eotattn.experiments.networks.rotations import StretchedRotary
 
 __all__ = ["Decoder", "DecoderConfig"]
 
+#: Standard deviation of embeddings at the start, and amplitude of fixed waves added to them: neither drowns the other.
+EMBEDDING_SPREAD = 0.1
+
 
 @dataclass(frozen=True)
 class DecoderConfig:
@@ -115,8 +118,8 @@ class Decoder(nn.Module):
         self.position_embedding: nn.Embedding | None = None
         if config.kind.embedding == "learned":
             self.position_embedding = nn.Embedding(config.train_length, config.embed_dim)
-            nn.init.normal_(self.position_embedding.weight, std=0.1)
-        nn.init.normal_(self.embedding.weight, std=0.1)
+            nn.init.normal_(self.position_embedding.weight, std=EMBEDDING_SPREAD)
+        nn.init.normal_(self.embedding.weight, std=EMBEDDING_SPREAD)
         nn.init.normal_(self.readout.weight, std=config.embed_dim**-0.5 / 4)
 
     def forward(
@@ -185,7 +188,7 @@ class Decoder(nn.Module):
     def _embed(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         hidden, length = self.embedding(tokens), tokens.shape[1]
         if self.config.kind.embedding == "sinusoidal":
-            hidden = hidden + sinusoids(length, self.config.embed_dim).to(hidden)
+            hidden = hidden + EMBEDDING_SPREAD * sinusoids(length, self.config.embed_dim).to(hidden)
         if self.position_embedding is not None:
             last = self.config.train_length - 1
             hidden = hidden + self.position_embedding(torch.arange(length, device=tokens.device).clamp(max=last))

@@ -178,7 +178,7 @@ def measure(run: DecoderRun, checkpoint: Path) -> Measurement:
     arrays["formation.sink_mass"] = np.array([row["sink_mass"] for row in training.evaluations])
     key_only = _key_only(network, run.lengths[-1])
     if key_only is not None:
-        arrays["key_only"] = key_only.numpy()
+        arrays["key_only"] = key_only.float().numpy()
     bits = [row["value"] for row in curves[run.decoder.attention] if row["quantity"] == "bits_per_byte"]
     return Measurement(rows, arrays, "bits per byte " + ", ".join(f"{b:.3f}" for b in bits), data=task.fingerprint)
 
