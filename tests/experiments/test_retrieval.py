@@ -1,6 +1,7 @@
 """Figure 3: sequences that say what they should, examinations that count right answers, a study made of records."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -163,10 +164,11 @@ def test_teacher_forced_exact_matches_are_those_of_greedy_decoding():
 # The study -----------------------------------------------------------------------------------------------------------
 
 
-def record(name, seed, values, variants):
+def record(name, seed, values, variants, loss=0.0):
     """A record of some variants with the accuracies that functions of (task, length, depth) give."""
     recipe = recipes.retrieval("laptop")
-    rows = [
+    rows = [{"panel": "training", "quantity": "training_loss", "unit": "nats per token", "step": 9, "value": loss}]
+    rows += [
         {"variant": variant, "quantity": quantity, "task": task, "length": length, "depth": depth}
         | {"value": values.get(variant, lambda *_: 0.5)(task, length, depth)}
         for variant in variants
@@ -227,25 +229,55 @@ def test_tables_and_figure_are_drawn_from_records_alone(tmp_path):
     figure.savefig(tmp_path / "figure.png", dpi=40)
 
 
+def planned(recipe, losses):
+    """Runs by name, when the first seed's have ended with training losses by rate."""
+    first = {run.name: run.configuration for run in retrieval.runs(recipe, {})}
+    assert {run.seed for run in first.values()} == {0}
+    ended = {name: record(name, 0, {}, (), losses[run.training.learning_rate]) for name, run in first.items()}
+    return {run.name: run.configuration for run in retrieval.runs(recipe, ended)}
+
+
+def test_other_seeds_take_the_rate_that_the_first_seed_chose():
+    for losses, best in (({3e-4: 0.5, 6e-4: 0.4}, 6e-4), ({3e-4: 0.3, 6e-4: 0.4}, 3e-4)):
+        named = planned(recipes.retrieval("h200"), losses)
+        assert len(named) == 2 * 5 + 2 * 3  # two rates of all that train; two more seeds of GOAT's two forms and ALiBi
+        repeated = [run.training for run in named.values() if run.seed > 0]
+        assert {(run.learning_rate, run.prior_learning_rate) for run in repeated} == {(best, best)}
+
+
+def test_scores_are_those_of_the_best_rate():
+    recipe = replace(recipes.retrieval("laptop"), learning_rates=(1e-3, 3e-3))
+    outcomes = {1e-3: (0.25, 0.2), 3e-3: (0.75, 0.1)}  # accuracy, training loss
+    records = {}
+    for run in retrieval.runs(recipe, {}):
+        accuracy, loss = outcomes[run.configuration.training.learning_rate]
+        name = run.configuration.decoder.attention
+        records[run.name] = record(run.name, 0, {name: lambda *_, accuracy=accuracy: accuracy}, (name,), loss)
+    study = retrieval.RetrievalStudy(recipe, records)
+    assert study.scores("goat", "needle").tolist() == [[[0.75] * 5] * 5]
+    taken = {(row["variant"], row["learning rate"]) for row in study.sweep_table() if row["taken"]}
+    assert taken == {(name, 3e-3) for name in ("goat", "paper_goat", "alibi", "rope", "sinusoidal")}
+
+
 def test_runs_cover_every_variant_and_seed_with_the_papers_sizes():
     recipe = recipes.retrieval("paper")
-    named = {run.name: run.configuration for run in retrieval.runs(recipe, {})}
+    named = planned(recipe, {3e-4: 0.5})
     assert len(named) == 3 * 3 + 2
-    assert named["rope-seed0"].also_read_as == ("interpolated_rope", "ntk_rope")
+    assert named["rope-rate0.0003-seed0"].also_read_as == ("interpolated_rope", "ntk_rope")
     assert {run.seed for run in named.values()} == {0, 1, 2}
-    run = named["paper_goat-seed1"]
+    run = named["paper_goat-rate0.0003-seed1"]
     assert (run.decoder.num_layers, run.decoder.embed_dim, run.decoder.num_heads) == (12, 512, 8)
     assert (run.training.steps, run.training.batch_size, run.training.learning_rate) == (2000, 32, 3e-4)
     assert (run.training.warmup_steps, run.task.length, run.decoder.num_frequencies) == (400, 256, 8)
     assert run.lengths == (256, 512, 1024, 2048, 4096, 8192)
     faster = recipes.retrieval("h200")
     assert (faster.variants, faster.task) == (recipe.variants, recipe.task)
-    assert (faster.training.steps, faster.training.learning_rate) == (2000, 6e-4)
+    assert (faster.training.steps, faster.learning_rates) == (2000, (3e-4, 6e-4))
 
 
 def test_a_run_trains_examines_and_reads_the_prior(tmp_path):
     recipe = recipes.retrieval("smoke")
-    (run,) = [run for run in retrieval.runs(recipe, {}) if run.name == "goat-seed0"]
+    (run,) = [run for run in retrieval.runs(recipe, {}) if run.name == "goat-rate0.003-seed0"]
     found = retrieval.measure(run.configuration, tmp_path / "run.pt")
     assert {row["quantity"] for row in found.rows} >= {"exact_match", "token_accuracy", "training_loss"}
     log_prior = found.arrays["log_prior"]

@@ -61,7 +61,7 @@ def _draw_curves(study: RetrievalStudy, task: str, axes: Axes) -> None:
 
 
 def _draw_prior(study: RetrievalStudy, axes: Axes) -> None:
-    log_prior = study.records[f"goat-seed{study.recipe.seeds[0]}"].arrays["log_prior"]
+    log_prior = study.of("goat")[0].arrays["log_prior"]
     lags = shown_lags(log_prior.shape[-1])
     by_head = log_prior.reshape(-1, log_prior.shape[-1])[:, lags]
     plot_log_prior_by_lag(by_head, lags=lags, train_length=study.recipe.task.length, axes=axes)

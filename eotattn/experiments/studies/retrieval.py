@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from eotattn.experiments.examination import examine
 from eotattn.experiments.networks import ATTENTION_KINDS, Decoder, DecoderConfig
+from eotattn.experiments.rate_sweep import best_rate, run_name, sweep_table, swept_runs
 from eotattn.experiments.recipes.retrieval import RetrievalRecipe
-from eotattn.experiments.records import Measurement, Records, Row, Run, merged_provenance
+from eotattn.experiments.records import Measurement, Record, Records, Row, Run, merged_provenance
 from eotattn.experiments.results import ResultFolder
 from eotattn.experiments.tasks import RetrievalTask
 from eotattn.experiments.training import TrainingConfig, autocast, train, training_rows
@@ -58,25 +59,17 @@ class RetrievalRun:
 
 
 def runs(recipe: RetrievalRecipe, records: Records) -> list[Run]:
-    """One run a seed and variant that trains; the first seed's come first."""
-    return [
-        Run(
-            f"{decoder.attention}-seed{seed}",
-            RetrievalRun(
-                decoder,
-                recipe.task,
-                replace(recipe.training, seed=seed),
-                recipe.lengths,
-                recipe.depths,
-                recipe.count,
-                tuple(other.attention for other in recipe.variants if other.kind.trained_as == decoder.attention),
-            ),
-            measure,
-        )
-        for seed in recipe.seeds
-        for decoder in recipe.variants
-        if decoder.kind.trained_as is None and seed in recipe.seeds_of(decoder.attention)
-    ]
+    """For every variant that trains one run a rate with the first seed, then its other seeds at the best rate."""
+    trained = {decoder.attention: decoder for decoder in recipe.variants if decoder.kind.trained_as is None}
+    found = []
+    for seed, name, rate in swept_runs(recipe, records, list(trained)):
+        if seed in recipe.seeds_of(name):
+            training = replace(recipe.training, seed=seed, learning_rate=rate, prior_learning_rate=rate)
+            also = tuple(other.attention for other in recipe.variants if other.kind.trained_as == name)
+            examined = (recipe.lengths, recipe.depths, recipe.count, also)
+            run = RetrievalRun(trained[name], recipe.task, training, *examined)
+            found.append(Run(run_name(name, rate, seed), run, measure))
+    return found
 
 
 def measure(run: RetrievalRun, checkpoint: Path) -> Measurement:
@@ -87,7 +80,7 @@ def measure(run: RetrievalRun, checkpoint: Path) -> Measurement:
         checkpoint: File of the unfinished training.
     """
     network = Decoder(run.decoder)
-    label = f"{run.decoder.attention}, seed {run.seed}"
+    label = f"{run.decoder.attention}, rate {run.training.learning_rate:g}, seed {run.seed}"
     training = train(network, run.task, run.training, label=label, checkpoint=checkpoint)
     rows: list[Row] = []
     with autocast(run.training, next(network.parameters()).device):
@@ -143,6 +136,13 @@ class RetrievalStudy:
         """Names of the decoders."""
         return tuple(decoder.attention for decoder in self.recipe.variants)
 
+    def of(self, variant: str) -> list[Record]:
+        """The records behind a variant at its best learning rate, by seed; those of RoPE behind the scaled kinds."""
+        trained = ATTENTION_KINDS[variant].trained_as or variant
+        rate = best_rate(self.recipe, self.records, trained)
+        assert rate is not None
+        return [self.records[run_name(trained, rate, seed)] for seed in self.recipe.seeds_of(trained)]
+
     def scores(self, variant: str, task: str, quantity: str | None = None) -> NDArray[np.float64]:
         """(S, N, D) accuracy of one variant by seed, length and depth.
 
@@ -151,11 +151,10 @@ class RetrievalStudy:
             task: ``"passkey"`` or ``"needle"``.
             quantity: ``"exact_match"`` or ``"token_accuracy"``; by default what the paper reports.
         """
-        recipe, trained = self.recipe, ATTENTION_KINDS[variant].trained_as or variant
-        seeds = recipe.seeds_of(trained)
-        found = np.full((len(seeds), len(recipe.lengths), len(recipe.depths)), np.nan)
-        for s, seed in enumerate(seeds):
-            for row in self.records[f"{trained}-seed{seed}"].rows_of(quantity or SCORES[task]):
+        recipe, records = self.recipe, self.of(variant)
+        found = np.full((len(records), len(recipe.lengths), len(recipe.depths)), np.nan)
+        for s, record in enumerate(records):
+            for row in record.rows_of(quantity or SCORES[task]):
                 if row["task"] == task and row["variant"] == variant:
                     found[s, recipe.lengths.index(row["length"]), recipe.depths.index(row["depth"])] = row["value"]
         return found
@@ -165,13 +164,13 @@ class RetrievalStudy:
         columns = ("panel", "task", "length", "depth", "step", "block", "head", "lag", "count", "quantity", "unit")
         rows = []
         for name, record in self.records.items():
-            variant = name.rsplit("-seed", 1)[0]
+            variant = name.split("-rate")[0]
             for row in record.rows:
-                place = {"figure": FIGURE, "variant": row.get("variant", variant), "seed": record.seed}
+                place = {"figure": FIGURE, "run": name, "variant": row.get("variant", variant), "seed": record.seed}
                 rows.append(place | {column: row.get(column, "") for column in columns} | {"value": row["value"]})
-            drawn = name == f"goat-seed{self.recipe.seeds[0]}"
+            drawn = record is self.of("goat")[0]
             for place, value in self._prior_entries(record.arrays["log_prior"]) if drawn else ():
-                entry = {"figure": FIGURE, "variant": variant, "seed": record.seed}
+                entry = {"figure": FIGURE, "run": name, "variant": variant, "seed": record.seed}
                 entry |= {column: place.get(column, "") for column in columns}
                 rows.append(entry | {"panel": "c", "quantity": "log_prior", "unit": "nats", "value": value})
         return rows
@@ -204,6 +203,10 @@ class RetrievalStudy:
                     found = {"mean": seeds.mean(), "lowest seed": seeds.min(), "highest seed": seeds.max()}
                     rows.append(place | found | {"worst depth": scores[:, k].min()})
         return rows
+
+    def sweep_table(self) -> list[Row]:
+        """One row a variant that trains and learning rate, for display."""
+        return sweep_table(self.recipe, self.records, [v for v in self.variants if not ATTENTION_KINDS[v].trained_as])
 
     def verdict(self) -> str:
         """The claims, the numbers and whether they held, in Markdown."""
