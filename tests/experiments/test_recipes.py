@@ -26,7 +26,7 @@ def test_language_variants_differ_in_attention_alone_and_reach_sixteen_fold(scal
         {k: v for k, v in asdict(decoder).items() if k != "attention"} for decoder in recipe.variants + recipe.contrasts
     ]
     assert all(size == sizes[0] for size in sizes)
-    assert {"rope", "alibi", "paper_goat"} <= {decoder.attention for decoder in recipe.variants}
+    assert {"rope", "alibi", "paper_goat", "goat"} <= {decoder.attention for decoder in recipe.variants}
     assert recipe.lengths[0] == recipe.train_length
     assert recipe.lengths[-1] == 16 * recipe.train_length
     assert recipe.sweep.training.batch_size == recipe.training.batch_size

@@ -239,7 +239,7 @@ def planned(recipe, losses):
 
 def test_other_seeds_take_the_rate_that_the_first_seed_chose():
     for losses, best in (({3e-4: 0.5, 6e-4: 0.4}, 6e-4), ({3e-4: 0.3, 6e-4: 0.4}, 3e-4)):
-        named = planned(recipes.retrieval("h200"), losses)
+        named = planned(replace(recipes.retrieval("h200"), learning_rates=tuple(losses)), losses)
         assert len(named) == 2 * 5 + 2 * 3  # two rates of all that train; two more seeds of GOAT's two forms and ALiBi
         repeated = [run.training for run in named.values() if run.seed > 0]
         assert {(run.learning_rate, run.prior_learning_rate) for run in repeated} == {(best, best)}
@@ -272,7 +272,7 @@ def test_runs_cover_every_variant_and_seed_with_the_papers_sizes():
     assert run.lengths == (256, 512, 1024, 2048, 4096, 8192)
     faster = recipes.retrieval("h200")
     assert (faster.variants, faster.task) == (recipe.variants, recipe.task)
-    assert (faster.training.steps, faster.learning_rates) == (2000, (3e-4, 6e-4))
+    assert (faster.training.steps, faster.learning_rates) == (2000, (6e-4,))
 
 
 def test_a_run_trains_examines_and_reads_the_prior(tmp_path):

@@ -159,7 +159,13 @@ _DNA = {
         genome=IsochoreGenome(_GENOME, num_blocks=8192, block_length=2048, num_held_out=256),
         variants=_decoders(6, 384, 6, 1024),
         training=TrainingConfig(
-            steps=800, batch_size=32, warmup_steps=80, log_every=20, evaluate_every=80, precision="bf16"
+            steps=800,
+            batch_size=32,
+            warmup_steps=80,
+            log_every=20,
+            evaluate_every=80,
+            checkpoint_every=400,
+            precision="bf16",
         ),
         learning_rates=(1e-3, 2e-3),
         seeds=(0, 1, 2),

@@ -160,6 +160,7 @@ _LANGUAGE = {
             warmup_steps=50,
             log_every=25,
             evaluate_every=100,
+            checkpoint_every=250,
             precision="bf16",
         ),
         seeds=(0, 1, 2),
