@@ -6,6 +6,8 @@ import hashlib
 import io
 import json
 import time
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
@@ -162,15 +164,27 @@ class RunFolder:
         return self.path / f"{run.name}-{digest[:12]}.pt"
 
     def read(self, run: Run) -> Record | None:
-        """The record of a run with this name and an equal configuration, or None."""
+        """The record of a run with this name and an equal configuration, or None.
+
+        Raises:
+            ValueError: If its files are damaged, as after a copy that broke off.
+        """
         file = self.path / f"{run.name}.json"
         if not file.exists():
             return None
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        if stored["configuration"] != run.configuration_json():
-            return None
-        with np.load(file.with_suffix(".npz"), allow_pickle=False) as arrays:
-            return Record(**stored, arrays={name: arrays[name] for name in arrays.files})
+        try:
+            stored = json.loads(file.read_text(encoding="utf-8"))
+            if stored["configuration"] != run.configuration_json():
+                return None
+            content = io.BytesIO(file.with_suffix(".npz").read_bytes())
+            with np.load(content, allow_pickle=False) as arrays:
+                return Record(**stored, arrays={name: arrays[name] for name in arrays.files})
+        except (OSError, EOFError, ValueError, TypeError, LookupError, zipfile.BadZipFile, zlib.error) as error:
+            message = (
+                f"RunFolder: {file.name} and its .npz must be whole; got {type(error).__name__}. Copy both again, or "
+                f"make the run anew with --fresh --only {run.name}."
+            )
+            raise ValueError(message) from error
 
     def write(self, record: Record) -> None:
         """Store a record; its JSON comes last, so that a record with JSON is whole."""

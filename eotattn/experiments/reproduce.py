@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eotattn.checks import require
+from eotattn.checks import check_positive_int, require
 from eotattn.experiments import recipes
 from eotattn.experiments.records import RunFolder
 from eotattn.experiments.results import ResultFolder
@@ -101,10 +101,12 @@ def make_runs(
         report: Receives one line a run.
 
     Raises:
-        ValueError: Before any work, for an unknown figure or scale, or a folder that cannot be written.
+        ValueError: Before any work, for an unknown figure or scale, no jobs, or a folder that cannot be written.
         RunsFailedError: In the end, if a run failed.
     """
     check_scale("train", scale)
+    if jobs is not None:
+        check_positive_int("train", "jobs", jobs)
     targets = [(figure, ResultFolder(out, scale, figure.name)) for figure in choose_figures("train", figures).values()]
     failed: list[str] = []
     for figure, target in targets:
@@ -145,9 +147,12 @@ def reproduce(
         The executed notebooks.
 
     Raises:
-        ValueError: Before any work, for an unknown figure or scale, a folder that cannot be written, or no notebooks.
+        ValueError: Before any work, for an unknown figure or scale, no jobs, a folder that cannot be written, or no
+            notebooks.
     """
     check_scale("reproduce", scale)
+    if jobs is not None:
+        check_positive_int("reproduce", "jobs", jobs)
     found = choose_figures("reproduce", figures)
     absent = [name for name in REQUIREMENTS if importlib.util.find_spec(name) is None]
     remedy = "pip install 'eotattn[experiments]'"

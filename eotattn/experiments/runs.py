@@ -128,7 +128,8 @@ def perform(
                 failed.append(name)
                 report(f"{name}: FAILED\n{outcome}")
     unknown = [pattern for pattern in only if not any(fnmatch(name, pattern) for name in named)]
-    require(not unknown, "perform", "only", "name runs of the study", unknown, f"There are {', '.join(named)}")
+    remedy = f"There are {', '.join(named)}; others are named when those that they depend on are stored"
+    require(not unknown, "perform", "only", "name runs of the study", unknown, remedy)
     if failed:
         raise RunsFailedError([name for name in named if name in failed])
     return {name: records[name] for name in named if name in records}

@@ -38,6 +38,7 @@ def test_figures_run_once_each_in_order(executed, tmp_path):
     [
         ({"figures": [7]}, r"reproduce: figures must be among 1, 2.*; got \['7'\]"),
         ({"scale": "huge"}, "scale must be one of 'smoke'"),
+        ({"jobs": 0}, "reproduce: jobs must be at least 1; got 0"),
         ({"out": "file"}, "out must be a folder that can be written"),
     ],
 )

@@ -132,6 +132,21 @@ def test_half_a_record_is_none(folder):
     assert ["stored" in line for line in lines].count(False) == 1
 
 
+def cut(file):
+    file.write_bytes(file.read_bytes()[:40])
+
+
+@pytest.mark.parametrize(("ending", "damage"), [(".json", cut), (".npz", cut), (".npz", Path.unlink)])
+def test_damaged_records_are_named(ending, damage, folder):
+    perform(runs, THREE, folder, jobs=1, report=silent)
+    damage((RunFolder(folder).path / "a-seed0").with_suffix(ending))
+    says = (
+        r"RunFolder: a-seed0\.json and its \.npz must be whole; got \w+\. Copy both again, or .* --fresh --only a-seed0"
+    )
+    with pytest.raises(ValueError, match=says):
+        perform(runs, THREE, folder, jobs=1, report=silent)
+
+
 def test_objects_are_not_pickled(folder):
     def measure_object(draw, checkpoint):
         return Measurement([], {"numbers": np.array([object()])})
@@ -301,5 +316,6 @@ def test_train_returns_1_where_a_run_failed_and_2_for_bad_arguments(draws, tmp_p
     assert "eotattn: error: runs failed: bad-seed0" in capsys.readouterr().err
     assert train(tmp_path, "--figure", "10") == 2
     assert "figures must be among 9; got ['10']" in capsys.readouterr().err
-    assert train(tmp_path, "--jobs", "0") == 2
+    assert train(tmp_path, "--jobs", "0", "--fresh") == 2
+    assert (tmp_path / "smoke" / ".runs" / "fig9_draws" / "a-seed0.json").exists()  # nothing is forgotten
     assert train(tmp_path, "--only", "nothing") == 2
