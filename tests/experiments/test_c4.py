@@ -63,6 +63,20 @@ def test_what_is_missing_is_said_at_once(tmp_path, monkeypatch):
         read_c4(f"c4:{tmp_path}")
 
 
+@pytest.mark.parametrize(
+    "damage", [lambda packed: packed[: len(packed) // 2], lambda packed: gzip.compress(b'{"page": "no text"}\n')]
+)
+def test_damaged_shards_are_named(shards, damage):
+    for file in shards.iterdir():
+        file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match=r"read_c4: every shard must be whole, with a field 'text'; got .* again\."):
+        read_c4(f"c4:{shards}")
+
+
+def test_every_run_of_a_study_shares_the_bytes(shards):
+    assert read_c4(f"c4:{shards}") is read_c4(f"c4:{shards}")
+
+
 def test_without_network_the_sentence_says_what_to_do(monkeypatch):
     import huggingface_hub
 

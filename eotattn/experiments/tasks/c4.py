@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,8 +41,9 @@ class C4Bytes(NamedTuple):
     fingerprint: dict[str, str | int]
 
 
+@lru_cache(maxsize=1)
 def read_c4(corpus: str) -> C4Bytes:
-    """Read as many bytes of C4 as training needs.
+    """Read as many bytes of C4 as training needs; once in a process, since every run of a study asks for them.
 
     Args:
         corpus: ``"c4"``, ``"c4:FOLDER"`` or ``"c4:FOLDER:BYTES"``; an empty folder stands for the Hub.
@@ -85,10 +89,27 @@ def _texts(folder: str, split: str) -> Iterator[str]:
         files = sorted(str(file) for file in Path(folder).glob(SHARDS.format(split=split)))
         rule = f"hold shards named {SHARDS.format(split=split)}"
         require(len(files) > 0, "read_c4", "the folder", rule, folder, "Download some of allenai/c4's en files")
-        rows: Any = datasets.load_dataset("json", data_files={split: files}, split=split, streaming=True)
+        with _whole_shards(folder):
+            rows: Any = datasets.load_dataset("json", data_files={split: files}, split=split, streaming=True)
     else:
         rows = _open_hub(split)
-    return (row["text"] for row in rows)
+    return _read(rows, folder or HUB_NAME[0])
+
+
+def _read(rows: Iterable[Any], folder: str) -> Iterator[str]:
+    with _whole_shards(folder):
+        yield from (row["text"] for row in rows)
+
+
+@contextmanager
+def _whole_shards(folder: str) -> Iterator[None]:
+    """Say in one sentence what is wrong with damaged shards."""
+    try:
+        yield
+    except (EOFError, OSError, ValueError, LookupError, zlib.error) as error:
+        reason = f"{folder!r} ({type(error).__name__}: {error})"
+        message = f"read_c4: every shard must be whole, with a field 'text'; got {reason}. Download its files again."
+        raise ValueError(message) from error
 
 
 def _open_hub(split: str) -> Any:
