@@ -164,7 +164,7 @@ def measure(run: DecoderRun, checkpoint: Path) -> Measurement:
     training = train(network, task, run.training, label=_label(run), evaluate=watch, checkpoint=checkpoint)
     rows = training_rows(training)
     with autocast(run.training, _device(network)):
-        curves = {name: _curve(_read_as(network, name), windows, run.lengths) for name in _kinds(run)}
+        curves = {name: _curve(network.read_as(name), windows, run.lengths) for name in _kinds(run)}
     sinks = _sinks(network, windows[: run.sink_windows, -near:], run.sink_bins)
     for name, curve in curves.items():
         rows += [{"variant": name} | row for row in curve]
@@ -193,15 +193,6 @@ def _device(network: nn.Module) -> torch.device:
 
 def _kinds(run: DecoderRun) -> tuple[str, ...]:
     return (run.decoder.attention, *run.readings)
-
-
-def _read_as(network: Decoder, kind: str) -> Decoder:
-    """The same weights with another kind's positions."""
-    if kind == network.config.attention:
-        return network
-    other = Decoder(replace(network.config, attention=kind)).to(_device(network)).eval()
-    other.load_state_dict(network.state_dict())
-    return other
 
 
 def _curve(network: Decoder, windows: Tensor, lengths: tuple[int, ...]) -> list[Row]:
