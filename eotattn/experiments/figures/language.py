@@ -23,6 +23,7 @@ def draw_language(study: LanguageStudy) -> Figure:
     _draw_curves(study, order, order, curves)
     _draw_readings(study, order, curves)
     _draw_curves(study, [_label(name) for name in ("alibi", *study.learned)], order, close)
+    close.legend().remove()  # the colours are those beside it
     _draw_key_only(study, study.learned[0], key_only)
     reports = {_label(name): study.of(name)[0].sinks for name in ("rope", *study.learned)}
     plot_sink_mass(reports, uniform_mass=study.uniform_mass, order=order, axes=by_signal)

@@ -57,7 +57,7 @@ def _draw_accuracy(study: VisionStudy, axes: Axes) -> None:
     axes.set_xlabel("resolution (pixels a side)")
     axes.set_ylabel("held-out accuracy")
     axes.set_ylim(0, 1.03)
-    axes.legend(frameon=False, fontsize=8, handlelength=4)
+    axes.legend(frameon=False, fontsize=8, handlelength=4, loc="upper center", bbox_to_anchor=(0.5, -0.24), ncols=2)
 
 
 def _draw_lag_map(lag_map: np.ndarray, axes: Axes) -> None:
