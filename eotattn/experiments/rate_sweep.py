@@ -7,7 +7,7 @@ from typing import Protocol
 
 from eotattn.experiments.records import Records, Row
 
-__all__ = ["Sweep", "best_rate", "run_name", "sweep_table", "swept_runs"]
+__all__ = ["Sweep", "best_rate", "describe_rates", "run_name", "sweep_table", "swept_runs"]
 
 
 class Sweep(Protocol):
@@ -67,3 +67,15 @@ def sweep_table(sweep: Sweep, records: Records, variants: Sequence[str]) -> list
         for variant in variants
         for rate in sweep.learning_rates
     ]
+
+
+def describe_rates(sweep: Sweep, records: Records, variants: Sequence[str]) -> str:
+    """The rates taken, and which of them lie at an end of the range, so that a better one may lie outside."""
+    rates = sweep.learning_rates
+    taken = {variant: best_rate(sweep, records, variant) for variant in variants}
+    listed = ", ".join(f"{rate:g} for {variant}" for variant, rate in taken.items())
+    if len(rates) == 1:
+        return f"one learning rate, {rates[0]:g}"
+    ends = [variant for variant, rate in taken.items() if rate in (min(rates), max(rates))]
+    tried = ", ".join(f"{rate:g}" for rate in rates)
+    return f"learning rates of {tried}: {listed} (at an end of the range: {', '.join(ends) or 'none'})"

@@ -257,6 +257,19 @@ def test_scores_are_those_of_the_best_rate():
     assert study.scores("goat", "needle").tolist() == [[[0.75] * 5] * 5]
     taken = {(row["variant"], row["learning rate"]) for row in study.sweep_table() if row["taken"]}
     assert taken == {(name, 3e-3) for name in ("goat", "paper_goat", "alibi", "rope", "sinusoidal")}
+    assert "0.003 for sinusoidal (at an end of the range: goat, paper_goat, alibi, rope, sinusoidal)" in rates_of(study)
+    wider = replace(study, recipe=replace(recipe, learning_rates=(1e-3, 3e-3, 1e-2)))
+    records = dict(study.records)
+    for name, kept in study.records.items():
+        if "-rate0.001-" in name:
+            worse = name.replace("0.001", "0.01")
+            records[worse] = replace(kept, name=worse)
+    assert rates_of(replace(wider, records=records)).endswith("(at an end of the range: none)")
+    assert rates_of(study_of()) == "one learning rate, 0.003"
+
+
+def rates_of(study):
+    return study.verdict().splitlines()[-1].split("; ")[1].removesuffix(".")
 
 
 def test_runs_cover_every_variant_and_seed_with_the_papers_sizes():

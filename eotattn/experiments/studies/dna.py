@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eotattn.experiments.intervals import SeedInterval
-from eotattn.experiments.rate_sweep import best_rate, run_name, sweep_table
+from eotattn.experiments.rate_sweep import best_rate, describe_rates, run_name, sweep_table
 from eotattn.experiments.recipes.dna import DnaRecipe
 from eotattn.experiments.records import Record, Records, Row, merged_provenance
 from eotattn.experiments.results import ResultFolder
@@ -199,10 +199,10 @@ class DnaStudy:
     def _conditions(self) -> str:
         count = len(self.recipe.seeds)
         devices = ", ".join(sorted({record.device for record in self.records.values()}))
-        rates = ", ".join(f"{self.rate(variant):g} for {variant}" for variant in self.variants)
+        rates = describe_rates(self.recipe, self.records, self.variants)
         return (
             f"- {count} seeds at scale `{self.recipe.scale}` on {devices}; {self.recipe.test_windows} held-out windows "
-            f"of {self.recipe.length} bases; learning rates from the sweep: {rates}."
+            f"of {self.recipe.length} bases; {rates}."
         )
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from eotattn.experiments.examination import examine
 from eotattn.experiments.networks import ATTENTION_KINDS, Decoder, DecoderConfig
-from eotattn.experiments.rate_sweep import best_rate, run_name, sweep_table, swept_runs
+from eotattn.experiments.rate_sweep import best_rate, describe_rates, run_name, sweep_table, swept_runs
 from eotattn.experiments.recipes.retrieval import RetrievalRecipe
 from eotattn.experiments.records import Measurement, Record, Records, Row, Run, merged_provenance
 from eotattn.experiments.results import ResultFolder
@@ -136,6 +136,10 @@ class RetrievalStudy:
         """Names of the decoders."""
         return tuple(decoder.attention for decoder in self.recipe.variants)
 
+    @property
+    def _trained(self) -> list[str]:
+        return [name for name in self.variants if ATTENTION_KINDS[name].trained_as is None]
+
     def of(self, variant: str) -> list[Record]:
         """The records behind a variant at its best learning rate, by seed; those of RoPE behind the scaled kinds."""
         trained = ATTENTION_KINDS[variant].trained_as or variant
@@ -206,7 +210,7 @@ class RetrievalStudy:
 
     def sweep_table(self) -> list[Row]:
         """One row a variant that trains and learning rate, for display."""
-        return sweep_table(self.recipe, self.records, [v for v in self.variants if not ATTENTION_KINDS[v].trained_as])
+        return sweep_table(self.recipe, self.records, self._trained)
 
     def verdict(self) -> str:
         """The claims, the numbers and whether they held, in Markdown."""
@@ -231,7 +235,9 @@ class RetrievalStudy:
             )
         count = len(recipe.seeds)
         devices = sorted({record.device for record in self.records.values()})
-        lines.append(f"- {count} seed{'s' if count > 1 else ''} at scale `{recipe.scale}` on {', '.join(devices)}.")
+        rates = describe_rates(recipe, self.records, self._trained)
+        where = f"at scale `{recipe.scale}` on {', '.join(devices)}"
+        lines.append(f"- {count} seed{'s' if count > 1 else ''} {where}; {rates}.")
         return "\n".join(lines)
 
     def _against(self, variant: str, other: str) -> str:

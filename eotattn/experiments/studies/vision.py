@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eotattn.experiments.intervals import SeedInterval
-from eotattn.experiments.rate_sweep import best_rate, run_name, sweep_table
+from eotattn.experiments.rate_sweep import best_rate, describe_rates, run_name, sweep_table
 from eotattn.experiments.recipes.vision import VisionRecipe
 from eotattn.experiments.records import Record, Records, Row, merged_provenance
 from eotattn.experiments.results import ResultFolder
@@ -153,10 +153,10 @@ class VisionStudy:
 
     def _conditions(self) -> str:
         devices = ", ".join(sorted({record.device for record in self.records.values()}))
-        rates = ", ".join(f"{self.rate(variant):g} for {variant}" for variant in self.variants)
+        rates = describe_rates(self.recipe, self.records, self.variants)
         return (
-            f"- {len(self.recipe.seeds)} seeds at scale `{self.recipe.scale}` on {devices}; learning rates from the "
-            f"sweep: {rates}. Intervals are 95 % over seeds; the held-out images are the same for all."
+            f"- {len(self.recipe.seeds)} seeds at scale `{self.recipe.scale}` on {devices}; {rates}. "
+            f"Intervals are 95 % over seeds; the held-out images are the same for all."
         )
 
 
