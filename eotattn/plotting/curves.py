@@ -34,7 +34,7 @@ def plot_length_curves(
         lengths: (N,) context lengths, tokens, increasing.
         curves: Name -> (N,) values.
         train_length: Tokens of a training window, where a dashed line stands.
-        errors: Name -> (N,) standard errors, for bars.
+        errors: Name -> (N,) lengths of bars, or (2, N) below and above the curve.
         ylabel: Quantity with its unit.
         order: All names of the figure, for equal styles across panels; see :func:`line_styles`.
         axes: Where to draw; a new figure by default.

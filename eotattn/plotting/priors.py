@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, TwoSlopeNorm
@@ -176,6 +177,8 @@ def _lines(
     require(named, owner, "labels", f"number {heads}", labels, "One label a head")
     axes = resolve_axes(axes)
     colours = list(OKABE_ITO.values())
+    if heads > len(colours):  # no set of colours tells so many apart, but shades can show an order
+        colours = list(mpl.colormaps["cividis"](np.linspace(0, 0.92, heads)))
     marker = "o" if length <= 64 else None
     axes.axhline(0, color="0.75", linewidth=0.8, zorder=0)
     for h in range(heads):

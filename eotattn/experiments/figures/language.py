@@ -17,13 +17,12 @@ __all__ = ["draw_language"]
 
 def draw_language(study: LanguageStudy) -> Figure:
     """Figure 2: (a) and (b) bits per byte by context, (c) u(j), (d) sink mass by signal and (e) by step, (f) rates."""
-    figure, grid = panels(2, 3, size=(15.5, 8.2))
+    figure, grid = panels(2, 3, size=(15.5, 8.6))
     (curves, close, key_only), (by_signal, by_step, rates) = grid
     order = [_label(decoder.attention) for decoder in study.recipe.variants + study.recipe.contrasts]
     _draw_curves(study, order, order, curves)
     _draw_readings(study, order, curves)
     _draw_curves(study, [_label(name) for name in ("alibi", *study.learned)], order, close)
-    close.legend().remove()  # the colours are those beside it
     _draw_key_only(study, study.learned[0], key_only)
     reports = {_label(name): study.of(name)[0].sinks for name in ("rope", *study.learned)}
     plot_sink_mass(reports, uniform_mass=study.uniform_mass, order=order, axes=by_signal)
@@ -32,6 +31,10 @@ def draw_language(study: LanguageStudy) -> Figure:
     shown = f"learned u(j), {_label(study.learned[0])}"
     titles = ("length extrapolation", "the close curves", shown, "sink mass", "sink formation", "choice of rates")
     title_panels([curves, close, key_only, by_signal, by_step, rates], titles)
+    handles, labels = curves.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, fontsize=9)
+    for axes in (curves, close):
+        axes.legend().remove()  # one above all panels covers no curve
     return figure
 
 
@@ -60,7 +63,6 @@ def _draw_readings(study: LanguageStudy, order: list[str], axes: Axes) -> None:
         axes.plot(
             study.recipe.lengths, means, linestyle=dashes, color=styles[_label(trained)]["color"], label=_label(kind)
         )
-    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0.06, 0.94))
 
 
 def _draw_sweep(study: LanguageStudy, axes: Axes, order: list[str]) -> None:
@@ -77,7 +79,6 @@ def _draw_sweep(study: LanguageStudy, axes: Axes, order: list[str]) -> None:
     axes.set_xscale("log")
     axes.set_xlabel("learning rate")
     axes.set_ylabel("bits per byte, validation files, short runs")
-    axes.legend(frameon=False, fontsize=8)
 
 
 def _draw_key_only(study: LanguageStudy, name: str, axes: Axes) -> None:
@@ -87,6 +88,7 @@ def _draw_key_only(study: LanguageStudy, name: str, axes: Axes) -> None:
     shown = key_only[:, :, : 2 * study.recipe.train_length].mean(1)
     labels = [f"block {b + 1}" for b in range(shown.shape[0])]
     plot_key_only(shown.numpy(), labels=labels, train_length=study.recipe.train_length, axes=axes)
+    axes.legend(frameon=False, fontsize=8, ncols=1 + len(labels) // 6)
 
 
 def _draw_formation(study: LanguageStudy, axes: Axes, order: list[str]) -> None:
@@ -100,4 +102,3 @@ def _draw_formation(study: LanguageStudy, axes: Axes, order: list[str]) -> None:
     axes.set_ylim(bottom=0)
     axes.set_xlabel("training step")
     axes.set_ylabel("mass on the first token, mean over queries")
-    axes.legend(frameon=False, fontsize=9)

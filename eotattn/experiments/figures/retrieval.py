@@ -27,9 +27,9 @@ def draw_retrieval(study: RetrievalStudy) -> Figure:
     for task, quantity in SCORES.items():
         _draw_curves(study, task, axes[task])
         axes[task].set_ylabel(f"{task}: {quantity.replace('_', ' ')}")
-    legend = axes["passkey"].get_legend()
-    assert legend is not None
-    legend.remove()  # the same as beside it
+        axes[task].legend().remove()  # one above all panels covers no curve
+    handles, labels = axes["passkey"].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, fontsize=9)
     _draw_prior(study, axes["prior"])
     for name, task in ((f"{task} {variant}", task) for task in SCORES for variant in study.variants):
         variant = name.removeprefix(f"{task} ")
@@ -52,12 +52,11 @@ def _draw_curves(study: RetrievalStudy, task: str, axes: Axes) -> None:
     curves, errors = {}, {}
     for variant in study.variants:
         seeds = study.scores(variant, task).mean(-1)
-        mean = seeds.mean(0)
+        mean = seeds.mean(0).clip(seeds.min(0), seeds.max(0))  # which rounding may leave
         curves[VARIANT_NAMES[variant]] = mean
         errors[VARIANT_NAMES[variant]] = [mean - seeds.min(0), seeds.max(0) - mean]
     plot_length_curves(study.recipe.lengths, curves, train_length=study.recipe.task.length, errors=errors, axes=axes)
     axes.set_ylim(-0.04, 1.14)  # room for the mark of the training length above accuracy one
-    axes.legend(frameon=False, fontsize=8, loc="center right")
 
 
 def _draw_prior(study: RetrievalStudy, axes: Axes) -> None:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from eotattn.diagnostics import SinkMassReport
+from eotattn.experiments.optimisation import TrainingConfig, learning_rate_factor
 from eotattn.experiments.studies.language import best_rate
-from eotattn.experiments.studies.language_study import LanguageStudy, mean_formation
+from eotattn.experiments.studies.language_study import LanguageStudy, TrainedDecoder, mean_formation
 
 __all__ = ["language_verdict"]
 
@@ -78,13 +79,21 @@ def _key_only(study: LanguageStudy, name: str) -> tuple[str, str]:
     key_only = torch.cat([part for part in parts if part is not None])
     end = study.recipe.train_length - 1
     spike, rise = key_only[..., 0] - key_only[..., 1], key_only[..., end] - key_only[..., 1]
+    reach = max(_reach(decoder) for decoder in study.of(name))
     return (
         f"- **{name}: u(j) has a spike at the first token: {_held(_most(spike))}.** u(0) - u(1) is positive in "
         f"{int((spike > 0).sum())} of {spike.numel()} heads; mean {float(spike.mean()):+.2f} nats, largest "
-        f"{float(spike.max()):+.2f} (held means most heads and more than +0.5 on average).",
+        f"{float(spike.max()):+.2f} (held means most heads and more than +0.5 on average; AdamW could move a number of "
+        f"the log-prior by about {reach:.2f} nats in this run).",
         f"- **{name}: u(j) rises towards the training length: {_held(_most(rise))}.** u({end}) - u(1) is positive in "
         f"{int((rise > 0).sum())} of {rise.numel()} heads; mean {float(rise.mean()):+.2f} nats.",
     )
+
+
+def _reach(decoder: TrainedDecoder) -> float:
+    """Sum of the learning rates of a log-prior over a run: what steps of one sign add up to, nats."""
+    training = TrainingConfig(**decoder.record.configuration["training"])
+    return training.prior_learning_rate * sum(learning_rate_factor(step, training) for step in range(training.steps))
 
 
 def _sink_falls(study: LanguageStudy, name: str) -> str:
@@ -92,8 +101,8 @@ def _sink_falls(study: LanguageStudy, name: str) -> str:
     (first, last), (rope_first, rope_last) = (_ends(study.of(each)[0].sinks) for each in (name, "rope"))
     return (
         f"- **{name}: sink mass falls as the signal grows: {_held(all(falls))}.** In {sum(falls)} of {len(falls)} "
-        f"seeds. First seed: {first:.4f} in the weakest bin of omega, {last:.4f} in the strongest (RoPE: "
-        f"{rope_first:.4f} and {rope_last:.4f}); uniform attention would give {study.uniform_mass:.4f}."
+        f"seeds. First seed: {first:.2g} in the weakest bin of omega, {last:.2g} in the strongest (RoPE: "
+        f"{rope_first:.2g} and {rope_last:.2g}); uniform attention would give {study.uniform_mass:.2g}."
     )
 
 

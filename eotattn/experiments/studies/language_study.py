@@ -180,7 +180,7 @@ class LanguageStudy:
         folder.write_provenance(merged_provenance(self.records, command=command, recipe=self.recipe))
 
 
-_COLUMNS = ("length", "learning_rate", "block", "head", "position", "score_range", "step", "standard_error", "count")
+_COLUMNS = ("length", "learning_rate", "block", "position", "score_range", "step", "standard_error", "count")
 
 
 def _tidy(seed: int, row: Row, variant: str = "") -> Row:
@@ -193,13 +193,13 @@ def _tidy(seed: int, row: Row, variant: str = "") -> Row:
 def _rows(decoder: TrainedDecoder) -> list[Row]:
     rows: list[Row] = [*decoder.record.rows, *_formation_rows(decoder)]
     if decoder.key_only is not None:
-        blocks, heads, length = decoder.key_only.shape
+        of_blocks = decoder.key_only.mean(1)
+        length = of_blocks.shape[-1]
         positions = sorted({*range(min(length, 128)), *range(0, length, max(1, length // 256))})
         rows += [
-            {"panel": "c", "quantity": "key_only_log_prior", "unit": "nats", "block": b, "head": h, "position": j}
-            | {"value": float(decoder.key_only[b, h, j])}
-            for b in range(blocks)
-            for h in range(heads)
+            {"panel": "c", "quantity": "key_only_log_prior", "unit": "nats", "block": b, "position": j}
+            | {"value": float(of_block[j])}
+            for b, of_block in enumerate(of_blocks)
             for j in positions
         ]
     sinks = decoder.sinks
