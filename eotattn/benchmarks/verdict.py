@@ -29,6 +29,8 @@ class Rule:
         column: What is bounded.
         where: Other columns of the rows, and what they hold.
         over: Rows by which the number is divided, those of the same suite and columns that have this name.
+        limit: Rows that say what hardware and stock kernels leave, likewise: where they are not within the bound, no
+            prior could be.
     """
 
     what: str
@@ -38,10 +40,18 @@ class Rule:
     column: str = "ratio"
     where: Mapping[str, Any] = field(default_factory=dict)
     over: str | None = None
+    limit: str | None = None
 
     def measured(self, tables: Tables) -> float | None:
         """The largest number found, or ``None`` where a table, a row or a number is missing."""
-        found = self._numbers(tables, self.name)
+        return self._largest(tables, self.name)
+
+    def limited(self, tables: Tables) -> float | None:
+        """The same number of the rows that limit, or ``None`` where there are none."""
+        return None if self.limit is None else self._largest(tables, self.limit)
+
+    def _largest(self, tables: Tables, name: str) -> float | None:
+        found = self._numbers(tables, name)
         if self.over is None or not found:
             return max(found, default=None)
         below = self._numbers(tables, self.over)
@@ -62,22 +72,24 @@ def judge(tables: Tables, rules: Sequence[Rule] | None = None) -> list[Row]:
 
     Returns:
         One row a rule: ``what``, ``measured``, ``bound`` and ``verdict``: ``"held"``, ``"missed by 12%"`` (of the
-        bound) or ``"not measured"``.
+        bound) or ``"not measured"``; ``limit`` names the rows that limit, and ``limited`` is their number.
 
     Example:
         >>> rule = Rule("time", 1.5, "layer", "ours")
         >>> [row["verdict"] for row in judge({"layer": [{"name": "ours", "ratio": "1.8"}]}, [rule])]
         ['missed by 20%']
     """
-    return [_judged(rule, rule.measured(tables)) for rule in (RULES if rules is None else rules)]
+    return [_judged(rule, tables) for rule in (RULES if rules is None else rules)]
 
 
-def _judged(rule: Rule, measured: float | None) -> Row:
-    row: Row = {"what": rule.what, "measured": measured, "bound": rule.bound}
-    if measured is None:
-        return {**row, "verdict": "not measured"}
-    excess = measured / rule.bound - 1
-    return {**row, "verdict": "held" if measured <= rule.bound else f"missed by {excess:.0%}"}
+def _judged(rule: Rule, tables: Tables) -> Row:
+    measured, limited = rule.measured(tables), rule.limited(tables)
+    verdict = "not measured"
+    if measured is not None:
+        excess = measured / rule.bound - 1
+        verdict = "held" if measured <= rule.bound else f"missed by {excess:.0%}"
+    row: Row = {"what": rule.what, "measured": measured, "bound": rule.bound, "verdict": verdict}
+    return {**row, "limit": "" if limited is None else rule.limit, "limited": limited}
 
 
 def read_tables(folder: Path) -> dict[str, list[dict[str, str]]]:
@@ -99,6 +111,8 @@ def read_records(folder: Path) -> dict[str, dict[str, Any]]:
 _FORWARD, _BOTH = {"pass": "forward"}, {"pass": "forward+backward"}
 _SINK, _GOAT = "recency + sink", "GOAT, 4 frequencies"
 _RESERVED = f"eotattn, {_SINK}, reserved"
+#: The stock kernel on wider queries and keys, with nothing in the columns.
+_EMPTY_COLUMNS, _DECODED_COLUMNS = "SDPA alone, 48 columns more", "SDPA alone, 32 columns more"
 
 
 def _precision_rules() -> list[Rule]:
@@ -126,8 +140,8 @@ def _kernel_rules() -> list[Rule]:
             for prior in (_SINK, _GOAT):
                 name = f"SDPA alone, {prior} within its columns"
                 rules.append(Rule(f"kernel with reserved lanes, {prior}, {text}", 1.02, "attention", name, where=at))
-                name = f"eotattn, {prior}, appended"
-                rules.append(Rule(f"appended lanes, {prior}, {text}", bound, "attention", name, where=at))
+                what, name = f"appended lanes, {prior}, {text}", f"eotattn, {prior}, appended"
+                rules.append(Rule(what, bound, "attention", name, where=at, limit=_EMPTY_COLUMNS))
         for rival, bound in (("FlexAttention, learnable key bias", 1 / 2), ("dense learnable bias", 1 / 8)):
             what, at = f"reserved lanes over {rival}, width {width}", {"width": width, **_BOTH}
             rules.append(Rule(what, bound, "attention", _RESERVED, "median_ms", at, over=rival))
@@ -138,7 +152,8 @@ def _layer_rules() -> list[Rule]:
     rules = []
     for length, bound in ((2048, 1.15), (8192, 1.10)):
         at = {"length": length}
-        rules.append(Rule(f"layer, {length} tokens, reserved, eager", bound, "layer", _RESERVED, where=at))
+        what, graphs = f"layer, {length} tokens, reserved, eager", f"{_RESERVED}, compiled into graphs"
+        rules.append(Rule(what, bound, "layer", _RESERVED, where=at, limit=graphs))
         for kind in ("compiled", "compiled into graphs"):
             what = f"layer, {length} tokens, reserved, both {kind}"
             rules.append(Rule(what, 1.08, "layer", f"{_RESERVED}, {kind}", "median_ms", at, over=f"bare, {kind}"))
@@ -147,9 +162,10 @@ def _layer_rules() -> list[Rule]:
         rules.append(Rule(f"layer, {length} tokens, padded: memory", 1.3, "padding", padded, "peak_ratio", at))
     rules.append(Rule("layer on a CPU, float32, 512 tokens", 1.10, "layer on a CPU", _RESERVED, where={"length": 512}))
     for length in (2048, 32768):
-        for lanes in ("reserved", "appended"):
+        for lanes, limit in (("reserved", "SDPA, no prior, appending to a cache"), ("appended", _DECODED_COLUMNS)):
             name, at = f"eotattn, {_SINK}, {lanes}", {"length": length, "width": 128}
-            rules.append(Rule(f"decoding step, cache of {length}, {lanes}", 1.15, "decode", name, where=at))
+            what = f"decoding step, cache of {length}, {lanes}"
+            rules.append(Rule(what, 1.15, "decode", name, where=at, limit=limit))
     return rules
 
 

@@ -1,6 +1,7 @@
 """Verdicts come from the tables alone, and absent numbers are said to be absent."""
 
 import csv
+from pathlib import Path
 
 import pytest
 
@@ -36,6 +37,11 @@ def test_a_verdict_follows_from_the_rows(rule, measured, verdict):
     assert row["verdict"] == verdict
 
 
+def test_what_limits_stands_beside_the_verdict():
+    rules = [Rule("", 1.2, "layer", "ours", where={"length": 8}, limit=name) for name in ("bare", "peer", None)]
+    assert [(row["limit"], row["limited"]) for row in judge(TABLES, rules)] == [("bare", 1.0), ("", None), ("", None)]
+
+
 def test_not_a_number_is_no_success():
     (row,) = judge({"layer": [{"name": "ours", "ratio": "nan"}]}, [Rule("", 1.0, "layer", "ours")])
     assert row["verdict"].startswith("missed")
@@ -44,6 +50,12 @@ def test_not_a_number_is_no_success():
 def test_rules_ask_for_what_suites_measure():
     assert {rule.suite for rule in RULES} <= {*SUITES, "layer on a CPU"}
     assert len({rule.what for rule in RULES}) == len(RULES)
+
+
+def test_limits_are_rows_of_the_stored_tables():
+    """A misspelt limit would only look like one that nobody measured."""
+    tables = read_tables(Path(__file__).parents[2] / "figures" / "h200")
+    assert all(rule.limited(tables) is not None for rule in RULES if rule.limit is not None)
 
 
 def test_tables_are_read_by_suite(tmp_path):
