@@ -17,7 +17,7 @@ from eotattn.checks import check_positive_int, require
 from eotattn.experiments import recipes
 from eotattn.experiments.records import RunFolder
 from eotattn.experiments.results import ResultFolder
-from eotattn.experiments.runs import Plan, RunsFailedError, perform
+from eotattn.experiments.runs import Plan, RunsFailedError, UnknownRunsError, perform
 from eotattn.experiments.scales import check_scale
 from eotattn.experiments.studies import ablations, copy_mixture, dna, language, retrieval, vision
 from eotattn.records import write_atomically
@@ -96,12 +96,13 @@ def make_runs(
         scale: A name in :data:`eotattn.experiments.scales.SCALES`.
         out: Folder of results, relative to the working directory or absolute.
         jobs: Runs side by side, as in :func:`eotattn.experiments.runs.perform`.
-        only: Names of runs, or patterns; all by default.
+        only: Names of runs, or patterns, each of a run of some of the figures; all by default.
         fresh: Forget these runs' records first.
         report: Receives one line a run.
 
     Raises:
-        ValueError: Before any work, for an unknown figure or scale, no jobs, or a folder that cannot be written.
+        ValueError: Before any work, for an unknown figure or scale, no jobs, or a folder that cannot be written; in the
+            end, for a pattern that names a run of none of the figures.
         RunsFailedError: In the end, if a run failed.
     """
     check_scale("train", scale)
@@ -109,14 +110,19 @@ def make_runs(
         check_positive_int("train", "jobs", jobs)
     targets = [(figure, ResultFolder(out, scale, figure.name)) for figure in choose_figures("train", figures).values()]
     failed: list[str] = []
+    unknown: list[UnknownRunsError] = []
     for figure, target in targets:
         report(f"{figure.name} at scale {scale}")
         if fresh:
             RunFolder(target).forget(only)
         try:
             perform(figure.runs, figure.recipe(scale), target, jobs=jobs, only=only, report=report)
+        except UnknownRunsError as error:
+            unknown.append(error)
         except RunsFailedError as error:
             failed += error.names
+    if len(unknown) == len(targets) and set.intersection(*(set(error.patterns) for error in unknown)):
+        raise unknown[0]
     if failed:
         raise RunsFailedError(failed)
 

@@ -47,11 +47,21 @@ from typing import Any
 
 import torch
 
-from eotattn.checks import check_positive_int, require
+from eotattn.checks import check_positive_int
 from eotattn.experiments.records import Measurement, Record, Records, Run, RunFolder, make
 from eotattn.experiments.results import ResultFolder
 
-__all__ = ["Measurement", "Plan", "Record", "Records", "Run", "RunsFailedError", "default_jobs", "perform"]
+__all__ = [
+    "Measurement",
+    "Plan",
+    "Record",
+    "Records",
+    "Run",
+    "RunsFailedError",
+    "UnknownRunsError",
+    "default_jobs",
+    "perform",
+]
 
 #: (recipe, records so far) -> the runs that can be named by now.
 Plan = Callable[[Any, Records], Sequence[Run]]
@@ -67,6 +77,21 @@ class RunsFailedError(RuntimeError):
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__(f"runs failed: {', '.join(names)}. The others are kept; the same command tries these again")
         self.names = tuple(names)
+
+
+class UnknownRunsError(ValueError):
+    """Patterns that name no run of a study.
+
+    Attributes:
+        patterns: What was asked for.
+    """
+
+    def __init__(self, patterns: Sequence[str], known: Sequence[str]) -> None:
+        super().__init__(
+            f"perform: only must name runs of the study; got {list(patterns)}. There are {', '.join(known)}; others "
+            f"are named when those that they depend on are stored."
+        )
+        self.patterns = tuple(patterns)
 
 
 def default_jobs() -> int:
@@ -102,7 +127,7 @@ def perform(
 
     Raises:
         RunsFailedError: In the end, if a run raised; the report has its traceback.
-        ValueError: If ``only`` names no run.
+        UnknownRunsError: In the end, a ValueError, if a pattern of ``only`` names no run.
     """
     jobs = default_jobs() if jobs is None else check_positive_int("perform", "jobs", jobs)
     store = RunFolder(folder)
@@ -128,10 +153,10 @@ def perform(
                 failed.append(name)
                 report(f"{name}: FAILED\n{outcome}")
     unknown = [pattern for pattern in only if not any(fnmatch(name, pattern) for name in named)]
-    remedy = f"There are {', '.join(named)}; others are named when those that they depend on are stored"
-    require(not unknown, "perform", "only", "name runs of the study", unknown, remedy)
     if failed:
         raise RunsFailedError([name for name in named if name in failed])
+    if unknown:
+        raise UnknownRunsError(unknown, list(named))
     return {name: records[name] for name in named if name in records}
 
 

@@ -319,3 +319,24 @@ def test_train_returns_1_where_a_run_failed_and_2_for_bad_arguments(draws, tmp_p
     assert train(tmp_path, "--jobs", "0", "--fresh") == 2
     assert (tmp_path / "smoke" / ".runs" / "fig9_draws" / "a-seed0.json").exists()  # nothing is forgotten
     assert train(tmp_path, "--only", "nothing") == 2
+
+
+def test_a_pattern_needs_runs_in_some_figure_alone(monkeypatch, tmp_path, capsys):
+    plans = {"8": ("fig8", ["a-seed0"]), "9": ("fig9", ["b-seed0"])}
+    figures = {
+        key: reproduce.Figure(
+            name, lambda scale: None, lambda *_, names=names: [Run(n, Draw(1, 0), measure) for n in names]
+        )
+        for key, (name, names) in plans.items()
+    }
+    monkeypatch.setattr(reproduce, "FIGURES", figures)
+    assert train(tmp_path, "--only", "b-*") == 0
+    assert [path.stem for path in tmp_path.rglob("*.json")] == ["b-seed0"]
+    assert train(tmp_path, "--only", "a-*", "c-*") == 2
+    assert "only must name runs of the study; got ['c-*']. There are a-seed0; others" in capsys.readouterr().err
+
+
+def test_a_failure_counts_where_a_pattern_names_nothing(draws, tmp_path, capsys):
+    draws["bad-seed0"] = Draw(1, 0, "raise")
+    assert train(tmp_path, "--only", "bad-*", "nothing") == 1
+    assert "runs failed: bad-seed0" in capsys.readouterr().err
