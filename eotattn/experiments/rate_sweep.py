@@ -35,15 +35,21 @@ def run_name(variant: str, rate: float, seed: int) -> str:
 
 
 def best_rate(sweep: Sweep, records: Records, variant: str) -> float | None:
-    """The rate whose first run ended with the least training loss, None while one of them is missing."""
+    """The rate whose first run ended with the least loss, None while one of them is missing.
+
+    That is the loss on data kept for choices where runs measured one, so that no rate is chosen for learning by heart,
+    and the training loss where data do not repeat.
+    """
     losses = {rate: _last_loss(records, run_name(variant, rate, sweep.seeds[0])) for rate in sweep.learning_rates}
     known = {rate: loss for rate, loss in losses.items() if loss is not None}
     return min(known, key=lambda rate: known[rate]) if len(known) == len(losses) else None
 
 
 def _last_loss(records: Records, name: str) -> float | None:
-    """Mean training loss over the last logged steps."""
-    return float(records[name].rows_of("training_loss")[-1]["value"]) if name in records else None
+    """Loss on data kept for choices at the end, or else the mean training loss over the last logged steps."""
+    if name not in records:
+        return None
+    return float((records[name].rows_of("choice_loss") or records[name].rows_of("training_loss"))[-1]["value"])
 
 
 def swept_runs(sweep: Sweep, records: Records, variants: Sequence[str]) -> list[tuple[int, str, float]]:
@@ -61,7 +67,7 @@ def sweep_table(sweep: Sweep, records: Records, variants: Sequence[str]) -> list
         {
             "variant": variant,
             "learning rate": rate,
-            "training loss": _last_loss(records, run_name(variant, rate, sweep.seeds[0])),
+            "loss": _last_loss(records, run_name(variant, rate, sweep.seeds[0])),
             "taken": rate == best_rate(sweep, records, variant),
         }
         for variant in variants

@@ -22,6 +22,7 @@ from eotattn.experiments.studies import dna
 from eotattn.experiments.studies.dna_runs import window_losses
 from eotattn.experiments.training_speed import FusedRotary, SpeedVariant, measure_training_speed, speed_variants
 
+LEARNED = ("paper_goat", "goat")
 SMALL = replace(recipes.dna("smoke"), learning_rates=(1e-3,))
 
 
@@ -41,8 +42,9 @@ def made_up(*, saved, gc, throughput, memory=None):
     noise = np.random.default_rng(0).random((2, 6, 4))
     records = {}
     for seed in (0, 1):
-        for name, loss in (("rope", 1.3 + 0.1 * seed), ("paper_goat", 1.3 + 0.1 * seed - saved[seed])):
-            follows = name == "paper_goat" and gc
+        loss_of = {"rope": 1.3 + 0.1 * seed} | dict.fromkeys(LEARNED, 1.3 + 0.1 * seed - saved[seed])
+        for name, loss in loss_of.items():
+            follows = name in LEARNED and gc
             arrays = {"gc_true": noise[0], "gc_sampled": noise[0] if follows else noise[1] + seed * noise[0] * 0.01}
             rows = [("loss", loss, {}), ("bits_per_base", loss / math.log(2), {})]
             rows.append(("training_loss", 1.0, {}))
@@ -68,7 +70,7 @@ def test_every_run_is_made_once(study):
 
 def test_other_seeds_wait_for_the_best_rate_of_the_first():
     recipe = recipes.dna("smoke")
-    rates = {f"{v}-rate{rate}-seed0" for v in ("rope", "paper_goat") for rate in ("0.001", "0.003")}
+    rates = {f"{v}-rate{rate}-seed0" for v in ("rope", *LEARNED) for rate in ("0.001", "0.003")}
     assert {run.name for run in dna.runs(recipe, {})} == {"speed", "generator"} | rates
     losses = {("rope", 1e-3): 1.4, ("rope", 3e-3): 1.3, ("paper_goat", 1e-3): 1.2}
     known = {
@@ -136,7 +138,7 @@ def test_verdict_says_yes_where_everything_held():
 
 def test_verdict_says_no_where_nothing_held():
     text = made_up(saved=(0.05, -0.05), gc=False, throughput=(100.0, 90.0), memory=(100.0, 101.0)).verdict()
-    assert text.count("did NOT hold") == 5
+    assert text.count("did NOT hold") == 2 * len(LEARNED) + 3
     assert "held;" not in text
 
 

@@ -70,12 +70,13 @@ def test_damaged_images_are_named(folder):
         images.pixels(torch.arange(len(images.labels)), 3)
 
 
-def test_split_is_fixed_and_complete():
-    task = ImageTask(stored(), size=4, held_out_percent=25)
-    train, held_out = task.indices("train"), task.indices("held_out")
-    assert len(held_out) == 5
-    assert sorted([*train.tolist(), *held_out.tolist()]) == list(range(20))
-    assert torch.equal(held_out, ImageTask(stored(), size=4, held_out_percent=25).indices("held_out"))
+@pytest.mark.parametrize("validation", [5, 15])
+def test_split_is_fixed_and_complete(validation):
+    task = ImageTask(stored(), size=4, held_out_percent=25, validation_percent=validation)
+    parts = [task.indices(part) for part in ("train", "validation", "held_out")]
+    assert [len(part) for part in parts[1:]] == [20 * validation // 100, 5]
+    assert sorted(torch.cat(parts).tolist()) == list(range(20))
+    assert torch.equal(parts[2], ImageTask(stored(), size=4, held_out_percent=25).indices("held_out"))
 
 
 def test_batches_are_training_images_with_their_labels():
@@ -92,7 +93,7 @@ def test_batches_are_training_images_with_their_labels():
 
 def test_shifts_move_the_image_and_fill_with_zero():
     source = StoredImages(torch.ones(4, 1, 3, 3), torch.arange(4) % 2, ("a", "b"))
-    task = ImageTask(source, size=3, max_shift=1, held_out_percent=25)
+    task = ImageTask(source, size=3, max_shift=1, held_out_percent=25, validation_percent=25)
     inputs = task.batch(400, seed=0, step=0).inputs[:, 0]
     rows, columns = inputs.amax(2).sum(1), inputs.amax(1).sum(1)
     assert torch.equal(inputs.sum((1, 2)), rows * columns)  # what is left is a rectangle
@@ -102,9 +103,9 @@ def test_shifts_move_the_image_and_fill_with_zero():
     assert not torch.equal(rows, columns)
 
 
-def test_held_out_batches_hold_every_held_out_image_once():
+def test_batches_hold_every_image_of_a_part_once():
     task = ImageTask(stored(), size=4, held_out_percent=25)
-    batches = list(task.held_out_batches(8, 2))
+    batches = list(task.batches_of("held_out", 8, 2))
     assert [len(batch.targets) for batch in batches] == [2, 2, 1]
     assert batches[0].inputs.shape == (2, 1, 8, 8)
     assert torch.equal(torch.cat([b.targets for b in batches]), task.source.labels[task.indices("held_out")])
@@ -115,9 +116,12 @@ def test_held_out_batches_hold_every_held_out_image_once():
     [
         (lambda: open_images("no/such/folder"), "folder must be a folder that exists; got 'no/such/folder'"),
         (lambda: ImageTask(stored(), size=0), "size must be at least 1"),
-        (lambda: ImageTask(stored(), size=4, held_out_percent=100), "held_out_percent must be below 100"),
-        (lambda: ImageTask(stored(2), size=4), "source must have images on both sides of the split"),
-        (lambda: ImageTask(stored(), size=4).indices("test"), "part must be one of 'train', 'held_out'"),
+        (
+            lambda: ImageTask(stored(), size=4, held_out_percent=100),
+            r"held_out_percent \+ validation_percent must be below 100",
+        ),
+        (lambda: ImageTask(stored(2), size=4), "source must have images in all parts of the split"),
+        (lambda: ImageTask(stored(), size=4).indices("test"), "part must be one of 'train', 'validation', 'held_out'"),
     ],
 )
 def test_bad_arguments_say_what_is_wrong(call, says):

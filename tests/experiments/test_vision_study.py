@@ -12,7 +12,7 @@ from eotattn.experiments import recipes
 from eotattn.experiments.figures import draw_vision
 from eotattn.experiments.grid_prior_parts import describe_grid_log_prior, grid_log_prior
 from eotattn.experiments.networks import VisionConfig, VisionTransformer
-from eotattn.experiments.rate_sweep import run_name
+from eotattn.experiments.rate_sweep import best_rate, run_name
 from eotattn.experiments.records import Record
 from eotattn.experiments.results import ResultFolder
 from eotattn.experiments.runs import perform
@@ -236,6 +236,16 @@ def made_up(*, goat, learned, ratio, invariance):
             rows.append({"quantity": "training_loss", "value": 1.0})
             records[run_name(name, 1e-3, seed)] = Record(name, {}, seed, rows, arrays, "", "cpu", 1.0, {})
     return vision.VisionStudy(SMALL, records)
+
+
+def test_rates_are_chosen_on_images_that_training_did_not_see():
+    study = made_up(goat=(0.95, 0.94), learned=(0.95, 0.6), ratio=0.5, invariance=0.99)
+    recipe, records = replace(SMALL, learning_rates=(1e-3, 3e-3)), dict(study.records)
+    by_heart = [{"quantity": "training_loss", "value": 0.1}, {"quantity": "choice_loss", "value": 2.0}]
+    rows = [*records["goat-rate0.001-seed0"].rows, {"quantity": "choice_loss", "value": 1.5}]
+    records["goat-rate0.001-seed0"] = replace(records["goat-rate0.001-seed0"], rows=rows)
+    records["goat-rate0.003-seed0"] = replace(records["goat-rate0.001-seed0"], rows=by_heart)
+    assert best_rate(recipe, records, "goat") == 1e-3
 
 
 def test_verdict_says_yes_where_everything_held():

@@ -108,7 +108,7 @@ def _decoder(attention: str, num_layers: int, embed_dim: int, num_heads: int, le
 
 
 def _decoders(*sizes: int) -> tuple[DecoderConfig, ...]:
-    return tuple(_decoder(name, *sizes) for name in ("rope", "paper_goat"))
+    return tuple(_decoder(name, *sizes) for name in ("rope", "paper_goat", "goat"))
 
 
 #: Repeats that a small decoder learns within minutes, one family, short and little worn; isochores that differ so much
@@ -148,7 +148,7 @@ _DNA = {
         training=TrainingConfig(
             steps=300, batch_size=16, warmup_steps=30, log_every=20, evaluate_every=50, checkpoint_every=100
         ),
-        learning_rates=(6e-3, 1.2e-2),
+        learning_rates=(3e-3, 6e-3, 1.2e-2),
         seeds=(0, 1, 2),
         test_windows=128,
         generation=GenerationConfig(prompts=128, gc_window=64),
@@ -167,7 +167,7 @@ _DNA = {
             checkpoint_every=400,
             precision="bf16",
         ),
-        learning_rates=(1e-3, 2e-3),
+        learning_rates=(1e-3, 2e-3, 4e-3),
         seeds=(0, 1, 2),
         test_windows=256,
         generation=GenerationConfig(prompts=256, gc_window=128),
@@ -187,7 +187,7 @@ _DNA = {
             evaluate_every=500,
             checkpoint_every=500,
         ),
-        learning_rates=(6e-4, 1.2e-3),
+        learning_rates=(3e-4, 6e-4, 1.2e-3),
         seeds=(0, 1, 2),
         test_windows=2048,
         generation=GenerationConfig(prompts=512, gc_window=64),

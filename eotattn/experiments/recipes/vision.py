@@ -25,8 +25,8 @@ class VisionRecipe:
         variants: One transformer a curve; equal but for the positions.
         training: The run, once a variant and seed, at the best learning rate.
         prior_rate_factor: Learning rate of log-priors over that of the rest.
-        learning_rates: Rates that the first seed trains every variant at; the others take the one with the least
-            training loss.
+        learning_rates: Rates that the first seed trains every variant at; the others take the one with the least loss
+            on validation images.
         seeds: Seeds of weights and batches.
     """
 
@@ -92,7 +92,7 @@ _VISION = {
         variants=_transformers(8, 2, {"num_classes": 10, "num_layers": 3, "embed_dim": 48, "num_heads": 4}),
         training=TrainingConfig(steps=600, batch_size=32, warmup_steps=50, log_every=20, checkpoint_every=300),
         prior_rate_factor=10.0,
-        learning_rates=(1e-3, 3e-3),
+        learning_rates=(5e-4, 1e-3, 3e-3),
         seeds=(0, 1, 2),
     ),
     "h200": VisionRecipe(
@@ -103,7 +103,7 @@ _VISION = {
         variants=_transformers(16, 2, {"num_classes": 10, "num_layers": 3, "embed_dim": 96, "num_heads": 4}),
         training=TrainingConfig(steps=800, batch_size=128, warmup_steps=80, log_every=40),
         prior_rate_factor=10.0,
-        learning_rates=(1e-3, 3e-3),
+        learning_rates=(5e-4, 1e-3, 3e-3),
         seeds=(0, 1, 2),
     ),
     "paper": VisionRecipe(
@@ -124,7 +124,7 @@ _VISION = {
             checkpoint_every=1000,
         ),
         prior_rate_factor=10.0,
-        learning_rates=(5e-4, 1e-3),
+        learning_rates=(2.5e-4, 5e-4, 1e-3),
         seeds=(0, 1, 2),
     ),
 }

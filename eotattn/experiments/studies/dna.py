@@ -138,34 +138,36 @@ class DnaStudy:
 
     def verdict(self) -> str:
         """The claims, the numbers and whether they held, in Markdown."""
-        return "\n".join([self._loss_verdict(), self._gc_verdict(), *self._speed_verdict(), self._conditions()])
+        learned = [variant for variant in self.variants if variant != "rope"]
+        lines = [line for variant in learned for line in (self._loss_verdict(variant), self._gc_verdict(variant))]
+        return "\n".join([*lines, *self._speed_verdict(), self._conditions()])
 
-    def _loss_verdict(self) -> str:
-        ours, theirs = self.loss("paper_goat"), self.loss("rope")
-        gain = self.gain("paper_goat", over="rope")
+    def _loss_verdict(self, variant: str) -> str:
+        ours, theirs = self.loss(variant), self.loss("rope")
+        gain = self.gain(variant, over="rope")
         held = _held(gain.low > 0)
         floor = ""
         if self.generator is not None:
             best = float(self.generator.value("loss"))
             floor = (
                 f" The generator's own surprisal on these windows, which no model can beat on average, is {best:.4f}: "
-                f"GOAT is {ours.mean - best:.4f} above it, RoPE {theirs.mean - best:.4f}."
+                f"{variant} is {ours.mean - best:.4f} above it, RoPE {theirs.mean - best:.4f}."
             )
         return (
-            f"- **Lower NLL than RoPE: {held}.** {ours:.4f} against {theirs:.4f} nats a base "
-            f"({ours.mean / math.log(2):.4f} and {theirs.mean / math.log(2):.4f} bits); paired by seed, GOAT saves "
+            f"- **{variant}: lower NLL than RoPE: {held}.** {ours:.4f} against {theirs:.4f} nats a base "
+            f"({ours.mean / math.log(2):.4f} and {theirs.mean / math.log(2):.4f} bits); paired by seed, it saves "
             f"{gain:+.4f} nats (held means that the 95 % interval is above zero).{floor}"
         )
 
-    def _gc_verdict(self) -> str:
-        pairs = list(zip(self.gc_correlations("paper_goat"), self.gc_correlations("rope"), strict=True))
+    def _gc_verdict(self, variant: str) -> str:
+        pairs = list(zip(self.gc_correlations(variant), self.gc_correlations("rope"), strict=True))
         ours, theirs = (SeedInterval.of(values) for values in zip(*pairs, strict=True))
         gain = SeedInterval.of([a - b for a, b in pairs])
         best = self.best_gc_correlation
         ceiling = "" if best is None else f" Continuations drawn from the true distribution reach {best:.3f}."
         return (
-            f"- **GC content follows the true continuation better than RoPE's: {_held(gain.low > 0)}.** Correlation "
-            f"{ours:.3f} against {theirs:.3f}, difference {gain:+.3f} (held means an interval above zero; "
+            f"- **{variant}: GC content follows the true continuation better than RoPE's: {_held(gain.low > 0)}.** "
+            f"Correlation {ours:.3f} against {theirs:.3f}, difference {gain:+.3f} (held means an interval above zero; "
             f"the paper reports 0.466 against 0.320).{ceiling}"
         )
 

@@ -80,6 +80,9 @@ def measure(run: VisionRun, checkpoint: Path) -> Measurement:
     variant = run.network.positions
     training = train(network, task, run.training, label=f"{variant}, seed {run.seed}", checkpoint=checkpoint)
     rows = training_rows(training)
+    (unit,) = units_of(variant, run.sizes[0], run.sizes[0])
+    _, loss = evaluate_images(network, task, run.sizes[0], unit, part="validation")
+    rows.append(loss | {"panel": "training", "quantity": "choice_loss"})
     for size in run.sizes:
         for unit in units_of(variant, size, run.sizes[0]):
             rows += evaluate_images(network, task, size, unit)
@@ -92,19 +95,22 @@ def measure(run: VisionRun, checkpoint: Path) -> Measurement:
 
 
 @torch.no_grad()
-def evaluate_images(network: VisionTransformer, task: ImageTask, size: int, unit: str) -> list[Row]:
-    """Accuracy and loss on all held-out images at a resolution.
+def evaluate_images(
+    network: VisionTransformer, task: ImageTask, size: int, unit: str, *, part: str = "held_out"
+) -> list[Row]:
+    """Accuracy and loss on all images of a part at a resolution.
 
     Args:
         network: In evaluation mode.
         task: The images.
         size: Rows and columns, pixels.
         unit: A name in :data:`~eotattn.experiments.networks.vision.POSITION_UNITS`.
+        part: As in :meth:`ImageTask.indices`.
     """
     device = next(network.parameters()).device
     batch_size = max(1, EVALUATION_BATCH * task.size**2 // size**2)
     right, loss, count = 0, 0.0, 0
-    for batch in task.held_out_batches(size, batch_size):
+    for batch in task.batches_of(part, size, batch_size):
         logits, labels = network(batch.inputs.to(device), unit=unit).float(), batch.targets.to(device)
         right += int((logits.argmax(-1) == labels).sum())
         loss += float(functional.cross_entropy(logits, labels, reduction="sum"))

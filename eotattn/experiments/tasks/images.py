@@ -23,6 +23,8 @@ __all__ = ["DIGITS", "FolderImages", "ImageSource", "ImageTask", "StoredImages",
 
 #: Name of the images that scikit-learn brings along: 1797 handwritten digits of 8 x 8 pixels.
 DIGITS = "digits"
+#: Parts of the split.
+PARTS = ("train", "validation", "held_out")
 #: Endings of the files that an image folder is searched for.
 _ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
 
@@ -160,13 +162,14 @@ def open_images(corpus: str) -> ImageSource:
 
 @dataclass(frozen=True, eq=False)
 class ImageTask:
-    """Classification of images; a fixed random part of them is held out.
+    """Classification of images; fixed random parts of them are held out, for choices and for the last word.
 
     Args:
         source: The images.
         size: Rows and columns of a training image, pixels.
         max_shift: Training images are shifted by up to this many pixels up, down, left and right; what comes in is 0.
-        held_out_percent: Share of the images that training never sees, 1 to 99.
+        held_out_percent: Share of the images that neither training nor any choice sees, 1 to 98.
+        validation_percent: Share of the images that training never sees, for choices; the two add up to less than 100.
 
     Example:
         >>> images = StoredImages(torch.rand(20, 1, 4, 4), torch.arange(20) % 2, ("even", "odd"))
@@ -178,15 +181,18 @@ class ImageTask:
     size: int
     max_shift: int = 0
     held_out_percent: int = 20
+    validation_percent: int = 10
 
     def __post_init__(self) -> None:
         check_positive_int("ImageTask", "size", self.size)
         check_positive_int("ImageTask", "max_shift", self.max_shift, minimum=0)
-        check_positive_int("ImageTask", "held_out_percent", self.held_out_percent)
-        fits = self.held_out_percent < 100
-        require(fits, "ImageTask", "held_out_percent", "be below 100", self.held_out_percent, "Use e.g. 20")
-        counts = tuple(len(self.indices(part)) for part in ("train", "held_out"))
-        require(min(counts) > 0, "ImageTask", "source", "have images on both sides of the split", counts, "Use more")
+        shares = ("held_out_percent", "validation_percent")
+        for share in shares:
+            check_positive_int("ImageTask", share, getattr(self, share))
+        together = self.held_out_percent + self.validation_percent
+        require(together < 100, "ImageTask", " + ".join(shares), "be below 100", together, "Use e.g. 20 and 10")
+        counts = tuple(len(self.indices(part)) for part in PARTS)
+        require(min(counts) > 0, "ImageTask", "source", "have images in all parts of the split", counts, "Use more")
 
     @property
     def num_classes(self) -> int:
@@ -194,12 +200,13 @@ class ImageTask:
         return len(self.source.class_names)
 
     def indices(self, part: str) -> Tensor:
-        """Indices of the ``"train"`` or ``"held_out"`` images: the same ones at every call."""
-        check_choice("ImageTask", "part", part, ("train", "held_out"))
+        """Indices of the ``"train"``, ``"validation"`` or ``"held_out"`` images: the same ones at every call."""
+        check_choice("ImageTask", "part", part, PARTS)
         count = len(self.source.labels)
         order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
         held_out = count * self.held_out_percent // 100
-        return order[:held_out] if part == "held_out" else order[held_out:]
+        seen = held_out + count * self.validation_percent // 100
+        return {"held_out": order[:held_out], "validation": order[held_out:seen], "train": order[seen:]}[part]
 
     def batch(self, batch_size: int, *, seed: int, step: int) -> Batch:
         """Draw training images at random, shifted at random.
@@ -227,14 +234,15 @@ class ImageTask:
         image = torch.arange(len(pixels))[:, None, None]
         return padded[image, :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1).contiguous()
 
-    def held_out_batches(self, size: int, batch_size: int) -> Iterator[Batch]:
-        """All held-out images once, read as they are asked for.
+    def batches_of(self, part: str, size: int, batch_size: int) -> Iterator[Batch]:
+        """All images of a part once, read as they are asked for.
 
         Args:
+            part: As in :meth:`indices`.
             size: Rows and columns, pixels; other than the training size they are interpolated.
             batch_size: Images a batch.
         """
-        check_positive_int("ImageTask.held_out_batches", "size", size)
-        check_positive_int("ImageTask.held_out_batches", "batch_size", batch_size)
-        for indices in self.indices("held_out").split(batch_size):
+        check_positive_int("ImageTask.batches_of", "size", size)
+        check_positive_int("ImageTask.batches_of", "batch_size", batch_size)
+        for indices in self.indices(part).split(batch_size):
             yield Batch(self.source.pixels(indices, size), self.source.labels[indices])
