@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -271,7 +271,7 @@ class DenseAffinity(Affinity):
             return self._score.new_full((1,), math.log(self._score.shape[-1]))
         return self._log_prior.logsumexp(-1)
 
-    @property
+    @cached_property
     def largest(self) -> float:
         """The largest size of a score."""
         return float(self._score.detach().abs().max())

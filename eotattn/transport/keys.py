@@ -14,7 +14,11 @@ from torch import Tensor
 from eotattn.transport.problem import TransportProblem
 from eotattn.transport.response import QueryResponse, answer
 
-__all__ = ["Balance", "KeyBalance", "balance", "query_price", "starting_potential"]
+__all__ = ["Balance", "KeyBalance", "balance", "query_price", "starting_potential", "stiffness"]
+
+#: Machine epsilons of a logit within which totals count as equal; nats that the last digit of a potential may be worth.
+_ROUNDINGS = 4
+_COARSEST = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +30,8 @@ class KeyBalance:
         log_mass: Log of what the keys receive, nats, shape (..., m); -inf on keys that carry nothing, as is the next.
         log_target: Log of the mass at which the keys would be content, nats, shape (..., m).
         log_scale: Log of the larger total, nats, shape (..., 1); ``None`` for zero, in balanced problems.
+        excess: Log of the total target over the total mass, nats, shape (..., 1); zero where rounding decides it, and
+            where the constant that would close it leaves the potential no digits; ``None`` in balanced problems.
 
     Example:
         >>> problem = TransportProblem(torch.zeros(1, 2), key_marginal=torch.tensor([0.25, 0.75]))
@@ -39,6 +45,7 @@ class KeyBalance:
     log_mass: Tensor
     log_target: Tensor
     log_scale: Tensor | None
+    excess: Tensor | None
 
     def _relative(self, nats: Tensor) -> Tensor:
         return (nats if self.log_scale is None else nats - self.log_scale).exp()
@@ -94,6 +101,9 @@ class Balance:
         self._ask_keys = problem.affinity.transposed.tempered(epsilon)
         self._log_query_marginal, self._log_key_marginal = problem.query_marginal.log(), problem.key_marginal.log()
         self._offer = epsilon * self._log_query_marginal
+        rounding = torch.finfo(problem.affinity.dtype).eps
+        self._noise = _ROUNDINGS * rounding * max(1.0, problem.affinity.largest / epsilon)
+        self._reach = _COARSEST * epsilon / rounding * stiffness(problem, epsilon)
 
     def __call__(self, key_potential: Tensor) -> KeyBalance:
         """Return the balance at a key potential of shape (..., m), cost units."""
@@ -110,9 +120,12 @@ class Balance:
             log_target = torch.sub(log_target, key_potential, alpha=1.0 / problem.key_penalty)
             log_target = log_target.nan_to_num(-math.inf, math.inf, -math.inf)  # removed keys: -inf + inf
         if problem.is_balanced:
-            return KeyBalance(log_rows, log_mass, log_target, None)
-        log_scale = torch.maximum(log_mass.logsumexp(-1), log_target.logsumexp(-1))[..., None]
-        return KeyBalance(log_rows, log_mass, log_target, log_scale)
+            return KeyBalance(log_rows, log_mass, log_target, None, None)
+        total_mass, total_target = (nats.logsumexp(-1, keepdim=True) for nats in (log_mass, log_target))
+        excess = total_target - total_mass
+        usable = (excess.abs() > self._noise) & (excess.abs() < self._reach)
+        excess = torch.where(usable, excess, 0.0)
+        return KeyBalance(log_rows, log_mass, log_target, torch.maximum(total_mass, total_target), excess)
 
 
 def balance(problem: TransportProblem, key_potential: Tensor, *, epsilon: float | None = None) -> KeyBalance:
@@ -134,6 +147,28 @@ def balance(problem: TransportProblem, key_potential: Tensor, *, epsilon: float 
     Source: as for ``Balance``.
     """
     return Balance(problem, problem.epsilon if epsilon is None else epsilon)(key_potential)
+
+
+def stiffness(problem: TransportProblem, epsilon: float) -> float:
+    """Return how many nats a constant added to the key potential brings total target and total mass together.
+
+    The queries answering, a constant c multiplies the mass by ``exp(c / (query_penalty + epsilon))`` and the target by
+    ``exp(-c / key_penalty)``.
+
+    Args:
+        problem: The problem, with a key marginal.
+        epsilon: Temperature, cost units.
+
+    Returns:
+        Nats per cost unit; zero in balanced problems, where the constant is free.
+
+    Example:
+        >>> stiffness(TransportProblem(torch.zeros(1, 2), key_marginal=torch.ones(2), key_penalty=4.0), 1.0)
+        0.25
+
+    Source: Sejourne et al. 2022.
+    """
+    return 1 / (problem.query_penalty + epsilon) + 1 / problem.key_penalty
 
 
 def query_price(problem: TransportProblem, response: QueryResponse, epsilon: float) -> Tensor:

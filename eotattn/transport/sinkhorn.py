@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from eotattn.transport.keys import KeyBalance
+from eotattn.transport.keys import KeyBalance, stiffness
 from eotattn.transport.problem import TransportProblem
 from eotattn.transport.response import penalty_share
 
@@ -12,10 +12,12 @@ __all__ = ["sinkhorn_step"]
 
 
 def sinkhorn_step(problem: TransportProblem, key_potential: Tensor, state: KeyBalance, epsilon: float) -> Tensor:
-    """Let the keys answer the queries: the exact maximiser of the dual in the key potential, the queries held.
+    """Move all keys by the best constant, then let each answer the queries: two exact maximisations of the dual.
 
-    ``key_potential + epsilon share log(target / mass)`` with ``share = key_penalty / (key_penalty + epsilon)``. The
-    queries answer when the next balance is drawn, so a step and a balance are one full iteration.
+    The constant makes total target and total mass equal; without it, totals that differ take penalty / epsilon steps to
+    meet. Then, the queries held, a key moves by ``epsilon share log(target / mass)`` with ``share = key_penalty /
+    (key_penalty + epsilon)``. The queries answer when the next balance is drawn, so a step and a balance are one full
+    iteration. In balanced problems the constant is free and stays.
 
     Args:
         problem: The problem, with a key marginal.
@@ -33,6 +35,10 @@ def sinkhorn_step(problem: TransportProblem, key_potential: Tensor, state: KeyBa
         >>> sinkhorn_step(problem, torch.zeros(2), balance(problem, torch.zeros(2)), 1.0)
         tensor([0., 0.])
 
-    Source: Chizat et al. 2018; as attention, Sander et al. 2022.
+    Source: Chizat et al. 2018; as attention, Sander et al. 2022; the constant, Sejourne et al. 2022.
     """
-    return key_potential + epsilon * penalty_share(problem.key_penalty, epsilon) * state.log_ratio
+    response = epsilon * penalty_share(problem.key_penalty, epsilon)
+    if state.excess is None:
+        return key_potential + response * state.log_ratio
+    constant = state.excess / stiffness(problem, epsilon)
+    return key_potential + constant + response * (state.log_ratio - state.excess)

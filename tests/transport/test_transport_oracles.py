@@ -124,6 +124,24 @@ def test_small_epsilon_satisfies_the_optimality_conditions(penalties, scale, mas
         assert -1e-12 * scale <= float(solution.gap) <= 1e-10 * scale
 
 
+@pytest.mark.parametrize("method", ["newton", "sinkhorn", "streaming"])
+@pytest.mark.parametrize("penalties", [(INF, 1e4), (1e4, INF), (1e4, 3e3)])
+def test_totals_that_differ_meet_at_once_under_high_penalties(penalties, method):
+    # The constant that reconciles them is 1e4 temperatures long, and plain iterations walk there one by one.
+    problem = random_problem(3, penalties)
+    masses = (3.0 if penalties[0] < INF else 1.0, 0.2 if penalties[1] < INF else 1.0)
+    *pairs, query, key = problem.tensors
+    problem = problem.with_tensors(*pairs, masses[0] * query, masses[1] * key)
+    solution = solve(problem, method=method, tolerance=1e-10, max_iterations=60).raise_if_not_converged()
+    coupling, potentials = solution.coupling, (solution.query_potential, solution.key_potential)
+    marginals = (problem.query_marginal, problem.key_marginal)
+    for side, potential, marginal, penalty in zip((-1, -2), potentials, marginals, penalties, strict=True):
+        target = marginal if penalty == INF else marginal * (-potential / penalty).exp()
+        assert_close(coupling.sum(side), target, tolerance=1e-10)
+    inner = (problem.score + potentials[0][:, None] + potentials[1]) / problem.epsilon
+    assert_close(coupling, problem.query_marginal[:, None] * (inner + problem.log_prior).exp(), tolerance=1e-9)
+
+
 def test_pot_says_when_it_cannot():
     with pytest.raises(NotImplementedError, match=r"sinkhorn_unbalanced cannot hold TransportProblem"):
         pot.solve(random_problem(0, (1.0, 3.0), scale=500.0, epsilon=0.01))
