@@ -70,7 +70,8 @@ def solve(
             every method answers by fused calls and forms no n x m numbers.
         tolerance: Bound for ``marginal_error``: the summed distance of the key mass from
             ``key_marginal exp(-key_potential / key_penalty)``, relative to the total mass. ``None`` is the floor of
-            rounding, 128 machine epsilons times max(1, max |score| / epsilon). No meaning for the closed form.
+            rounding, 128 machine epsilons times max(1, max |score| / epsilon), or 1e-3 if that is less. No meaning for
+            the closed form.
         max_iterations: Steps a problem may take; ``None`` is 200 for Newton and 10 000 otherwise.
         start: Key potential to start from, e.g. that of a solution nearby, shape (..., m), cost units; warmer
             temperatures are then skipped. No meaning for the closed form.

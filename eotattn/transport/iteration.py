@@ -17,8 +17,9 @@ __all__ = ["Step", "default_tolerance", "iterate", "temperatures"]
 #: Takes the problem, the key potential, its balance and the temperature; returns the next potential.
 Step = Callable[[TransportProblem, Tensor, KeyBalance, float], Tensor]
 
-#: Machine epsilons of error that a converged solution may keep.
+#: Machine epsilons of error that a converged solution may keep, and the share of the mass that it may misplace at most.
 _FLOOR = 128
+_LARGEST = 1e-3
 #: Warmer temperatures only guide the way, so they need no accuracy and little time.
 _GUIDING_TOLERANCE = 1e-2
 _GUIDING_ITERATIONS = 30
@@ -26,6 +27,8 @@ _GUIDING_ITERATIONS = 30
 
 def default_tolerance(problem: TransportProblem) -> float:
     """Return the error that rounding alone leaves: 128 machine epsilons, times the largest |score| / epsilon above one.
+
+    At most a thousandth of the mass: where rounding leaves more, no solution counts as converged.
 
     Args:
         problem: The problem.
@@ -40,7 +43,7 @@ def default_tolerance(problem: TransportProblem) -> float:
     Source: original.
     """
     logits = problem.affinity.largest / problem.epsilon
-    return _FLOOR * torch.finfo(problem.query_marginal.dtype).eps * max(1.0, logits)
+    return min(_LARGEST, _FLOOR * torch.finfo(problem.query_marginal.dtype).eps * max(1.0, logits))
 
 
 def temperatures(problem: TransportProblem) -> list[float]:

@@ -169,6 +169,9 @@ class TransportProblem:
     ) -> TransportProblem:
         """State a problem whose cost is the squared Euclidean distance ``|query_i - key_j|^2``, in factored form.
 
+        Float32 and float64 points may lie far from the origin; bfloat16 points are best centred before they are
+        rounded.
+
         Args:
             query: Points, shape (..., n, d), float32, float64 or bfloat16.
             key: Points, shape (..., m, d), the same dtype.

@@ -77,6 +77,10 @@ def factored_affinity(
 def point_affinity(query: Tensor, key: Tensor) -> FactoredAffinity:
     """Check and build the affinity ``-|query_i - key_j|^2``: an inner product and a bias on each side.
 
+    Distances do not see a common shift, but their expansion does: far from the origin it is a difference of large
+    numbers. So the points are centred first, all problems of a batch alike; bfloat16 points, which that would round,
+    are taken as they are.
+
     Args:
         query: Shape (..., n, d).
         key: Shape (..., m, d).
@@ -96,6 +100,9 @@ def point_affinity(query: Tensor, key: Tensor) -> FactoredAffinity:
     """
     _check_sides(query, key)
     dtype = computing_dtype(query.dtype)
+    if query.dtype == dtype:
+        centre = sum(side.detach().flatten(0, -2).mean(0) for side in (query, key)) / 2
+        query, key = query - centre, key - centre
     query_bias, key_bias = (-side.to(dtype).square().sum(-1) for side in (query, key))
     return FactoredAffinity(2 * query, key, query_bias, key_bias)
 

@@ -128,6 +128,23 @@ def test_points_are_squared_distances():
     assert_close(solution.cost, (pot.solve(dense).coupling * distances).sum(), tolerance=1e-10)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+def test_points_far_from_the_origin(dtype, tolerance):
+    generator = torch.Generator().manual_seed(5)
+    query, key = (1000 + torch.rand(2, size, 3, generator=generator, dtype=dtype) for size in (9, 12))
+    uniform = torch.full((12,), 1 / 12, dtype=dtype)
+    leaf = query.clone().requires_grad_()
+    problem = TransportProblem.from_points(leaf, key, epsilon=0.05, key_marginal=uniform)
+    solution = solve(problem, tolerance=0.1 * tolerance)
+    difference = query.double()[:, :, None] - key.double()[:, None]
+    options = {"epsilon": 0.05, "key_marginal": torch.full((12,), 1 / 12, dtype=torch.float64)}
+    coupling = solve(TransportProblem(-difference.square().sum(-1), **options)).coupling
+    assert float((solution.coupling.detach() - coupling).abs().sum((-2, -1)).max()) <= 10 * tolerance
+    assert float(solution.certificate.key_error.max()) <= 10 * tolerance
+    (gradient,) = torch.autograd.grad(solution.dual.sum(), leaf)
+    assert_close(gradient, 2 * (coupling[..., None] * difference).sum(-2), tolerance=10 * tolerance)
+
+
 @pytest.mark.parametrize("penalties", [(INF, None), (0.7, None), (INF, 2.0), (1.0, 3.0)])
 def test_causal_and_padded_equal_a_mask(penalties):
     generator = torch.Generator().manual_seed(6)

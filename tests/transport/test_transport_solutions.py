@@ -275,6 +275,14 @@ def test_failure_to_converge_is_a_status_and_raises_on_request():
     assert solve(problem).raise_if_not_converged().converged
 
 
+@pytest.mark.parametrize("method", ["newton", "sinkhorn", "streaming"])
+@pytest.mark.parametrize("epsilon", [0.5, 1e-3])
+def test_logits_beyond_the_digits_of_float32_are_no_convergence(epsilon, method):
+    problem = random_problem(1, (INF, INF), scale=500.0, epsilon=epsilon, dtype=torch.float32)
+    solution = solve(problem, method=method, max_iterations=100)
+    assert not solution.converged or float(solution.certificate.key_error) <= 2e-3
+
+
 def test_tolerance_means_the_marginal_error():
     problem = random_problem(1, (INF, INF), epsilon=0.2)
     loose, tight = (solve(problem, method="sinkhorn", tolerance=tolerance) for tolerance in (1e-2, 1e-6))
