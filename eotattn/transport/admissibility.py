@@ -12,7 +12,14 @@ from torch import Tensor
 from eotattn.checks import check_floating, check_no_nan, check_positive, require
 from eotattn.transport.affinity import Affinity, DenseAffinity
 
-__all__ = ["check_log_prior", "check_marginal", "check_reachability", "check_score", "resolved_key_penalty"]
+__all__ = [
+    "check_broadcast",
+    "check_log_prior",
+    "check_marginal",
+    "check_reachability",
+    "check_score",
+    "resolved_key_penalty",
+]
 
 #: A marginal under an infinite penalty sums to one within this many machine epsilons.
 _MASS_SLACK = 64
@@ -108,6 +115,33 @@ def check_marginal(
         require(within, owner, argument, rule, f"a sum {error:.1e} away from one", remedy)
 
 
+def check_broadcast(owner: str, argument: str, value: Tensor, lead: torch.Size, batch: torch.Size, remedy: str) -> None:
+    """Raise unless the leading dimensions of ``value`` broadcast with a batch.
+
+    Args:
+        owner: Who checks.
+        argument: Its name.
+        value: The tensor.
+        lead: Its leading dimensions.
+        batch: What they must fit.
+        remedy: What to do otherwise.
+
+    Raises:
+        ValueError: If they do not.
+
+    Example:
+        >>> value = torch.zeros(2, 1, 3)
+        >>> check_broadcast("TransportProblem", "score", value, value.shape[:-1], torch.Size((5,)), "Match it")
+
+    Source: original.
+    """
+    try:
+        torch.broadcast_shapes(lead, batch)
+    except RuntimeError:
+        rule = f"have leading dimensions that broadcast with {tuple(batch)}"
+        require(False, owner, argument, rule, value, remedy)
+
+
 def check_reachability(
     owner: str,
     batch_shape: torch.Size,
@@ -196,9 +230,5 @@ def _check_fits(owner: str, argument: str, value: Tensor, affinity: Affinity, tr
     fits = value.dim() >= len(trailing) and value.shape[value.dim() - len(trailing) :] == trailing
     wanted = "(..., " + ", ".join(str(size) for size in trailing) + ")"
     require(fits, owner, argument, f"have shape {wanted}", value, "Match the queries and keys of score")
-    lead, batch = value.shape[: value.dim() - len(trailing)], affinity.shape[:-2]
-    try:
-        torch.broadcast_shapes(lead, batch)
-    except RuntimeError:
-        rule = f"have leading dimensions that broadcast with {tuple(batch)}"
-        require(False, owner, argument, rule, value, "Match the batch of score")
+    lead = value.shape[: value.dim() - len(trailing)]
+    check_broadcast(owner, argument, value, lead, affinity.shape[:-2], "Match the batch of score")

@@ -234,14 +234,16 @@ class DenseAffinity(Affinity):
     def soft_maximum(self, price: Tensor, epsilon: float) -> Tensor:
         """See ``Affinity``."""
         logits, top, top_nats = peaked_logits(self._score, self._log_prior, price, epsilon)
-        return (epsilon * (logits.logsumexp(-1, keepdim=True) + top_nats) + top).squeeze(-1)
+        empty = (logits == -math.inf).all(-1, keepdim=True)  # whose log-sum-exp has no derivative
+        nats = torch.where(empty, 0.0, logits).logsumexp(-1, keepdim=True)
+        return torch.where(empty, -math.inf, epsilon * (nats + top_nats) + top).squeeze(-1)
 
     def average(self, price: Tensor, value: Tensor, epsilon: float) -> Tensor:
         """See ``Affinity``."""
         logits, _, _ = peaked_logits(self._score, self._log_prior, price, epsilon)
-        # A row without keys averages to zero.
-        weights = torch.where((logits > -math.inf).any(-1, keepdim=True), logits, 0.0).softmax(-1)
-        return torch.where((logits > -math.inf).any(-1, keepdim=True), weights, 0.0) @ value
+        empty = (logits == -math.inf).all(-1, keepdim=True)  # which averages to zero
+        weights = torch.where(empty, 0.0, logits).softmax(-1)
+        return torch.where(empty, 0.0, weights) @ value
 
     def rows(self, index: Rows) -> tuple[Tensor, Tensor | None]:
         """See ``Affinity``."""

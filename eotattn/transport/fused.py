@@ -108,7 +108,9 @@ class FusedCalls:
 
     def _attend(self, bias: Tensor, value: Tensor | None) -> tuple[Tensor, Tensor]:
         """One attention call with the bias in lanes: output (..., n, v) and log-sum-exp (..., n)."""
-        batch, lane = self._batch(bias), self.epsilon * bias.clamp(min=_FAR)  # the kernel divides by epsilon
+        batch = self._batch(bias)
+        batch = batch if value is None else list(torch.broadcast_shapes(batch, value.shape[:-2]))
+        lane = self.epsilon * bias.clamp(min=_FAR)  # the kernel divides by epsilon
         carrier = LaneFactors(lane.new_ones(1, 1), lane[..., None], exact="query").split(self.query.dtype)
         query, key = (_beside(pair) for pair in ((self.query, carrier[0]), (self.key, carrier[1])))
         operands = [query, key] if value is None else [query, key, value.to(query.dtype)]

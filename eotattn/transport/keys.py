@@ -183,7 +183,7 @@ def query_price(problem: TransportProblem, response: QueryResponse, epsilon: flo
         epsilon: Temperature, cost units.
 
     Returns:
-        Cost units, shape (..., n); -inf for queries without mass.
+        Cost units, shape (..., n); -inf, and without gradient, for queries without mass.
 
     Example:
         >>> problem = TransportProblem(torch.zeros(1, 2))
@@ -193,7 +193,10 @@ def query_price(problem: TransportProblem, response: QueryResponse, epsilon: flo
 
     Source: original.
     """
-    return epsilon * (problem.query_marginal.log() + response.log_growth) - response.soft_maximum
+    sends = problem.query_marginal > 0
+    log_marginal = torch.where(sends, problem.query_marginal, 1.0).log()
+    price = epsilon * (log_marginal + response.log_growth) - response.soft_maximum
+    return torch.where(sends, price, -math.inf)
 
 
 def starting_potential(problem: TransportProblem) -> Tensor:

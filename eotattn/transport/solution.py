@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from eotattn.checks import check_floating, check_positive_int, require
+from eotattn.transport.admissibility import check_broadcast
 from eotattn.transport.certificate import Certificate, solution_certificate
 from eotattn.transport.gap import Pass, pass_over_pairs
 from eotattn.transport.implicit import envelope_value
@@ -82,7 +83,10 @@ class TransportSolution:
 
     @property
     def key_mass(self) -> Tensor:
-        """Column sums of the coupling, shape (..., m), without n x m numbers on a factored problem."""
+        """Column sums of the coupling, shape (..., m), without n x m numbers on a factored problem.
+
+        The marginal of a query without mass receives zero gradient, from here and from ``apply_transpose``.
+        """
         return self._offered()[0]
 
     def attend(self, value: Tensor) -> Tensor:
@@ -160,6 +164,8 @@ class TransportSolution:
         require(value.dtype == dtype, owner, "value", rule, value, remedy, error=TypeError)
         fits = value.dim() >= 2 and value.shape[-2] == length
         require(fits, owner, "value", f"have shape (..., {length}, width)", value, "Match the problem")
+        batch = self.problem.batch_shape
+        check_broadcast(owner, "value", value, value.shape[:-2], batch, "Match the batch of the problem")
 
     def top_keys(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Find the largest attention weights of chosen queries.

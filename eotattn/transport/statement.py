@@ -10,6 +10,7 @@ from torch import Tensor
 from eotattn.checks import check_floating, check_no_nan, check_same_device, require
 from eotattn.priors import LogPrior
 from eotattn.priors.lanes import computing_dtype
+from eotattn.transport.admissibility import check_broadcast
 from eotattn.transport.factored import FactoredAffinity
 
 __all__ = ["factored_affinity", "point_affinity"]
@@ -122,7 +123,7 @@ def _check_sides(query: Tensor, key: Tensor) -> None:
     check_no_nan(_OWNER, "key", key)
     rule = f"have the width of query ({query.shape[-1]})"
     require(key.shape[-1] == query.shape[-1], _OWNER, "key", rule, key, "Project both to one width")
-    _check_broadcast("key", key, key.shape[:-2], query.shape[:-2])
+    check_broadcast(_OWNER, "key", key, key.shape[:-2], query.shape[:-2], "Match the batch of query")
 
 
 def _check_padding(key_padding: Tensor | None, key: Tensor) -> None:
@@ -135,16 +136,7 @@ def _check_padding(key_padding: Tensor | None, key: Tensor) -> None:
     check_same_device(_OWNER, ("key", key), key_padding=key_padding)
     fits = key_padding.dim() >= 1 and key_padding.shape[-1] == key.shape[-2]
     require(fits, _OWNER, "key_padding", f"have shape (..., {key.shape[-2]})", key_padding, "Match the keys")
-    _check_broadcast("key_padding", key_padding, key_padding.shape[:-1], key.shape[:-2])
-
-
-def _check_broadcast(argument: str, value: Tensor, lead: torch.Size, batch: torch.Size) -> None:
-    """Raise unless two sets of leading dimensions broadcast."""
-    try:
-        torch.broadcast_shapes(lead, batch)
-    except RuntimeError:
-        rule = f"have leading dimensions that broadcast with {tuple(batch)}"
-        require(False, _OWNER, argument, rule, value, "Match the batch of query")
+    check_broadcast(_OWNER, "key_padding", key_padding, key_padding.shape[:-1], key.shape[:-2], "Match the keys")
 
 
 def _check_batch(affinity: FactoredAffinity, prior: LogPrior) -> None:

@@ -84,6 +84,15 @@ def test_outputs_without_the_coupling(penalties):
     assert_close(rows.gather(-1, keys), weights, tolerance=1e-10)
 
 
+@pytest.mark.parametrize("penalties", [(INF, None), (INF, INF)])
+def test_one_problem_serves_a_batch_of_values(penalties):
+    factored, dense = factored_and_dense(3, penalties)
+    value = torch.randn(2, 1, KEYS, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert_close(solve(factored).apply(value), solve(dense).coupling @ value, tolerance=1e-10)
+    with pytest.raises(ValueError, match=r"value must have leading dimensions that broadcast with \(3,\)"):
+        solve(factored).apply(value.expand(2, 2, KEYS, 2))
+
+
 class LargestTensor(TorchDispatchMode):
     """Remember the largest tensor that any operation returned."""
 

@@ -99,3 +99,30 @@ def test_keys_without_mass_receive_no_gradient_and_no_nan():
     assert all(leaf.grad.isfinite().all() for leaf in leaves)
     assert leaves[3].grad[2] == 0
     assert (leaves[0].grad[:, 2] == 0).all()
+
+
+@pytest.mark.parametrize("factored", [False, True])
+@pytest.mark.parametrize("penalties", KINDS)
+def test_masses_of_masked_keys_and_empty_queries_have_the_gradients_of_the_coupling(penalties, factored):
+    generator = torch.Generator().manual_seed(6)
+    query, key, value = (torch.randn(size, 3, generator=generator, dtype=torch.float64) for size in (5, 6, 5))
+    query, key = query.requires_grad_(), key.requires_grad_()
+    logits = torch.randn(5, generator=generator, dtype=torch.float64).requires_grad_()
+    row = logits.masked_fill(torch.arange(5) == 1, -INF).softmax(-1)
+    padding = torch.arange(6) == 2
+    column = torch.rand(6, generator=generator, dtype=torch.float64).masked_fill(padding, 0.0)
+    options = {"epsilon": 0.7, "query_marginal": row, "query_penalty": penalties[0]}
+    if penalties[1] is not None:
+        options |= {"key_marginal": column / column.sum(), "key_penalty": penalties[1]}
+    if factored:
+        problem = TransportProblem.from_factors(query, key, key_padding=padding, **options)
+    else:
+        mask = torch.zeros(5, 6, dtype=torch.float64).masked_fill(padding, -INF)
+        problem = TransportProblem(query @ key.mT, log_prior=mask, **options)
+    solution, leaves = solve(problem), (query, key, logits)
+    found = (solution.key_mass.square().sum(), solution.apply_transpose(value).square().sum())
+    expected = (solution.coupling.sum(-2).square().sum(), (solution.coupling.mT @ value).square().sum())
+    for ours, theirs in zip(found, expected, strict=True):
+        pairs = (torch.autograd.grad(one, leaves, retain_graph=True) for one in (ours, theirs))
+        for left, right in zip(*pairs, strict=True):
+            torch.testing.assert_close(left, right, rtol=0, atol=1e-9)
