@@ -101,7 +101,7 @@ def solution_certificate(solution: TransportSolution, measured: Pass) -> Certifi
     Source: original.
     """
     problem = solution.problem
-    total = torch.where(measured.mass > 0, measured.mass, 1.0)
+    total = torch.where((measured.mass > 0) & measured.mass.isfinite(), measured.mass, 1.0)
     dual = solution.dual.detach().double()
     return Certificate(
         primal=torch.where(dual.isfinite(), dual + measured.gap, math.inf),

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transport_problems import FREE, INF, TWO_SIDED, UNBALANCED, random_problem
 
-from eotattn.transport import TransportProblem, certify, solve
+from eotattn.transport import TransportProblem, TransportSolution, certify, solve
 from eotattn.transport.gap import generalised_divergence, pinsker_radius
 
 
@@ -25,6 +25,41 @@ def test_distance_bounds_the_distance_of_unfinished_solutions(penalties, masked)
         # Far from a mask's support no feasible coupling is at hand, and the certificate says so.
         assert math.isfinite(bound) or (masked and tolerance > 1e-3)
     assert bound <= 1.0, "the bound says nothing"
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 10_000),
+    penalties=st.sampled_from(TWO_SIDED + UNBALANCED + FREE),
+    noise=st.floats(1e-6, 3.0),
+    mass=st.floats(0.01, 100.0),
+)
+def test_distance_bounds_the_distance_of_any_potentials(seed, penalties, noise, mass):
+    problem = random_problem(seed, penalties, sizes=(3, 4))
+    *pairs, query, key = problem.tensors
+    query = query if penalties[0] == INF else mass * query
+    problem = problem.with_tensors(*pairs, query, key)
+    exact = solve(problem)
+    generator = torch.Generator().manual_seed(seed)
+    potentials = [
+        potential + noise * torch.randn(potential.shape, generator=generator, dtype=torch.float64)
+        for potential in (exact.query_potential, exact.key_potential)
+    ]
+    none = torch.zeros((), dtype=torch.int64)
+    given_solution = TransportSolution(problem, *potentials, none, none > 0, "given")
+    certificate = given_solution.certificate
+    total = float(given_solution._pass.mass)
+    assert float((given_solution.coupling - exact.coupling).abs().sum()) <= float(certificate.distance) * total + 1e-9
+    assert float(certificate.dual) <= float(exact.primal) + 1e-9 * max(1.0, abs(float(exact.primal)))
+
+
+@pytest.mark.parametrize("penalties", [(1e-8, 1e-8), (0.0, 1e-3)])
+def test_masses_beyond_the_doubles_leave_no_bound_and_no_nan(penalties):
+    solution = solve(random_problem(1, penalties, scale=500.0, epsilon=0.5))
+    certificate = solution.certificate
+    assert float(solution.coupling.sum()) == INF
+    assert float(certificate.distance) == float(certificate.gap) == INF
+    assert "nan" not in str(certificate)
 
 
 @pytest.mark.parametrize("penalties", TWO_SIDED + UNBALANCED + FREE)

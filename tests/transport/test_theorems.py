@@ -173,7 +173,60 @@ def test_a_broken_statement_does_not_hold():
     assert "slack at least" in str(theorems.Comparison("false", one, two, "<="))
 
 
+@pytest.mark.parametrize("relation", ["<=", "=="])
+def test_infinite_sides_hide_nothing(relation):
+    infinite, zero = torch.tensor([math.inf], dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    same = theorems.Comparison("infinity", infinite, infinite, relation)
+    assert same.holds()
+    assert float(same.slack) == 0.0
+    assert not theorems.Comparison("infinity is zero", infinite, zero, relation).holds()
+    assert not theorems.Comparison("no number", infinite * 0, zero, relation).holds()
+
+
+@pytest.mark.parametrize("sink", [0, 2])
+def test_a_sink_without_competitors_has_an_infinite_margin_in_both_sides(sink):
+    log_prior = torch.full((2, 3), -math.inf, dtype=torch.float64)
+    log_prior[:, sink] = 0.0
+    margin = theorems.sink_margin(torch.zeros(2, 3, dtype=torch.float64), log_prior, sink=sink)
+    assert margin.holds()
+    assert (margin.left == math.inf).all()
+    assert (margin.prior == math.inf).all()
+    assert (margin.runner_up != sink).all()
+
+
+def test_statements_hold_to_the_rounding_of_their_dtype():
+    score, log_prior = (tensor.float() for tensor in drawn(3))
+    value, upstream = drawn(4, sizes=(6, 3))[0].float(), drawn(5, sizes=(4, 3))[0].float()
+    assert theorems.advantage_identity(score, value, upstream, log_prior).holds()
+    assert theorems.fisher_identity(score, log_prior).holds()
+    one = torch.ones(1)
+    assert not theorems.Comparison("off by 1e-4", one, one + 1e-4, "==").holds()
+    assert not theorems.Comparison("off by 1e-11", one.double(), one.double() + 1e-11, "==").holds()
+
+
+def test_the_advantage_of_one_score_under_many_priors():
+    score, _ = drawn(6)
+    log_prior = drawn(7, sizes=(2, 4, 6))[0]
+    value, upstream = drawn(8, sizes=(6, 3))[0], drawn(9, sizes=(4, 3))[0]
+    comparison = theorems.advantage_identity(score, value, upstream, log_prior)
+    assert comparison.left.shape == (2, 4, 6)
+    assert comparison.holds()
+
+
+def test_long_lags_and_large_values_break_no_bound():
+    distribution = theorems.geometric_log_prior(1e5, 4_000_000).exp()
+    assert theorems.maximum_entropy_recency(distribution / distribution.sum()).holds()
+    score, shift = drawn(10)[0], torch.full((6, 3), 1e-3, dtype=torch.float64)
+    shift[0] = 0
+    value = 1e8 * drawn(11, sizes=(6, 3))[0]
+    assert theorems.value_perturbation(score, value, shift).holds()
+
+
 BAD = [
+    (lambda: theorems.fisher_identity(torch.zeros(2, 3, 4)), r"score must have shape \(any, any\)"),
+    (lambda: theorems.advantage_identity(torch.zeros(2, 3), torch.zeros(4, 1), torch.zeros(2, 1)), "value must have"),
+    (lambda: theorems.advantage_identity(torch.zeros(2, 3), torch.zeros(3, 1), torch.zeros(2, 2)), "width of value"),
+    (lambda: theorems.value_perturbation(torch.zeros(1, 2), torch.zeros(2, 1), torch.zeros(3, 1)), "perturbation must"),
     (lambda: theorems.sink_margin(torch.zeros(2, 1)), "score must have at least two keys"),
     (lambda: theorems.sink_margin(torch.zeros(2, 3), sink=3), "sink must be below 3"),
     (lambda: theorems.sink_margin(torch.zeros(1, 2), torch.tensor([[-math.inf, 0.0]])), "sink must be admissible"),

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-__all__ = ["Comparison"]
+from eotattn.checks import check_floating, check_no_nan, require
+
+__all__ = ["Comparison", "check_values"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +24,6 @@ class Comparison:
         relation: ``"<="`` for a bound, ``"=="`` for an identity.
 
     Example:
-        >>> import torch
         >>> Comparison("one is at most two", torch.tensor(1.0), torch.tensor(2.0), "<=").slack
         tensor(1.)
 
@@ -35,27 +37,59 @@ class Comparison:
 
     @property
     def slack(self) -> Tensor:
-        """Right less left; for an identity its size. A bound holds where this is not negative."""
-        difference = self.right - self.left
+        """Right less left, zero where both are the same infinity; for an identity its size.
+
+        A bound holds where this is not negative.
+        """
+        difference = torch.where(self.left == self.right, 0.0, self.right - self.left)
         return difference.abs() if self.relation == "==" else difference
 
-    def holds(self, tolerance: float = 1e-12) -> bool:
+    def holds(self, tolerance: float | None = None) -> bool:
         """Whether no entry breaks the statement by more than ``tolerance``, relative to the larger side above one.
 
         Args:
-            tolerance: What rounding may do.
+            tolerance: What rounding may do; ``None`` is 1e-12 in float64, and 64 machine epsilons below it.
 
         Example:
-            >>> import torch
             >>> Comparison("two is at most one", torch.tensor(2.0), torch.tensor(1.0), "<=").holds()
             False
 
         Source: original.
         """
-        size = tolerance * self.left.abs().maximum(self.right.abs()).clamp(min=1)
-        within = self.slack <= size if self.relation == "==" else self.slack >= -size
+        slack = self.slack
+        tolerance = max(1e-12, 64 * torch.finfo(slack.dtype).eps) if tolerance is None else tolerance
+        size = self.left.abs().maximum(self.right.abs()).clamp(min=1)
+        size = tolerance * torch.where(size.isfinite(), size, 1.0)
+        within = slack <= size if self.relation == "==" else slack >= -size
         return bool(within.all())
 
     def __str__(self) -> str:
         worst = self.slack.max() if self.relation == "==" else self.slack.min()
         return f"{self.statement}: slack {'at most' if self.relation == '==' else 'at least'} {float(worst):.1e}"
+
+
+def check_values(owner: str, argument: str, values: Tensor, score: Tensor, axis: int = -1) -> None:
+    """Raise unless ``values`` are finite, of the dtype of the score, with one row a key.
+
+    Args:
+        owner: Who checks.
+        argument: Their name.
+        values: Shape (..., m, v).
+        score: Shape (..., n, m).
+        axis: Of the score that the rows belong to: -1 for keys, -2 for queries.
+
+    Raises:
+        TypeError: If they have another dtype.
+        ValueError: If their shape or an entry is out of range.
+
+    Example:
+        >>> check_values("value_perturbation", "value", torch.zeros(3, 1), torch.zeros(2, 3))
+
+    Source: original.
+    """
+    check_floating(owner, argument, values)
+    rule = f"have the dtype of score ({score.dtype})"
+    require(values.dtype == score.dtype, owner, argument, rule, values, "Convert one of them", error=TypeError)
+    fits = values.dim() >= 2 and values.shape[-2] == score.shape[axis]
+    require(fits, owner, argument, f"have shape (..., {score.shape[axis]}, width)", values, "Match the score")
+    check_no_nan(owner, argument, values)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from eotattn.checks import check_shape, require
 from eotattn.transport.problem import TransportProblem
 from eotattn.transport.response import respond
-from eotattn.transport.theorems.comparison import Comparison
+from eotattn.transport.theorems.comparison import Comparison, check_values
 
 __all__ = ["advantage_identity", "fisher_identity"]
 
@@ -31,7 +32,8 @@ def advantage_identity(
         Automatic differentiation (left) and the formula (right), shape (..., n, m).
 
     Raises:
-        ValueError: If the problem is not well stated.
+        TypeError: If dtypes differ.
+        ValueError: If the problem is not well stated, or a shape or value is out of range.
 
     Example:
         >>> one = torch.ones(1, 1)
@@ -40,8 +42,14 @@ def advantage_identity(
 
     Source: Litman 2025, arXiv 2508.08369.
     """
-    leaf = score.detach().clone().requires_grad_()
-    problem = TransportProblem(leaf, epsilon=epsilon, log_prior=None if log_prior is None else log_prior.detach())
+    owner, log_prior = "advantage_identity", None if log_prior is None else log_prior.detach()
+    shape = TransportProblem(score, epsilon=epsilon, log_prior=log_prior).affinity.shape
+    check_values(owner, "value", value, score)
+    check_values(owner, "upstream", upstream, score, axis=-2)
+    rule = f"have the width of value ({value.shape[-1]})"
+    require(upstream.shape[-1] == value.shape[-1], owner, "upstream", rule, upstream, "Match them")
+    leaf = score.detach().expand(shape).clone().requires_grad_()
+    problem = TransportProblem(leaf, epsilon=epsilon, log_prior=log_prior)
     with torch.enable_grad():
         output = problem.affinity.average(torch.zeros_like(leaf[..., 0, :]), value, problem.epsilon)
         (left,) = torch.autograd.grad(output, leaf, upstream.expand_as(output))
@@ -68,7 +76,7 @@ def fisher_identity(score: Tensor, log_prior: Tensor | None = None, *, epsilon: 
         The Hessian by automatic differentiation (left) and the formula (right), shape (n, m, m), 1 / cost units.
 
     Raises:
-        ValueError: If the problem is not well stated.
+        ValueError: If the problem is not well stated, or a batch.
 
     Example:
         >>> fisher_identity(torch.zeros(1, 2)).right
@@ -82,6 +90,10 @@ def fisher_identity(score: Tensor, log_prior: Tensor | None = None, *, epsilon: 
         problem = TransportProblem(leaf, epsilon=epsilon, log_prior=log_prior)
         return respond(problem, torch.zeros_like(leaf[0])).soft_maximum.sum()
 
+    owner, remedy = "fisher_identity", "Pass one problem, no batch"
+    check_shape(owner, "score", score, (None, None), remedy)
+    if log_prior is not None:
+        check_shape(owner, "log_prior", log_prior, score.shape, remedy)
     rows = torch.arange(score.shape[0])
     left = torch.autograd.functional.hessian(total, score)[rows, :, rows, :]
     weights = (score / epsilon if log_prior is None else score / epsilon + log_prior).softmax(-1)

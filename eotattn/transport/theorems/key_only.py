@@ -39,10 +39,10 @@ def key_only_minimality(default: Tensor, num_queries: int) -> Comparison:
     check_shape(owner, "default", default, (None,), "Pass one number a key")
     check_no_nan(owner, "default", default)
     num_queries = check_positive_int(owner, "num_queries", num_queries)
-    table = torch.ones(num_queries, 1, dtype=default.dtype, device=default.device) @ default[None]
+    table = default.double().expand(num_queries, -1)
     scale = default.abs().amax().clamp(min=1)
     centred = table - table.mean(-1, keepdim=True)
     tolerance = float(8 * torch.finfo(default.dtype).eps * scale * (num_queries * len(default)) ** 0.5)
     rank = torch.linalg.matrix_rank(centred, atol=tolerance, rtol=0.0)
-    needed = (default - default.mean()).norm() * num_queries**0.5 > tolerance
+    needed = centred[0].norm() * num_queries**0.5 > tolerance
     return Comparison("rank = lanes needed", rank.to(default.dtype), needed.to(default.dtype), "==")

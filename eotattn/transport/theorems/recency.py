@@ -68,5 +68,5 @@ def maximum_entropy_recency(lag_distribution: Tensor) -> Comparison:
     rule = "have a positive mean lag"
     require(bool((mean > 0).all()), owner, argument, rule, "all mass at lag zero", "Spread it")
     left = torch.special.entr(lag_distribution).sum(-1)
-    right = (1 + mean) * mean.log1p() - torch.xlogy(mean, mean)
+    right = mean.log1p() + mean * (1 / mean).log1p()  # the same, without a difference of large numbers
     return Comparison("H(q) <= (1 + mu) log(1 + mu) - mu log mu", left, right, "<=")

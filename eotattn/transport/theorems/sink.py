@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eotattn.checks import check_positive_int, require
+from eotattn.checks import check_no_nan, check_positive_int, check_shape, require
 from eotattn.transport.problem import TransportProblem
-from eotattn.transport.theorems.comparison import Comparison
+from eotattn.transport.theorems.comparison import Comparison, check_values
 
 __all__ = ["SinkMargin", "context_sensitivity", "sink_margin", "value_perturbation"]
 
@@ -80,6 +80,8 @@ def sink_margin(score: Tensor, log_prior: Tensor | None = None, *, epsilon: floa
     others = content + prior
     others = torch.where(torch.arange(others.shape[-1], device=others.device) == sink, -math.inf, others)
     best, runner_up = others.max(-1)
+    # Where no other key is admissible any of them is the runner-up, at an infinite distance.
+    runner_up = torch.where(runner_up == sink, (sink + 1) % others.shape[-1], runner_up)
     at_sink = (content[..., sink], prior[..., sink])
     at_other = (part.gather(-1, runner_up[..., None]).squeeze(-1) for part in (content, prior))
     from_content, from_prior = (here - there for here, there in zip(at_sink, at_other, strict=True))
@@ -157,7 +159,7 @@ def value_perturbation(
         Both sides in the Euclidean norm, shape (..., n).
 
     Raises:
-        ValueError: If the perturbation touches the sink, or as ``sink_margin``.
+        ValueError: If the perturbation touches the sink, a shape or value is out of range, or as ``sink_margin``.
 
     Example:
         >>> shift = torch.tensor([[0.0], [2.0]])
@@ -166,12 +168,17 @@ def value_perturbation(
 
     Source: Litman and Guo 2026, arXiv 2601.15380, Definition 5.3.
     """
-    content, prior = _parts(score, log_prior, epsilon, sink)
+    owner, (content, prior) = "value_perturbation", _parts(score, log_prior, epsilon, sink)
+    check_values(owner, "value", value, score)
+    check_shape(owner, "perturbation", perturbation, value.shape, "Pass one change a value")
+    check_no_nan(owner, "perturbation", perturbation)
     untouched = bool((perturbation[..., sink, :] == 0).all())
     rule = "be zero at the sink"
-    require(untouched, "value_perturbation", "perturbation", rule, perturbation, "Set that row to zero")
+    require(untouched, owner, "perturbation", rule, perturbation, "Set that row to zero")
     weights = (content + prior).softmax(-1)
-    moved = (weights @ (value + perturbation) - weights @ value).norm(dim=-1)
+    # Outputs are linear in values; their difference would lose the digits of a small change to a large value.
+    change = (value + perturbation) - value
+    moved = (weights @ change).norm(dim=-1)
     sensitivity = context_sensitivity(score, log_prior, epsilon=epsilon, sink=sink).left
-    largest = perturbation.norm(dim=-1).amax(-1, keepdim=True)
+    largest = change.norm(dim=-1).amax(-1, keepdim=True)
     return Comparison("the output moves by at most Psi times the perturbation", moved, sensitivity * largest, "<=")
