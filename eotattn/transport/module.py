@@ -8,6 +8,7 @@ It stands in this room because its core is a solver: attention with free keys is
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 from eotattn.checks import check_floating, check_positive, check_positive_int, check_shape, fail, require
 from eotattn.priors import LogPrior
 from eotattn.transport.dispatch import solve
+from eotattn.transport.implicit import attach_key_potential
 from eotattn.transport.problem import TransportProblem
+from eotattn.transport.response import respond
 from eotattn.transport.solution import TransportSolution
 
 __all__ = ["SinkhornAttention"]
@@ -34,7 +37,7 @@ class SinkhornAttention(nn.Module):
     Args:
         embed_dim: Model width E, a multiple of ``num_heads``.
         num_heads: Heads H.
-        key_penalty: Nats, in [0, inf].
+        key_penalty: Nats, in [0, inf]; fixed, unless ``train_key_penalty`` is called.
         prior: Log-prior with lanes and H heads; ``None`` for none.
         tolerance: Bound for the marginal error, relative to the mass.
         max_iterations: Steps of the solver; what is reached then is used, and ``transport`` tells what that is.
@@ -67,7 +70,8 @@ class SinkhornAttention(nn.Module):
         self.num_heads = check_positive_int(_OWNER, "num_heads", num_heads)
         divides = embed_dim % num_heads == 0
         require(divides, _OWNER, "embed_dim", f"be a multiple of num_heads ({num_heads})", embed_dim, "Change one")
-        self.key_penalty = check_positive(_OWNER, "key_penalty", key_penalty, allow_zero=True, allow_inf=True)
+        self._key_penalty = check_positive(_OWNER, "key_penalty", key_penalty, allow_zero=True, allow_inf=True)
+        self.log_key_penalty: nn.Parameter | None = None
         self.tolerance = check_positive(_OWNER, "tolerance", tolerance)
         self.max_iterations = check_positive_int(_OWNER, "max_iterations", max_iterations)
         if prior is not None:
@@ -80,6 +84,32 @@ class SinkhornAttention(nn.Module):
         self.query_proj, self.key_proj, self.value_proj, self.out_proj = (
             nn.Linear(embed_dim, embed_dim, bias=bias) for _ in range(4)
         )
+
+    @property
+    def key_penalty(self) -> float:
+        """Nats, in [0, inf]; where it is trained, what it is by now."""
+        return self._key_penalty if self.log_key_penalty is None else float(self.log_key_penalty.detach().exp())
+
+    def train_key_penalty(self) -> SinkhornAttention:
+        """Make the penalty a parameter, kept positive by its logarithm ``log_key_penalty``.
+
+        Returns:
+            This layer, so that calls chain.
+
+        Raises:
+            ValueError: If the penalty is zero or infinite, where training could not move it.
+
+        Example:
+            >>> layer = SinkhornAttention(8, num_heads=2, key_penalty=1.0).train_key_penalty()
+            >>> layer.log_key_penalty.requires_grad
+            True
+
+        Source: original.
+        """
+        start = check_positive(_OWNER, "key_penalty", self.key_penalty)
+        like = self.out_proj.weight
+        self.log_key_penalty = nn.Parameter(like.new_tensor(math.log(start)))
+        return self
 
     def forward(
         self,
@@ -152,8 +182,9 @@ class SinkhornAttention(nn.Module):
         key = query if key is None else key
         self._check_input("query", query)
         self._check_input("key", key)
-        if is_causal and self.key_penalty > 0:
-            got = f"a key_penalty of {self.key_penalty:g}"
+        key_penalty = self.key_penalty
+        if is_causal and key_penalty > 0:
+            got = f"a key_penalty of {key_penalty:g}"
             rule = "be left out under a key penalty, by which earlier queries would see later ones"
             fail(_OWNER, "is_causal", rule, got, "Build the layer with key_penalty=0")
         left, right = self._heads(self.query_proj, query), self._heads(self.key_proj, key)
@@ -161,7 +192,7 @@ class SinkhornAttention(nn.Module):
         epsilon = math.sqrt(left.shape[-1])
         dtype = torch.promote_types(left.dtype, torch.float32)
         key_marginal = None
-        if self.key_penalty > 0:
+        if key_penalty > 0:
             key_marginal = _uniform(right.shape[-2], padding, dtype, right.device)
         problem = TransportProblem.from_factors(
             left,
@@ -174,11 +205,12 @@ class SinkhornAttention(nn.Module):
             is_causal=is_causal,
             query_marginal=_uniform(left.shape[-2], padding if is_self else None, dtype, left.device),
             key_marginal=key_marginal,
-            key_penalty=None if key_marginal is None else self.key_penalty * epsilon,
+            key_penalty=None if key_marginal is None else key_penalty * epsilon,
         )
         if key_marginal is None:
             return solve(problem)
-        return solve(problem, method="streaming", tolerance=self.tolerance, max_iterations=self.max_iterations)
+        solution = solve(problem, method="streaming", tolerance=self.tolerance, max_iterations=self.max_iterations)
+        return solution if self.log_key_penalty is None else _following(solution, self.log_key_penalty)
 
     def _heads(self, projection: nn.Module, tensor: Tensor) -> Tensor:
         """Project and split: (B, H, length, d)."""
@@ -205,6 +237,23 @@ class SinkhornAttention(nn.Module):
     def extra_repr(self) -> str:
         """What ``print`` shows."""
         return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, key_penalty={self.key_penalty:g}"
+
+
+def _following(solution: TransportSolution, log_key_penalty: Tensor) -> TransportSolution:
+    """The same solution, whose potentials have a gradient to the penalty too.
+
+    Keys aim at ``key_marginal exp(-key_potential / key_penalty)``: a change of the penalty acts like a factor on their
+    marginal, here one that equals one and carries that change.
+    """
+    problem, potential = solution.problem, solution.key_potential.detach()
+    *rest, marginal = problem.tensors
+    assert marginal is not None
+    change = log_key_penalty.detach() - log_key_penalty  # zero
+    nats = torch.where(potential.isfinite(), potential, 0.0) / problem.key_penalty * -torch.expm1(change)
+    problem = problem.with_tensors(*rest, marginal * nats.exp())
+    key_potential = attach_key_potential(problem, potential)
+    query_potential = respond(problem, key_potential).potential
+    return replace(solution, problem=problem, query_potential=query_potential, key_potential=key_potential)
 
 
 def _uniform(length: int, padding: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:

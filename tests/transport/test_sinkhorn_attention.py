@@ -77,6 +77,41 @@ def test_training_lowers_a_loss_and_reaches_every_parameter():
     assert all(parameter.grad is not None for parameter in module.parameters())
 
 
+def test_a_trained_penalty_has_the_gradient_of_finite_differences():
+    module = layer(0.7, prior=RecencyPrior(3), tolerance=1e-12, max_iterations=2000).train_key_penalty()
+    x, weight = 3 * tokens(2, 6, 12), tokens(2, 6, 12, seed=2)
+    padding = torch.arange(6) >= torch.tensor([[6], [4]])
+
+    def loss():
+        return (module(x, key_padding_mask=padding)[0] * weight).sum()
+
+    (found,) = torch.autograd.grad(loss(), module.log_key_penalty)
+    values = []
+    for step in (1e-4, -1e-4):
+        with torch.no_grad():
+            module.log_key_penalty.add_(step)
+            values.append(float(loss()))
+            module.log_key_penalty.sub_(step)
+    assert abs(float(found)) > 1e-3
+    assert float(found) == pytest.approx((values[0] - values[1]) / 2e-4, rel=1e-6)
+    fixed = layer(0.7, prior=RecencyPrior(3), tolerance=1e-12, max_iterations=2000)
+    fixed.load_state_dict(module.state_dict(), strict=False)
+    assert_close(module(x)[0], fixed(x)[0], tolerance=1e-10)
+
+
+def test_a_trained_penalty_finds_the_one_that_made_the_target():
+    teacher, x = layer(3.0, tolerance=1e-8), 3 * tokens(2, 8, 12)
+    target = teacher(x)[0].detach()
+    student = layer(0.3, tolerance=1e-8).train_key_penalty()
+    optimizer = torch.optim.Adam([student.log_key_penalty], lr=0.1)
+    for _ in range(80):
+        optimizer.zero_grad()
+        (student(x)[0] - target).square().mean().backward()
+        optimizer.step()
+    assert student.key_penalty == pytest.approx(3.0, rel=0.05)
+    assert f"key_penalty={student.key_penalty:g}" in repr(student)
+
+
 def test_cross_attention_sequence_first_and_bfloat16():
     module, x, memory = layer(1.0, tolerance=1e-10), tokens(2, 5, 12), tokens(2, 9, 12, seed=3)
     output, none = module(x, memory)
@@ -97,6 +132,8 @@ def test_the_solution_is_certified():
 
 BAD = [
     (lambda: layer(-1.0), ValueError, "key_penalty must be non-negative"),
+    (lambda: layer(INF).train_key_penalty(), ValueError, "key_penalty must be positive and finite"),
+    (lambda: layer(0.0).train_key_penalty(), ValueError, "key_penalty must be positive"),
     (lambda: SinkhornAttention(10, 3, key_penalty=1.0), ValueError, "embed_dim must be a multiple of num_heads"),
     (lambda: layer(1.0, prior=RecencyPrior(2)), ValueError, "prior must have lanes and 3 heads"),
     (lambda: layer(1.0, prior=TablePrior), TypeError, "prior must be a LogPrior"),
