@@ -29,8 +29,8 @@ _OWNER = "certify"
 class Certificate:
     """Numbers that bound the error of a coupling, each of the shape of the batch; prints the worst as a table.
 
-    The gap is computed in float64 from the inputs as given, as a sum of terms that cannot be negative, for a feasible
-    coupling near the one in question; ``distance`` adds the way to that coupling.
+    The dual is computed in float64 from the inputs as given, whatever kernel found the potentials; the gap as a sum of
+    terms that cannot be negative, for a feasible coupling near the one in question; ``distance`` adds the way there.
 
     Args:
         primal: Objective of the feasible coupling, cost units; never below the optimum.
@@ -102,10 +102,9 @@ def solution_certificate(solution: TransportSolution, measured: Pass) -> Certifi
     """
     problem = solution.problem
     total = torch.where((measured.mass > 0) & measured.mass.isfinite(), measured.mass, 1.0)
-    dual = solution.dual.detach().double()
     return Certificate(
-        primal=torch.where(dual.isfinite(), dual + measured.gap, math.inf),
-        dual=dual,
+        primal=torch.where(measured.dual.isfinite(), measured.dual + measured.gap, math.inf),
+        dual=measured.dual,
         gap=measured.gap,
         query_error=measured.query_error / total,
         key_error=measured.key_error / total,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from eotattn.transport.objective import dual_objective, reference_mass
 from eotattn.transport.problem import TransportProblem
 from eotattn.transport.response import respond
 from eotattn.transport.rounding import RoundedCoupling, rounded_coupling
@@ -25,7 +26,8 @@ class Pass:
     """What ``pass_over_pairs`` returns, float64, each of the shape of the batch unless said otherwise.
 
     Args:
-        gap: Primal of the rounded coupling less dual of the potentials, cost units.
+        dual: Of the potentials, cost units, with all constants.
+        gap: Primal of the rounded coupling less that dual, cost units.
         moved: Summed distance between the stored coupling and the rounded one.
         mass: Total mass of the rounded coupling.
         query_error: Summed distance of the row masses of the stored coupling from their target.
@@ -43,6 +45,7 @@ class Pass:
     Source: original.
     """
 
+    dual: Tensor
     gap: Tensor
     moved: Tensor
     mass: Tensor
@@ -170,7 +173,9 @@ def _measure(
     stranded = (key_potential == math.inf) & problem.affinity.reachable(problem.query_marginal > 0)
     gap = torch.where(gap.isfinite() & ~unusable & ~stranded.any(-1), gap, math.inf)
     batch = problem.batch_shape
+    dual = dual_objective(problem, query_potential, key_potential) + problem.epsilon * reference_mass(problem)
     return Pass(
+        dual=dual,
         gap=gap.expand(batch),
         moved=_finite(sums.moved).expand(batch),
         mass=_finite(mass.sum(-1)).expand(batch),

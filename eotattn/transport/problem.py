@@ -116,7 +116,7 @@ class TransportProblem:
 
         The kernel runs in the dtype of query and key; potentials and marginals are float64 for float64, else float32.
         So bfloat16 rounds only the content and the lanes of the prior: at n = m = 4096, d = 64 marginal errors reach
-        4e-7 of the mass in both (3e-6 in bfloat16 where marginals are soft), while applied values are rounded by the
+        4e-7 of the mass in both (4e-6 in bfloat16 where marginals are soft), while applied values are rounded by the
         kernel, to 3e-7 in float32 and 2e-3 in bfloat16. Certificates are computed in float64 and see all of it.
 
         Args:

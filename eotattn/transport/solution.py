@@ -227,6 +227,7 @@ class TransportSolution:
     def dual(self) -> Tensor:
         """Fenchel dual objective of the potentials, cost units, shape of the batch; never above the optimum.
 
+        Up to the rounding of the problem's kernel, that is, and so is ``primal``; that of ``certificate`` is float64.
         The gradient takes the potentials as optimal (envelope theorem), so none flows into them.
         """
         return envelope_value(self.problem, self.query_potential, self.key_potential)

@@ -73,6 +73,29 @@ def test_primal_and_dual_enclose_the_optimum(penalties):
     assert certificate.gap == pytest.approx(float(certificate.primal - certificate.dual))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("penalties", [(INF, None), (INF, INF), (8.0, 3.0)])
+def test_values_are_those_of_float64_whatever_the_kernel(penalties, dtype):
+    generator = torch.Generator().manual_seed(2)
+    query, key = (torch.randn(200, 16, generator=generator).bfloat16() for _ in range(2))
+    mass = torch.randint(1, 9, (2, 200), generator=generator)
+    mass[:, 0] += 2048 - mass.sum(-1)  # sums of 2048ths are exact in every dtype
+
+    def stated(kernel, own):
+        options = {"epsilon": 4.0, "query_marginal": mass[0].to(own) / 2048, "query_penalty": penalties[0]}
+        if penalties[1] is not None:
+            options |= {"key_marginal": mass[1].to(own) / 2048, "key_penalty": penalties[1]}
+        return TransportProblem.from_factors(query.to(kernel), key.to(kernel), **options)
+
+    exact = solve(stated(torch.float64, torch.float64)).primal
+    options = {} if penalties[1] is None else {"tolerance": 1e-4}
+    certificate = solve(stated(dtype, torch.float32), **options).certificate
+    rounding = 1e-12 * exact.abs()
+    assert certificate.dual <= exact + rounding
+    assert certificate.primal >= exact - rounding
+    assert float(certificate.gap) <= 1e-4
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10_000), first=st.floats(0.01, 5.0), second=st.floats(0.01, 5.0))
 def test_pinsker_for_unequal_masses(seed, first, second):
