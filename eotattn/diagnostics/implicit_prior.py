@@ -127,8 +127,9 @@ def fit_prior(
 
     Args:
         statistics: Of one layer; every sequence whole, from its first token (cached decoding is whole).
-        is_causal: Whether only keys up to the query are admissible; by default read off the lag mass.
-        window: Sliding window, tokens.
+        is_causal: Whether only keys up to the query are admissible; by default read off the statistics.
+        window: Keys this many or more tokens before the query are inadmissible; by default read off the statistics, and
+            so is a window ahead of the query. What a mask does is no part of the prior.
         num_folds: Folds of the cross-validation, at least 2; no more than sequences are used.
         num_bootstraps: Resamples for the interval.
         smoothing: Share of the uniform prior mixed into the targets, so that unseen lags stay finite; in (0, 1).

@@ -58,12 +58,11 @@ class MarginProblem:
         centre = lags.shape[-1] // 2
         lags = lags[..., centre - size + 1 : centre + size]
         columns = functional.pad(statistics.column_mass, (0, max(0, size - statistics.column_mass.shape[-1])))
+        back, ahead = _reach(statistics, lags)
+        is_causal = ahead == 0 if is_causal is None else is_causal
         at = torch.arange(1 - size, size)
-        if is_causal is None:
-            is_causal = bool(lags[..., : size - 1].sum() == 0)
-        seen = at >= 0 if is_causal else torch.ones_like(at, dtype=torch.bool)
-        if window is not None:
-            seen = seen & (at < check_positive_int(OWNER, "window", window))
+        back = back if window is None else check_positive_int(OWNER, "window", window) - 1
+        seen = (at <= back) & (at >= (0 if is_causal else -(ahead or size)))
         present = lengths[:, None] > torch.arange(size)
         return cls(lags, columns[..., :size], statistics.sums["entropy"], present, seen, is_causal, smoothing)
 
@@ -122,3 +121,17 @@ class MarginProblem:
     def _log_normaliser(self, model: LagKeyModel, seen: Tensor) -> Tensor:
         group = RowGroup(seen, torch.ones_like(seen) if self.is_causal else seen)
         return torch.where(seen > 0, model.normaliser(group).clamp(min=1e-300).log(), 0.0).sum(-1)
+
+
+def _reach(statistics: SequenceStatistics, lags: Tensor) -> tuple[int, int]:
+    """Farthest lags, back and ahead, at which a query admits a key; ``lags`` (N, H, 2 L - 1) are the masses by lag.
+
+    Of the longest sequence, the first key is admitted by as many queries as look that far back, the last key by as many
+    as look ahead; where a stored map holds zeros, and so hides queries, weight farther away proves more.
+    """
+    size = lags.shape[-1] // 2 + 1
+    counts = statistics.column_count[statistics.num_queries.argmax()].amax(0)
+    counts = functional.pad(counts, (0, max(0, size - len(counts))))
+    held = (lags.sum((0, 1)) > 0).nonzero().squeeze(-1) - (size - 1)
+    back, ahead = int(counts[0]) - 1, int(counts[size - 1]) - 1
+    return max(back, int(held.max())), max(ahead, -int(held.min()))

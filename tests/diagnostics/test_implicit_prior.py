@@ -159,8 +159,29 @@ def test_a_window_is_respected():
     assert np.isfinite(report.lag[:, report.lags == 5]).all()
     assert np.isnan(report.lag[:, report.lags == 6]).all()
     assert report.explained.min() > 1 - 1e-3
-    unaware = fit_prior(statistics(weights))  # to which the window itself is something to explain
-    assert (unaware.divergence_to_uniform > report.divergence_to_uniform + 0.1).all()
+
+
+@pytest.mark.parametrize(("back", "ahead"), [(6, 0), (3, 3), (2, 4)])
+def test_windows_are_read_off_and_explain_nothing(back, ahead):
+    """Content alone within a window: the mask is not a prior, whoever is told of it."""
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 8, 3, 40, 8, generator=generator, dtype=torch.float64)
+    lag = torch.arange(40)[:, None] - torch.arange(40)
+    seen = (lag <= back) & (lag >= -ahead)
+    report = fit_prior(SequenceStatistics.of(row_statistics(2 * query, key, mask=seen)))
+    assert report.is_causal == (ahead == 0)
+    assert report.lags[np.isfinite(report.lag[0])].tolist() == list(range(-ahead, back + 1))
+    assert (report.explained < 0.02).all()
+    told = fit_prior(SequenceStatistics.of(row_statistics(2 * query, key, mask=seen)), window=back + 1)
+    np.testing.assert_array_equal(report.explained, told.explained)
+
+
+def test_stored_zeros_are_no_window():
+    """The first key of this map is hidden from all queries but one, which look far back all the same."""
+    weights = torch.full((1, 1, 8, 8), 1.0, dtype=torch.float64).tril()
+    weights[..., 1:, 0] = 0.0
+    report = fit_prior(statistics(weights / weights.sum(-1, keepdim=True)))
+    assert report.lags[np.isfinite(report.lag[0])].tolist() == list(range(7))
 
 
 def test_the_fit_is_a_prior_for_attention():

@@ -45,11 +45,12 @@ def test_bytes_are_tokens():
         eotattn.analyze(decoder("rope"), TEXTS, tokenizer=tokenizer)
 
 
-@pytest.mark.parametrize("kind", ["causal", "full"])
+@pytest.mark.parametrize("kind", ["causal", "full", "window"])
 def test_panels_show_the_fitted_prior(kind):
     generator = torch.Generator().manual_seed(0)
     score = torch.randn(3, 2, 9, 9, generator=generator, dtype=torch.float64)
-    future = torch.ones(9, 9, dtype=torch.bool).triu(1) & (kind == "causal")
+    everything = torch.ones(9, 9, dtype=torch.bool)
+    future = everything.triu(1) & (kind != "full") | everything.tril(-3) & (kind == "window")
     weights = torch.softmax(score.masked_fill(future, -torch.inf), -1)
     report = next(iter(eotattn.analyze(attention=weights[0]).priors.values()))
     figure = prior_panels(report, 1, length=6)
@@ -57,7 +58,9 @@ def test_panels_show_the_fitted_prior(kind):
     drawn = next(line for line in panels[0].lines if len(line.get_xdata()) == 6)
     np.testing.assert_allclose(drawn.get_ydata(), report.key[1, :6])
     lags = next(line for line in panels[1].lines if len(line.get_xdata()) > 2)
-    assert lags.get_xdata()[0] == (0 if kind == "causal" else -5)
+    assert lags.get_xdata()[0] == (-5 if kind == "full" else 0)
+    assert lags.get_xdata()[-1] == (2 if kind == "window" else 5)
+    assert np.isfinite(lags.get_ydata()).all()
     induced = panels[3].images[0].get_array()
     dense = report.prior().dense(torch.arange(6), torch.arange(6), dtype=torch.float64)[1].detach()
     wanted = torch.softmax(dense.masked_fill(future[:6, :6], -torch.inf), -1).clamp(min=1e-3)

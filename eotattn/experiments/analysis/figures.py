@@ -81,15 +81,16 @@ def prior_panels(report: ImplicitPriorReport, head: int, *, length: int = SHOWN_
     """The paper's figure 1 for one head of a fitted prior: u(j), kappa(t), the row-centred sum, the induced prior."""
     length = min(length, report.key.shape[1])
     reach = report.key.shape[1] - 1
-    lags = np.arange(0 if report.is_causal else 1 - length, length)
+    lags = np.arange(1 - length, length)
+    lags = lags[np.isfinite(report.lag[head, lags + reach])]  # not those that a mask excludes
     figure, grid = panels(2, 2, size=(9.2, 7.4))
     plot_key_only(np.nan_to_num(report.key[head : head + 1, :length]), axes=grid[0, 0])
-    plot_relative(np.nan_to_num(report.lag[head : head + 1, lags + reach]), lags=lags, axes=grid[0, 1])
+    plot_relative(report.lag[head : head + 1, lags + reach], lags=lags, axes=grid[0, 1])
     positions = torch.arange(length)
     with torch.no_grad():
         total = report.prior().dense(positions, positions, dtype=torch.float64)[head]
-    if report.is_causal:
-        total = total.masked_fill(torch.ones_like(total, dtype=torch.bool).triu(1), -torch.inf)
+    hidden = np.isnan(report.lag[head, positions[:, None] - positions + reach])
+    total = total.masked_fill(torch.from_numpy(hidden), -torch.inf)
     plot_row_centred(centre_rows(total).numpy(), axes=grid[1, 0])
     plot_causal_prior(total.softmax(-1).numpy(), axes=grid[1, 1])
     names = ("key-only part", "relative part", "row-centred log-prior", "induced prior")
