@@ -22,6 +22,7 @@ class AttentionStatistics:
 
     Attributes:
         log_sum_exp: (B, H, Q) nats.
+        key_log_sum_exp: (B, H, Q) the same over the keys alone, nats; less than it by what an explicit sink adds.
         entropy: (B, H, Q) -sum p ln p, nats, in [0, ln(num_keys)] (one outcome more with an explicit sink).
         participation: (B, H, Q) sum of squared weights, in [1 / num_keys, 1]; its inverse counts keys.
         num_keys: (B, H, Q) admissible keys.
@@ -44,6 +45,7 @@ class AttentionStatistics:
     """
 
     log_sum_exp: Tensor
+    key_log_sum_exp: Tensor
     entropy: Tensor
     participation: Tensor
     num_keys: Tensor
@@ -68,6 +70,11 @@ class AttentionStatistics:
     def score_range(self) -> Tensor:
         """(B, H, Q) omega_i = max_j s_ij - min_j s_ij, nats."""
         return self.score_max - self.score_min
+
+    @property
+    def num_outcomes(self) -> Tensor:
+        """(B, H, Q) what the weights are shared among: admissible keys, and an explicit sink where there is one."""
+        return self.num_keys + (self.explicit_sink_mass > 0)
 
     @property
     def context_sensitivity(self) -> Tensor:

@@ -37,7 +37,7 @@ def block_statistics(
     logits = content if prior is None else content + prior
     logits = logits.clone() if hidden is None else logits + hidden
     top = logits.amax(-1)
-    weights, lse, sink_mass = _normalised(logits, top, has, sink)
+    weights, lse, key_lse, sink_mass = _normalised(logits, top, has, sink)
     score = _products(weights, content)
     logit = score if prior is None else score + _products(weights, prior)
     if sink is not None:
@@ -46,6 +46,7 @@ def block_statistics(
     own = chosen - block.first_key
     rows = {
         "log_sum_exp": lse,
+        "key_log_sum_exp": key_lse,
         "entropy": torch.where(has, (lse - logit).clamp(min=0), 0.0),
         "participation": _products(weights, weights) + sink_mass.square(),
         "num_keys": num_keys,
@@ -77,18 +78,26 @@ def _products(weights: Tensor, values: Tensor) -> Tensor:
     return torch.einsum("bhrk,bhrk->bhr", weights, values.expand(weights.shape))
 
 
-def _normalised(logits: Tensor, top: Tensor, has: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights, log-sum-exp and explicit sink mass; weights are zero and the log-sum-exp is -inf without keys."""
+def _normalised(
+    logits: Tensor, top: Tensor, has: Tensor, sink: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weights, log-sum-exp with and without the explicit sink, and its mass; zero and -inf without keys.
+
+    The sum over keys is kept apart: one less the sink's mass would lose what little a strong sink leaves to them.
+    """
     peak = torch.where(has, top, 0.0)
     if sink is not None:
         peak = torch.maximum(peak, sink[:, None])
     weights = torch.exp(logits - peak.unsqueeze(-1))
+    keys = weights.sum(-1)
     sink_part = torch.zeros_like(peak) if sink is None else torch.exp(sink[:, None] - peak)
-    total = weights.sum(-1) + sink_part
-    safe = torch.where(has, total, 1.0)
+    safe = torch.where(has, keys + sink_part, 1.0)
     weights /= safe.unsqueeze(-1)
-    lse = torch.where(has, peak + safe.log(), -math.inf)
-    return weights, lse, torch.where(has, sink_part / safe, 0.0)
+    lse, key_lse = (
+        torch.where(has, peak + total.clamp(min=torch.finfo(total.dtype).tiny).log(), -math.inf)
+        for total in (safe, keys)
+    )
+    return weights, lse, key_lse, torch.where(has, sink_part / safe, 0.0)
 
 
 def _num_keys(content: Tensor, seen: Tensor | None) -> Tensor:

@@ -21,7 +21,7 @@ __all__ = ["ROW_SUMS", "SequenceStatistics"]
 #: Row quantities that are summed over the queries of a sequence: name -> (statistics -> (B, H, Q)).
 ROW_SUMS: dict[str, Callable[[AttentionStatistics], Tensor]] = {
     "entropy": lambda rows: rows.entropy,
-    "normalised_entropy": lambda rows: rows.entropy / rows.num_keys.clamp(min=2).log(),
+    "normalised_entropy": lambda rows: rows.entropy / rows.num_outcomes.clamp(min=2).log(),
     "participation": lambda rows: rows.participation,
     "score_range": lambda rows: rows.score_range,
     "explicit_sink_mass": lambda rows: rows.explicit_sink_mass,
@@ -42,10 +42,10 @@ MARGIN_SUMS: dict[str, Callable[[AttentionStatistics], Tensor]] = {
 
 def _relative_to_prior(rows: AttentionStatistics) -> tuple[Tensor, Tensor]:
     """KL(p || prior) and max_j |ln p_ij / prior_ij| of the keys, both in nats and at most omega."""
-    share = torch.log1p(-rows.explicit_sink_mass.clamp(max=1 - 1e-7))  # ln of what the keys hold together
-    lse = torch.where(rows.num_keys > 0, rows.log_sum_exp + share, 0.0)  # of the keys alone
+    lse = torch.where(rows.num_keys > 0, rows.key_log_sum_exp, 0.0)
+    share = torch.where(rows.num_keys > 0, torch.exp(lse - rows.log_sum_exp), 1.0)  # what the keys hold together
     offset = lse - rows.prior_log_sum_exp
-    mean_score = rows.expected_score / share.exp()
+    mean_score = rows.expected_score / share.clamp(min=torch.finfo(share.dtype).tiny)
     ratio = torch.maximum((rows.score_max - offset).abs(), (offset - rows.score_min).abs())
     return (mean_score - offset).clamp(min=0), ratio
 

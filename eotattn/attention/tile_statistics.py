@@ -80,12 +80,14 @@ def tile_statistics(
 def _row_fields(sums: RowSums, num_keys: Tensor, *, has_prior: bool) -> dict[str, Tensor]:
     """Rows without an explicit sink; zeros, and a log-sum-exp of -inf, where there are no keys."""
     has = num_keys > 0
+    lse = torch.where(has, sums.log_sum_exp, -math.inf)
 
     def held(values: Tensor) -> Tensor:
         return torch.where(has, values, 0.0)
 
     return {
-        "log_sum_exp": torch.where(has, sums.log_sum_exp, -math.inf),
+        "log_sum_exp": lse,
+        "key_log_sum_exp": lse,
         "entropy": held(sums.entropy.clamp(min=0)),
         "participation": held(sums.participation),
         "num_keys": num_keys,

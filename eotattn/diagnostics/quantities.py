@@ -69,7 +69,13 @@ def _doubly_stochastic(stats: SequenceStatistics) -> Tensor:
 #: Every quantity that needs no parameter.
 QUANTITIES: tuple[Quantity, ...] = (
     Quantity("entropy", "nats", "-sum_j p_ij ln p_ij", "Shannon 1948", _mean("entropy")),
-    Quantity("normalised entropy", "1", "entropy / ln(admissible keys)", "original", _mean("normalised_entropy")),
+    Quantity(
+        "normalised entropy",
+        "1",
+        "entropy / ln(admissible keys, and one for an explicit sink)",
+        "original",
+        _mean("normalised_entropy"),
+    ),
     Quantity("participation", "1", "sum_j p_ij^2", "original", _mean("participation")),
     Quantity("column concentration", "1", "sum_j (mean_i p_ij)^2", "original", _concentration),
     Quantity(
@@ -92,7 +98,7 @@ QUANTITIES: tuple[Quantity, ...] = (
     Quantity("content margin", "nats", "its content part", f"{PAPER}, definition 5.2", _margin("content_margin")),
     Quantity("prior margin", "nats", "its prior part", f"{PAPER}, definition 5.2", _margin("prior_margin")),
     Quantity("queries with the sink first", "1", "share of margins above zero", PAPER, _margin("is_sink")),
-    Quantity("context sensitivity", "1", "Psi = 1 - p_ij*", f"{PAPER}, definition 5.3", _mean("sensitivity")),
+    Quantity("context sensitivity", "1", "Psi = sum_k p_ik, k not j*", f"{PAPER}, definition 5.3", _mean("sensitivity")),
     Quantity(
         "sensitivity bound",
         "1",

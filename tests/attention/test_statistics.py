@@ -42,7 +42,9 @@ def oracle(query, key, value, *, scale, softcap=None, prior=None, seen=None, sin
     ratio = torch.where(seen, (conditional.log() - pi.log()).abs(), 0.0)
     return {
         "log_sum_exp": torch.logsumexp(torch.cat([logits, column], -1), -1),
+        "key_log_sum_exp": torch.logsumexp(logits, -1),
         "entropy": -torch.special.xlogy(full, full).sum(-1),
+        "num_outcomes": seen.double().sum(-1) + (sink is not None),
         "participation": full.square().sum(-1),
         "num_keys": seen.double().sum(-1),
         "score_range": score.masked_fill(~seen, -math.inf).amax(-1) - score.masked_fill(~seen, math.inf).amin(-1),
@@ -115,6 +117,24 @@ def test_large_logits_stay_within_the_bound():
     expected = oracle(40 * query, key, value, scale=D**-0.5)
     assert expected["score_range"].max() > 70
     check(rows, expected, 1e-4)
+
+
+@pytest.mark.parametrize("strength", [5.0, 20.0, 60.0])
+def test_strong_explicit_sinks_leave_the_distance_to_the_prior(strength):
+    """What a sink leaves to the keys is little; how they share it is as sharp as without one."""
+    query, key, value = content(torch.float32, seed=6)
+    sink = torch.full((H,), strength)
+    rows = row_statistics(3 * query, key, value, sink_logits=sink)
+    check(rows, oracle(3 * query, key, value, scale=D**-0.5, sink=sink), 1e-4)
+    sums = SequenceStatistics.of(rows).sums
+    assert (sums["prior_log_ratio"] <= sums["score_range"] * (1 + 1e-5)).all()
+
+
+def test_normalised_entropy_is_one_where_outcomes_are_equal():
+    query = torch.zeros(1, 2, 4, 8)
+    for options in ({}, {"sink_logits": torch.zeros(2)}):
+        sums = SequenceStatistics.of(row_statistics(query, query, **options)).sums
+        assert_close(sums["normalised_entropy"], torch.full((1, 2), 4.0).double(), tolerance=1e-6)
 
 
 def test_bfloat16_inputs_are_computed_in_float32():
