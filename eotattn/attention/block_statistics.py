@@ -78,9 +78,7 @@ def _products(weights: Tensor, values: Tensor) -> Tensor:
     return torch.einsum("bhrk,bhrk->bhr", weights, values.expand(weights.shape))
 
 
-def _normalised(
-    logits: Tensor, top: Tensor, has: Tensor, sink: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _normalised(logits: Tensor, top: Tensor, has: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Weights, log-sum-exp with and without the explicit sink, and its mass; zero and -inf without keys.
 
     The sum over keys is kept apart: one less the sink's mass would lose what little a strong sink leaves to them.

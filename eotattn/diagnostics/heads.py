@@ -41,7 +41,8 @@ class HeadReport:
         mean: Name -> (A, H).
         low: Name -> (A, H) 2.5% quantile over a bootstrap of the sequences; NaN below two sequences.
         high: Name -> (A, H) 97.5% quantile.
-        sink_rate: Threshold -> (A,) share of heads and sequences whose sink mass of the first chosen key exceeds it.
+        sink_rate: Threshold -> (A,) share of heads and sequences whose sink mass of the first chosen key exceeds it,
+            among those that have the key; NaN where none has.
         column_share: A arrays (H, L): mean of p_ik over the queries that admit key k.
         lag_profile: A arrays (H, 2 M + 1): weight by lag, from -M to M; sums to one less the explicit sink's.
         num_sequences: N.
@@ -144,7 +145,7 @@ def head_report(
                     tables[part][quantity.name][a, : len(numbers)] = numbers
         sink = of_rows[0].compute(rows)
         for threshold in rates:
-            rates[threshold][a] = float((sink > threshold).double().mean())
+            rates[threshold][a] = float((sink > threshold)[~sink.isnan()].double().mean())
     return HeadReport(
         layers=tuple(layers),
         quantities=quantities,

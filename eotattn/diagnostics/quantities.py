@@ -98,7 +98,9 @@ QUANTITIES: tuple[Quantity, ...] = (
     Quantity("content margin", "nats", "its content part", f"{PAPER}, definition 5.2", _margin("content_margin")),
     Quantity("prior margin", "nats", "its prior part", f"{PAPER}, definition 5.2", _margin("prior_margin")),
     Quantity("queries with the sink first", "1", "share of margins above zero", PAPER, _margin("is_sink")),
-    Quantity("context sensitivity", "1", "Psi = sum_k p_ik, k not j*", f"{PAPER}, definition 5.3", _mean("sensitivity")),
+    Quantity(
+        "context sensitivity", "1", "Psi = sum_k p_ik, k not j*", f"{PAPER}, definition 5.3", _mean("sensitivity")
+    ),
     Quantity(
         "sensitivity bound",
         "1",

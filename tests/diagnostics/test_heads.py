@@ -111,6 +111,17 @@ def test_variance_split_sums_to_the_variance_of_unpaired_scores():
     assert parts["position"].min() > 0
 
 
+def test_sink_rates_are_those_of_sequences_that_have_the_key():
+    def maps(length):
+        weights = torch.zeros(1, 2, length, length, dtype=torch.float64)
+        weights[..., length - 1] = 1.0
+        return SequenceStatistics.of(weight_statistics(weights))
+
+    both = {"first": maps(3) + maps(6)}
+    assert head_report(both, keys=(5,)).sink_rate[0.3].tolist() == [1.0]
+    assert np.isnan(head_report(both, keys=(6,)).sink_rate[0.3]).all()
+
+
 def test_layers_may_differ_in_heads_and_one_sequence_has_no_interval(calls):
     stats, _, _ = calls
     few = stats.heads([1]).sequences(torch.tensor([0]))
