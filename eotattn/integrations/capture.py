@@ -81,7 +81,8 @@ def capture(
     model's own output, so that a kind of attention that is not understood raises instead of being misread.
 
     Prompts accumulate, batches are sequences; a pass that continues a cache continues its sequences. Queries that are
-    padding do not count where the model was told of padding.
+    padding do not count where the model was told of padding. A block that reads its own last output, as models that
+    share weights over depth have it, is one layer a pass: "name", "name (pass 2)", ...
 
     Args:
         model: Any module; it keeps its weights, configuration and attention implementation.
@@ -133,20 +134,19 @@ def _following(model: nn.Module, recorder: Recorder) -> Iterator[None]:
 
     def enter(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any) -> None:
-            if not recorder.stack:
-                recorder.begin_forward()
-            recorder.stack.append(name)
+            recorder.enter(name, inputs)
             recorder.value_probe.entered(module, inputs)
 
         return hook
 
-    def leave(module: nn.Module, inputs: Any, output: Any) -> None:
-        recorder.stack.pop()
+    def leave(name: str) -> Callable[..., None]:
+        return lambda module, inputs, output: recorder.leave(name, output)
 
     try:
-        for name, module in model.named_modules():
-            handles.append(module.register_forward_pre_hook(enter(name or type(module).__name__), prepend=True))
-            handles.append(module.register_forward_hook(leave, always_call=True))
+        for prefix, module in model.named_modules():
+            name = prefix or type(module).__name__
+            handles.append(module.register_forward_pre_hook(enter(name), prepend=True))
+            handles.append(module.register_forward_hook(leave(name), always_call=True))
         yield
     finally:
         for handle in handles:

@@ -128,7 +128,7 @@ def _attention_function(
                 return own(module, query, key, value, mask, **arguments)
 
         output, weights = run(value)
-        name = names.get(id(module), type(module).__name__)
+        name = recorder.layer_name(names.get(id(module), type(module).__name__))
         if recorder.keeps(name):
             content, crosses = (query, key, value), bool(CROSS.search(name))
             call = _as_call(module, implementation, content, attention_mask, arguments, crosses=crosses)

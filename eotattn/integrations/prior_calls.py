@@ -33,7 +33,7 @@ def listen(recorder: Recorder) -> Iterator[None]:
             return run(name, call)
         with recorder.muted():
             output, weights = run(name, call)
-        layer = recorder.stack[-1]
+        layer = recorder.layer_name(recorder.stack[-1])
         if recorder.keeps(layer):
             recorder.priors[layer] = call.prior
             captured = replace(_as_call(call), attend=lambda value: run(name, replace(call, value=value))[0])

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ __all__ = ["Recorder"]
 
 OWNER = "capture"
 
+#: Between the name of a module and the number of its pass, where it is several layers.
+PASS = " (pass "
 #: Rows of every call whose output is compared with the model's, and that are certified.
 CHECKED_ROWS = 4
 #: Largest admissible deviation of those rows, relative to the largest entry.
@@ -69,6 +72,8 @@ class Recorder:
         self.priors: dict[str, Any] = {}
         self.num_forwards = 0
         self.stack: list[str] = []
+        self._repeats: dict[str, int] = {}
+        self._outputs: dict[str, ref[Tensor]] = {}
         self._next: dict[str, tuple[int, int]] = {}
         self._continuing = False
         self._muted = 0
@@ -93,15 +98,36 @@ class Recorder:
         found = self.value_probe.statistics
         return {name: found[name] for name in self.statistics if name in found}
 
-    def begin_forward(self) -> None:
-        """A new pass of the whole model starts."""
-        self.num_forwards += 1
-        self._continuing = False
+    def enter(self, name: str, inputs: tuple[Any, ...]) -> None:
+        """A module starts to run; one that reads its own last output is a further layer of shared weights."""
+        if not self.stack:
+            self.num_forwards += 1
+            self._continuing = False
+        last = self._outputs.get(name) if self.stack and inputs else None
+        repeats = last is not None and last() is inputs[0]
+        self._repeats[name] = self._repeats.get(name, 0) + 1 if repeats else 0
+        self.stack.append(name)
+
+    def leave(self, name: str, output: Any) -> None:
+        """The module that runs returned ``output``."""
+        self.stack.pop()
+        first = output[0] if isinstance(output, tuple) and output else output
+        if isinstance(first, Tensor):
+            self._outputs[name] = ref(first)
+
+    def layer_name(self, name: str) -> str:
+        """The name of module ``name`` as a layer: with its number where modules around it run again and again."""
+        repeats = sum(self._repeats[module] for module in self.stack)
+        return f"{name}{PASS}{repeats + 1})" if repeats else name
 
     def keeps(self, name: str) -> bool:
         """Whether this layer is wanted; numbers layers as they first appear."""
         index = self.seen.setdefault(name, len(self.seen))
-        return self.wanted is None or name in self.wanted or index in self.wanted
+        return self.wanted is None or not {name, name.partition(PASS)[0], index}.isdisjoint(self.wanted)
+
+    def continues(self, name: str, batch: int, start: int) -> bool:
+        """Whether queries from ``start`` on follow the last call of layer ``name``: decoding with a cache."""
+        return start > 0 and self._next.get(name) == (batch, start)
 
     def record(self, name: str, call: CapturedCall, output: Tensor | None) -> None:
         """Add one call of layer ``name``; ``output`` (B, H, Q, V) is what the model computed, for comparison."""
@@ -144,7 +170,7 @@ class Recorder:
             require(known, OWNER, "heads", rule, self.heads, "Choose heads that the layer has")
             new = new.heads(self.heads)
         batch, start = call.query.shape[0], call.query_start
-        follows = start > 0 and self._next.get(name) == (batch, start)
+        follows = self.continues(name, batch, start)
         self._continuing = self._continuing or follows
         old = self.statistics.get(name)
         follows = follows or (self._continuing and call.query.shape[2] == 1)

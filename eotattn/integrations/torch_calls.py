@@ -46,12 +46,12 @@ class TorchCalls(TorchFunctionMode):
         if not self.recorder.is_listening:
             return func(*args, **kwargs)
         if func is functional.scaled_dot_product_attention:
-            return self._fused(func, *args, **kwargs)
+            return self._fused(func, None, *args, **kwargs)
         if func is functional.multi_head_attention_forward:
             return self._multi_head(func, *args, **kwargs)
         return func(*args, **kwargs)
 
-    def _fused(self, func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    def _fused(self, func: Callable[..., Tensor], real: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         output = func(*args, **kwargs)
         call = {**dict(zip(NAMES, args, strict=False)), **kwargs}
         dropped = call.get("dropout_p", 0.0) > 0
@@ -59,29 +59,36 @@ class TorchCalls(TorchFunctionMode):
         def attend(value: Tensor) -> Tensor:
             return _with_heads(func(**{**call, "value": value.view(call["value"].shape)}))
 
-        captured = replace(_as_call(call), attend=attend)
-        self.recorder.record(self.recorder.stack[-1], captured, None if dropped else _with_heads(output))
+        captured, name = replace(_as_call(call), attend=attend), self.recorder.layer_name(self.recorder.stack[-1])
+        earlier = captured.key.shape[2] - captured.query.shape[2]
+        if not captured.is_causal and self.recorder.continues(name, captured.query.shape[0], earlier):
+            captured = replace(captured, query_start=earlier)  # a cache holds the keys of before
+        real = _real_tokens(captured) if real is None else real
+        if real is not None:
+            captured = replace(captured, counted=real, sequence_start=real.int().argmax(-1))
+        self.recorder.record(name, captured, None if dropped else _with_heads(output))
         return output
 
     def _multi_head(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = inspect.signature(func).bind(*args, **kwargs)
         given.apply_defaults()
+        real = _unpadded(given.arguments)
         if given.arguments["need_weights"]:
             result = func(*args, **kwargs)
             given.arguments.update(need_weights=False, training=False)
-            with torch.no_grad(), self._within():
+            with torch.no_grad(), self._within(real):
                 func(*given.args, **given.kwargs)
         else:
-            with self._within():
+            with self._within(real):
                 result = func(*args, **kwargs)
         self.recorder.value_probe.projected(lambda: given.arguments["out_proj_weight"])
         return result
 
     @contextmanager
-    def _within(self) -> Iterator[None]:
+    def _within(self, real: Tensor | None) -> Iterator[None]:
         """Record the fused call inside ``multi_head_attention_forward``, where a mode cannot see it."""
         fused = functional.scaled_dot_product_attention
-        functional.scaled_dot_product_attention = partial(self._fused, fused)
+        functional.scaled_dot_product_attention = partial(self._fused, fused, real)
         try:
             yield
         finally:
@@ -111,3 +118,22 @@ def _as_call(given: dict[str, Any]) -> CapturedCall:
         is_causal=bool(given.get("is_causal", False)),
         query_start=key.shape[2] - query.shape[2] if decodes else 0,
     )
+
+
+def _unpadded(given: dict[str, Any]) -> Tensor | None:
+    """(B, Q) true at tokens of self-attention that ``multi_head_attention_forward`` was not told to be padding."""
+    padding = given["key_padding_mask"]
+    if padding is None or given["query"] is not given["key"]:
+        return None
+    real = ~padding if padding.dtype == torch.bool else padding > torch.finfo(padding.dtype).min / 2
+    return real[None] if real.dim() == 1 else real
+
+
+def _real_tokens(call: CapturedCall) -> Tensor | None:
+    """(B, Q) true at tokens that a mask of keys alone admits, where queries and keys are the same in number."""
+    queries, keys = call.query.shape[2], call.key.shape[2]
+    rows = None if call.mask is None else call.mask(0, queries)
+    if rows is None or rows.shape[2] != 1 or queries != keys or queries == 1:
+        return None
+    seen = rows if rows.dtype == torch.bool else rows > torch.finfo(rows.dtype).min / 2
+    return seen[:, :, 0].any(1).expand(call.query.shape[0], keys)

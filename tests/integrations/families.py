@@ -133,6 +133,7 @@ FAMILIES = [
     Family("roberta", "RobertaModel", "RobertaConfig", SIZES, "encoder"),
     Family("distilbert", "DistilBertModel", "DistilBertConfig", DISTIL, "encoder"),
     Family("modernbert", "ModernBertModel", "ModernBertConfig", MODERN, "encoder"),
+    Family("albert", "AlbertModel", "AlbertConfig", {**SIZES, "embedding_size": 16}, "encoder"),
     Family("vit", "ViTModel", "ViTConfig", {**IMAGE, "intermediate_size": 48}, "vision"),
     Family("dinov2", "Dinov2Model", "Dinov2Config", {**IMAGE, "mlp_ratio": 2}, "vision"),
     Family("t5", "T5ForConditionalGeneration", "T5Config", T5, "seq2seq", layers=6, gain=2.0),

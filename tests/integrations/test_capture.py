@@ -81,7 +81,9 @@ def test_multihead_attention(tokens, need_weights, masked):
     assert_close(actual, expected)
     assert (returned is not None) == need_weights
     (stats,) = captured.layers.values()
-    columns, entropy = masses(weights.detach())
+    real = ~options.get("key_padding_mask", torch.zeros(2, L, dtype=torch.bool))
+    columns, entropy = masses(weights.detach() * real[:, None, :, None])
+    assert torch.equal(stats.num_queries, real.sum(-1).double())
     assert_close(stats.column_mass, columns, tolerance=1e-10)
     assert_close(stats.sums["entropy"], entropy, tolerance=1e-10)
 
@@ -165,6 +167,105 @@ def test_layers_and_heads_are_selected(tokens):
         assert list(captured.layers) == ["layers.1"]
         wanted = everything.layers["layers.1"].sums["entropy"][:, [2]]
         assert torch.equal(captured.layers["layers.1"].sums["entropy"], wanted)
+
+
+class Cached(nn.Module):
+    """Plain attention with a cache of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.cache = torch.zeros(0)
+
+    def forward(self, x):
+        heads = x.unflatten(-1, (H, -1)).transpose(1, 2)
+        first = self.cache.numel() == 0
+        self.cache = heads if first else torch.cat([self.cache, heads], 2)
+        return functional.scaled_dot_product_attention(2 * heads, self.cache, self.cache, is_causal=first)
+
+
+def test_a_cache_of_plain_attention_continues_its_sequences(tokens):
+    model, whole_model = Cached(), Cached()
+    with capture(model) as captured:
+        for _ in range(2):  # two prompts, each decoded
+            model.cache = torch.zeros(0)
+            for start, stop in ((0, 5), (5, 6), (6, 7), (7, 8), (8, 9)):
+                model(tokens[:, start:stop])
+    with capture(whole_model) as whole:
+        whole_model(tokens)
+    steps, once = captured.layers["Cached"], whole.layers["Cached"]
+    assert steps.num_sequences == 4
+    for chosen in ([0, 1], [2, 3]):
+        part = steps.sequences(torch.tensor(chosen))
+        assert torch.equal(part.num_queries, once.num_queries)
+        assert_close(part.lag_mass, once.lag_mass, tolerance=1e-10)
+        assert_close(part.column_mass, once.column_mass, tolerance=1e-10)
+
+
+def test_single_queries_of_other_sequences_are_no_cache(tokens):
+    class Pooled(nn.Module):
+        def forward(self, x):
+            return functional.scaled_dot_product_attention(x[:, None, :1], x[:, None], x[:, None])
+
+    with capture(model := Pooled()) as captured:
+        for length in (4, 5, 6):
+            model(tokens[:, :length])
+    assert captured.layers["Pooled"].num_sequences == 6
+
+
+@pytest.mark.parametrize("form", ["multihead", "multihead and causal", "mask of keys"])
+def test_queries_that_are_padding_do_not_count(tokens, form):
+    padding = torch.zeros(2, L, dtype=torch.bool)
+    padding[0, :2] = padding[1, -3:] = True
+
+    class Masked(nn.Module):
+        def forward(self, x):
+            heads = x.unflatten(-1, (H, -1)).transpose(1, 2)
+            return functional.scaled_dot_product_attention(heads, heads, heads, attn_mask=~padding[:, None, None])
+
+    model = Masked() if form == "mask of keys" else multihead()
+    causal = torch.ones(L, L, dtype=torch.bool).triu(1) if "causal" in form else None
+    options = {"key_padding_mask": padding, "attn_mask": causal, "need_weights": False}
+    with capture(model) as captured:
+        if form == "mask of keys":
+            model(tokens)
+        else:
+            model(tokens, tokens, tokens, **options)
+    layer = next(iter(captured.layers.values()))
+    assert layer.num_queries.tolist() == [L - 2, L - 3]
+    assert_close(layer.column_mass.sum(-1), layer.num_queries[:, None].expand(2, H), tolerance=1e-10)
+    assert (layer.column_mass[0, :, : L - 2] > 0).all(), "columns count from the first real token"
+    assert (layer.column_mass[1, :, L - 3 :] == 0).all()
+
+
+class Shared(nn.Module):
+    """One block, run three times on its own output."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = Fused.Layer(causal=True)
+
+    def forward(self, x):
+        for _ in range(3):
+            x = self.block(x)
+        return x
+
+
+def test_passes_of_shared_weights_are_layers(tokens):
+    model = Shared()
+    with capture(model) as captured:
+        model(tokens)
+        model(tokens)
+    assert list(captured.layers) == ["block", "block (pass 2)", "block (pass 3)"]
+    assert {stats.num_sequences for stats in captured.layers.values()} == {4}
+    second = Fused.Layer(causal=True)
+    with capture(second) as alone:
+        second(second(tokens))
+        second(tokens)
+    assert alone.layers["Layer"].num_sequences == 6, "what is called from outside is a sequence of its own"
+    for layers, names in ((["block"], list(captured.layers)), ([2], ["block (pass 3)"])):
+        with capture(model, layers=layers) as chosen:
+            model(tokens)
+        assert list(chosen.layers) == names
 
 
 @pytest.mark.parametrize(
