@@ -44,6 +44,12 @@ def test_bad_syntax_ends_with_usage(arguments, capsys):
     assert "usage: eotattn" in capsys.readouterr().err
 
 
+def test_the_module_is_the_command():
+    run = subprocess.run([sys.executable, "-m", "eotattn.cli", "verify", "--seed", "x"], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert "invalid int value" in run.stderr
+
+
 def test_importing_the_package_imports_no_plots_and_no_experiments():
     optional = ("matplotlib", "accelerate", "papermill", "pandas")
     code = f"import sys, eotattn; print([name for name in {optional} if name in sys.modules])"

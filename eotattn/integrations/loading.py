@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from eotattn.checks import check_device, require
+from eotattn.checks import check_choice, check_device, require
 
 __all__ = ["load_local_model"]
 
 OWNER = "load_local_model"
+#: Dtypes that models compute in.
+DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 def load_local_model(
@@ -25,7 +27,7 @@ def load_local_model(
         folder: Holds ``config.json``, the tokenizer's files and ``*.safetensors``. The class is the library's own: a
             causal language model where the configuration names one, else the bare model.
         device: Where the model goes.
-        dtype: Name of a floating dtype of torch, for the weights.
+        dtype: Of the weights: "float16", "bfloat16", "float32" or "float64".
 
     Returns:
         ``(model, tokenizer)``, the model in evaluation mode.
@@ -36,9 +38,7 @@ def load_local_model(
     """
     require(folder is not None, OWNER, "model", "be given", folder, "Name the folder of a model")
     path = Path(str(folder))
-    kind = getattr(torch, dtype, None)
-    is_dtype = isinstance(kind, torch.dtype) and kind.is_floating_point
-    require(is_dtype, OWNER, "dtype", "name a floating dtype", dtype, "Use float32 or bfloat16")
+    kind = getattr(torch, check_choice(OWNER, "dtype", dtype, DTYPES))
     check_device(OWNER, "device", device)
     _check_files(path)
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))

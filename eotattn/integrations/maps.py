@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -61,6 +62,8 @@ def read_maps(source: Tensor | NDArray[np.floating] | Mapping[str, object] | str
             error=TypeError,
         )
         weights = array if isinstance(array, Tensor) else torch.from_numpy(np.asarray(array))
+        is_real = not weights.is_complex()
+        require(is_real, OWNER, "the maps", "be real numbers", weights, "Pass the weights", error=TypeError)
         fits = weights.dim() in (3, 4) and weights.numel() > 0
         require(fits, OWNER, "the maps", "have shape (H, Q, K) or (layers, H, Q, K)", weights, "Add the head axis")
         layers = [(name or "0", weights)] if weights.dim() == 3 else _numbered(name, weights)
@@ -120,14 +123,27 @@ def _checked(layer: str, weights: Tensor) -> Tensor:
 
 def _load(path: Path) -> object:
     require(path.is_file(), OWNER, "source", "be an existing file", path.name, "Check the path")
-    if path.suffix == ".npy":
-        return np.load(path, allow_pickle=False)
-    if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    require(
-        path.suffix == ".safetensors", OWNER, "source", "end in .npy, .npz or .safetensors", path.name, "Convert it"
-    )
-    from safetensors.torch import load_file
+    known = path.suffix in (".npy", ".npz", ".safetensors")
+    require(known, OWNER, "source", "end in .npy, .npz or .safetensors", path.name, "Convert it")
+    unreadable: tuple[type[Exception], ...] = (ValueError, OSError, EOFError, BadZipFile)
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
 
-    return load_file(path)
+        unreadable = (*unreadable, SafetensorError)
+    try:
+        return _arrays(path)
+    except unreadable as error:
+        rule = f"source must be a {path.suffix} file of numbers, without pickles"
+        raise ValueError(f"{OWNER}: {rule}; got {path.name!r}, which cannot be read. Save it again.") from error
+
+
+def _arrays(path: Path) -> object:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    loaded = np.load(path, allow_pickle=False)
+    if isinstance(loaded, np.ndarray):
+        return loaded
+    with loaded as archive:
+        return {name: archive[name] for name in archive.files}

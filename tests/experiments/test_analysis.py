@@ -322,6 +322,31 @@ def test_foreign_folders_are_left_alone(loaded, tmp_path):
         analyze(model, TEXTS[:1], tokenizer=tokenizer, out=tmp_path / "json")
 
 
+def test_places_that_cannot_hold_a_report_are_refused_before_any_work(tmp_path, monkeypatch):
+    weights = torch.full((1, 3, 3), 1 / 3)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match=r"analyze: out must lie in a folder that can be written; got '.*file'"):
+        analyze(attention=weights, out=tmp_path / "file" / "out")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for path in (".", tmp_path / "here", "/proc"):
+        with pytest.raises(ValueError, match=r"analyze: out must be neither the current folder nor a mount"):
+            analyze(attention=weights, out=path)
+    assert list((tmp_path / "here").iterdir()) == []
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_links_are_followed(tmp_path, exists):
+    target = tmp_path / "target"
+    if exists:
+        target.mkdir()
+    (tmp_path / "link").symlink_to(target)
+    analyze(attention=torch.full((1, 3, 3), 1 / 3), out=tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (target / "report.html").is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {"link", "target"}
+
+
 def test_failure_writes_nothing(loaded, tmp_path):
     model, tokenizer = loaded
     with pytest.raises(ValueError, match=r"capture: layers must be among"):
@@ -362,11 +387,27 @@ def test_a_model_of_nan_is_named(folder):
         analyze(model, TEXTS, tokenizer=tokenizer)
 
 
+def test_positions_that_count_from_after_padding_are_not_there(loaded):
+    """RoBERTa's first token has position 2: of 34 positions it can use 32."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    config = transformers.RobertaConfig(vocab_size=len(WORDS), pad_token_id=1, max_position_embeddings=34, **sizes)
+    model = transformers.RobertaModel(config)
+    words = "the " * 31  # 33 tokens
+    assert eotattn.analyze(model, [words], tokenizer=loaded[1], max_length=32).num_cut == 1
+    with pytest.raises(ValueError, match=r"texts\[0\] must fit into the model's 32 positions; got '33 tokens'"):
+        eotattn.analyze(model, [words], tokenizer=loaded[1])
+
+
 def test_texts_come_from_files(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo")
     assert read_texts(tmp_path / "a.txt", None) == ["one\ntwo"]
     (tmp_path / "a.jsonl").write_text('"one"\n\n{"text": "two"}\n')
     assert read_texts(None, tmp_path / "a.jsonl") == ["one", "two"]
+    (tmp_path / "marked.jsonl").write_text('\ufeff"one\u2028line"\r\n"two"', encoding="utf-8")
+    assert read_texts(None, tmp_path / "marked.jsonl") == ["one\u2028line", "two"]
+    (tmp_path / "marked.txt").write_text("\ufeffone", encoding="utf-8")
+    assert read_texts(tmp_path / "marked.txt", None) == ["one"]
     (tmp_path / "bad.jsonl").write_text('"one"\n{"words": 2}\n')
     with pytest.raises(ValueError, match=r"analyze: line 2 must hold a text"):
         read_texts(None, tmp_path / "bad.jsonl")
@@ -453,7 +494,8 @@ def test_the_command_is_the_function(folder, tmp_path, dtype, capsys):
         (["--text", __file__], "eotattn: error: analyze: model must be given if and only if attention is not"),
         (["x", "--attention", "a.npy"], "eotattn: error: analyze: model must be given if and only if attention is not"),
         (["nowhere", "--text", __file__], "eotattn: error: load_local_model: model must be a local folder"),
-        (["x", "--text", __file__, "--dtype", "int8"], "eotattn: error: load_local_model: dtype must name a floating"),
+        (["x", "--text", __file__, "--dtype", "int8"], "eotattn: error: load_local_model: dtype must be one of"),
+        (["x", "--text", __file__, "--dtype", "float8_e4m3fn"], "eotattn: error: load_local_model: dtype must be one"),
     ],
 )
 def test_user_errors_of_the_command_are_one_line(arguments, says, tmp_path, capsys):

@@ -86,7 +86,21 @@ def test_bad_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"read_maps: source must end in .npy, .npz or .safetensors; got 'maps.pt'"):
         read_maps(tmp_path / "maps.pt")
     np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match="allow_pickle=False"):
-        read_maps(tmp_path / "objects.npy")
+    np.savez(tmp_path / "objects.npz", a=np.array([{}], dtype=object))
+    for name in ("broken.npy", "broken.npz", "broken.safetensors", "empty.npy", "empty.npz"):
+        (tmp_path / name).write_bytes(b"" if "empty" in name else b"no numbers at all")
+    for name in (
+        "objects.npy",
+        "objects.npz",
+        "broken.npy",
+        "broken.npz",
+        "broken.safetensors",
+        "empty.npy",
+        "empty.npz",
+    ):
+        with pytest.raises(ValueError, match=rf"read_maps: source must be a .* file of numbers, .* got '{name}'"):
+            read_maps(tmp_path / name)
+    with pytest.raises(TypeError, match=r"read_maps: the maps must be real numbers"):
+        read_maps(torch.full((1, 2, 2), 0.5, dtype=torch.complex64))
     with pytest.raises(TypeError, match=r"read_maps: source\['a'\] must be an array"):
         read_maps({"a": [0.5, 0.5]})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import uuid
 from pathlib import Path
@@ -23,10 +24,21 @@ REPORT, PAGE = "report.json", "report.html"
 
 
 def check_folder(owner: str, folder: Path) -> Path:
-    """Raise, before any work, unless ``folder`` is new, empty, or holds an earlier analysis and nothing else."""
+    """Return where the folder really is; raise, before any work, unless an analysis can be put there.
+
+    It must be new, empty, or hold an earlier analysis and nothing else; and it is replaced as a whole.
+    """
+    folder = folder.resolve()
+    if folder.exists():
+        require(folder.is_dir(), owner, "out", "be a folder", folder.name, "Choose another name")
+    above = next(path for path in folder.parents if path.exists())
+    writable = above.is_dir() and os.access(above, os.W_OK | os.X_OK)
+    require(writable, owner, "out", "lie in a folder that can be written", str(above), "Choose another place")
     if not folder.exists():
         return folder
-    require(folder.is_dir(), owner, "out", "be a folder", folder.name, "Choose another name")
+    fixed = folder.is_mount() or folder in (Path.cwd(), *Path.cwd().parents)
+    remedy = "Name a folder inside it"
+    require(not fixed, owner, "out", "be neither the current folder nor a mount", str(folder), remedy)
     there = {path.name for path in folder.iterdir()}
     foreign = sorted(there - _files_of_report(folder))
     remedy = "Choose another folder"

@@ -46,12 +46,12 @@ def read_texts(text: str | Path | None, texts: str | Path | None) -> list[str]:
     path = Path(str(text if text is not None else texts))
     require(path.is_file(), OWNER, "texts", "be an existing file", path.name, "Check the path")
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{OWNER}: texts must be UTF-8; got {path.name!r}. Convert the file.") from error
     if text is not None:
         return [content]
-    return [_text_of(line, number) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
+    return [_text_of(line, number) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
 
 
 def _text_of(line: str, number: int) -> str:
@@ -93,6 +93,9 @@ def encode(model: nn.Module, tokenizer: Any, texts: Sequence[str], max_length: i
 
 
 def _positions(model: nn.Module, tokenizer: Any) -> int:
-    """Tokens that model and tokenizer can take."""
-    of_model = getattr(getattr(model, "config", None), "max_position_embeddings", None) or NO_LIMIT
-    return min(int(of_model), int(getattr(tokenizer, "model_max_length", NO_LIMIT)))
+    """Tokens that model and tokenizer can take; positions that a model counts from after its padding are not there."""
+    of_model = int(getattr(getattr(model, "config", None), "max_position_embeddings", None) or NO_LIMIT)
+    tables = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.Embedding)]
+    padding = [part.padding_idx for name, part in tables if "position" in name and part.num_embeddings == of_model]
+    skipped = max((index + 1 for index in padding if index is not None), default=0)
+    return min(of_model - skipped, int(getattr(tokenizer, "model_max_length", NO_LIMIT)))
