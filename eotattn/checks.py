@@ -16,6 +16,7 @@ __all__ = [
     "check_choice",
     "check_device",
     "check_floating",
+    "check_indices",
     "check_no_nan",
     "check_positive",
     "check_positive_int",
@@ -97,6 +98,17 @@ def check_positive_int(owner: str, argument: str, value: Any, *, minimum: int = 
         value >= minimum, owner, argument, f"be at least {minimum}", value, f"Pass a whole number from {minimum} up"
     )
     return value
+
+
+def check_indices(owner: str, argument: str, indices: Sequence[int], count: int, *, where: str = "") -> list[int]:
+    """Return ``indices`` as a list, or raise unless they are different whole numbers from 0 to ``count`` - 1."""
+    given = list(indices)
+    known = all(isinstance(index, int) and not isinstance(index, bool) and 0 <= index < count for index in given)
+    rule = f"name {argument} from 0 to {count - 1}{where}"
+    require(known, owner, argument, rule, given, f"Choose {argument} that are there")
+    once = 0 < len(given) == len(set(given))
+    require(once, owner, argument, "name at least one, and each once", given, "Pass None for all")
+    return given
 
 
 def check_positive(

@@ -29,6 +29,8 @@ from eotattn.diagnostics.value_statistics import ValueStatistics
 __all__ = ["HeadReport", "head_report"]
 
 Array = NDArray[np.float64]
+#: Groups of quantities, each with what was collected for it, by layer.
+Sources = list[tuple[tuple[Quantity, ...], Mapping[str, Any]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,11 +43,15 @@ class HeadReport:
         mean: Name -> (A, H).
         low: Name -> (A, H) 2.5% quantile over a bootstrap of the sequences; NaN below two sequences.
         high: Name -> (A, H) 97.5% quantile.
+        layer_interval: Name -> (A, 2) 2.5% and 97.5% quantile of the mean over heads, over the same bootstrap.
         sink_rate: Threshold -> (A,) share of heads and sequences whose sink mass of the first chosen key exceeds it,
             among those that have the key; NaN where none has.
+        sink_rate_interval: Threshold -> (A, 2) its quantiles over a bootstrap of the sequences.
         column_share: A arrays (H, L): mean of p_ik over the queries that admit key k.
         lag_profile: A arrays (H, 2 M + 1): weight by lag, from -M to M; sums to one less the explicit sink's.
         num_sequences: N.
+        heads: H numbers that the heads have in the model.
+        numbers: A numbers that the layers have in the model.
     """
 
     layers: tuple[str, ...]
@@ -53,10 +59,14 @@ class HeadReport:
     mean: dict[str, Array]
     low: dict[str, Array]
     high: dict[str, Array]
+    layer_interval: dict[str, Array]
     sink_rate: dict[float, Array]
+    sink_rate_interval: dict[float, Array]
     column_share: tuple[Array, ...]
     lag_profile: tuple[Array, ...]
     num_sequences: int
+    heads: tuple[int, ...]
+    numbers: tuple[int, ...]
 
     def to_dict(self) -> dict[str, NDArray[np.generic]]:
         """Columns of a tidy table: one row a layer and head, three columns a quantity."""
@@ -64,7 +74,7 @@ class HeadReport:
         kept = ~np.isnan(self.mean["entropy"]).ravel()
         columns: dict[str, NDArray[np.generic]] = {
             "layer": np.array(self.layers)[layer.ravel()][kept],
-            "head": head.ravel()[kept],
+            "head": np.array(self.heads)[head.ravel()][kept],
         }
         for name in self.mean:
             for suffix, values in (("", self.mean), (" low", self.low), (" high", self.high)):
@@ -124,49 +134,77 @@ def head_report(
     """
     _check(layers, keys, local_width)
     of_rows = (*key_quantities(tuple(keys)), *QUANTITIES, local_mass_quantity(local_width))
-    sources: list[tuple[tuple[Quantity, ...], Mapping[str, Any]]] = [
+    sources: Sources = [
         (of_rows, {name: stats.sequences(stats.num_queries > 0) for name, stats in layers.items()}),
         (VALUE_QUANTITIES if values else (), values or {}),
         ((CERTIFICATE,) if certificates else (), certificates or {}),
     ]
-    quantities = tuple(quantity for group, _ in sources for quantity in group)
-    generator = torch.Generator().manual_seed(seed)
-    heads = max(stats.num_heads for stats in layers.values())
-    tables = {
-        part: {q.name: np.full((len(layers), heads), np.nan) for q in quantities} for part in ("mean", "low", "high")
-    }
-    rates = {check_positive("head_report", "thresholds", t): np.full(len(layers), np.nan) for t in thresholds}
-    for a, name in enumerate(layers):
-        rows = sources[0][1][name]
+    for rows in sources[0][1].values():
         require(rows.num_sequences > 0, "head_report", "layers", "have queries", list(layers), "Run the model first")
-        for group, collected in sources:
-            for quantity, row in _table_rows(group, collected.get(name), num_bootstraps, generator):
-                for part, numbers in zip(tables, row, strict=True):
-                    tables[part][quantity.name][a, : len(numbers)] = numbers
-        sink = of_rows[0].compute(rows)
-        for threshold in rates:
-            rates[threshold][a] = float((sink > threshold)[~sink.isnan()].double().mean())
+    heads = max(stats.num_heads for stats in layers.values())
+    tables, whole = _tables(sources, list(layers), heads, num_bootstraps, seed)
+    sinks = [of_rows[0].compute(rows) for rows in sources[0][1].values()]
+    rates = {
+        check_positive("head_report", "thresholds", t): _sink_rates(sinks, t, num_bootstraps, seed) for t in thresholds
+    }
     return HeadReport(
         layers=tuple(layers),
-        quantities=quantities,
+        quantities=tuple(quantity for group, _ in sources for quantity in group),
         **tables,
-        sink_rate=rates,
+        layer_interval=whole,
+        sink_rate={threshold: found[:, 0] for threshold, found in rates.items()},
+        sink_rate_interval={threshold: found[:, 1:] for threshold, found in rates.items()},
         column_share=tuple(_column_share(stats) for stats in layers.values()),
         lag_profile=tuple(_lag_profile(stats) for stats in layers.values()),
         num_sequences=max(stats.num_sequences for stats in layers.values()),
+        heads=tuple(range(heads)),
+        numbers=tuple(range(len(layers))),
     )
 
 
-def _table_rows(
+def _tables(
+    sources: Sources, layers: list[str], heads: int, num_bootstraps: int, seed: int
+) -> tuple[dict[str, dict[str, Array]], dict[str, Array]]:
+    """Mean, low and high of every quantity (A, H), and the interval of its mean over heads (A, 2)."""
+    generator = torch.Generator().manual_seed(seed)
+    names = [quantity.name for group, _ in sources for quantity in group]
+    tables = {part: {name: np.full((len(layers), heads), np.nan) for name in names} for part in ("mean", "low", "high")}
+    whole = {name: np.full((len(layers), 2), np.nan) for name in names}
+    for a, layer in enumerate(layers):
+        for group, collected in sources:
+            for quantity, found, drawn in _computed(group, collected.get(layer), num_bootstraps, generator):
+                for table, numbers in zip(tables.values(), _with_interval(found, drawn), strict=True):
+                    table[quantity.name][a, : len(numbers)] = numbers
+                whole[quantity.name][a] = _mean_interval(found, drawn)[1:]
+    return tables, whole
+
+
+def _computed(
     quantities: tuple[Quantity, ...], collected: Any, num_bootstraps: int, generator: torch.Generator
-) -> Iterator[tuple[Quantity, tuple[Array, Array, Array]]]:
-    """Mean and interval of every quantity of one layer; nothing where nothing was collected."""
+) -> Iterator[tuple[Quantity, Tensor, Tensor]]:
+    """Every quantity of one layer with its values (N, H) and resamples (B, N); nothing where nothing was collected."""
     if collected is None or not quantities:
         return
     count = quantities[0].compute(collected).shape[0]
     drawn = torch.randint(count, (num_bootstraps, count), generator=generator)
     for quantity in quantities:
-        yield quantity, _with_interval(quantity.compute(collected), drawn)
+        yield quantity, quantity.compute(collected), drawn
+
+
+def _sink_rates(sinks: Sequence[Tensor], threshold: float, num_bootstraps: int, seed: int) -> Array:
+    """(A, 3) share of sink masses (N, H) above the threshold, and its interval; NaN where no sequence has the key."""
+    generator, found = torch.Generator().manual_seed(seed), []
+    for sink in sinks:
+        drawn = torch.randint(len(sink), (num_bootstraps, len(sink)), generator=generator)
+        above = torch.where(sink.isnan(), torch.nan, (sink > threshold).double())
+        found.append(_mean_interval(above, drawn))
+    return np.array(found)
+
+
+def _mean_interval(values: Tensor, drawn: Tensor) -> tuple[float, float, float]:
+    """Mean over heads and sequences (N, H), and the quantiles of its bootstrap over sequences."""
+    mean, low, high = _with_interval(values.nanmean(1, keepdim=True), drawn)
+    return float(mean[0]), float(low[0]), float(high[0])
 
 
 def _check(layers: Mapping[str, SequenceStatistics], keys: Sequence[int], local_width: int) -> None:

@@ -41,6 +41,11 @@ class Capture:
         return dict(self.recorder.statistics)
 
     @property
+    def numbers(self) -> dict[str, int]:
+        """Number of each of those layers among all layers of the model, in the order of the first call."""
+        return {name: self.recorder.seen[name] for name in self.recorder.statistics}
+
+    @property
     def priors(self) -> dict[str, LogPrior | None]:
         """Log-priors of the layers that were called through :func:`eotattn.prior_attention`."""
         return dict(self.recorder.priors)
@@ -117,6 +122,7 @@ def capture(
     for key in keys:
         check_positive_int("capture", "keys", key, minimum=0)
     require(len(keys) > 0, "capture", "keys", "name at least one key", keys, "Pass keys=(0,)")
+    require(layers is None or len(layers) > 0, "capture", "layers", "name at least one", layers, "Pass None for all")
     recorder = Recorder(layers, heads, tuple(keys), on_rows, certify, grid)
     with ExitStack() as stack:
         stack.enter_context(_following(model, recorder))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from eotattn.attention.running import SequenceStatistics
 from eotattn.attention.statistics import weight_statistics
-from eotattn.checks import check_no_nan, require
+from eotattn.checks import check_indices, check_no_nan, require
 
 __all__ = ["map_statistics", "read_maps"]
 
@@ -94,9 +94,7 @@ def map_statistics(
     statistics = {}
     for name, weights in maps.items():
         count = weights.shape[0]
-        known = heads is None or all(-count <= head < count for head in heads)
-        require(known, "map_statistics", "heads", f"name heads from 0 to {count - 1}", heads, "Choose others")
-        chosen = weights if heads is None else weights[list(heads)]
+        chosen = weights if heads is None else weights[check_indices("map_statistics", "heads", heads, count)]
         start = max(0, chosen.shape[2] - chosen.shape[1])
         rows = weight_statistics(chosen[None], query_start=start, keys=tuple(keys))
         statistics[name] = SequenceStatistics.of(rows)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from eotattn.attention.running import SequenceStatistics
 from eotattn.attention.statistics import AttentionStatistics
-from eotattn.checks import require
+from eotattn.checks import check_indices, require
 from eotattn.diagnostics.grid_statistics import GridStatistics
 from eotattn.diagnostics.value_statistics import ValueStatistics
 from eotattn.integrations.captured_call import CapturedCall
@@ -165,10 +165,8 @@ class Recorder:
     def _accumulate(self, name: str, call: CapturedCall, new: SequenceStatistics) -> bool:
         """Add ``new``; return whether it continues sequences that are there."""
         if self.heads is not None:
-            known = all(-new.num_heads <= head < new.num_heads for head in self.heads)
-            rule = f"name heads from 0 to {new.num_heads - 1} of layer {name!r}"
-            require(known, OWNER, "heads", rule, self.heads, "Choose heads that the layer has")
-            new = new.heads(self.heads)
+            where = f" of layer {name!r}"
+            new = new.heads(check_indices(OWNER, "heads", self.heads, new.num_heads, where=where))
         batch, start = call.query.shape[0], call.query_start
         follows = self.continues(name, batch, start)
         self._continuing = self._continuing or follows

@@ -5,21 +5,34 @@ Legend: A layers, H heads, T lags.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
 from eotattn.checks import require
-from eotattn.plotting.style import OKABE_ITO, line_styles, resolve_axes, to_array
+from eotattn.plotting.style import (
+    OKABE_ITO,
+    add_legend,
+    head_style,
+    line_styles,
+    number_ticks,
+    resolve_axes,
+    to_array,
+)
 
 __all__ = ["plot_head_grid", "plot_lag_profile", "plot_layer_curves", "plot_margin_split"]
 
 
 def plot_head_grid(
-    values: ArrayLike, *, label: str, low: float | None = None, high: float | None = None, axes: Axes | None = None
+    values: ArrayLike,
+    *,
+    label: str,
+    low: float | None = None,
+    high: float | None = None,
+    numbers: tuple[Sequence[int], Sequence[int]] | None = None,
+    axes: Axes | None = None,
 ) -> Axes:
     """Draw one number a head as a grid: layers downwards, heads across, missing heads blank.
 
@@ -28,6 +41,7 @@ def plot_head_grid(
         label: Quantity with its unit, for the colour bar.
         low: Value of the lowest colour; the smallest by default.
         high: Value of the highest colour; the largest by default.
+        numbers: A numbers of layers and H of heads for the ticks; both count from zero by default.
         axes: Where to draw; a new figure by default.
     """
     grid = to_array("plot_head_grid", "values", values, num_axes=2)
@@ -36,8 +50,9 @@ def plot_head_grid(
     axes = resolve_axes(axes)
     image = axes.imshow(shown, cmap="cividis", vmin=low, vmax=high, interpolation="nearest", aspect="auto")
     axes.figure.colorbar(image, ax=axes, label=label, shrink=0.85)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(integer=True))
+    layers, heads = (None, None) if numbers is None else numbers
+    number_ticks(axes.xaxis, heads)
+    number_ticks(axes.yaxis, layers)
     axes.set_xlabel("head")
     axes.set_ylabel("layer")
     return axes
@@ -48,6 +63,7 @@ def plot_layer_curves(
     *,
     ylabel: str,
     intervals: Mapping[str, tuple[ArrayLike, ArrayLike]] | None = None,
+    layers: Sequence[int] | None = None,
     axes: Axes | None = None,
 ) -> Axes:
     """Draw one curve a quantity over the layers.
@@ -56,6 +72,7 @@ def plot_layer_curves(
         curves: Name -> (A,) values.
         ylabel: Quantity with its unit.
         intervals: Name -> (low, high), each (A,), drawn as a band.
+        layers: A numbers for the ticks; 0 to A - 1 by default.
         axes: Where to draw; a new figure by default.
     """
     require(len(curves) > 0, "plot_layer_curves", "curves", "hold at least one curve", dict(curves), "Pass one")
@@ -67,7 +84,7 @@ def plot_layer_curves(
         if intervals is not None and name in intervals:
             low, high = (np.asarray(side, dtype=np.float64) for side in intervals[name])
             axes.fill_between(np.arange(len(curve)), low, high, color=styles[name]["color"], alpha=0.2, linewidth=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    number_ticks(axes.xaxis, layers)
     axes.set_xlabel("layer")
     axes.set_ylabel(ylabel)
     if len(curves) > 1:
@@ -75,12 +92,15 @@ def plot_layer_curves(
     return axes
 
 
-def plot_lag_profile(profile: ArrayLike, *, floor: float = 1e-5, axes: Axes | None = None) -> Axes:
+def plot_lag_profile(
+    profile: ArrayLike, *, floor: float = 1e-5, labels: Sequence[str] | None = None, axes: Axes | None = None
+) -> Axes:
     """Draw the weight by lag of every head of a layer, on a logarithmic axis.
 
     Args:
         profile: (H, T) weight by lag for lags -(T - 1) / 2 to (T - 1) / 2, T odd.
         floor: Smaller weights are drawn here.
+        labels: H names for the legend; without them there is no legend.
         axes: Where to draw; a new figure by default.
     """
     values = to_array("plot_lag_profile", "profile", profile, num_axes=2)
@@ -90,22 +110,29 @@ def plot_lag_profile(profile: ArrayLike, *, floor: float = 1e-5, axes: Axes | No
     lags = np.arange(-reach, reach + 1)
     used = values.sum(0) > 0
     require(bool(used.any()), "plot_lag_profile", "profile", "hold weight", "none", "Run the model first")
+    named = labels is None or len(labels) == len(values)
+    require(named, "plot_lag_profile", "labels", f"number {len(values)}", labels, "One label a head")
     axes = resolve_axes(axes)
-    colours = list(OKABE_ITO.values())
     for h, row in enumerate(values):
-        axes.plot(lags[used], np.maximum(row[used], floor), color=colours[h % len(colours)], linewidth=0.9, alpha=0.8)
+        label = None if labels is None else labels[h]
+        axes.plot(lags[used], np.maximum(row[used], floor), linewidth=0.9, label=label, **head_style(h))
+    if labels is not None:
+        add_legend(axes, len(labels))
     axes.set_yscale("log")
     axes.set_xlabel("lag: query - key (tokens)")
     axes.set_ylabel("weight")
     return axes
 
 
-def plot_margin_split(content: ArrayLike, prior: ArrayLike, *, axes: Axes | None = None) -> Axes:
+def plot_margin_split(
+    content: ArrayLike, prior: ArrayLike, *, layers: Sequence[int] | None = None, axes: Axes | None = None
+) -> Axes:
     """Draw the content part and the prior part of the mean sink margin of every head as stacked bars.
 
     Args:
         content: (A, H), nats; NaN where a layer has no such head.
         prior: (A, H), nats.
+        layers: A numbers for the ticks; 0 to A - 1 by default.
         axes: Where to draw; a new figure by default.
     """
     parts = {"content": content, "prior": prior}
@@ -115,6 +142,7 @@ def plot_margin_split(content: ArrayLike, prior: ArrayLike, *, axes: Axes | None
         same, "plot_margin_split", "prior", f"have shape {arrays['content'].shape}", arrays["prior"].shape, "Match them"
     )
     axes = resolve_axes(axes)
+    axes.use_sticky_edges = False  # the highest bar has room above it
     heads = arrays["content"].shape[1]
     at = np.arange(arrays["content"].size)
     above, below = np.zeros(at.size), np.zeros(at.size)
@@ -127,9 +155,10 @@ def plot_margin_split(content: ArrayLike, prior: ArrayLike, *, axes: Axes | None
     axes.axhline(0, color="0.4", linewidth=0.8)
     for layer in range(1, arrays["content"].shape[0]):
         axes.axvline(layer * heads - 0.5, color="0.85", linewidth=0.8, zorder=0)
-    layers = np.arange(arrays["content"].shape[0])
-    axes.set_xticks(layers * heads + (heads - 1) / 2, [str(layer) for layer in layers])
+    numbers = range(arrays["content"].shape[0]) if layers is None else layers
+    places = np.arange(len(numbers)) * heads + (heads - 1) / 2
+    axes.set_xticks(places, [str(number) for number in numbers])
     axes.set_xlabel("layer (one bar a head)")
     axes.set_ylabel("mean sink margin (nats)")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(fontsize=8, framealpha=0.85, edgecolor="none")
     return axes

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, TwoSlopeNorm
@@ -15,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
 from eotattn.checks import require
-from eotattn.plotting.style import OKABE_ITO, resolve_axes, to_array
+from eotattn.plotting.style import add_legend, head_style, resolve_axes, to_array
 
 __all__ = [
     "plot_causal_prior",
@@ -176,18 +175,13 @@ def _lines(
     named = labels is None or len(labels) == heads
     require(named, owner, "labels", f"number {heads}", labels, "One label a head")
     axes = resolve_axes(axes)
-    colours = list(OKABE_ITO.values())
-    if heads > len(colours):  # no set of colours tells so many apart, but shades can show an order
-        colours = list(mpl.colormaps["cividis"](np.linspace(0, 0.92, heads)))
     marker = "o" if length <= 64 else None
     axes.axhline(0, color="0.75", linewidth=0.8, zorder=0)
     for h in range(heads):
         label = None if labels is None else labels[h]
-        axes.plot(
-            at, values[h], color=colours[h % len(colours)], marker=marker, markersize=3.5, linewidth=1.4, label=label
-        )
+        axes.plot(at, values[h], marker=marker, markersize=3.5, linewidth=1.4, label=label, **head_style(h))
     if labels is not None:
-        axes.legend(frameon=False, fontsize=8)
+        add_legend(axes, heads)
     return axes
 
 

@@ -8,12 +8,25 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
 from eotattn.checks import require
 
-__all__ = ["MARKERS", "OKABE_ITO", "line_styles", "mosaic", "panels", "resolve_axes", "to_array"]
+__all__ = [
+    "MARKERS",
+    "OKABE_ITO",
+    "add_legend",
+    "head_style",
+    "line_styles",
+    "mosaic",
+    "number_ticks",
+    "panels",
+    "resolve_axes",
+    "to_array",
+]
 
 #: Okabe and Ito's qualitative palette without yellow, which is too light for lines on white.
 OKABE_ITO = {
@@ -28,6 +41,12 @@ OKABE_ITO = {
 
 #: Markers in the order of the palette, so that lines differ without colour as well.
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+#: Line styles of one turn of the palette after the other.
+LINES = ("-", "--", ":", "-.")
+
+#: Entries of a legend inside the axes, and of a column beside them.
+INSIDE, COLUMN = 4, 14
 
 
 def line_styles(names: Sequence[str], order: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
@@ -55,6 +74,34 @@ def line_styles(names: Sequence[str], order: Sequence[str] | None = None) -> dic
         }
         for name, place in places.items()
     }
+
+
+def head_style(head: int) -> dict[str, Any]:
+    """Colour and line of one head among many: 28 that differ.
+
+    Example:
+        >>> head_style(8)
+        {'color': '#D55E00', 'linestyle': '--'}
+    """
+    colours = list(OKABE_ITO.values())
+    return {"color": colours[head % len(colours)], "linestyle": LINES[head // len(colours) % len(LINES)]}
+
+
+def add_legend(axes: Axes, count: int) -> None:
+    """A legend of ``count`` entries: inside the axes if they are few, else beside them."""
+    if count <= INSIDE:
+        axes.legend(frameon=False, fontsize=8)
+        return
+    columns = -(-count // COLUMN)
+    axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.02), ncols=columns)
+
+
+def number_ticks(axis: Axis, numbers: Sequence[int] | None) -> None:
+    """Ticks at whole places, named by ``numbers`` where not all of a model's heads or layers are shown."""
+    axis.set_major_locator(MaxNLocator(integer=True))
+    if numbers is not None:
+        names = {place: str(number) for place, number in enumerate(numbers)}
+        axis.set_major_formatter(FuncFormatter(lambda place, _: names.get(place, "")))
 
 
 def resolve_axes(axes: Axes | None) -> Axes:

@@ -129,7 +129,8 @@ def test_an_earlier_report_is_replaced_whole(folder, tmp_path):
     record = json.loads((out / "report.json").read_text())
     assert record["num_texts"] == 2
     assert {path.name for path in out.iterdir()} == {*record["files"], "report.json"}
-    assert "lags_1.png" not in record["files"]
+    assert "lags_1.png" in record["files"]
+    assert "lags_0.png" not in record["files"]
 
 
 def test_maps_need_no_model(tmp_path):
@@ -137,6 +138,7 @@ def test_maps_need_no_model(tmp_path):
     np.save(tmp_path / "maps.npy", weights.numpy())
     result = analyze(attention=tmp_path / "maps.npy", out=tmp_path / "out", heads=[0, 2])
     assert result.heads.layers == ("0", "1")
+    assert result.heads.to_dict()["head"].tolist() == [0, 2, 0, 2]
     mass = weights[:, [0, 2], :, 0].mean(-1)
     np.testing.assert_allclose(result.heads.mean["sink mass of key 0"], mass, atol=1e-6)
     assert (tmp_path / "out" / "report.html").is_file()
@@ -164,6 +166,45 @@ def test_the_command_reads_every_form_of_maps(form, has_layers, tmp_path, capsys
     layers = weights if has_layers else weights[None]
     np.testing.assert_allclose(mean, -torch.special.xlogy(layers, layers).sum(-1).mean(-1)[:, [1]], rtol=1e-5)
     capsys.readouterr()
+
+
+def test_chosen_layers_and_heads_keep_their_numbers(loaded, tmp_path):
+    """In tables, records and on the page; what is chosen is chosen once."""
+    model, tokenizer = loaded
+    result = analyze(model, TEXTS, tokenizer=tokenizer, layers=[1], heads=[1], out=tmp_path / "out")
+    assert (result.heads.numbers, result.heads.heads) == ((1,), (1,))
+    for name in ("heads", "priors"):
+        with (tmp_path / "out" / f"{name}.csv").open() as file:
+            assert {row["head"] for row in csv.DictReader(file)} == {"1"}
+    record = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (record["layer_numbers"], record["heads"]) == ([1], [1])
+    assert '"numbers": [1], "heads": [1]' in (tmp_path / "out" / "report.html").read_text()
+    whole = analyze(model, TEXTS, tokenizer=tokenizer)
+    assert result.heads.mean["entropy"][0, 0] == pytest.approx(whole.heads.mean["entropy"][1, 1])
+    for heads in ([], [0, 0], [-1]):
+        with pytest.raises(ValueError, match=r"capture: heads must name"):
+            analyze(model, TEXTS, tokenizer=tokenizer, heads=heads)
+    with pytest.raises(ValueError, match=r"capture: layers must name at least one"):
+        analyze(model, TEXTS, tokenizer=tokenizer, layers=[])
+
+
+def test_intervals_of_layers_are_those_of_the_mean_over_heads(loaded, tmp_path):
+    model, tokenizer = loaded
+    result = analyze(model, TEXTS, tokenizer=tokenizer, out=tmp_path / "out")
+    heads, stats = result.heads, list(result.statistics.values())
+    for a, layer in enumerate(stats):
+        of_text = (layer.sums["entropy"] / layer.num_queries[:, None]).mean(1).numpy()
+        drawn = np.random.default_rng(0).integers(len(of_text), size=(4000, len(of_text)))
+        wanted = np.quantile(of_text[drawn].mean(1), [0.025, 0.975])
+        np.testing.assert_allclose(heads.layer_interval["entropy"][a], wanted, atol=0.1 * np.ptp(of_text))
+        sink = layer.column_mass[..., 0] / layer.column_count[..., 0]
+        rate = (sink > 0.3).double().mean(1)
+        low, high = heads.sink_rate_interval[0.3][a]
+        assert rate.min() <= low <= heads.sink_rate[0.3][a] == rate.mean() <= high <= rate.max()
+    with (tmp_path / "out" / "layers.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    written = [[float(row[f"entropy {side}"]) for side in ("low", "high")] for row in rows]
+    np.testing.assert_allclose(written, heads.layer_interval["entropy"], rtol=1e-5)
 
 
 def test_layers_of_maps_are_selected(tmp_path):

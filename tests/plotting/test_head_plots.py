@@ -20,6 +20,9 @@ def test_grid_holds_the_values_and_leaves_missing_heads_blank():
     shown = axes.images[0].get_array()
     np.testing.assert_allclose(shown.filled(np.nan), values)
     assert axes.images[0].get_clim() == (0, 1)
+    axes = plot_head_grid(values, label="x", numbers=((3, 5), (2, 11)))
+    for axis, names in ((axes.xaxis, ["2", "11"]), (axes.yaxis, ["3", "5"])):
+        assert [axis.get_major_formatter()(place, 0) for place in (0, 1, 2)] == [*names, ""]
     with pytest.raises(ValueError, match=r"plot_head_grid: values must hold a finite value"):
         plot_head_grid(np.full((1, 2), np.nan), label="x")
 
@@ -37,6 +40,12 @@ def test_profile_runs_over_lags_with_weight():
     axes = plot_lag_profile(profile)
     np.testing.assert_allclose(axes.lines[0].get_xdata(), [0, 1])
     np.testing.assert_allclose(axes.lines[0].get_ydata(), [0.7, 0.3])
+    assert axes.get_legend() is None
+    many = plot_lag_profile(np.repeat(profile, 12, 0), labels=[f"head {h}" for h in range(12)])
+    assert len(many.get_legend().get_texts()) == 12
+    assert len({(line.get_color(), line.get_linestyle()) for line in many.lines}) == 12
+    with pytest.raises(ValueError, match=r"plot_lag_profile: labels must number 1"):
+        plot_lag_profile(profile, labels=["a", "b"])
     with pytest.raises(ValueError, match=r"plot_lag_profile: profile must have an odd number of lags"):
         plot_lag_profile(np.ones((1, 4)))
 
@@ -48,5 +57,7 @@ def test_margins_stack_and_sum():
     np.testing.assert_allclose(heights, [2, -1, 1, 3])
     assert [bar.get_y() for bar in axes.patches] == [0, 0, 2, 0]
     np.testing.assert_allclose(axes.lines[0].get_ydata(), [3, 2])
+    assert axes.get_ylim()[1] > 3.1, "the highest bar has room above it"
+    assert [label.get_text() for label in plot_margin_split(content, prior, layers=[4]).get_xticklabels()] == ["4"]
     with pytest.raises(ValueError, match=r"plot_margin_split: prior must have shape"):
         plot_margin_split(content, prior[:, :1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,37 +33,43 @@ def figures(analysis: Analysis) -> Iterator[tuple[str, Axes]]:
     yield from _curves(analysis)
     mean = analysis.heads.mean
     if np.isfinite(mean["content margin"]).any():
-        yield "margins", plot_margin_split(mean["content margin"], mean["prior margin"])
-    for a, layer in enumerate(analysis.heads.layers):
-        axes = plot_lag_profile(analysis.heads.lag_profile[a])
+        layers = analysis.heads.numbers
+        yield "margins", plot_margin_split(mean["content margin"], mean["prior margin"], layers=layers)
+    for a, (number, layer) in enumerate(zip(analysis.heads.numbers, analysis.heads.layers, strict=True)):
+        profile = analysis.heads.lag_profile[a]
+        names = [f"head {head}" for head, _ in zip(analysis.heads.heads, profile, strict=False)]
+        axes = plot_lag_profile(profile, labels=names)
         axes.set_title(layer, fontsize=9)
-        yield f"lags_{a}", axes
+        yield f"lags_{number}", axes
         if layer in analysis.priors:
-            axes = plot_key_only(np.nan_to_num(analysis.priors[layer].key))
+            axes = plot_key_only(np.nan_to_num(analysis.priors[layer].key), labels=names)
             axes.set_title(f"{layer}: u(j) of the implicit prior", fontsize=9)
-            yield f"key_only_{a}", axes
-            yield f"prior_{a}", _panels(analysis, a)
+            yield f"key_only_{number}", axes
+            yield f"prior_{number}", _panels(analysis, a)
 
 
 def _grids(analysis: Analysis) -> Iterator[tuple[str, Axes]]:
     heads = analysis.heads
     sink, entropy = heads.quantities[0].name, "normalised entropy"
-    yield "sink_mass", plot_head_grid(heads.mean[sink], label=sink, low=0, high=1)
-    yield "entropy", plot_head_grid(heads.mean[entropy], label=entropy, low=0, high=1)
+    draw = partial(plot_head_grid, numbers=(heads.numbers, heads.heads), low=0)
+    yield "sink_mass", draw(heads.mean[sink], label=sink, high=1)
+    yield "entropy", draw(heads.mean[entropy], label=entropy, high=1)
     if np.isfinite(analysis.explained()).any():  # a head that is uniform leaves nothing to explain
-        yield "explained", plot_head_grid(analysis.explained(), label="KL explained by position", low=0, high=1)
+        yield "explained", draw(analysis.explained(), label="KL explained by position", high=1)
     drains = heads.mean.get("relative drain of the sink")
     if drains is not None and np.isfinite(drains).any():
-        yield "value_drain", plot_head_grid(drains, label="value drain of the sink / mean", low=0)
+        yield "value_drain", draw(drains, label="value drain of the sink / mean")
 
 
 def _curves(analysis: Analysis) -> Iterator[tuple[str, Axes]]:
     heads = analysis.heads
     names = ("normalised entropy", "context sensitivity")
     curves = {name: layer_means(heads.mean[name]) for name in names}
-    bands = {name: (layer_means(heads.low[name]), layer_means(heads.high[name])) for name in names}
-    curves["sink rate"] = next(iter(heads.sink_rate.values()))
-    yield "layers", plot_layer_curves(curves, ylabel="mean over heads", intervals=bands)
+    bands = {name: (heads.layer_interval[name][:, 0], heads.layer_interval[name][:, 1]) for name in names}
+    (threshold, curves["sink rate"]), *_ = heads.sink_rate.items()
+    bands["sink rate"] = heads.sink_rate_interval[threshold][:, 0], heads.sink_rate_interval[threshold][:, 1]
+    label = "mean over heads" + (" and its 95% interval" if heads.num_sequences > 1 else "")
+    yield "layers", plot_layer_curves(curves, ylabel=label, intervals=bands, layers=heads.numbers)
     norms = analysis.residuals
     if norms.blocks:
         kinds = {"first token": norms.first_token, "other tokens": norms.other_tokens, "largest |x|": norms.largest}
@@ -105,5 +112,5 @@ def _panels(analysis: Analysis, a: int) -> Axes:
     head = 0 if np.isnan(explained).all() else int(np.nanargmax(explained))
     figure = prior_panels(report, head)
     share = "" if np.isnan(explained[head]) else f": {explained[head]:.0%} explained by position"
-    figure.suptitle(f"{layer}, head {head}{share}", fontsize=10)
+    figure.suptitle(f"{layer}, head {analysis.heads.heads[head]}{share}", fontsize=10)
     return figure.axes[0]

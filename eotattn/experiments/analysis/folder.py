@@ -93,6 +93,8 @@ def _record(analysis: Analysis) -> dict[str, Any]:
     heads = analysis.heads
     return {
         "layers": list(heads.layers),
+        "layer_numbers": list(heads.numbers),
+        "heads": list(heads.heads),
         "num_texts": analysis.num_texts,
         "num_texts_given": analysis.num_given,
         "num_texts_cut": analysis.num_cut,
@@ -101,6 +103,8 @@ def _record(analysis: Analysis) -> dict[str, Any]:
             {"name": q.name, "unit": q.unit, "formula": q.formula, "source": q.source} for q in heads.quantities
         ],
         "sink_rate": {str(t): plain(rate) for t, rate in heads.sink_rate.items()},
+        "sink_rate_interval": {str(t): plain(ends) for t, ends in heads.sink_rate_interval.items()},
+        "layer_interval": {name: plain(ends) for name, ends in heads.layer_interval.items()},
         **{
             part: {name: plain(grid) for name, grid in getattr(heads, part).items()} for part in ("mean", "low", "high")
         },

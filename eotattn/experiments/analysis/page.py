@@ -16,6 +16,8 @@ __all__ = ["page"]
 
 #: Tokens of the first text, and positions of a prior, that the page shows.
 SHOWN_TOKENS, SHOWN_POSITIONS = 64, 32
+#: What is drawn by layer, beside sink rates and norms.
+LAYER_CURVES = ("normalised entropy", "context sensitivity")
 #: Significant digits of the numbers inside.
 DIGITS = 6
 
@@ -87,6 +89,8 @@ def _payload(analysis: Analysis) -> dict[str, Any]:
             grids[side]["explained by position"] = plain(_intervals(analysis)[..., index])
     return {
         "layers": list(heads.layers),
+        "numbers": list(heads.numbers),
+        "heads": list(heads.heads),
         "tokens": list(analysis.tokens[:SHOWN_TOKENS]),
         "quantities": quantities,
         **grids,
@@ -128,13 +132,15 @@ def _prior(analysis: Analysis, layer: str) -> dict[str, Any] | None:
 def _curves(analysis: Analysis) -> list[dict[str, Any]]:
     """Panels of curves over layers: title, and name -> values with an interval where there is one."""
     heads, norms = analysis.heads, analysis.residuals
-    shares = {
-        name: {part: plain(layer_means(getattr(heads, part)[name])) for part in ("mean", "low", "high")}
-        for name in ("normalised entropy", "context sensitivity")
-    }
+    means = {name: (layer_means(heads.mean[name]), heads.layer_interval[name]) for name in LAYER_CURVES}
     for threshold, rate in heads.sink_rate.items():
-        shares[f"sink rate above {threshold}"] = {"mean": plain(rate)}
-    found = [{"title": "mean over heads", "names": list(heads.layers), "log": False, "curves": shares}]
+        means[f"sink rate above {threshold}"] = rate, heads.sink_rate_interval[threshold]
+    shares = {
+        name: {"mean": plain(mean), "low": plain(ends[:, 0]), "high": plain(ends[:, 1])}
+        for name, (mean, ends) in means.items()
+    }
+    found: list[dict[str, Any]] = [{"title": "mean over heads", "names": list(heads.layers), "log": False}]
+    found[0] |= {"curves": shares, "numbers": list(heads.numbers)}
     if norms.blocks:
         by_kind = {"first token": norms.first_token, "other tokens": norms.other_tokens, "largest |x|": norms.largest}
         curves = {}
@@ -142,7 +148,8 @@ def _curves(analysis: Analysis) -> list[dict[str, Any]]:
             rows = np.array([mean_interval(blocks[block]) for block in norms.blocks])
             curves[name] = {part: plain(rows[:, i]) for i, part in enumerate(("mean", "low", "high"))}
         title = "norm of the residual stream after each block"
-        found.append({"title": title, "names": norms.blocks, "log": True, "curves": curves})
+        numbers = list(range(len(norms.blocks)))
+        found.append({"title": title, "names": norms.blocks, "log": True, "curves": curves, "numbers": numbers})
     return found
 
 

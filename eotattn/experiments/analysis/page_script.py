@@ -57,6 +57,7 @@ function ticks(low, high, count = 4) {
   for (let v = Math.ceil(low / unit) * unit; v <= high + 1e-9 * unit; v += unit) found.push(Number(v.toPrecision(6)));
   return found;
 }
+function headName(a, h) { return `${data.layers[a]}, head ${data.heads[h]}`; }
 function token(j) { return data.tokens.length > j ? `${j} "${data.tokens[j]}"` : String(j); }
 
 function colourBar(svg, x, y, height, colour, low, high) {
@@ -72,24 +73,28 @@ function drawGrid() {
   const quantity = data.quantities.find(q => q.name === name);
   byId("formula").textContent = `${quantity.formula}  [${quantity.unit}]`;
   const heads = grid[0].length, size = Math.max(14, Math.min(34, 560 / heads)), left = 34, top = 24;
-  const svg = canvas(left + heads * size + 90, top + grid.length * size + 36, `${name} by layer and head`);
+  const width = Math.max(320, left + heads * size + 90);
+  const svg = canvas(width, top + grid.length * size + 36, `${name} by layer and head`);
   const all = finite(grid.flat()), least = Math.min(...all), most = Math.max(...all);
   grid.forEach((row, a) => {
-    element("text", {x: left - 6, y: top + (a + 0.65) * size, "text-anchor": "end"}, svg, a);
+    element("text", {x: left - 6, y: top + (a + 0.65) * size, "text-anchor": "end"}, svg, data.numbers[a]);
     row.forEach((value, h) => {
       if (value === null) return;
       const interval = low[a][h] === null ? "" : `\n95% interval ${number(low[a][h])} to ${number(high[a][h])}`;
       const kind = data.kinds[a][h] ? `\nsink: ${data.kinds[a][h]}` : "";
       const stroke = a === chosen.layer && h === chosen.head ? "#D55E00" : "none";
       const fill = blend(CIVIDIS, (value - least) / (most - least || 1));
-      const text = `${data.layers[a]}, head ${h}\n${name}: ${number(value)}${interval}${kind}`;
+      const text = `${headName(a, h)}\n${name}: ${number(value)}${interval}${kind}`;
       const cell = element("rect", {x: left + h * size + 1, y: top + a * size + 1, width: size - 2, height: size - 2,
         fill, stroke, "stroke-width": 3, class: "cell", "data-tip": text}, svg);
       cell.addEventListener("click", () => { chosen = {layer: a, head: h}; draw(); });
     });
   });
   for (let h = 0; h < heads; h += Math.max(1, Math.ceil(24 / size)))
-    element("text", {x: left + (h + 0.5) * size, y: top + grid.length * size + 14, "text-anchor": "middle"}, svg, h);
+    element("text", {x: left + (h + 0.5) * size, y: top + grid.length * size + 14, "text-anchor": "middle"}, svg,
+      data.heads[h]);
+  const middle = `translate(10,${top + grid.length * size / 2}) rotate(-90)`;
+  element("text", {transform: middle, "text-anchor": "middle"}, svg, "layer");
   element("text", {x: left + heads * size / 2, y: top + grid.length * size + 30, "text-anchor": "middle"}, svg, "head");
   colourBar(svg, left + heads * size + 14, top, grid.length * size, t => blend(CIVIDIS, t), least, most);
   byId("grid").replaceChildren(svg);
@@ -99,7 +104,7 @@ function drawHead() {
   const {layer, head} = chosen, table = document.createElement("table");
   const caption = document.createElement("caption");
   const kind = data.kinds[layer][head];
-  caption.textContent = `${data.layers[layer]}, head ${head}` + (kind ? `, sink: ${kind}` : "");
+  caption.textContent = headName(layer, head) + (kind ? `, sink: ${kind}` : "");
   table.append(caption);
   const line = (cells, tag) => {
     const row = document.createElement("tr");
@@ -121,8 +126,9 @@ function drawTokens() {
     const column = finite(heads.map(row => row[j]));
     return column.reduce((a, b) => a + b, 0) / column.length;
   }));
-  const rows = means.map((values, a) => ({label: `${a}`, values, tip: `${data.layers[a]}, mean over heads`}));
-  rows.push({label: "chosen", values: data.shares[layer][head], tip: `${data.layers[layer]}, head ${head}`});
+  const rows = means.map((values, a) => (
+    {label: `layer ${data.numbers[a]}`, values, tip: `${data.layers[a]}, mean over heads`}));
+  rows.push({label: "chosen", values: data.shares[layer][head], tip: headName(layer, head)});
   const count = Math.max(...rows.map(r => r.values.length)), size = 16, left = 52;
   const deepest = Math.max(1, ...data.tokens.map(t => t.length)), top = Math.min(110, 12 + 6.5 * deepest);
   const svg = canvas(left + count * size + 60, top + (rows.length + 0.5) * size + 20);
@@ -166,7 +172,7 @@ function frame(width, height, title, xs, ys, labels) {
     element("text", {x: box.left - 5, y: y(v) + 4, "text-anchor": "end"}, svg, labels.log ? number(10 ** v) : v);
   }
   for (const v of labels.x ? ticks(x0, x1, 6).filter(Number.isInteger) : [])
-    element("text", {x: x(v), y: height - box.bottom + 14, "text-anchor": "middle"}, svg, v);
+    element("text", {x: x(v), y: height - box.bottom + 14, "text-anchor": "middle"}, svg, labels.numbers?.[v] ?? v);
   element("text", {x: (box.left + width - box.right) / 2, y: height - 6, "text-anchor": "middle"}, svg, labels.x);
   element("text", {transform: `translate(11,${height / 2}) rotate(-90)`, "text-anchor": "middle"}, svg, labels.y);
   return {svg, x, y};
@@ -197,7 +203,7 @@ function heatMap(title, rows, colour, tip, bar) {
 }
 
 function drawPrior() {
-  const prior = data.priors[chosen.layer], name = `${data.layers[chosen.layer]}, head ${chosen.head}`;
+  const prior = data.priors[chosen.layer], name = headName(chosen.layer, chosen.head);
   byId("prior-title").textContent = `The implicit prior of ${name}`;
   if (prior === null) { byId("prior").textContent = "No prior was fitted to this layer; see below."; return; }
   const n = prior.size, lag = prior.lag[chosen.head], key = prior.key[chosen.head];
@@ -242,7 +248,7 @@ function drawMargins() {
   const thick = Math.max(1, plot.x(1) - plot.x(0) - 1.5);
   bars.forEach((b, i) => {
     let above = 0, below = 0;
-    const tip = `${data.layers[b.a]}, head ${b.h}\nmargin ${number(b.c + b.p)} nats\n` +
+    const tip = `${headName(b.a, b.h)}\nmargin ${number(b.c + b.p)} nats\n` +
       `content ${number(b.c)}, prior ${number(b.p)}`;
     for (const [value, colour] of [[b.c, COLOURS[0]], [b.p, COLOURS[4]]]) {
       const base = value >= 0 ? above : below;
@@ -253,7 +259,7 @@ function drawMargins() {
     }
     if (i === 0 || bars[i - 1].a !== b.a) {
       element("line", {x1: plot.x(i), x2: plot.x(i), y1: 36, y2: 232, stroke: "#ccc"}, plot.svg);
-      element("text", {x: plot.x(i) + 3, y: 246}, plot.svg, `layer ${b.a}`);
+      element("text", {x: plot.x(i) + 3, y: 246}, plot.svg, `layer ${data.numbers[b.a]}`);
     }
   });
   legend(plot.svg, [["content", COLOURS[0]], ["prior", COLOURS[4]]], 28);
@@ -265,7 +271,7 @@ function drawLayers() {
     const value = v => panel.log ? Math.log10(Math.max(v, 1e-9)) : v, entries = Object.entries(panel.curves);
     const ys = entries.flatMap(([, c]) => finite([...c.mean, ...(c.low ?? []), ...(c.high ?? [])])).map(value);
     const plot = frame(520, 300, panel.title, panel.names.map((_, a) => a), panel.log ? ys : [0, ...ys],
-      {x: "layer", y: "", log: panel.log});
+      {x: panel.log ? "block" : "layer", y: "", log: panel.log, numbers: panel.numbers});
     entries.forEach(([name, c], k) => {
       const colour = COLOURS[k], has = a => c.low && c.low[a] !== null && c.mean[a] !== null;
       c.mean.forEach((_, a) => has(a) && element("line", {x1: plot.x(a), x2: plot.x(a), y1: plot.y(value(c.low[a])),

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from eotattn.attention.running import SequenceStatistics
 from eotattn.checks import check_positive_int, require
 from eotattn.experiments.analysis.folder import check_folder, write_analysis
 from eotattn.experiments.analysis.shards import Shards, shards
@@ -73,8 +72,7 @@ def analyze(  # noqa: PLR0913  (one argument an option of the command)
     if attention is not None:
         idle = {"texts": texts or None, "max_length": max_length, "device": device, "dtype": dtype}
         _check_idle(idle | {"tokenizer": tokenizer}, "with attention maps")
-        found = TextFindings(_map_statistics(attention, layers, heads))
-        result = summarize([found])
+        result = summarize([_map_findings(attention, layers, heads)], chosen_heads=heads)
         _write(folder, result, Shards())
         return result
     if max_length is not None:
@@ -112,11 +110,10 @@ def _check_model(model: nn.Module, tokenizer: Any) -> None:
     require(not is_pair, OWNER, "model", "be an encoder or a decoder, not both", type(model).__name__, remedy)
 
 
-def _map_statistics(
-    attention: Any, layers: Sequence[str | int] | None, heads: Sequence[int] | None
-) -> dict[str, SequenceStatistics]:
+def _map_findings(attention: Any, layers: Sequence[str | int] | None, heads: Sequence[int] | None) -> TextFindings:
     """Statistics of the chosen layers and heads of stored maps."""
     maps = read_maps(attention)
+    numbers = {name: number for number, name in enumerate(maps)}
     if layers is not None:
         names = list(maps)
         known = all(layer in names or (isinstance(layer, int) and 0 <= layer < len(names)) for layer in layers)
@@ -124,7 +121,7 @@ def _map_statistics(
         require(known, OWNER, "layers", f"be among {{{listed}}}", list(layers), "Choose layers that the maps have")
         chosen = {layer if layer in names else names[int(layer)] for layer in layers}
         maps = {name: weights for name, weights in maps.items() if name in chosen}
-    return map_statistics(maps, heads=heads)
+    return TextFindings(map_statistics(maps, heads=heads), numbers=numbers)
 
 
 def _run(
@@ -151,7 +148,8 @@ def _run(
     parts = processes.gathered(found)
     if not parts:
         raise KeyboardInterrupt
-    return summarize(parts, tokens=texts.first_tokens, num_given=len(texts.ids), num_cut=texts.num_cut)
+    counts = {"num_given": len(texts.ids), "num_cut": texts.num_cut}
+    return summarize(parts, tokens=texts.first_tokens, chosen_heads=heads, **counts)
 
 
 @torch.no_grad()
@@ -162,4 +160,4 @@ def _run_text(
     device = next(model.parameters()).device
     with residuals(model) as norms, capture(model, layers, heads, certify=certify) as captured:
         model(ids.to(device))
-    return TextFindings(captured.layers, captured.values, captured.certificates, norms)
+    return TextFindings(captured.layers, captured.values, captured.certificates, norms, captured.numbers)

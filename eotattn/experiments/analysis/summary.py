@@ -6,7 +6,7 @@ Legend: A layers, H heads, N texts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -31,12 +31,14 @@ class TextFindings:
         values: Layer -> what its values do, where that was seen.
         certificates: Layer -> (1, H) duality gaps, where that was computed.
         residuals: Norms after every block.
+        numbers: Layer -> its number in the model; in the order of ``statistics`` where it is not known.
     """
 
     statistics: dict[str, SequenceStatistics]
     values: dict[str, ValueStatistics] = field(default_factory=dict)
     certificates: dict[str, Tensor] = field(default_factory=dict)
     residuals: Residuals = field(default_factory=Residuals)
+    numbers: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,9 +107,14 @@ def _kind(no_operation: float, broadcast: float, sink: float) -> str:
 
 
 def summarize(
-    found: Sequence[TextFindings], *, tokens: tuple[str, ...] = (), num_given: int = 1, num_cut: int = 0
+    found: Sequence[TextFindings],
+    *,
+    tokens: tuple[str, ...] = (),
+    num_given: int = 1,
+    num_cut: int = 0,
+    chosen_heads: Sequence[int] | None = None,
 ) -> Analysis:
-    """Put the findings of all texts together."""
+    """Put the findings of all texts together; ``chosen_heads`` numbers the heads where not all were kept."""
     names = list(dict.fromkeys(name for part in found for name in part.statistics))
     statistics = {name: merged([part.statistics[name] for part in found]) for name in names}
     values = {n: merged([part.values[n] for part in found]) for n in names if all(n in part.values for part in found)}
@@ -116,6 +123,9 @@ def summarize(
     priors = {layer: fit_prior(stats) for layer, stats in statistics.items() if _has_prior(stats)}
     residuals = merged([part.residuals for part in found])
     heads = head_report(statistics, values=values, certificates=certificates)
+    numbers = {name: number for part in found for name, number in part.numbers.items()}
+    heads = replace(heads, numbers=tuple(numbers.get(name, a) for a, name in enumerate(names)))
+    heads = heads if chosen_heads is None else replace(heads, heads=tuple(chosen_heads))
     return Analysis(
         heads=heads,
         priors=priors,

@@ -47,21 +47,24 @@ def _head_rows(analysis: Analysis) -> list[Row]:
     columns = analysis.heads.to_dict()
     rows: list[Row] = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     explained, kinds = analysis.explained(), analysis.sink_kinds()
-    order = {name: a for a, name in enumerate(analysis.heads.layers)}
+    layers, numbers = (list(names) for names in (analysis.heads.layers, analysis.heads.heads))
     for row in rows:
-        a, head = order[str(row["layer"])], int(row["head"])
+        a, head = layers.index(str(row["layer"])), numbers.index(int(row["head"]))
         row["explained by position"], row["sink kind"] = float(explained[a, head]), kinds[a][head]
     return rows
 
 
 def _layer_rows(analysis: Analysis) -> list[Row]:
+    """One row a layer: means over heads, with intervals."""
     heads = analysis.heads
-    means = {name: layer_means(values) for name, values in heads.mean.items()}
-    means |= {f"sink rate above {threshold}": rate for threshold, rate in heads.sink_rate.items()}
-    return [
-        {"layer": layer} | {name: float(values[a]) for name, values in means.items()}
-        for a, layer in enumerate(heads.layers)
-    ]
+    found = {name: (layer_means(values), heads.layer_interval[name]) for name, values in heads.mean.items()}
+    for threshold, rate in heads.sink_rate.items():
+        found[f"sink rate above {threshold}"] = rate, heads.sink_rate_interval[threshold]
+    rows: list[Row] = [{"layer": layer} for layer in heads.layers]
+    for a, row in enumerate(rows):
+        for name, (means, interval) in found.items():
+            row[name], row[f"{name} low"], row[f"{name} high"] = map(float, (means[a], *interval[a]))
+    return rows
 
 
 def _prior_rows(analysis: Analysis) -> list[Row]:
@@ -70,9 +73,9 @@ def _prior_rows(analysis: Analysis) -> list[Row]:
     for layer, report in analysis.priors.items():
         parts = (("lag", report.lags, report.lag), ("key", np.arange(report.key.shape[1]), report.key))
         for part, at, values in parts:
-            for head, row in enumerate(values):
+            for number, row in zip(analysis.heads.heads, values, strict=False):
                 rows += [
-                    {"layer": layer, "head": head, "part": part, "tokens": int(at[index]), "nats": float(row[index])}
+                    {"layer": layer, "head": number, "part": part, "tokens": int(at[index]), "nats": float(row[index])}
                     for index in np.flatnonzero(np.isfinite(row))
                 ]
     return rows
