@@ -107,6 +107,9 @@ def _mask_function(implementation: str) -> Callable[..., Tensor | None]:
                 f"q_length and kv_length. Use the release that the extra 'analysis' names."
             )
         additive = implementation == "eager"
+        for name in ("q_offset", "kv_offset"):  # a cache of fixed size counts in a tensor, and goes on counting
+            if isinstance(arguments.get(name), Tensor):
+                arguments[name] = arguments[name].clone()
         return LazyMask(make, sdpa_mask, arguments, arguments.get("dtype", torch.float32) if additive else torch.bool)
 
     return mask

@@ -137,6 +137,38 @@ def test_cached_generation_is_token_for_token(name, padding):
             assert_close(step.column_mass[..., :width], full.column_mass[..., :width], tolerance=1e-4)
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
+@torch.no_grad()
+def test_caches_of_fixed_size_are_read_in_chunks(name, implementation):
+    """They keep their length in a tensor that grows between the request for a mask and its use."""
+    from transformers import StaticCache
+
+    model = BY_NAME[name].build(implementation)
+    tokens = BY_NAME[name].inputs()["input_ids"]
+
+    def run():
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        parts = [
+            model(tokens[:, span], past_key_values=cache).logits for span in (slice(5), slice(5, 10), slice(10, 11))
+        ]
+        return torch.cat(parts, 1)
+
+    expected = run()
+    with capture(model) as captured:
+        actual = run()
+    assert_close(actual, expected, tolerance=1e-6)
+    with capture(model) as whole:
+        model(tokens)
+    for parts, once in zip(captured.layers.values(), whole.layers.values(), strict=True):
+        assert torch.equal(parts.num_queries, once.num_queries)
+        assert_close(parts.sums["entropy"], once.sums["entropy"], tolerance=1e-4)
+        reach = min(parts.max_lag, once.max_lag)
+        lags = [x.lag_mass[..., x.max_lag - reach : x.max_lag + reach + 1] for x in (parts, once)]
+        assert_close(*lags, tolerance=1e-4)
+        assert_close(lags[0].sum(-1), parts.num_queries[:, None].expand(3, 4), tolerance=1e-4)
+
+
 @torch.no_grad()
 def test_explicit_sinks_are_counted():
     model, inputs = BY_NAME["gpt-oss"].build(), BY_NAME["gpt-oss"].inputs()
