@@ -121,7 +121,12 @@ class Recorder:
         return f"{name}{PASS}{repeats + 1})" if repeats else name
 
     def keeps(self, name: str) -> bool:
-        """Whether this layer is wanted; numbers layers as they first appear."""
+        """Whether this layer is wanted; numbers layers as they first appear.
+
+        What runs within a backward pass is recomputed from a checkpoint, and was recorded before.
+        """
+        if torch._C._current_graph_task_id() != -1:
+            return False
         index = self.seen.setdefault(name, len(self.seen))
         return self.wanted is None or not {name, name.partition(PASS)[0], index}.isdisjoint(self.wanted)
 

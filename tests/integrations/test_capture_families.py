@@ -183,6 +183,16 @@ def test_explicit_sinks_are_counted():
 
 
 @torch.no_grad()
+def test_recomputed_checkpoints_are_recorded_once():
+    family = BY_NAME["llama"]
+    model, inputs = family.build().train(), family.inputs()
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    with torch.enable_grad(), capture(model) as captured:
+        result(model(**inputs)).square().mean().backward()
+    assert [stats.num_sequences for stats in captured.layers.values()] == [3, 3]
+
+
+@torch.no_grad()
 def test_training_goes_through_with_gradients_and_dropout():
     family = BY_NAME["bert"]
     model, inputs = family.build(), family.inputs()
