@@ -63,7 +63,7 @@ def read_maps(source: Tensor | NDArray[np.floating] | Mapping[str, object] | str
         )
         weights = array if isinstance(array, Tensor) else torch.from_numpy(np.asarray(array))
         is_real = not weights.is_complex()
-        require(is_real, OWNER, "the maps", "be real numbers", weights, "Pass the weights", error=TypeError)
+        require(is_real, OWNER, "the maps", "be real numbers", weights, "Pass the weights")
         fits = weights.dim() in (3, 4) and weights.numel() > 0
         require(fits, OWNER, "the maps", "have shape (H, Q, K) or (layers, H, Q, K)", weights, "Add the head axis")
         layers = [(name or "0", weights)] if weights.dim() == 3 else _numbered(name, weights)

@@ -100,7 +100,7 @@ def test_bad_files_are_named(tmp_path):
     ):
         with pytest.raises(ValueError, match=rf"read_maps: source must be a .* file of numbers, .* got '{name}'"):
             read_maps(tmp_path / name)
-    with pytest.raises(TypeError, match=r"read_maps: the maps must be real numbers"):
+    with pytest.raises(ValueError, match=r"read_maps: the maps must be real numbers"):
         read_maps(torch.full((1, 2, 2), 0.5, dtype=torch.complex64))
     with pytest.raises(TypeError, match=r"read_maps: source\['a'\] must be an array"):
         read_maps({"a": [0.5, 0.5]})
