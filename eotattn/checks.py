@@ -20,6 +20,7 @@ __all__ = [
     "check_no_nan",
     "check_positive",
     "check_positive_int",
+    "check_probability",
     "check_same_device",
     "check_shape",
     "describe",
@@ -123,6 +124,14 @@ def check_positive(
     rule = f"be {'non-negative' if allow_zero else 'positive'}{'' if allow_inf else ' and finite'}"
     require(low and high, owner, argument, rule, value, "Choose a value in that range")
     return number
+
+
+def check_probability(owner: str, argument: str, value: Any) -> float:
+    """Return ``value`` as a float, or raise unless it is a number in [0, 1)."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    require(is_number, owner, argument, "be a number", value, "Pass a Python float", error=TypeError)
+    require(0 <= value < 1, owner, argument, "lie in [0, 1)", value, "Pass a probability")
+    return float(value)
 
 
 def check_choice(owner: str, argument: str, value: Any, choices: Sequence[str]) -> str:

@@ -5,18 +5,37 @@ Legend: B batch, Hk key heads, S slots, L new tokens, D key width, V value width
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from eotattn.attention.key_storage import KeyStorage
-from eotattn.checks import check_positive_int, check_shape, fail, require
+from eotattn.attention.masks import check_padding_mask
+from eotattn.checks import check_floating, check_positive_int, check_same_device, check_shape, fail, require
 from eotattn.priors import LogPrior
 from eotattn.priors.base import check_prior
 
-__all__ = ["KeyValueCache"]
+__all__ = ["CacheView", "KeyValueCache"]
+
+
+class CacheView(NamedTuple):
+    """A cache as some new tokens will leave it; what they bring themselves is not in the slots yet.
+
+    Args:
+        keys: (B, Hk, K, D), the slots filled by then, a view.
+        values: (B, Hk, K, V), likewise.
+        query_positions: Positions of the new tokens, a ``range`` or (B, L).
+        key_positions: Positions of all slots, a ``range`` or (B, K).
+        padding: (B, K), true where a slot is padding, or ``None`` while there is none.
+    """
+
+    keys: Tensor
+    values: Tensor
+    query_positions: Tensor | range
+    key_positions: Tensor | range
+    padding: Tensor | None
 
 
 class KeyValueCache:
@@ -52,6 +71,7 @@ class KeyValueCache:
         (3, torch.Size([1, 2, 3, 4]))
     """
 
+    @torch.inference_mode(False)  # so that no later step is bound to the mode in which the cache was made
     def __init__(
         self,
         batch_size: int,
@@ -122,17 +142,32 @@ class KeyValueCache:
             padding: (B, count), true where a new token is padding.
 
         Raises:
-            ValueError: If the slots do not suffice.
+            ValueError: If the slots do not suffice, or the padding has another shape.
+            TypeError: If the padding is not boolean.
         """
         end = self.length + count
         if not self.has_room(count):
             rule = f"leave room in {self.max_length} slots"
             fail("KeyValueCache", "key", rule, f"{end} tokens", "Allocate more or crop")
         if padding is not None:
+            check_padding_mask("KeyValueCache", padding, (self._values.shape[0], count), "One entry a token")
+            check_same_device("KeyValueCache", ("the cache", self._values), key_padding_mask=padding)
             return self.first_position + self._counts((~padding).to(torch.int64))
         if self._has_padding:
             return self._positions[:, self.length : end]
         return range(self.first_position + self.length, self.first_position + end)
+
+    def after(self, key: Tensor, value: Tensor, padding: Tensor | None = None) -> CacheView:
+        """What :meth:`append` would make of the cache; raises what it raises, and writes nothing."""
+        self._check_new(key, value)
+        count = key.shape[-2]
+        new, end = self.next_positions(count, padding), self.length + count
+        sides = (self._keys.content[:, :, :end], self._values[:, :, :end, : self.value_width])
+        if isinstance(new, range):
+            return CacheView(*sides, new, range(self.first_position, new.stop), None)
+        marks = self._padding[:, self.length : end] if padding is None else padding
+        earlier, marked = self._positions[:, : self.length], self._padding[:, : self.length]
+        return CacheView(*sides, new, torch.cat([earlier, new], dim=1), torch.cat([marked, marks], dim=1))
 
     def append(self, key: Tensor, value: Tensor, padding: Tensor | None = None) -> Tensor | range:
         """Write new tokens into the next slots.
@@ -147,13 +182,10 @@ class KeyValueCache:
 
         Raises:
             ValueError: If the shapes do not fit or the slots do not suffice.
+            TypeError: If the padding is not boolean.
         """
-        (batch, heads), start, count = self._values.shape[:2], self.length, key.shape[-2]
-        width = self._keys.content_width
-        check_shape("KeyValueCache", "key", key, (batch, heads, count, width), "Match the cache")
-        check_shape("KeyValueCache", "value", value, (batch, heads, count, self.value_width), "Match the cache")
-        if padding is not None:
-            check_shape("KeyValueCache", "padding", padding, (batch, count), "One entry a token")
+        self._check_new(key, value)
+        start, count = self.length, key.shape[-2]
         positions, end = self.next_positions(count, padding), start + count
         self._write(key, value, padding)
         if padding is not None and not isinstance(positions, range):
@@ -198,6 +230,9 @@ class KeyValueCache:
 
     def reorder(self, samples: Tensor) -> None:
         """Let sample b continue what sample ``samples[b]`` was, as beam search does; ``samples`` is (B,) integer."""
+        is_index = isinstance(samples, Tensor) and samples.dtype in (torch.int32, torch.int64)
+        remedy = "Pass the sample that each one continues"
+        require(is_index, "KeyValueCache", "samples", "be an integer tensor", samples, remedy, error=TypeError)
         check_shape("KeyValueCache", "samples", samples, (self._values.shape[0],), "One index a sample")
         for storage in (self._keys.tensor, self._values):
             storage[:, :, : self.length] = storage[samples, :, : self.length]
@@ -205,6 +240,11 @@ class KeyValueCache:
             self._padding[:, : self.length] = self._padding[samples, : self.length]
             self._positions[:, : self.length] = self._positions[samples, : self.length]
             self._expect_no_padding(self.length)
+
+    def _check_new(self, key: Tensor, value: Tensor) -> None:
+        for name, side, width in (("key", key, self._keys.content_width), ("value", value, self.value_width)):
+            check_floating("KeyValueCache", name, side)
+            check_shape("KeyValueCache", name, side, (*self._values.shape[:2], key.shape[-2], width), "Match the cache")
 
     def _write(self, key: Tensor, value: Tensor, padding: Tensor | None) -> None:
         start, end = self.length, self.length + key.shape[2]
@@ -235,4 +275,5 @@ class KeyValueCache:
         """On a CPU values as wide as keys with their lanes, zeros behind: the fused kernel there wants equal widths."""
         missing = self._keys.tensor.shape[-1] - self._values.shape[-1]
         if self._values.device.type == "cpu" and missing > 0:
-            self._values = functional.pad(self._values, (0, missing))
+            with torch.inference_mode(False):
+                self._values = functional.pad(self._values, (0, missing))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from eotattn.checks import (
     check_floating,
     check_positive,
     check_positive_int,
+    check_probability,
     check_same_device,
     check_shape,
     fail,
@@ -89,7 +90,7 @@ class AttentionCall:
         _check_content(query, key, value)
         _check_prior(prior, query.shape[1])
         scale = 1 / math.sqrt(query.shape[-1]) if scale is None else check_positive(OWNER, "scale", scale)
-        require(0 <= dropout_p < 1, OWNER, "dropout_p", "lie in [0, 1)", dropout_p, "Pass a probability")
+        check_probability(OWNER, "dropout_p", dropout_p)
         if documents is not None:
             _check_documents(documents, query, key, query_positions, key_positions, key_padding_mask)
             query_positions = key_positions = documents.positions(query.shape[0], query.shape[2], query.device)
@@ -112,6 +113,10 @@ class AttentionCall:
         if attn_mask is not None or key_padding_mask is not None:
             check_same_device(OWNER, ("query", query), attn_mask=attn_mask, key_padding_mask=key_padding_mask)
         return cls(query, key, value, prior, queries, keys, masks, scale, dropout_p, return_weights, cache)
+
+    def with_content(self, key: Tensor, value: Tensor) -> AttentionCall:
+        """The same call with other keys and values of the same shapes, in the dtype of the call."""
+        return replace(self, key=key.to(self.key.dtype), value=value.to(self.value.dtype))
 
     @property
     def prior_name(self) -> str:

@@ -15,7 +15,7 @@ from eotattn.attention.backends import BACKENDS, choose, refusal
 from eotattn.attention.call import AttentionCall
 from eotattn.attention.masks import Masks
 from eotattn.attention.measured import TIMES, Times, pattern_of
-from eotattn.checks import check_choice
+from eotattn.checks import check_choice, require
 from eotattn.kernels import sdpa
 
 __all__ = ["Explanation", "explain"]
@@ -90,6 +90,8 @@ def explain(query: Tensor, key: Tensor, value: Tensor, *, backend: str = "auto",
         not varlen   this prior has no lanes; use backend='reference' or 'flex'
     """
     check_choice("explain", "backend", backend, ("auto", *BACKENDS))
+    kept = options.get("cache") is None
+    require(kept, "explain", "cache", "be left out", options.get("cache"), "Pass the keys and positions that it holds")
     call = AttentionCall.check(query, key, value, **options)
     wanted = choose(call) if backend == "auto" else backend
     refused = refusal(wanted, call)

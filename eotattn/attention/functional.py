@@ -13,7 +13,7 @@ from eotattn.attention.cache import KeyValueCache
 from eotattn.attention.call import AttentionCall, without_autocast
 from eotattn.attention.decoding import remember_step, step_again
 from eotattn.attention.documents import PackedDocuments
-from eotattn.checks import check_choice, fail
+from eotattn.checks import check_choice, check_floating, fail, require
 from eotattn.priors import LogPrior
 
 __all__ = ["prior_attention"]
@@ -91,14 +91,14 @@ def prior_attention(
     if backend != "auto":
         check_choice("prior_attention", "backend", backend, ("auto", *BACKENDS))
     content, options = (query, key, value), (is_causal, window, scale, dropout_p, backend)
+    new = (key, value, key_padding_mask)
     if cache is not None:
         is_watched = run is not backends.run  # who listens in on calls sees every one
         is_step = attn_mask is None and key_padding_mask is None and not return_weights and not is_watched
-        _check_left_to_cache(query, key, query_positions, key_positions, documents)
+        _check_left_to_cache(query, key, cache, query_positions, key_positions, documents)
         if is_step and (output := step_again(*content, prior, cache, options)) is not None:
             return output
-        query_positions = cache.append(key, value, key_padding_mask)
-        key, value, key_positions, key_padding_mask = cache.keys, cache.values, cache.positions, cache.padding
+        key, value, query_positions, key_positions, key_padding_mask = cache.after(*new)
     call = AttentionCall.check(
         query,
         key,
@@ -121,6 +121,9 @@ def prior_attention(
         raise NotImplementedError(
             f"prior_attention: backend {chosen!r} cannot serve this call with {call.prior_name}: {reason}."
         )
+    if cache is not None:  # not before every check: a call that fails leaves the cache as it was
+        cache.append(*new)
+        call = call.with_content(cache.keys, cache.values)
     with without_autocast(call.query.device):
         output, weights = run(chosen, call)
     if cache is not None and is_step:
@@ -131,11 +134,17 @@ def prior_attention(
 def _check_left_to_cache(
     query: Tensor,
     key: Tensor,
+    cache: KeyValueCache,
     query_positions: Tensor | range | None,
     key_positions: Tensor | range | None,
     documents: PackedDocuments | None,
 ) -> None:
     owner = "prior_attention"
+    remedy = "Make one with PriorAttention.make_cache"
+    require(isinstance(cache, KeyValueCache), owner, "cache", "be a KeyValueCache", cache, remedy, error=TypeError)
+    for name, side in (("query", query), ("key", key)):
+        check_floating(owner, name, side)
+        require(side.dim() == 4, owner, name, "have shape (B, heads, length, width)", side, "Split the heads first")
     if key.shape[2] != query.shape[2]:
         fail(owner, "key", f"have {query.shape[2]} tokens, as the query has", key, "Pass new tokens alone")
     others = (("query_positions", query_positions), ("key_positions", key_positions), ("documents", documents))

@@ -160,5 +160,6 @@ class KeyStorage:
         beside = self._num_lanes + self._marks_padding
         width = sdpa.kernel_width(self.content_width + beside, self.tensor.device) if beside else self.content_width
         if width > self.tensor.shape[-1]:
-            self.tensor = functional.pad(self.tensor, (0, width - self.tensor.shape[-1]))
+            with torch.inference_mode(False):
+                self.tensor = functional.pad(self.tensor, (0, width - self.tensor.shape[-1]))
         self._query_lanes = self.tensor.new_zeros(0, 0)  # of another width

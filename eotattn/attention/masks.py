@@ -15,7 +15,7 @@ from eotattn.attention.documents import PackedDocuments
 from eotattn.attention.positions import Band
 from eotattn.checks import check_floating, check_shape, fail, require
 
-__all__ = ["Masks", "from_multihead_convention", "gather_masks"]
+__all__ = ["Masks", "check_padding_mask", "from_multihead_convention", "gather_masks"]
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,7 @@ def gather_masks(
     """
     batch, _, queries, keys = shape
     if key_padding_mask is not None:
-        is_boolean = isinstance(key_padding_mask, Tensor) and key_padding_mask.dtype == torch.bool
-        remedy = "Compare the tokens with the padding token"
-        require(is_boolean, owner, "key_padding_mask", "be a boolean tensor", key_padding_mask, remedy, error=TypeError)
-        check_shape(owner, "key_padding_mask", key_padding_mask, (batch, keys), "One entry a key")
+        check_padding_mask(owner, key_padding_mask, (batch, keys), "One entry a key")
     if attn_mask is not None:
         _check_attn_mask(owner, attn_mask, shape)
         attn_mask = torch.atleast_2d(attn_mask)  # fused calls want the two last axes to be there
@@ -116,6 +113,16 @@ def gather_masks(
         return Masks(None, key_padding_mask, causal, documents)
     pattern = _pattern(causal, documents, batch, queries, keys, attn_mask.device)
     return Masks(_both(pattern, attn_mask), key_padding_mask)
+
+
+def check_padding_mask(owner: str, mask: Tensor, shape: tuple[int, int], remedy: str) -> None:
+    """Raise unless ``mask`` is boolean and of ``shape``."""
+    is_boolean, cure = (
+        isinstance(mask, Tensor) and mask.dtype == torch.bool,
+        "Compare the tokens with the padding token",
+    )
+    require(is_boolean, owner, "key_padding_mask", "be a boolean tensor", mask, cure, error=TypeError)
+    check_shape(owner, "key_padding_mask", mask, shape, remedy)
 
 
 def _check_attn_mask(owner: str, mask: Tensor, shape: tuple[int, ...]) -> None:
@@ -145,9 +152,9 @@ def from_multihead_convention(
                 fail(owner, "attn_mask", f"have {batch} * {num_heads} matrices", mask, "Use (B, H, Q, K) otherwise")
             mask = mask.unflatten(0, (batch, num_heads))
         mask = ~mask if mask.dtype == torch.bool else mask
-    if padding is not None and padding.dim() == 1:
+    if isinstance(padding, Tensor) and padding.dim() == 1:
         padding = padding.unsqueeze(0)
-    if padding is None or not padding.is_floating_point():
+    if not isinstance(padding, Tensor) or not padding.is_floating_point():
         return mask, padding
     added = padding[:, None, None, :]
     if mask is None:

@@ -20,7 +20,7 @@ from eotattn.attention.functional import prior_attention
 from eotattn.attention.masks import from_multihead_convention
 from eotattn.attention.projected_heads import Heads, ProjectedHeads
 from eotattn.attention.rotary import Rotary
-from eotattn.checks import check_choice, check_positive_int, require
+from eotattn.checks import check_choice, check_floating, check_positive_int, check_probability, fail, require
 from eotattn.kernels.sdpa import WIDTH_STEP
 from eotattn.priors import LogPrior
 from eotattn.priors.base import check_prior
@@ -101,10 +101,9 @@ class PriorAttention(ProjectedHeads):
         widths: dict[str, Any] = {"num_kv_heads": num_kv_heads, "kdim": kdim, "vdim": vdim}
         reserved = _num_reserved(owner, prior, lanes, lane_dtype)
         super().__init__(embed_dim, num_heads, **widths, reserved=reserved, rotary=rotary, bias=bias, **make)
-        require(0 <= dropout < 1, owner, "dropout", "lie in [0, 1)", dropout, "Pass a probability")
         self.backend = check_choice(owner, "backend", backend, ("auto", *BACKENDS))
         self.window = None if window is None else check_positive_int(owner, "window", window)
-        self.lanes, self.dropout, self.batch_first = lanes, dropout, batch_first
+        self.lanes, self.dropout, self.batch_first = lanes, check_probability(owner, "dropout", dropout), batch_first
         self.scale = 1 / math.sqrt(self.content_dim)
         self.prior = prior  # not reset: it may come trained
         sizes, kinds = (self.num_kv_heads, self.content_dim, self.head_dim), (add_bias_kv, add_zero_attn)
@@ -140,7 +139,8 @@ class PriorAttention(ProjectedHeads):
             query: (B, Q, E) if ``batch_first``, else (Q, B, E); or (Q, E).
             key: Likewise with K and ``kdim``; by default ``query``.
             value: Likewise with K and ``vdim``; by default ``key``.
-            key_padding_mask: (B, K), true where a key is padding; floating ones are added to the score.
+            key_padding_mask: (B, K), true where a key is padding; floating ones are added to the score (not with a
+                cache, which has to know what is padding).
             need_weights: Return the weights; this takes the dense path. Pass false for speed.
             attn_mask: (Q, K), (B * H, Q, K) or (B, H, Q, K); boolean with true where a query may *not* attend, or
                 floating and added to the score, nats.
@@ -160,12 +160,17 @@ class PriorAttention(ProjectedHeads):
         owner = type(self).__name__
         key = query if key is None else key
         value = key if value is None else value
+        for name, side in (("query", query), ("key", key), ("value", value)):
+            check_floating(owner, name, side)
         is_batched = query.dim() == 3
         require(query.dim() in (2, 3), owner, "query", "have two or three axes", query, "Add or drop the batch axis")
         if key is query and key_positions is None:
             key_positions = query_positions
         inputs = as_batch(query, key, value, is_batched=is_batched, batch_first=self.batch_first)
         self.check_widths(*inputs)
+        if cache is not None and isinstance(key_padding_mask, Tensor) and key_padding_mask.is_floating_point():
+            rule, remedy = "be boolean with a cache, which keeps it for later calls", "Compare it with zero"
+            fail(owner, "key_padding_mask", rule, key_padding_mask, remedy, error=TypeError)
         mask, padding = from_multihead_convention(
             owner, attn_mask, key_padding_mask, batch=inputs[0].shape[0], num_heads=self.num_heads
         )

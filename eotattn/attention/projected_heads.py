@@ -69,6 +69,8 @@ class ProjectedHeads(nn.Module):
         rule, got = f"leave content in a head of width {self.head_dim}", f"{reserved} lanes"
         require(self.content_dim > 0, owner, "prior", rule, got, "Use fewer frequencies or lanes='appended'")
         if rotary is not None:
+            is_rotary, remedy = isinstance(rotary, Rotary), "Build one of the content's width"
+            require(is_rotary, owner, "rotary", "be a Rotary", rotary, remedy, error=TypeError)
             rule = f"have width {self.content_dim}"
             require(rotary.width == self.content_dim, owner, "rotary", rule, rotary.width, "Rebuild it for the content")
         self.rotary = rotary

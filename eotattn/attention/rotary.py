@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from eotattn.attention.positions import resolve_positions
-from eotattn.checks import check_positive, check_positive_int, require
+from eotattn.checks import check_floating, check_positive, check_positive_int, check_shape, require
 
 __all__ = ["Rotary"]
 
@@ -56,6 +56,8 @@ class Rotary(nn.Module):
         Returns:
             Same shape and dtype.
         """
+        check_floating("Rotary", "content", content)
+        check_shape("Rotary", "content", content, (None, None, None, self.width), "Split heads of this width first")
         batch, _, length, _ = content.shape
         positions = resolve_positions(
             "Rotary", argument, positions, batch=batch, length=length, num_coordinates=1, device=content.device

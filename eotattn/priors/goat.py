@@ -73,16 +73,21 @@ def goat_prior(
     check_choice("goat_prior", "form", form, ("split", "paper"))
     scale = check_positive("goat_prior", "length_scale", length_scale)
     if form == "paper":
-        periods = (min_period or 2 * math.pi, max_period or 2 * math.pi * 10_000)
-        waves: LogPrior = FourierPrior(num_heads, num_frequencies, *periods)
+        shortest, longest = _or(min_period, 2 * math.pi), _or(max_period, 2 * math.pi * 10_000)
+        waves: LogPrior = FourierPrior(num_heads, num_frequencies, shortest, longest)
         sink = SinkPrior(num_heads, 4 if num_key_frequencies is None else num_key_frequencies, scale)
         return SumPrior(waves, RecencyPrior(num_heads, init), sink)
     lags = _split_mean_lags(num_heads, scale)
-    shortest = min_period or 2.5
-    waves = FourierPrior(num_heads, num_frequencies, shortest, max_period or max(shortest, scale / 4))
+    shortest = _or(min_period, 2.5)
+    waves = FourierPrior(num_heads, num_frequencies, shortest, _or(max_period, max(shortest, scale / 4)))
     weaker = [min(1.0, scale / (2 * lag)) for lag in lags]
     sink = SinkPrior(num_heads, num_key_frequencies or 0, scale, horizon=scale)
     return SumPrior(waves * weaker, RecencyPrior(num_heads, init, lags), sink)
+
+
+def _or(given: float | None, default: float) -> float:
+    """What was given, be it zero, or the default."""
+    return default if given is None else given
 
 
 def _split_mean_lags(num_heads: int, length_scale: float) -> list[float]:

@@ -12,6 +12,7 @@ from eotattn.attention import (
     PackedDocuments,
     PriorAttention,
     Rotary,
+    explain,
     prior_attention,
 )
 from eotattn.priors import (
@@ -139,6 +140,7 @@ FUNCTIONAL = {
     "dropout one": (call(dropout_p=1.0), ValueError, r"dropout_p must lie in \[0, 1\)"),
     "dropout negative": (call(dropout_p=-0.1), ValueError, r"dropout_p must lie in \[0, 1\)"),
     "dropout NaN": (call(dropout_p=math.nan), ValueError, r"dropout_p must lie in \[0, 1\)"),
+    "dropout no number": (call(dropout_p=None), TypeError, "dropout_p must be a number; got None"),
     "mask too large": (
         call(attn_mask=torch.ones(Q, K + 1, dtype=torch.bool)),
         ValueError,
@@ -227,6 +229,17 @@ FUNCTIONAL = {
         ValueError,
         "documents must be left to the cache",
     ),
+    "no cache": (call(key=KEY[:, :, :Q], cache={}), TypeError, "cache must be a KeyValueCache; got {}"),
+    "a cache and no tensor": (
+        call(query=[1.0], cache=KeyValueCache(B, 3, 9, D, V)),
+        TypeError,
+        "query must be a tensor",
+    ),
+    "a cache explained": (
+        lambda: explain(QUERY, QUERY, QUERY, cache=KeyValueCache(B, H, 9, D, D)),
+        ValueError,
+        "explain: cache must be left out",
+    ),
     "misspelled keyword": (call(causal=True), TypeError, "unexpected keyword argument 'causal'"),
     "positional prior": (lambda: prior_attention(QUERY, KEY, VALUE, RECENCY), TypeError, "positional"),
     "sdpa without lanes": (
@@ -294,6 +307,31 @@ MODULE = {
     "prior of other heads": (layer(24, 4, prior=RecencyPrior(2)), ValueError, "prior must have 4 heads; got 2"),
     "prior no prior": (layer(24, 4, prior=torch.zeros(4)), TypeError, "prior must be a LogPrior"),
     "dropout one": (layer(24, 4, dropout=1.0), ValueError, r"dropout must lie in \[0, 1\)"),
+    "dropout no number": (layer(24, 4, dropout="some"), TypeError, "PriorAttention: dropout must be a number"),
+    "rotary no rotary": (layer(24, 4, rotary=10_000.0), TypeError, "PriorAttention: rotary must be a Rotary"),
+    "rotary of another content": (
+        lambda: Rotary(6)(QUERY),
+        ValueError,
+        r"content must have shape \(any, any, any, 6\)",
+    ),
+    "rotary without heads": (lambda: Rotary(D)(QUERY[0]), ValueError, "Rotary: content must have shape"),
+    "input no tensor": (lambda: LAYER([1.0]), TypeError, "PriorAttention: query must be a tensor"),
+    "key no tensor": (lambda: LAYER(X, [1.0]), TypeError, "PriorAttention: key must be a tensor"),
+    "padding no tensor": (
+        lambda: LAYER(X, key_padding_mask=[False] * Q),
+        TypeError,
+        "key_padding_mask must be a boolean tensor",
+    ),
+    "padding that a cache cannot keep": (
+        lambda: LAYER(X, key_padding_mask=torch.zeros(B, Q), cache=LAYER.make_cache(B, Q)),
+        TypeError,
+        "PriorAttention: key_padding_mask must be boolean with a cache",
+    ),
+    "beams that are flags": (
+        lambda: LAYER.make_cache(B, Q).reorder(torch.tensor([True, False])),
+        TypeError,
+        "samples must be an integer tensor",
+    ),
     "unknown backend": (layer(24, 4, backend="math"), ValueError, "backend must be one of"),
     "unknown lanes": (layer(24, 4, lanes="none"), ValueError, "lanes must be one of 'appended', 'reserved'"),
     "misspelled keyword": (layer(24, 4, num_kv_head=2), TypeError, "unexpected keyword argument"),
@@ -383,6 +421,13 @@ MODULE = {
         lambda: LAYER.make_cache(1, 4).crop(1),
         ValueError,
         "length must be at most the 0 slots filled; got 1",
+    ),
+    "goat prior of period zero": (lambda: goat_prior(4, min_period=0.0), ValueError, "min_period must be positive"),
+    "goat prior up to period zero": (lambda: goat_prior(4, max_period=0.0), ValueError, "max_period must be positive"),
+    "the paper's prior of period zero": (
+        lambda: goat_prior(4, form="paper", min_period=0.0),
+        ValueError,
+        "min_period must be positive",
     ),
     "goat prior misspelled": (lambda: goat_prior(4, frequencies=3), TypeError, "unexpected keyword"),
 }

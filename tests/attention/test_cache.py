@@ -262,7 +262,7 @@ def test_a_step_unlike_the_one_before_is_checked_again():
         ):
             with pytest.raises(ValueError, match=error):
                 prior_attention(*wrong, prior=prior, is_causal=True, cache=cache)
-            cache.crop(10)
+            assert cache.length == 10
         output = prior_attention(query, key, value, prior=prior, is_causal=True, cache=cache, backend="reference")
     expected = prior_attention(*part(inputs, 0, 11), prior=prior, is_causal=True, backend="reference")
     assert_close(output, expected[:, :, 10:])
@@ -304,3 +304,47 @@ def test_a_padded_prompt_needs_no_square_mask(monkeypatch):
     expected = prior_attention(*alone, prior=prior, is_causal=True, backend="reference")
     assert_close(output[1:, :, 7:], expected)
     assert not output[1, :, :7].any()
+
+
+WRONG_CALLS = {
+    "prior of other heads": ({"prior": RecencyPrior(3)}, ValueError),
+    "mask of the new keys alone": ({"attn_mask": torch.ones(3, 3, dtype=torch.bool)}, ValueError),
+    "scale": ({"scale": -1.0}, ValueError),
+    "window": ({"window": 0}, ValueError),
+    "dropout": ({"dropout_p": 1.0}, ValueError),
+    "backend without lanes": ({"prior": TablePrior(H, 3), "backend": "sdpa"}, NotImplementedError),
+    "backend of a GPU": ({"backend": "flex"}, NotImplementedError),
+    "padding in numbers": ({"key_padding_mask": torch.zeros(B, 3, dtype=torch.int64)}, TypeError),
+    "padding of all keys": ({"key_padding_mask": torch.zeros(B, 13, dtype=torch.bool)}, ValueError),
+    "padding elsewhere": ({"key_padding_mask": torch.zeros(B, 3, dtype=torch.bool, device="meta")}, ValueError),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_CALLS)
+def test_a_call_that_fails_leaves_the_cache_as_it_was(name):
+    arguments, error = WRONG_CALLS[name]
+    prior, inputs = PRIORS["goat"](), content()
+    cache = cache_for(prior)
+    steps(inputs, prior, cache, [10])
+    with pytest.raises(error, match=r"must|cannot serve"):
+        prior_attention(*part(inputs, 10, 13), **{"prior": prior, "is_causal": True, "cache": cache, **arguments})
+    assert cache.length == 10
+    assert isinstance(cache.positions, range)
+    expected = prior_attention(*part(inputs, 0, 13), prior=prior, is_causal=True, backend="reference")
+    assert_close(steps(inputs, prior, cache, [3], start=10), expected[:, :, 10:])
+
+
+@pytest.mark.parametrize("made_in", [True, False])
+def test_a_cache_outlives_inference_mode(made_in):
+    """Neither making a cache nor a padded prompt, which widens it, binds later steps to inference mode."""
+    prior, inputs = PRIORS["goat"](), content()
+    padding = torch.zeros(B, 10, dtype=torch.bool)
+    padding[1, :4] = True
+    with torch.inference_mode(made_in):
+        cache = cache_for(prior)
+    with torch.inference_mode():
+        steps(inputs, prior, cache, [10], key_padding_mask=padding)
+    output = steps(inputs, prior, cache, [1, 2], start=10)
+    alone = [side[1:, :, 4:13] for side in inputs]
+    expected = prior_attention(*alone, prior=prior, is_causal=True, backend="reference")
+    assert_close(output[1:], expected[:, :, 6:])
