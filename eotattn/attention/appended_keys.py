@@ -66,12 +66,14 @@ class AppendedKeys(nn.Module):
 
     def positions(self, keys: Tensor | range | None, length: int, device: torch.device) -> Tensor | range:
         """Positions of all keys, given those of the ``length`` keys of tokens."""
+        if keys is None and torch.compiler.is_compiling():  # a range would hold a graph to this length
+            return torch.arange(-self.count, length, device=device)
         keys = range(length) if keys is None else keys
         if isinstance(keys, range):
             if keys.start == 0:
                 return range(-self.count, keys.stop)
             keys = torch.arange(keys.start, keys.stop, device=device)
-        before = torch.arange(-self.count, 0, dtype=keys.dtype, device=device)
+        before = torch.arange(-self.count, 0, device=device)
         return torch.cat([before.expand(*keys.shape[:-1], -1), keys], dim=-1)
 
     def widen(self, mask: Tensor | None, keys: int, *, visible: bool) -> Tensor | None:

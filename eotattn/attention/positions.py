@@ -98,14 +98,15 @@ def resolve_positions(
         return Positions(None, first, length, device)
     remedy = "Pass a tensor, a range, or nothing for 0, 1, 2, ..."
     require(isinstance(given, Tensor), owner, argument, "be a tensor or a range", given, remedy, error=TypeError)
-    tail = (num_coordinates,) if on_grid else ()
-    shape = tuple(given.shape)
-    if shape not in [(length, *tail), (1, length, *tail), (batch, length, *tail)]:
-        wanted = f"{(length, *tail)} or {(batch, length, *tail)}"
-        fail(owner, argument, f"have shape {wanted}", given, "One position a token")
+    row = (length, num_coordinates) if on_grid else (length,)
+    shape, axes = tuple(given.shape), given.dim() - len(row)  # axes first: sizes that differ by chance guard a graph
+    if axes not in (0, 1) or shape[axes:] != row or (axes == 1 and shape[0] not in (1, batch)):
+        fail(owner, argument, f"have shape {row} or {(batch, *row)}", given, "One position a token")
     if given.device != device:
         fail(owner, argument, f"be on {device}", given, "Move it to the query's device")
     check_positions(owner, argument, given, num_coordinates)
+    if given.dtype not in (torch.int64, torch.int32):  # differences of narrow numbers wrap or round
+        given = given.to(torch.float64 if given.is_floating_point() else torch.int64)
     return Positions(given, None, length, device, on_grid)
 
 

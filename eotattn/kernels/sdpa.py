@@ -55,6 +55,9 @@ def attend(
     padded = query.device.type == "cpu" and value_width < query.shape[-1]
     if padded:  # the fused CPU kernel wants equal widths; the path without it is several times slower
         value = functional.pad(value, (0, query.shape[-1] - value_width))
+    grouped = (
+        {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
+    )  # a branch, since graphs want no symbol here
     output = functional.scaled_dot_product_attention(
         query,
         key,
@@ -63,7 +66,7 @@ def attend(
         dropout_p=dropout_p,
         is_causal=is_causal,
         scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
+        **grouped,
     )
     return output[..., :value_width] if padded else output
 

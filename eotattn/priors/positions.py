@@ -49,7 +49,7 @@ def check_positions(owner: str, argument: str, positions: Tensor | None, num_coo
     require(positions.numel() > 0, owner, argument, "not be empty", positions, "Pass at least one token")
     is_real = not positions.is_complex() and positions.dtype != torch.bool
     require(is_real, owner, argument, "hold real numbers", positions, "Cast it", error=TypeError)
-    if positions.is_floating_point() and not torch.compiler.is_compiling():
+    if positions.is_floating_point() and is_plain():
         check_no_nan(owner, argument, positions)
 
 

@@ -8,6 +8,7 @@ from attention.oracles import attention, normal
 from priors.cases import off_neutral
 from tolerances import assert_close
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from eotattn.attention import PriorAttention
 from eotattn.priors import goat_prior
@@ -131,3 +132,27 @@ def test_they_are_initialised_as_in_multihead_attention():
     before = layer.appended.key.clone()
     layer.reset_parameters()
     assert not torch.equal(layer.appended.key, before)
+
+
+def test_they_stand_before_positions_of_any_dtype():
+    layer, x = randomised(PriorAttention(E, H, prior=goat(), add_bias_kv=True, dtype=torch.float64)), normal(B, Q, E)
+    expected, _ = layer(x, is_causal=True, need_weights=False)
+    for dtype in (torch.uint8, torch.int16, torch.float32):
+        positions = torch.arange(Q, dtype=dtype)
+        assert_close(layer(x, is_causal=True, query_positions=positions, need_weights=False)[0], expected)
+
+
+def test_a_layer_with_them_compiles_for_all_lengths():
+    torch._dynamo.reset()
+    layer, counter = randomised(PriorAttention(E, H, prior=goat(), **KINDS["both"])), CompileCounter()
+    compiled = torch.compile(
+        lambda x, padding: layer(x, is_causal=True, key_padding_mask=padding, need_weights=False)[0],
+        fullgraph=True,
+        backend=counter,
+    )
+    for length in (5, 7, 12, 17, 24):
+        x, padding = normal(B, length, E).float(), torch.zeros(B, length, dtype=torch.bool)
+        padding[1, 3:] = True
+        expected, _ = layer(x, is_causal=True, key_padding_mask=padding, need_weights=False)
+        assert_close(compiled(x, padding), expected)
+    assert counter.frame_count <= 2

@@ -135,6 +135,34 @@ def test_explicit_positions(backend, is_causal):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("window", [None, 7, 300])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.float16, torch.bfloat16])
+def test_differences_of_narrow_positions_neither_wrap_nor_round(dtype, window, backend):
+    numbers = {torch.uint8: (255, 200, 0), torch.int8: (127, 100, -128)}.get(dtype, (9728, 0, -9984))
+    inputs, queries = content(), torch.tensor([*numbers, 3, 7]).to(dtype)
+    keys = torch.tensor([3, 0, 8, 1, *numbers]).to(dtype)
+    lag = queries.long()[:, None] - keys.long()
+    allowed = (lag >= 0) if window is None else (lag >= 0) & (lag < window)
+    expected, _ = attention(*inputs, allowed=allowed)
+    positions = {"query_positions": queries, "key_positions": keys}
+    assert_close(prior_attention(*inputs, is_causal=True, window=window, backend=backend, **positions), expected)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching rule")
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_positions_can_be_mapped_over(dtype):
+    prior, inputs = goat(), content(queries=K, keys=K)
+    rows = (torch.arange(K) + torch.tensor([[0], [40]])).to(dtype)
+
+    def attend(query, key, value, positions):
+        at = {"query_positions": positions, "key_positions": positions}
+        return prior_attention(query[None], key[None], value[None], prior=prior, is_causal=True, **at)[0]
+
+    expected = torch.stack([attend(*one) for one in zip(*inputs, rows, strict=True)])
+    assert_close(torch.func.vmap(attend)(*inputs, rows), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_positions_of_every_sample(backend):
     prior, inputs = goat(), content(2)
     queries = torch.stack([torch.arange(Q), torch.arange(Q) + 11])

@@ -486,3 +486,22 @@ def test_a_fourier_prior_in_reserved_lanes_leaves_the_rest():
     layer = PriorAttention(E, H, prior=FourierPrior(H, 2), lanes="reserved")
     assert (layer.content_dim, layer.head_dim) == (2, 6)
     assert layer.in_proj.weight.shape == (2 * H * 2 + E, E)
+
+
+def test_export_with_positions_of_every_sample():
+    """A length that equals the batch is a length like any other."""
+    layer, x = PriorAttention(E, H, prior=goat()), normal(3, 7, E).float()
+
+    class Causal(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x, positions):
+            return self.layer(x, is_causal=True, query_positions=positions, need_weights=False)[0]
+
+    length = torch.export.Dim("length", min=2, max=64)
+    arguments = (x, torch.arange(7).expand(3, 7))
+    exported = torch.export.export(Causal(), arguments, dynamic_shapes=({1: length}, {1: length})).module()
+    longer, positions = normal(3, 9, E).float(), torch.arange(9) + torch.tensor([[0], [4], [50]])
+    assert_close(exported(longer, positions), Causal()(longer, positions))
