@@ -293,7 +293,8 @@ class SumPrior(LogPrior):
 class ScaledPrior(LogPrior):
     """A prior times a fixed number, or one a head. Written ``0.5 * prior``; the numbers travel in the state dict.
 
-    Heads whose factor is zero are without the prior: ``prior * (1.0, 1.0, 0.0)`` leaves the third head uniform.
+    Heads whose factor is zero are without the prior: ``prior * (1.0, 1.0, 0.0)`` leaves the third head uniform. A key
+    that the prior makes inadmissible (-inf) stays so, whatever the factor.
 
     Args:
         prior: The prior to scale; stays trainable.
@@ -328,7 +329,8 @@ class ScaledPrior(LogPrior):
     def evaluate(self, head: Tensor, query_position: Tensor, key_position: Tensor) -> Tensor:
         """The scaled log-prior, in nats."""
         value = self.prior.evaluate(head, query_position, key_position)
-        return constants(self.factor, value.device).to(value.dtype)[head] * value
+        scaled = constants(self.factor, value.device).to(value.dtype)[head] * value
+        return torch.where(value == float("-inf"), value, scaled)  # times zero it would be NaN, times -1 a sole key
 
     def factors(self, query_positions: Tensor, key_positions: Tensor, *, dtype: torch.dtype) -> tuple[LaneFactors, ...]:
         """The factors of the prior, scaled on the side that is not exact."""

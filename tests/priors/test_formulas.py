@@ -394,6 +394,16 @@ def test_a_multiple_a_head_scales_head_by_head_and_zero_removes_the_prior():
     assert torch.equal(exact(loaded), exact(scaled))
 
 
+@pytest.mark.parametrize("factor", [0.0, -2.0, (1.0, 0.0, -1.0)])
+def test_a_multiple_keeps_inadmissible_keys_inadmissible(factor):
+    matrix = torch.randn(HEADS, 5, 7, generator=torch.Generator().manual_seed(1))
+    hidden = torch.randn(5, 7, generator=torch.Generator().manual_seed(2)) > 0.5
+    scaled = exact(DensePrior(matrix.masked_fill(hidden, -math.inf)) * factor, torch.arange(5), torch.arange(7))
+    assert torch.equal(scaled == -math.inf, hidden.expand_as(scaled))
+    numbers = torch.tensor([factor] * HEADS if isinstance(factor, float) else factor)
+    assert_close(scaled[:, ~hidden], (numbers[:, None, None] * matrix)[:, ~hidden].double())
+
+
 def test_shared_priors_are_equal_in_all_heads_and_learn_from_all():
     one = off_neutral(goat_prior(1, num_frequencies=3))
     shared = SharedPrior(one, 4)
