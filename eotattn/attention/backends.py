@@ -41,8 +41,9 @@ def refusal(name: str, call: AttentionCall) -> str | None:
     if name == "varlen":
         if call.masks.dense is not None:
             return "it takes no mask of pairs; say is_causal, window or documents, with positions as ranges"
-        num_lanes = 0 if call.prior is None else call.prior.num_lanes(call.query.dtype)
-        width = call.query.shape[-1] + num_lanes
+        num_lanes = 0 if call.prior is None else call.prior.num_lanes(call.query.dtype, call.key.shape[1])
+        num_lanes += call.masks.padding is not None
+        width = max(call.query.shape[-1] + num_lanes, call.value.shape[-1])
         return varlen.refusal(call.query, width=width, dropout_p=call.dropout_p)
     return None
 

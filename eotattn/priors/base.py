@@ -105,11 +105,18 @@ class LogPrior(nn.Module):
         stated, base = type(self), LogPrior
         return stated.factors is not base.factors or stated.expansions is not base.expansions
 
-    def num_lanes(self, dtype: torch.dtype = torch.float32) -> int:
-        """Number of lanes P that the prior occupies in a kernel of ``dtype``."""
+    def num_lanes(self, dtype: torch.dtype = torch.float32, num_kv_heads: int | None = None) -> int:
+        """Number of lanes P that the prior occupies in a kernel of ``dtype``.
+
+        Args:
+            dtype: The kernel's dtype.
+            num_kv_heads: Key heads, by default H; fewer need more lanes (:meth:`Lanes.grouped`).
+        """
         shape = (1,) if self.num_coordinates == 1 else (1, self.num_coordinates)
         zero = torch.zeros(shape, dtype=torch.int64, device=self._device())
-        return sum(part.num_lanes(dtype) for part in self.factors(zero, zero, dtype=dtype))
+        group = 1 if num_kv_heads is None else self.num_heads // num_kv_heads
+        parts = self.factors(zero, zero, dtype=dtype)
+        return sum(part.num_lanes(dtype) * (1 if part.key.shape[-3] == 1 else group) for part in parts)
 
     def dense(self, query_positions: Tensor, key_positions: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
         """The log-prior of every pair: the truth that other forms are measured against.

@@ -105,6 +105,24 @@ def test_chunked_prefill_with_a_cache(stand_in):
     assert_close(torch.cat(parts, dim=2), expected)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(("kv_heads", "value_width"), [(4, 8), (2, 8), (1, 8), (2, 40)])
+def test_it_is_asked_for_the_width_that_it_gets(stand_in, kv_heads, value_width, padded, monkeypatch):
+    """Shared key heads and padding take lanes too: a call that is let through must fit the kernel."""
+    asked, given, attend = [], [], varlen.attend
+    monkeypatch.setattr(varlen, "refusal", lambda query, *, width, dropout_p: asked.append(width))
+
+    def watched(query, key, value, **named):
+        given.append(max(query.shape[-1], value.shape[-1]))
+        return attend(query, key, value, **named)
+
+    monkeypatch.setattr(varlen, "attend", watched)
+    content = [normal(B, h, L, w, seed=h) for h, w in ((H, D), (kv_heads, D), (kv_heads, value_width))]
+    padding = PADDING if padded else None
+    prior_attention(*content, prior=goat(), is_causal=True, key_padding_mask=padding, backend="varlen")
+    assert asked == given
+
+
 def test_it_says_why_it_refuses():
     content = [normal(B, h, L, D, seed=h).float() for h in (H, HK, HK)]
     with pytest.raises(NotImplementedError, match="backend 'varlen' cannot serve this call with no prior: it is a GPU"):

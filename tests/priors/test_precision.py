@@ -260,3 +260,11 @@ def test_the_bound_holds_where_the_terms_of_u_cancel():
         lanes = prior.lanes(key, key, dtype=torch.bfloat16)
         error = (lanes.dense().double() - prior.dense(key, key, dtype=torch.float64)).abs().max().detach()
         assert error <= lanes.error_bound + 1e-14  # the terms are of size one, and float64 rounds them too
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_lanes_of_shared_key_heads_are_counted(kv_heads, dtype):
+    prior, zero = goat_prior(4, num_frequencies=2), torch.zeros(1, dtype=torch.int64)
+    grouped = prior.lanes(zero, zero, dtype=dtype).grouped(kv_heads)
+    assert prior.num_lanes(dtype, kv_heads) == grouped.num_lanes
