@@ -27,11 +27,11 @@ class Times(NamedTuple):
 
 #: By pattern and backend, the fastest first: priors with lanes, bfloat16, 2 samples, 16 heads of width 64, 8192 tokens,
 #: one NVIDIA H200, PyTorch 2.11; ``part`` is five documents a sample. From figures/h200/bench_attention.csv and
-#: bench_patterns.csv; a test compares.
+#: bench_patterns.csv; a test compares. What no table holds is ``None``, and its place in the order an estimate.
 TIMES: dict[str, dict[str, Times]] = {
     "whole": {
-        "sdpa": Times(1.56, 1.72),
-        "flex": Times(1.78, None),
+        "sdpa": Times(1.43, 1.55),
+        "flex": Times(1.84, None),
         "varlen": Times(None, None),
         "reference": Times(None, None),
     },

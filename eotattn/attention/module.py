@@ -44,8 +44,10 @@ class PriorAttention(ProjectedHeads):
         prior: Log-prior with H heads; ``None`` for plain attention.
         rotary: :class:`Rotary` for queries and keys; composes with any prior.
         lanes: ``"appended"`` leaves the content the whole head width E / H and widens the fused call; ``"reserved"``
-            takes the prior's lanes out of the head width, so that the call stays as wide as the head. No projection row
-            is dead either way: projections are as wide as the content.
+            takes the prior's lanes out of the head width, so that the call stays as wide as the head. (Key lanes that
+            differ between query heads, as those of u(j), are not reserved a second time for query heads that share a
+            key head: there, and with padding, the call is a few lanes wider.) No projection row is dead either way:
+            projections are as wide as the content.
         lane_dtype: Dtype that the layer will attend in, which decides how many lanes are reserved: 16-bit dtypes take
             several for each float32 one, to be as exact, and a multiple of 8 in all. A layer that runs in another dtype
             stays right, but spills over the head width (fewer lanes reserved than it needs) or leaves some unused.
@@ -276,6 +278,8 @@ def _num_reserved(owner: str, prior: LogPrior | None, lanes: str, lane_dtype: to
         require(idle, owner, "lane_dtype", "be left alone where no lanes are reserved", lane_dtype, "Drop it")
         return 0
     require(prior.has_lanes, owner, "prior", "have lanes to reserve", type(prior).__name__, "Use lanes='appended'")
+    known = isinstance(lane_dtype, torch.dtype) and lane_dtype.is_floating_point
+    require(known, owner, "lane_dtype", "be a floating dtype", lane_dtype, "Pass e.g. torch.bfloat16", error=TypeError)
     num_lanes = prior.num_lanes(lane_dtype)
     step = WIDTH_STEP if lane_dtype.itemsize < 4 else 1  # so that every row of the content is read in whole words
     return -(-num_lanes // step) * step

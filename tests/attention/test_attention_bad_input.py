@@ -308,6 +308,11 @@ MODULE = {
     "prior no prior": (layer(24, 4, prior=torch.zeros(4)), TypeError, "prior must be a LogPrior"),
     "dropout one": (layer(24, 4, dropout=1.0), ValueError, r"dropout must lie in \[0, 1\)"),
     "dropout no number": (layer(24, 4, dropout="some"), TypeError, "PriorAttention: dropout must be a number"),
+    "lanes of no dtype": (
+        layer(24, 4, prior=RecencyPrior(4), lanes="reserved", lane_dtype="bf16"),
+        TypeError,
+        "lane_dtype must be a floating dtype; got 'bf16'",
+    ),
     "rotary no rotary": (layer(24, 4, rotary=10_000.0), TypeError, "PriorAttention: rotary must be a Rotary"),
     "rotary of another content": (
         lambda: Rotary(6)(QUERY),
