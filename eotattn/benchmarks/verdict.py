@@ -60,7 +60,8 @@ class Rule:
     def _numbers(self, tables: Tables, name: str) -> list[float]:
         where = {"name": name, **self.where}
         rows = [row for row in tables.get(self.suite, ()) if all(row.get(k) == str(v) for k, v in where.items())]
-        return [float(row[self.column]) for row in rows if row.get(self.column)]
+        cells = [row.get(self.column) for row in rows]
+        return [float(cell) for cell in cells if cell] if all(cells) else []  # what failed is not held by the rest
 
 
 def judge(tables: Tables, rules: Sequence[Rule] | None = None) -> list[Row]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from eotattn.checks import check_choice
+from eotattn.checks import check_choice, check_device, check_positive_int
 
 __all__ = ["Configuration", "configure"]
 
@@ -45,4 +45,6 @@ def configure(device: str, dtype: str, sizes: str, rounds: int, seed: int = 0) -
     """Check and make a :class:`Configuration`."""
     check_choice("bench", "dtype", dtype, ("float32", "bfloat16", "float16"))
     check_choice("bench", "sizes", sizes, ("small", "full"))
+    check_device("bench", "device", device)
+    check_positive_int("bench", "rounds", rounds)
     return Configuration(device, dtype, sizes, rounds, seed)
