@@ -108,6 +108,9 @@ class PriorAttention(ProjectedHeads):
         self.lanes, self.dropout, self.batch_first = lanes, check_probability(owner, "dropout", dropout), batch_first
         self.scale = 1 / math.sqrt(self.content_dim)
         self.prior = prior  # not reset: it may come trained
+        on_line, rule = prior is None or prior.num_coordinates == 1, "lie on a sequence with appended keys"
+        remedy = "Drop add_bias_kv and add_zero_attn, or add a ClassTokenPrior"
+        require(on_line or not (add_bias_kv or add_zero_attn), owner, "prior", rule, type(prior).__name__, remedy)
         sizes, kinds = (self.num_kv_heads, self.content_dim, self.head_dim), (add_bias_kv, add_zero_attn)
         self.appended = AppendedKeys(*sizes, learned=kinds[0], zero=kinds[1], **make) if any(kinds) else None
 
@@ -261,6 +264,9 @@ class PriorAttention(ProjectedHeads):
             prior: Log-prior with as many heads, its lanes appended, so that no content is lost.
             backend: As in :func:`prior_attention`.
         """
+        is_known, remedy = isinstance(attention, nn.MultiheadAttention), "Build other layers by hand"
+        rule = "be an nn.MultiheadAttention"
+        require(is_known, cls.__name__, "attention", rule, type(attention).__name__, remedy, error=TypeError)
         layer = PriorAttention(**multihead_arguments(attention), prior=prior, backend=backend)
         copy_weights(attention, layer)
         return layer.train(attention.training)

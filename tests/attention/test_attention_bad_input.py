@@ -313,6 +313,16 @@ MODULE = {
         TypeError,
         "lane_dtype must be a floating dtype; got 'bf16'",
     ),
+    "appended keys on a grid": (
+        layer(24, 4, prior=ClassTokenPrior(4), add_zero_attn=True),
+        ValueError,
+        "prior must lie on a sequence with appended keys; got 'ClassTokenPrior'",
+    ),
+    "conversion of another layer": (
+        lambda: PriorAttention.from_multihead_attention(torch.nn.Linear(2, 2)),
+        TypeError,
+        "attention must be an nn.MultiheadAttention; got 'Linear'",
+    ),
     "rotary no rotary": (layer(24, 4, rotary=10_000.0), TypeError, "PriorAttention: rotary must be a Rotary"),
     "rotary of another content": (
         lambda: Rotary(6)(QUERY),
