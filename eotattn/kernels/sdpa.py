@@ -109,7 +109,9 @@ def padding_lane(padding: Tensor, dtype: torch.dtype, *, scale: float) -> tuple[
     """
     far = far_lane(dtype, scale=scale)
     key_lane = torch.zeros(padding.shape, dtype=dtype, device=padding.device).masked_fill(padding, far)
-    lift = min(max(1 / scale, 1.0), 6e4) if dtype == torch.float16 else 1.0  # float16 cannot hold -1e9 / scale
+    # float16 holds no such number, but the product of two: 1e7 nats, where float32 still tells one nat from the next,
+    # since what a backward pass makes of rows without keys has to fit float16 too
+    lift = min(1e7 / (-far * scale), -far) if dtype == torch.float16 else 1.0
     return torch.full((1, 1, 1, 1), lift, dtype=dtype, device=padding.device), key_lane[:, None, :, None]
 
 

@@ -162,6 +162,24 @@ def test_positions_can_be_mapped_over(dtype):
     assert_close(torch.func.vmap(attend)(*inputs, rows), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_padding_outweighs_any_prior(dtype):
+    """Keys far ahead of the queries have log-priors of a hundred thousand nats, which padding has to undo."""
+    prior, inputs = RecencyPrior(H), content(dtype=dtype)
+    keys, padding = torch.tensor([3, 900_000, 2, 800_000, 1, 7, 5]), torch.zeros(B, K, dtype=torch.bool)
+    padding[:, [1, 3]] = True
+    kept = ~padding[0]
+    output = prior_attention(*inputs, prior=prior, key_positions=keys, key_padding_mask=padding, backend="sdpa")
+    alone = inputs[0], *(side[:, :, kept] for side in inputs[1:])
+    assert_close(output, prior_attention(*alone, prior=prior, key_positions=keys[kept], backend="sdpa"))
+    inputs = [side.requires_grad_() for side in inputs]
+    padding[1] = True
+    output = prior_attention(*inputs, prior=prior, key_positions=keys, key_padding_mask=padding, backend="sdpa")
+    for gradient in torch.autograd.grad(output.sum(), inputs):
+        assert gradient.isfinite().all()
+        assert not gradient[1].any()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_positions_of_every_sample(backend):
     prior, inputs = goat(), content(2)
