@@ -117,11 +117,8 @@ def gather_masks(
 
 def check_padding_mask(owner: str, mask: Tensor, shape: tuple[int, int], remedy: str) -> None:
     """Raise unless ``mask`` is boolean and of ``shape``."""
-    is_boolean, cure = (
-        isinstance(mask, Tensor) and mask.dtype == torch.bool,
-        "Compare the tokens with the padding token",
-    )
-    require(is_boolean, owner, "key_padding_mask", "be a boolean tensor", mask, cure, error=TypeError)
+    is_boolean, compare = isinstance(mask, Tensor) and mask.dtype == torch.bool, "Compare tokens with the padding token"
+    require(is_boolean, owner, "key_padding_mask", "be a boolean tensor", mask, compare, error=TypeError)
     check_shape(owner, "key_padding_mask", mask, shape, remedy)
 
 

@@ -55,9 +55,8 @@ def attend(
     padded = query.device.type == "cpu" and value_width < query.shape[-1]
     if padded:  # the fused CPU kernel wants equal widths; the path without it is several times slower
         value = functional.pad(value, (0, query.shape[-1] - value_width))
-    grouped = (
-        {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
-    )  # a branch, since graphs want no symbol here
+    # A branch, since graphs want no symbol as an argument.
+    grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
     output = functional.scaled_dot_product_attention(
         query,
         key,
