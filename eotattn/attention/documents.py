@@ -31,6 +31,8 @@ class PackedDocuments:
     """
 
     def __init__(self, lengths: Iterable[int]) -> None:
+        are_many, remedy = isinstance(lengths, Iterable), "Pass a list, also for one document"
+        require(are_many, "PackedDocuments", "lengths", "be several numbers", lengths, remedy, error=TypeError)
         self.lengths = tuple(check_positive_int("PackedDocuments", "lengths", length) for length in lengths)
         require(len(self.lengths) > 0, "PackedDocuments", "lengths", "not be empty", self.lengths, "Pass some lengths")
         self._made: dict[tuple[str, torch.device], Tensor] = {}

@@ -202,6 +202,7 @@ FUNCTIONAL = {
         ValueError,
         "key_padding_mask must be left out with documents",
     ),
+    "a length alone": (lambda: PackedDocuments(5), TypeError, "lengths must be several numbers; got 5"),
     "no documents": (lambda: PackedDocuments([]), ValueError, "lengths must not be empty"),
     "an empty document": (lambda: PackedDocuments([3, 0]), ValueError, "lengths must be at least 1; got 0"),
     "ids that are no numbers": (
