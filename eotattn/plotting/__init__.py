@@ -11,7 +11,7 @@ from eotattn.plotting.priors import (
 )
 from eotattn.plotting.retrieval import plot_depth_grid, plot_log_prior_by_lag
 from eotattn.plotting.sinks import plot_sink_mass
-from eotattn.plotting.style import OKABE_ITO, line_styles, mosaic, panels, resolve_axes
+from eotattn.plotting.style import OKABE_ITO, line_styles, mosaic, panels, resolve_axes, shade_lines
 from eotattn.plotting.theory import plot_identity, plot_measured_and_bound
 from eotattn.plotting.trade_off import plot_trade_off
 
@@ -34,4 +34,5 @@ __all__ = [
     "plot_sink_mass",
     "plot_trade_off",
     "resolve_axes",
+    "shade_lines",
 ]

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
@@ -25,6 +27,7 @@ __all__ = [
     "number_ticks",
     "panels",
     "resolve_axes",
+    "shade_lines",
     "to_array",
 ]
 
@@ -85,6 +88,12 @@ def head_style(head: int) -> dict[str, Any]:
     """
     colours = list(OKABE_ITO.values())
     return {"color": colours[head % len(colours)], "linestyle": LINES[head // len(colours) % len(LINES)]}
+
+
+def shade_lines(lines: Sequence[Line2D]) -> None:
+    """Colour lines from dark to light, which shows an order that a set of colours does not."""
+    for line, shade in zip(lines, mpl.colormaps["cividis"](np.linspace(0, 0.92, len(lines))), strict=True):
+        line.set(color=shade, linestyle="-")
 
 
 def add_legend(axes: Axes, count: int) -> None:

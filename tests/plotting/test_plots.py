@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.collections import QuadMesh
-from matplotlib.colors import to_hex
+from matplotlib.colors import to_hex, to_rgb
 
 from eotattn.diagnostics import sink_mass_by_score_range
 from eotattn.plotting import (
@@ -20,6 +20,7 @@ from eotattn.plotting import (
     plot_relative,
     plot_row_centred,
     plot_sink_mass,
+    shade_lines,
 )
 
 
@@ -129,3 +130,12 @@ def test_maps_of_grids_are_centred_with_lags_on_the_axes():
         plot_lag_map(np.zeros((2, 3)))
     with pytest.raises(ValueError, match=r"plot_cell_map: the values must hold a finite value"):
         plot_cell_map(np.full((2, 2), np.nan))
+
+
+def test_shades_show_the_order_of_lines():
+    axes = plt.subplots()[1]
+    lines = [axes.plot([0, 1], [k, k], linestyle="--")[0] for k in range(4)]
+    shade_lines(lines)
+    brightness = [sum(to_rgb(line.get_color())) for line in lines]
+    assert brightness == sorted(set(brightness))
+    assert {line.get_linestyle() for line in lines} == {"-"}

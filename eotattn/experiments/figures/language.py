@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import matplotlib as mpl
-import numpy as np
-
 from eotattn.experiments.figures.captions import VARIANT_NAMES, title_panels
 from eotattn.experiments.studies.language_study import LanguageStudy, mean_formation
-from eotattn.plotting import line_styles, panels, plot_key_only, plot_length_curves, plot_sink_mass
+from eotattn.plotting import line_styles, panels, plot_key_only, plot_length_curves, plot_sink_mass, shade_lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -91,11 +88,9 @@ def _draw_key_only(study: LanguageStudy, name: str, axes: Axes) -> None:
     shown = key_only[:, :, : 2 * study.recipe.train_length].mean(1)
     labels = [f"block {b + 1}" for b in range(shown.shape[0])]
     plot_key_only(shown.numpy(), labels=labels, train_length=study.recipe.train_length, axes=axes)
-    if len(labels) > 3:  # shades show an order that colours do not
-        lines = [line for line in axes.get_lines() if line.get_label() in labels]
-        for line, shade in zip(lines, mpl.colormaps["cividis"](np.linspace(0, 0.92, len(lines))), strict=True):
-            line.set(color=shade, linestyle="-")
-        axes.legend(frameon=False, fontsize=8, ncols=1 + len(labels) // 6)
+    if len(labels) > 3:
+        shade_lines([line for line in axes.get_lines() if line.get_label() in labels])
+    axes.legend(frameon=False, fontsize=8, ncols=1 + len(labels) // 6)
 
 
 def _draw_formation(study: LanguageStudy, axes: Axes, order: list[str]) -> None:
