@@ -4,9 +4,9 @@ from eotattn.attention.cache import KeyValueCache
 from eotattn.attention.documents import PackedDocuments
 from eotattn.attention.explanation import Explanation, explain
 from eotattn.attention.functional import prior_attention
-from eotattn.attention.goat import GoatAttention
-from eotattn.attention.module import PriorAttention
-from eotattn.attention.rotary import Rotary
+from eotattn.attention.layer.goat import GoatAttention
+from eotattn.attention.layer.module import PriorAttention
+from eotattn.attention.layer.rotary import Rotary
 
 __all__ = [
     "Explanation",

@@ -92,7 +92,7 @@ def fit_grid_prior(
         Original.
 
     Example:
-        >>> from eotattn.attention.score_rows import WeightRows
+        >>> from eotattn.attention.statistics.score_rows import WeightRows
         >>> weights = torch.rand(4, 2, 7, 7, generator=torch.Generator().manual_seed(0)).softmax(-1)
         >>> fit_grid_prior(GridStatistics.of(WeightRows(weights), 2, 3)).lag.shape
         (2, 3, 5)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eotattn.attention.block_statistics import block_statistics
-from eotattn.attention.score_rows import ScoreSource, block_spans
+from eotattn.attention.statistics.block_statistics import block_statistics
+from eotattn.attention.statistics.score_rows import ScoreSource, block_spans
 from eotattn.checks import check_positive_int, require
 
 __all__ = ["GridStatistics", "grid_line"]
@@ -50,7 +50,8 @@ class GridStatistics:
         """Sum over one attention call, a block of rows at a time.
 
         Args:
-            source: Its logits, e.g. :class:`eotattn.attention.score_rows.ScoreRows`, or ``WeightRows`` of stored maps.
+            source: Its logits, e.g. :class:`~eotattn.attention.statistics.score_rows.ScoreRows`, or ``WeightRows`` of
+                stored maps.
             height: Rows h of the grid.
             width: Columns w of the grid.
 
@@ -58,7 +59,7 @@ class GridStatistics:
             ValueError: If the call is not full self-attention over h w cells, with or without one class token before.
 
         Example:
-            >>> from eotattn.attention.score_rows import WeightRows
+            >>> from eotattn.attention.statistics.score_rows import WeightRows
             >>> GridStatistics.of(WeightRows(torch.full((1, 1, 5, 5), 0.2)), 2, 2).lag_mass[0, 0].round(decimals=3)
             tensor([[0.2000, 0.4000, 0.2000],
                     [0.4000, 0.8000, 0.4000],

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eotattn.attention.running import SequenceStatistics
+from eotattn.attention.statistics.running import SequenceStatistics
 from eotattn.checks import check_positive, check_positive_int, require
 from eotattn.diagnostics.quantities import (
     CERTIFICATE,

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eotattn.attention.running import SequenceStatistics
+from eotattn.attention.statistics.running import SequenceStatistics
 from eotattn.checks import check_positive_int, require
 from eotattn.diagnostics.lag_key_model import LagKeyModel, RowGroup
 from eotattn.diagnostics.margin_problem import MarginProblem

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from eotattn.attention.running import SequenceStatistics
+from eotattn.attention.statistics.running import SequenceStatistics
 from eotattn.checks import check_positive_int
 from eotattn.diagnostics.grid_statistics import GridStatistics, grid_line
 from eotattn.diagnostics.lag_key_model import LagKeyModel, RowGroup

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eotattn.attention.running import SequenceStatistics
+from eotattn.attention.statistics.running import SequenceStatistics
 
 __all__ = ["CERTIFICATE", "QUANTITIES", "VALUE_QUANTITIES", "Quantity", "key_quantities", "local_mass_quantity"]
 

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from eotattn.attention.running import SequenceStatistics
 from eotattn.attention.statistics import AttentionStatistics
+from eotattn.attention.statistics.running import SequenceStatistics
 from eotattn.checks import check_positive_int, require
 from eotattn.diagnostics.grid_statistics import GridStatistics
 from eotattn.diagnostics.value_statistics import ValueStatistics

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eotattn.attention.score_rows import RowSource, ScoreRows
 from eotattn.attention.statistics import AttentionStatistics, row_statistics
+from eotattn.attention.statistics.score_rows import RowSource, ScoreRows
 
 __all__ = ["CapturedCall"]
 

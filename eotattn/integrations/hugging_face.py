@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eotattn.attention.score_rows import RowSource, TensorRows
+from eotattn.attention.statistics.score_rows import RowSource, TensorRows
 from eotattn.integrations.captured_call import CapturedCall
 from eotattn.integrations.lazy_mask import LazyMask
 from eotattn.integrations.mask_functions import causal_window

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eotattn.attention.running import SequenceStatistics
 from eotattn.attention.statistics import weight_statistics
+from eotattn.attention.statistics.running import SequenceStatistics
 from eotattn.checks import check_indices, check_no_nan, require
 
 __all__ = ["map_statistics", "read_maps"]

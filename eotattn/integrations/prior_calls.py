@@ -16,7 +16,7 @@ from torch import Tensor
 from eotattn.attention import functional
 from eotattn.attention.call import AttentionCall
 from eotattn.attention.positions import Positions
-from eotattn.attention.score_rows import LaneRows, RowSource, TensorRows
+from eotattn.attention.statistics.score_rows import LaneRows, RowSource, TensorRows
 from eotattn.integrations.captured_call import CapturedCall
 from eotattn.integrations.recorder import Recorder
 

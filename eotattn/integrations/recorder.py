@@ -13,8 +13,8 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from eotattn.attention.running import SequenceStatistics
 from eotattn.attention.statistics import AttentionStatistics
+from eotattn.attention.statistics.running import SequenceStatistics
 from eotattn.checks import check_indices, require
 from eotattn.diagnostics.grid_statistics import GridStatistics
 from eotattn.diagnostics.value_statistics import ValueStatistics

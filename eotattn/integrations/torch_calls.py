@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from eotattn.attention.score_rows import TensorRows
+from eotattn.attention.statistics.score_rows import TensorRows
 from eotattn.integrations.captured_call import CapturedCall
 from eotattn.integrations.recorder import Recorder
 

@@ -77,6 +77,9 @@ def _join_side(
         factor_scale = tl.where((member < 0) | (member == head % GROUP), factor_scale, 0.0)
     columns = tl.arange(0, DP)
     kind = out.dtype.element_ty
+    lift = 1.0
+    if PADDED and kind == tl.float16:  # which holds no number that outweighs every log-prior, but the product of two
+        lift = tl.minimum(1e7 * lane_scale / (0.0 - far), 0.0 - far)
     for start in range(tl.program_id(0) * BLOCK, length, tl.num_programs(0) * BLOCK):
         rows = start + tl.arange(0, BLOCK)
         inside = (rows < length)[:, None]
@@ -113,7 +116,7 @@ def _join_side(
                     is_padding = tl.load(padding + b * length + rows, mask=rows < length, other=0) != 0
                     entry = tl.where((cols == P)[None, :], tl.where(is_padding, far, 0.0)[:, None], entry)
                 else:
-                    entry = tl.where((cols == P)[None, :], 1.0, entry)
+                    entry = tl.where((cols == P)[None, :], lift, entry)
             tl.store(target + D + cols[None, :], entry.to(kind), mask=has_lane)
             taken += stride_b
             target += length * heads * W

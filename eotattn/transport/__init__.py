@@ -4,10 +4,10 @@
 ``eotattn.transport.pot``, which is imported only by those who ask for it.
 """
 
-from eotattn.transport.certificate import Certificate, certify
+from eotattn.transport.certificates.certificate import Certificate, certify
 from eotattn.transport.dispatch import solve
 from eotattn.transport.module import SinkhornAttention
-from eotattn.transport.problem import TransportProblem
+from eotattn.transport.problems import TransportProblem
 from eotattn.transport.solution import TransportSolution
 
 __all__ = ["Certificate", "SinkhornAttention", "TransportProblem", "TransportSolution", "certify", "solve"]

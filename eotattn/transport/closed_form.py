@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from eotattn.transport.problem import TransportProblem
-from eotattn.transport.response import respond
+from eotattn.transport.optimality.response import respond
+from eotattn.transport.problems import TransportProblem
 from eotattn.transport.solution import TransportSolution
 
 __all__ = ["solve_closed_form"]

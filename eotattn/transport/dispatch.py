@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from eotattn.checks import check_choice, check_floating, check_positive, check_positive_int, require
-from eotattn.transport.accelerated import AcceleratedStep
 from eotattn.transport.closed_form import solve_closed_form
-from eotattn.transport.implicit import attach_key_potential
-from eotattn.transport.iteration import Step, default_tolerance, iterate
-from eotattn.transport.keys import starting_potential
-from eotattn.transport.newton import newton_step
-from eotattn.transport.problem import TransportProblem
-from eotattn.transport.response import respond
-from eotattn.transport.sinkhorn import sinkhorn_step
+from eotattn.transport.optimality.implicit import attach_key_potential
+from eotattn.transport.optimality.keys import starting_potential
+from eotattn.transport.optimality.response import respond
+from eotattn.transport.problems import TransportProblem
 from eotattn.transport.solution import TransportSolution
+from eotattn.transport.solvers.accelerated import AcceleratedStep
+from eotattn.transport.solvers.iteration import Step, default_tolerance, iterate
+from eotattn.transport.solvers.newton import newton_step
+from eotattn.transport.solvers.sinkhorn import sinkhorn_step
 
 __all__ = ["METHODS", "solve"]
 

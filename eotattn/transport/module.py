@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from eotattn.checks import check_floating, check_positive, check_positive_int, check_shape, fail, require
 from eotattn.priors import LogPrior
 from eotattn.transport.dispatch import solve
-from eotattn.transport.implicit import attach_key_potential
-from eotattn.transport.problem import TransportProblem
-from eotattn.transport.response import respond
+from eotattn.transport.optimality.implicit import attach_key_potential
+from eotattn.transport.optimality.response import respond
+from eotattn.transport.problems import TransportProblem
 from eotattn.transport.solution import TransportSolution
 
 __all__ = ["SinkhornAttention"]

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from eotattn.checks import check_floating, check_positive_int, require
-from eotattn.transport.admissibility import check_broadcast
-from eotattn.transport.certificate import Certificate, solution_certificate
-from eotattn.transport.gap import Pass, pass_over_pairs
-from eotattn.transport.implicit import envelope_value
-from eotattn.transport.keys import balance, query_price
-from eotattn.transport.problem import TransportProblem
-from eotattn.transport.response import respond, row_mass
+from eotattn.transport.certificates.certificate import Certificate, solution_certificate
+from eotattn.transport.certificates.gap import Pass, pass_over_pairs
+from eotattn.transport.optimality.implicit import envelope_value
+from eotattn.transport.optimality.keys import balance, query_price
+from eotattn.transport.optimality.response import respond, row_mass
+from eotattn.transport.problems import TransportProblem
+from eotattn.transport.problems.admissibility import check_broadcast
 
 __all__ = ["TransportSolution"]
 
@@ -253,7 +253,8 @@ class TransportSolution:
     @cached_property
     def certificate(self) -> Certificate:
         """What is proved about this solution: values, errors, and a bound on the distance from the optimum."""
-        return solution_certificate(self, self._pass)
+        found = {"iterations": self.num_iterations, "converged": self.converged}
+        return solution_certificate(self.problem, self._pass, **found, method=self.method)
 
     @cached_property
     def _pass(self) -> Pass:

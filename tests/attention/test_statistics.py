@@ -6,8 +6,8 @@ import pytest
 import torch
 from tolerances import assert_close, relative_error
 
-from eotattn.attention.running import SequenceStatistics
 from eotattn.attention.statistics import row_statistics, weight_statistics
+from eotattn.attention.statistics.running import SequenceStatistics
 
 B, H, HK, Q, K, D, V = 2, 4, 2, 5, 9, 8, 3
 #: Bounds of the issue for streaming against dense.

@@ -13,10 +13,9 @@ import torch
 from score_oracle import dense_column_sums, dense_row_sums
 from tolerances import assert_close
 
-from eotattn.attention import statistics, tile_statistics
-from eotattn.attention.key_intervals import KeyIntervals
-from eotattn.attention.running import SequenceStatistics
-from eotattn.attention.statistics import row_statistics
+from eotattn.attention.statistics import row_statistics, streaming, tile_statistics
+from eotattn.attention.statistics.key_intervals import KeyIntervals
+from eotattn.attention.statistics.running import SequenceStatistics
 from eotattn.priors import goat_prior
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -77,7 +76,7 @@ def kernel(monkeypatch):
     if not INTERPRETED:
         monkeypatch.setattr(tile_statistics, "row_sums", lambda tiles, chosen: in_single(dense_row_sums(tiles, chosen)))
         monkeypatch.setattr(tile_statistics, "column_sums", dense_column_sums)
-        monkeypatch.setattr(statistics, "refusal", lambda tiles: None)
+        monkeypatch.setattr(streaming, "refusal", lambda tiles: None)
     return "cpu"
 
 
@@ -112,7 +111,7 @@ def test_kernel_and_blocks_agree(name, kernel):
 
 def test_the_kernel_is_taken_where_it_serves(kernel, monkeypatch):
     used = []
-    monkeypatch.setattr(statistics, "tile_statistics", lambda *arguments: used.append(arguments) or 1 / 0)
+    monkeypatch.setattr(streaming, "tile_statistics", lambda *arguments: used.append(arguments) or 1 / 0)
     content, options = call(prior=True, padded=True, device=kernel)
     with pytest.raises(ZeroDivisionError):
         row_statistics(*content, **options)

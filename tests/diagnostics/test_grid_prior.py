@@ -6,7 +6,7 @@ import torch
 from tolerances import assert_close, centre_rows
 
 from eotattn import grid_positions, prior_attention
-from eotattn.attention.score_rows import ScoreRows, WeightRows
+from eotattn.attention.statistics.score_rows import ScoreRows, WeightRows
 from eotattn.diagnostics import GridStatistics, fit_grid_prior
 
 HEIGHT, WIDTH, HEADS = 5, 4, 2

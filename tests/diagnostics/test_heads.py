@@ -7,8 +7,8 @@ import pytest
 import torch
 from tolerances import assert_close
 
-from eotattn.attention.running import SequenceStatistics
 from eotattn.attention.statistics import row_statistics, weight_statistics
+from eotattn.attention.statistics.running import SequenceStatistics
 from eotattn.diagnostics import dense
 from eotattn.diagnostics.heads import head_report
 from eotattn.diagnostics.sinks import sink_mass

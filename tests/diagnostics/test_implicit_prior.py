@@ -9,8 +9,8 @@ import torch
 from tolerances import assert_close
 
 from eotattn import prior_attention
-from eotattn.attention.running import SequenceStatistics
 from eotattn.attention.statistics import row_statistics, weight_statistics
+from eotattn.attention.statistics.running import SequenceStatistics
 from eotattn.diagnostics.implicit_prior import fit_prior
 from eotattn.diagnostics.lag_key_model import LagKeyModel, RowGroup
 

@@ -5,7 +5,7 @@ import torch
 from tolerances import assert_close
 
 from eotattn import PriorAttention
-from eotattn.attention import statistics
+from eotattn.attention.statistics import streaming
 from eotattn.integrations import capture
 from eotattn.priors import RecencyPrior, SinkPrior
 
@@ -61,7 +61,7 @@ def test_masks_keep_their_meaning(name):
 def test_on_the_gpu_the_kernel_computes_them(name, monkeypatch):
     made, called = CALLS[name]
     layer, tokens = layer_and_tokens(torch.float32, **made)
-    used, compute = [], statistics.tile_statistics
+    used, compute = [], streaming.tile_statistics
 
     def counted(*arguments):
         used.append(arguments)
@@ -69,7 +69,7 @@ def test_on_the_gpu_the_kernel_computes_them(name, monkeypatch):
 
     with torch.no_grad(), capture(layer) as expected:
         layer(tokens, is_causal=True, need_weights=False, **called)
-    monkeypatch.setattr(statistics, "tile_statistics", counted)
+    monkeypatch.setattr(streaming, "tile_statistics", counted)
     called = {key: value.cuda() for key, value in called.items()}
     layer.cuda()
     with torch.no_grad(), capture(layer) as found:

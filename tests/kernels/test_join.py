@@ -88,6 +88,17 @@ def test_lanes_count_positions_from_near_the_last_key():
     assert error.abs().max() <= 1e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_padding_outweighs_the_log_prior_of_keys_far_ahead(dtype):
+    prior, keys = RecencyPrior(4).to(DEVICE), torch.tensor([0, 1, 2, 60_000], device=DEVICE)
+    query, key = (torch.zeros(1, 4, 4, 8, dtype=dtype, device=DEVICE) for _ in range(2))
+    call = AttentionCall.check(query, key, key, prior=prior, key_positions=keys, key_padding_mask=(keys > 2)[None])
+    joined = [side.detach().double() for side in backends.joined(call)]
+    assert all(side.isfinite().all() for side in joined)
+    score = call.scale * joined[0] @ joined[1].mT
+    assert (score[..., :3].amax(-1) - score[..., 3] > 1e6).all()
+
+
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize("name", PRIORS)
 def test_compiled_graphs_hold_the_same_kernel_as_one_operator(name, padded):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transport_problems import FREE, INF, TWO_SIDED, UNBALANCED, random_problem
 
 from eotattn.transport import TransportProblem, TransportSolution, certify, solve
-from eotattn.transport.gap import generalised_divergence, pinsker_radius
+from eotattn.transport.certificates.gap import generalised_divergence, pinsker_radius
 
 
 @pytest.mark.parametrize("masked", [False, True])

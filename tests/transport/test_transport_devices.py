@@ -7,7 +7,8 @@ import torch
 from tolerances import assert_close
 
 from eotattn.priors import goat_prior
-from eotattn.transport import TransportProblem, recorded, solve
+from eotattn.transport import TransportProblem, solve
+from eotattn.transport.solvers import recorded
 
 pytestmark = [
     pytest.mark.gpu,

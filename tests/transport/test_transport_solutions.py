@@ -10,7 +10,7 @@ from tolerances import assert_close
 from transport_problems import FREE, INF, TWO_SIDED, UNBALANCED, random_problem
 
 from eotattn.transport import TransportProblem, TransportSolution, solve
-from eotattn.transport.objective import primal_objective, reference_mass
+from eotattn.transport.optimality.objective import primal_objective, reference_mass
 
 ITERATIVE = TWO_SIDED + UNBALANCED
 ALL = ITERATIVE + FREE

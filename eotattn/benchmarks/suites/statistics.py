@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from eotattn.attention.attention_statistics import AttentionStatistics
 from eotattn.attention.statistics import row_statistics
+from eotattn.attention.statistics.attention_statistics import AttentionStatistics
 from eotattn.benchmarks.suites.configuration import Configuration
 from eotattn.benchmarks.suites.inputs import content, gpt_prior, measured, trained
 from eotattn.benchmarks.timing import Candidate, Row

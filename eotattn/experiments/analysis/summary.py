@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eotattn.attention.running import SequenceStatistics
+from eotattn.attention.statistics.running import SequenceStatistics
 from eotattn.diagnostics import HeadReport, ImplicitPriorReport, ValueStatistics, fit_prior, head_report
 from eotattn.diagnostics.quantities import CERTIFICATE, VALUE_QUANTITIES
 from eotattn.experiments.analysis.shards import merged

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from eotattn.attention import PriorAttention
-from eotattn.attention.module import Heads
+from eotattn.attention.layer.module import Heads
 from eotattn.attention.positions import resolve_positions
 from eotattn.checks import check_positive_int
 

@@ -12,9 +12,9 @@ import numpy as np
 import ot
 from torch import Tensor
 
+from eotattn.transport.optimality.reduced import reduce_problem
 from eotattn.transport.pot.solvers import hard_marginals, tensor_like
-from eotattn.transport.problem import TransportProblem
-from eotattn.transport.reduced import reduce_problem
+from eotattn.transport.problems import TransportProblem
 
 __all__ = ["fixed_key_marginal", "majorization", "quasi_newton"]
 

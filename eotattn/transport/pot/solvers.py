@@ -16,10 +16,10 @@ import ot
 import torch
 from torch import Tensor
 
-from eotattn.transport.iteration import temperatures
-from eotattn.transport.objective import primal_objective, reference_mass
-from eotattn.transport.problem import TransportProblem
-from eotattn.transport.reduced import ReducedProblem, reduce_problem
+from eotattn.transport.optimality.objective import primal_objective, reference_mass
+from eotattn.transport.optimality.reduced import ReducedProblem, reduce_problem
+from eotattn.transport.problems import TransportProblem
+from eotattn.transport.solvers.iteration import temperatures
 
 __all__ = ["LOG_CALL", "UNBALANCED_CALL", "PotSolution", "hard_marginals", "log_sinkhorn", "solve", "tensor_like"]
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from eotattn.transport.problem import TransportProblem
+from eotattn.transport.problems import TransportProblem
 from eotattn.transport.theorems.comparison import Comparison
 
 __all__ = ["collapse_to_the_prior"]

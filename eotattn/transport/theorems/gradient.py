@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from eotattn.checks import check_shape, require
-from eotattn.transport.problem import TransportProblem
-from eotattn.transport.response import respond
+from eotattn.transport.optimality.response import respond
+from eotattn.transport.problems import TransportProblem
 from eotattn.transport.theorems.comparison import Comparison, check_values
 
 __all__ = ["advantage_identity", "fisher_identity"]

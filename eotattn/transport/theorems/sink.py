@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eotattn.checks import check_no_nan, check_positive_int, check_shape, require
-from eotattn.transport.problem import TransportProblem
+from eotattn.transport.problems import TransportProblem
 from eotattn.transport.theorems.comparison import Comparison, check_values
 
 __all__ = ["SinkMargin", "context_sensitivity", "sink_margin", "value_perturbation"]

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from eotattn.transport.affinity import Rows
-from eotattn.transport.curvature import solve_curvature
-from eotattn.transport.problem import TransportProblem
-from eotattn.transport.response import respond, row_mass
+from eotattn.transport.optimality.curvature import solve_curvature
+from eotattn.transport.optimality.response import respond, row_mass
+from eotattn.transport.problems import TransportProblem
+from eotattn.transport.problems.affinity import Rows
 
 __all__ = ["RoundedCoupling", "rounded_coupling"]
 

@@ -9,9 +9,9 @@ import math
 import torch
 from torch import Tensor
 
-from eotattn.transport.keys import KeyBalance
-from eotattn.transport.problem import TransportProblem
-from eotattn.transport.sinkhorn import sinkhorn_step
+from eotattn.transport.optimality.keys import KeyBalance
+from eotattn.transport.problems import TransportProblem
+from eotattn.transport.solvers.sinkhorn import sinkhorn_step
 
 __all__ = ["AcceleratedStep"]
 
@@ -35,7 +35,7 @@ class AcceleratedStep:
     record and repeat a step.
 
     Example:
-        >>> from eotattn.transport.keys import balance
+        >>> from eotattn.transport.optimality.keys import balance
         >>> problem = TransportProblem(torch.zeros(1, 2), key_marginal=torch.tensor([0.5, 0.5]))
         >>> AcceleratedStep()(problem, torch.zeros(2), balance(problem, torch.zeros(2)), 1.0)
         tensor([0., 0.])

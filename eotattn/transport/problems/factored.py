@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from eotattn.priors.lanes import LaneFactors, computing_dtype
-from eotattn.transport.affinity import Affinity, Rows
-from eotattn.transport.fused import FusedCalls
+from eotattn.transport.problems.affinity import Affinity, Rows
+from eotattn.transport.problems.fused import FusedCalls
 
 __all__ = ["FactoredAffinity"]
 

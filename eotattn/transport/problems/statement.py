@@ -10,8 +10,8 @@ from torch import Tensor
 from eotattn.checks import check_floating, check_no_nan, check_same_device, require
 from eotattn.priors import LogPrior
 from eotattn.priors.lanes import computing_dtype
-from eotattn.transport.admissibility import check_broadcast
-from eotattn.transport.factored import FactoredAffinity
+from eotattn.transport.problems.admissibility import check_broadcast
+from eotattn.transport.problems.factored import FactoredAffinity
 
 __all__ = ["factored_affinity", "point_affinity"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from eotattn.checks import check_floating, check_no_nan, check_positive, require
-from eotattn.transport.affinity import Affinity, DenseAffinity
+from eotattn.transport.problems.affinity import Affinity, DenseAffinity
 
 __all__ = [
     "check_broadcast",
@@ -95,7 +95,7 @@ def check_marginal(
         ValueError: If the shape, the device or an entry is out of range, or the sum is wrong.
 
     Example:
-        >>> from eotattn.transport.affinity import DenseAffinity
+        >>> from eotattn.transport.problems.affinity import DenseAffinity
         >>> pairs = DenseAffinity(torch.zeros(2, 3), None)
         >>> check_marginal("TransportProblem", "key_marginal", torch.ones(3), pairs, 3, sums_to_one=False)
 
@@ -167,7 +167,7 @@ def check_reachability(
         ValueError: If a query or a key is stranded.
 
     Example:
-        >>> from eotattn.transport.affinity import DenseAffinity
+        >>> from eotattn.transport.problems.affinity import DenseAffinity
         >>> pairs = DenseAffinity(torch.zeros(2, 3), None)
         >>> check_reachability("TransportProblem", torch.Size(), pairs, torch.ones(2) / 2, None, 0.0)
 

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from eotattn.transport.keys import Balance, KeyBalance, starting_potential
-from eotattn.transport.problem import TransportProblem
-from eotattn.transport.recorded import repeat_while
+from eotattn.transport.optimality.keys import Balance, KeyBalance, starting_potential
+from eotattn.transport.problems import TransportProblem
+from eotattn.transport.solvers.recorded import repeat_while
 
 __all__ = ["Step", "default_tolerance", "iterate", "temperatures"]
 

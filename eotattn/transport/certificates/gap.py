@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eotattn.transport.objective import dual_objective, reference_mass
-from eotattn.transport.problem import TransportProblem
-from eotattn.transport.response import respond
-from eotattn.transport.rounding import RoundedCoupling, rounded_coupling
+from eotattn.transport.certificates.rounding import RoundedCoupling, rounded_coupling
+from eotattn.transport.optimality.objective import dual_objective, reference_mass
+from eotattn.transport.optimality.response import respond
+from eotattn.transport.problems import TransportProblem
 
 __all__ = ["Pass", "generalised_divergence", "pass_over_pairs", "pinsker_radius", "refined"]
 

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eotattn.attention.appended_keys import AppendedKeys
 from eotattn.attention.backends import BACKENDS
 from eotattn.attention.cache import KeyValueCache
-from eotattn.attention.conversion import as_batch, copy_weights, multihead_arguments
 from eotattn.attention.documents import PackedDocuments
 from eotattn.attention.functional import prior_attention
+from eotattn.attention.layer.appended_keys import AppendedKeys
+from eotattn.attention.layer.conversion import as_batch, copy_weights, multihead_arguments
+from eotattn.attention.layer.projected_heads import Heads, ProjectedHeads
+from eotattn.attention.layer.rotary import Rotary
 from eotattn.attention.masks import from_multihead_convention
-from eotattn.attention.projected_heads import Heads, ProjectedHeads
-from eotattn.attention.rotary import Rotary
 from eotattn.checks import check_choice, check_floating, check_positive_int, check_probability, fail, require
 from eotattn.kernels.sdpa import WIDTH_STEP
 from eotattn.priors import LogPrior

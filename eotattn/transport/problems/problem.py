@@ -12,15 +12,15 @@ from torch import Tensor
 
 from eotattn.checks import check_positive
 from eotattn.priors import LogPrior
-from eotattn.transport.admissibility import (
+from eotattn.transport.problems.admissibility import (
     check_log_prior,
     check_marginal,
     check_reachability,
     check_score,
     resolved_key_penalty,
 )
-from eotattn.transport.affinity import Affinity, DenseAffinity
-from eotattn.transport.statement import factored_affinity, point_affinity
+from eotattn.transport.problems.affinity import Affinity, DenseAffinity
+from eotattn.transport.problems.statement import factored_affinity, point_affinity
 
 __all__ = ["TransportProblem"]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eotattn.transport.problem import TransportProblem
+from eotattn.transport.problems import TransportProblem
 
 __all__ = ["QueryResponse", "answer", "penalty_share", "respond", "row_mass"]
 

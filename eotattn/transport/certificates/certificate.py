@@ -6,19 +6,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from eotattn.checks import check_floating, check_no_nan, require
-from eotattn.transport.gap import Pass, generalised_divergence, pinsker_radius
-from eotattn.transport.objective import dual_objective, reference_mass
-from eotattn.transport.problem import TransportProblem
-from eotattn.transport.response import respond
-
-if TYPE_CHECKING:
-    from eotattn.transport.solution import TransportSolution
+from eotattn.transport.certificates.gap import Pass, generalised_divergence, pinsker_radius
+from eotattn.transport.optimality.objective import dual_objective, reference_mass
+from eotattn.transport.optimality.response import respond
+from eotattn.transport.problems import TransportProblem
 
 __all__ = ["Certificate", "certify", "solution_certificate"]
 
@@ -82,12 +78,17 @@ def _span(values: Tensor) -> str:
     return f"{float(values.min()):.6g} to {float(values.max()):.6g}"
 
 
-def solution_certificate(solution: TransportSolution, measured: Pass) -> Certificate:
+def solution_certificate(
+    problem: TransportProblem, measured: Pass, *, iterations: Tensor, converged: Tensor, method: str
+) -> Certificate:
     """Gather what one pass over all pairs measured.
 
     Args:
-        solution: The solution.
-        measured: Of its potentials.
+        problem: The problem.
+        measured: Of a solution's potentials.
+        iterations: Steps that the solver took, shape (...).
+        converged: Whether it met its tolerance, shape (...).
+        method: Its name.
 
     Returns:
         The certificate.
@@ -100,7 +101,6 @@ def solution_certificate(solution: TransportSolution, measured: Pass) -> Certifi
 
     Source: original.
     """
-    problem = solution.problem
     total = torch.where((measured.mass > 0) & measured.mass.isfinite(), measured.mass, 1.0)
     return Certificate(
         primal=torch.where(measured.dual.isfinite(), measured.dual + measured.gap, math.inf),
@@ -109,9 +109,9 @@ def solution_certificate(solution: TransportSolution, measured: Pass) -> Certifi
         query_error=measured.query_error / total,
         key_error=measured.key_error / total,
         distance=(measured.moved + pinsker_radius(measured.gap, measured.mass, problem.epsilon)) / total,
-        iterations=solution.num_iterations,
-        converged=solution.converged,
-        method=solution.method,
+        iterations=iterations,
+        converged=converged,
+        method=method,
         precision=problem.affinity.precision,
     )
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from eotattn.attention.statistics import AttentionStatistics
+from eotattn.attention.statistics.streaming import AttentionStatistics
 from eotattn.checks import require
 
 __all__ = ["ROW_SUMS", "SequenceStatistics"]

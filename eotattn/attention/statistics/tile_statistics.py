@@ -10,9 +10,9 @@ import math
 import torch
 from torch import Tensor
 
-from eotattn.attention.column_sums import ColumnSums
-from eotattn.attention.key_intervals import KeyIntervals
-from eotattn.attention.score_rows import LaneRows, ScoreRows, TensorRows, split_table
+from eotattn.attention.statistics.column_sums import ColumnSums
+from eotattn.attention.statistics.key_intervals import KeyIntervals
+from eotattn.attention.statistics.score_rows import LaneRows, ScoreRows, TensorRows, split_table
 from eotattn.kernels.score_sums import RowSums, ScoreTiles, column_sums, row_sums
 
 __all__ = ["as_tiles", "tile_statistics"]

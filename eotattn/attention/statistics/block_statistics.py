@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from eotattn.attention.score_rows import ScoreBlock
+from eotattn.attention.statistics.score_rows import ScoreBlock
 
 __all__ = ["block_statistics"]
 
@@ -28,7 +28,7 @@ def block_statistics(
 
     Returns:
         Weights (B, H, r, k), rows sum to one less the explicit sink's mass, or to zero where no key is admissible; and
-        the row fields of :class:`eotattn.attention.statistics.AttentionStatistics` by name.
+        the row fields of :class:`eotattn.attention.statistics.streaming.AttentionStatistics` by name.
     """
     content, prior, seen = block.content, block.prior, block.admissible
     num_keys = _num_keys(content, seen)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from eotattn.attention.score_rows import ScoreBlock, ScoreSource
+from eotattn.attention.statistics.score_rows import ScoreBlock, ScoreSource
 
 __all__ = ["ColumnSums"]
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eotattn.attention.attention_statistics import AttentionStatistics
-from eotattn.attention.block_statistics import block_statistics
-from eotattn.attention.column_sums import ColumnSums
-from eotattn.attention.score_rows import (
+from eotattn.attention.statistics.attention_statistics import AttentionStatistics
+from eotattn.attention.statistics.block_statistics import block_statistics
+from eotattn.attention.statistics.column_sums import ColumnSums
+from eotattn.attention.statistics.score_rows import (
     LaneRows,
     RowSource,
     ScoreRows,
@@ -25,7 +25,7 @@ from eotattn.attention.score_rows import (
     WeightRows,
     block_spans,
 )
-from eotattn.attention.tile_statistics import as_tiles, tile_statistics
+from eotattn.attention.statistics.tile_statistics import as_tiles, tile_statistics
 from eotattn.checks import (
     check_choice,
     check_floating,

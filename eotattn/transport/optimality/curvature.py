@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from eotattn.transport.problem import TransportProblem
-from eotattn.transport.response import penalty_share, respond
+from eotattn.transport.optimality.response import penalty_share, respond
+from eotattn.transport.problems import TransportProblem
 
 __all__ = ["solve_curvature"]
 

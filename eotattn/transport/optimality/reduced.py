@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from eotattn.transport.problem import TransportProblem
+from eotattn.transport.problems import TransportProblem
 
 __all__ = ["ReducedProblem", "reduce_problem"]
 

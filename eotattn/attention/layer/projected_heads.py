@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from eotattn.attention.projections import PackedProjection, SeparateProjections
-from eotattn.attention.rotary import Rotary
+from eotattn.attention.layer.projections import PackedProjection, SeparateProjections
+from eotattn.attention.layer.rotary import Rotary
 from eotattn.checks import check_positive_int, require
 
 __all__ = ["Heads", "ProjectedHeads"]

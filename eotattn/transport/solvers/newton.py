@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eotattn.transport.curvature import solve_curvature
-from eotattn.transport.keys import KeyBalance, balance
-from eotattn.transport.problem import TransportProblem
-from eotattn.transport.sinkhorn import sinkhorn_step
+from eotattn.transport.optimality.curvature import solve_curvature
+from eotattn.transport.optimality.keys import KeyBalance, balance
+from eotattn.transport.problems import TransportProblem
+from eotattn.transport.solvers.sinkhorn import sinkhorn_step
 
 __all__ = ["newton_step"]
 

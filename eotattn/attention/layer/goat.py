@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from eotattn.attention.module import PriorAttention
+from eotattn.attention.layer.module import PriorAttention
 from eotattn.priors import goat_prior
 
 __all__ = ["GoatAttention"]

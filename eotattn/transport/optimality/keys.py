@@ -11,8 +11,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from eotattn.transport.problem import TransportProblem
-from eotattn.transport.response import QueryResponse, answer
+from eotattn.transport.optimality.response import QueryResponse, answer
+from eotattn.transport.problems import TransportProblem
 
 __all__ = ["Balance", "KeyBalance", "balance", "query_price", "starting_potential", "stiffness"]
 
@@ -187,7 +187,7 @@ def query_price(problem: TransportProblem, response: QueryResponse, epsilon: flo
 
     Example:
         >>> problem = TransportProblem(torch.zeros(1, 2))
-        >>> from eotattn.transport.response import respond
+        >>> from eotattn.transport.optimality.response import respond
         >>> query_price(problem, respond(problem, torch.zeros(2)), 1.0)
         tensor([-0.6931])
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from eotattn.transport.keys import KeyBalance, stiffness
-from eotattn.transport.problem import TransportProblem
-from eotattn.transport.response import penalty_share
+from eotattn.transport.optimality.keys import KeyBalance, stiffness
+from eotattn.transport.optimality.response import penalty_share
+from eotattn.transport.problems import TransportProblem
 
 __all__ = ["sinkhorn_step"]
 
@@ -30,7 +30,7 @@ def sinkhorn_step(problem: TransportProblem, key_potential: Tensor, state: KeyBa
 
     Example:
         >>> import torch
-        >>> from eotattn.transport.keys import balance
+        >>> from eotattn.transport.optimality.keys import balance
         >>> problem = TransportProblem(torch.zeros(1, 2), key_marginal=torch.tensor([0.5, 0.5]))
         >>> sinkhorn_step(problem, torch.zeros(2), balance(problem, torch.zeros(2)), 1.0)
         tensor([0., 0.])

@@ -9,8 +9,8 @@ import math
 import torch
 from torch import Tensor
 
-from eotattn.transport.problem import TransportProblem
-from eotattn.transport.response import respond
+from eotattn.transport.optimality.response import respond
+from eotattn.transport.problems import TransportProblem
 
 __all__ = ["divergence", "dual_objective", "primal_objective", "reference_mass"]
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eotattn.transport.curvature import solve_curvature
-from eotattn.transport.objective import dual_objective, reference_mass
-from eotattn.transport.problem import TransportProblem
-from eotattn.transport.response import respond, row_mass
+from eotattn.transport.optimality.curvature import solve_curvature
+from eotattn.transport.optimality.objective import dual_objective, reference_mass
+from eotattn.transport.optimality.response import respond, row_mass
+from eotattn.transport.problems import TransportProblem
 
 __all__ = ["attach_key_potential", "envelope_value"]
 
