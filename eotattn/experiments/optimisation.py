@@ -85,15 +85,21 @@ def learning_rate_factor(step: int, config: TrainingConfig) -> float:
 
 
 def parameter_groups(network: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
-    """Matrices with decay, vectors without, log-priors without and at their own rate; frozen parameters in none."""
+    """Matrices with decay, vectors without, log-priors at their own rate; frozen parameters in none.
+
+    Log-priors have no decay, but for those whose class says ``weight_decays``.
+    """
     of_priors = {id(p) for module in network.modules() if isinstance(module, LogPrior) for p in module.parameters()}
     trainable = [p for p in network.parameters() if p.requires_grad]
     matrices = [p for p in trainable if id(p) not in of_priors and p.dim() >= 2]
     vectors = [p for p in trainable if id(p) not in of_priors and p.dim() < 2]
-    priors = [p for p in trainable if id(p) in of_priors]
+    decaying = {id(p) for m in network.modules() if getattr(m, "weight_decays", False) for p in m.parameters()}
+    priors = [p for p in trainable if id(p) in of_priors - decaying]
+    decaying_priors = [p for p in trainable if id(p) in of_priors & decaying]
     groups = [
         {"params": matrices, "peak": config.learning_rate, "weight_decay": config.weight_decay},
         {"params": vectors, "peak": config.learning_rate, "weight_decay": 0.0},
         {"params": priors, "peak": config.prior_learning_rate, "weight_decay": 0.0},
+        {"params": decaying_priors, "peak": config.prior_learning_rate, "weight_decay": config.weight_decay},
     ]
     return [group for group in groups if group["params"]]

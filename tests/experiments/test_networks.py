@@ -8,8 +8,10 @@ import torch
 from eotattn.attention import PriorAttention, Rotary
 from eotattn.experiments.networks import ATTENTION_KINDS, CopyReader, CopyReaderConfig, Decoder, DecoderConfig
 from eotattn.experiments.networks.growing_scores import GrowingScoreAttention
+from eotattn.experiments.networks.narrow_lanes import NarrowLanesPrior
 from eotattn.experiments.networks.rotations import LeadingHeadsRotary, StretchedRotary
-from eotattn.priors import LogPrior, RecencyPrior
+from eotattn.experiments.optimisation import TrainingConfig, parameter_groups
+from eotattn.priors import LogPrior, RecencyPrior, goat_prior
 
 
 def decoder(attention, num_layers=2):
@@ -203,3 +205,36 @@ def test_weights_are_read_by_kinds_that_train_alike_alone():
 
 def test_paper_frequencies_are_the_default():
     assert DecoderConfig("goat").max_period == pytest.approx(2 * math.pi * 10_000)
+
+
+# Kinds of the ablations ---------------------------------------------------------------------------------------------
+
+
+def test_narrow_lanes_are_the_exact_prior_near_the_first_token_and_far_from_it_later():
+    exact = goat_prior(4, num_frequencies=2, form="paper")
+    narrow = NarrowLanesPrior(exact)
+    for end, low, high in ((8, 0.0, 0.05), (2048, 0.2, math.inf)):
+        at = torch.arange(end - 8, end)
+        forms = [prior.dense(at, at, dtype=torch.float64) for prior in (exact, narrow)]
+        difference = forms[0] - forms[1]
+        error = (difference - difference.mean(-1, keepdim=True)).abs().max()
+        assert low <= error <= high
+
+
+def test_narrow_lanes_are_what_a_kernel_gets():
+    narrow, at = NarrowLanesPrior(goat_prior(4, num_frequencies=2, form="paper")), torch.arange(500, 507)
+    for dtype in (torch.float32, torch.bfloat16):
+        lanes = narrow.lanes(at, at, dtype=dtype)
+        product = lanes.query.double() @ lanes.key.double().mT
+        assert (product - narrow.dense(at, at, dtype=torch.float64)).abs().max() < 1e-5
+    assert narrow.num_lanes(torch.bfloat16) == narrow.num_lanes(torch.float32)
+
+
+def test_decaying_waves_are_in_a_group_with_decay():
+    decays = {}
+    for attention in ("paper_goat", "decaying_waves"):
+        network = decoder(attention)
+        groups = parameter_groups(network, TrainingConfig(steps=1, batch_size=1, weight_decay=0.3))
+        waves = {id(p) for block in network.blocks for p in block.attention.prior.parts[0].parameters()}
+        decays[attention] = {group["weight_decay"] for group in groups for p in group["params"] if id(p) in waves}
+    assert decays == {"paper_goat": {0.0}, "decaying_waves": {0.3}}

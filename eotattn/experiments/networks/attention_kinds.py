@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from eotattn.attention import PriorAttention, Rotary
+from eotattn.experiments.networks.decaying_waves import DecayingFourierPrior
 from eotattn.experiments.networks.growing_scores import GrowingScoreAttention
+from eotattn.experiments.networks.narrow_lanes import NarrowLanesPrior
 from eotattn.experiments.networks.rotations import LeadingHeadsRotary, StretchedRotary
 from eotattn.priors import (
     FourierPrior,
@@ -126,6 +128,10 @@ def _waves(config: DecoderConfig) -> LogPrior:
     return FourierPrior(config.num_heads, config.num_frequencies, config.min_period, config.max_period)
 
 
+def _decaying_waves(config: DecoderConfig) -> LogPrior:
+    return DecayingFourierPrior(config.num_heads, config.num_frequencies, config.min_period, config.max_period)
+
+
 def _shared_waves(config: DecoderConfig) -> LogPrior:
     one = FourierPrior(1, config.num_frequencies, config.min_period, config.max_period)
     return SharedPrior(one, config.num_heads)
@@ -174,6 +180,11 @@ def _paper_goat(**options: Any) -> MakePrior:
     return make
 
 
+def _narrow_goat(config: DecoderConfig) -> LogPrior:
+    """The paper's prior in naive lanes."""
+    return NarrowLanesPrior(_paper_goat()(config))
+
+
 def _tied_goat(config: DecoderConfig) -> LogPrior:
     """The paper's prior with waves that have run through within the training length."""
     return _paper_goat(min_period=4.0, max_period=float(config.train_length))(config)
@@ -207,6 +218,8 @@ ATTENTION_KINDS = {
     "shared_waves": AttentionKind(prior=_sum(_shared_waves, _recency, _shared_sink)),
     "held_sink": AttentionKind(prior=_sum(_waves, _recency, _held_sink)),
     "floored_slopes": AttentionKind(prior=_sum(_waves, _floored_recency, _sink)),
+    "decaying_waves": AttentionKind(prior=_sum(_decaying_waves, _recency, _sink)),
+    "narrow_lanes": AttentionKind(prior=_narrow_goat),
     "growing_scores": AttentionKind(prior=_paper_goat(), scores_grow=True),
     "tied_slopes": AttentionKind(prior=_sum(_tied_recency, _first_token)),
     "half_global": AttentionKind(prior=_sum(_half_global_recency, _first_token)),

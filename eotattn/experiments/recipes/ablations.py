@@ -34,6 +34,8 @@ VARIANTS = {
     "held_sink": "paper, u(j) constant beyond training",
     "floored_slopes": "paper, slopes above half of ALiBi's",
     "growing_scores": "paper, scores times ln(length)",
+    "decaying_waves": "paper, waves with weight decay",
+    "narrow_lanes": "paper, lanes of one bfloat16 number each",
     "tied_slopes": "slopes up to 8 training lengths",
     "half_global": "half of the heads global, no waves",
 }
@@ -100,7 +102,7 @@ def ablations(scale: str = "laptop") -> AblationRecipe:
     sizes = {"num_layers": 2, "embed_dim": 64, "num_heads": 4}
     if not is_small:
         sizes = {"num_layers": 4, "embed_dim": 256, "num_heads": 8}
-    names = REPEATED if is_small else tuple(VARIANTS)
+    names = (*REPEATED, "decaying_waves", "narrow_lanes") if is_small else tuple(VARIANTS)
     decoders = tuple(
         DecoderConfig(
             name,
