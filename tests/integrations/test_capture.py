@@ -335,3 +335,19 @@ def test_an_exception_leaves_nothing_behind(tokens):
     assert len(model.layers[0]._forward_hooks) == 0
     assert seen[0].layers["layers.0"].num_sequences == 4  # finished calls are kept
     assert seen[0].recorder.stack == []
+
+
+def test_nested_captures_see_the_same_calls_and_leave_nothing_behind(tokens):
+    model, before = Fused(), functional.scaled_dot_product_attention
+    alone = model(tokens)
+    with capture(model) as outer:
+        with capture(model, layers=[0]) as inner:
+            both = model(tokens)
+        again = model(tokens)
+    assert torch.equal(both, alone)
+    assert torch.equal(again, alone)
+    assert functional.scaled_dot_product_attention is before
+    assert [len(seen.layers) for seen in (outer, inner)] == [2, 1]
+    ((name, once),) = inner.layers.items()
+    assert once.num_sequences == len(tokens)
+    assert outer.layers[name].num_sequences == 2 * len(tokens)
