@@ -6,12 +6,16 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import ArrayLike
 
 from eotattn.checks import require
 from eotattn.plotting.style import OKABE_ITO, line_styles, resolve_axes, to_array
 
 __all__ = ["plot_errors_by_length", "plot_time_ratios"]
+
+#: Ratios that ticks stand at, in every power of ten.
+RATIOS = (1.0, 1.5, 2.0, 3.0, 5.0)
 
 
 def plot_time_ratios(
@@ -44,6 +48,9 @@ def plot_time_ratios(
     axes.set_yticks(places, names, fontsize=8)
     axes.set_xscale("log")
     axes.set_xlim(min(0.8, values.min() * 0.9), values.max() * 1.5)
+    axes.xaxis.set_major_locator(LogLocator(subs=RATIOS))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.axvline(1.0, color="0.3", linewidth=0.8)
     if bound is not None:
         axes.axvline(bound, color="0.3", linewidth=0.8, linestyle="--")
