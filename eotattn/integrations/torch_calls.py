@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from eotattn.attention.statistics.score_rows import TensorRows
+from eotattn.attention.statistics.score_rows import TensorRows, split_table
 from eotattn.integrations.captured_call import CapturedCall
 from eotattn.integrations.recorder import Recorder
 
@@ -125,7 +125,7 @@ def _unpadded(given: dict[str, Any]) -> Tensor | None:
     padding = given["key_padding_mask"]
     if padding is None or given["query"] is not given["key"]:
         return None
-    real = ~padding if padding.dtype == torch.bool else padding > torch.finfo(padding.dtype).min / 2
+    real = ~padding if padding.dtype == torch.bool else split_table(padding, padding.dtype)[1]
     return real[None] if real.dim() == 1 else real
 
 
@@ -135,5 +135,5 @@ def _real_tokens(call: CapturedCall) -> Tensor | None:
     rows = None if call.mask is None else call.mask(0, queries)
     if rows is None or rows.shape[2] != 1 or queries != keys or queries == 1:
         return None
-    seen = rows if rows.dtype == torch.bool else rows > torch.finfo(rows.dtype).min / 2
+    _, seen = split_table(rows, call.query.dtype)
     return seen[:, :, 0].any(1).expand(call.query.shape[0], keys)

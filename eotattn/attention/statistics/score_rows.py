@@ -178,8 +178,7 @@ class ScoreRows:
             added, seen = split_table(_columns(source(start, stop), first, last), self.dtype)
             if added is not None:
                 prior = added if prior is None else prior + added
-            if seen is not None:
-                admissible = seen if admissible is None else admissible & seen
+            admissible = seen if admissible is None else admissible & seen
         return ScoreBlock(start, stop, first, content, prior, admissible)
 
     def _key_span(self, start: int, stop: int) -> tuple[int, int]:
@@ -251,7 +250,7 @@ def _columns(rows: Tensor, first: int, last: int) -> Tensor:
     return rows if rows.dim() == 0 or rows.shape[-1] == 1 else rows[..., first:last]
 
 
-def split_table(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+def split_table(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
     """What a table adds, finite everywhere, and which keys it admits."""
     if rows.dtype == torch.bool:
         return None, rows

@@ -146,7 +146,6 @@ def _key_mask(rows: ScoreRows) -> Tensor | str | None:
     added, seen = split_table(table, rows.dtype)
     if added is not None and bool(added.any()):
         return "the mask adds other numbers than 0 and -inf"
-    assert seen is not None
     return seen[:, 0, 0].expand(rows.shape[0], rows.shape[3])
 
 
