@@ -23,7 +23,7 @@ class NarrowLanesPrior(LogPrior):
         prior: A prior with lanes; stays trainable.
 
     Source:
-        The lanes of the package ``goat-attention`` under bfloat16.
+        Original, after the lanes of the package ``goat-attention``, which under bfloat16 are single numbers too.
 
     Example:
         >>> from eotattn.priors import RecencyPrior
