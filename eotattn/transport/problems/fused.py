@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -90,8 +91,12 @@ class FusedCalls:
             return price / self.epsilon
         return torch.add(self.constant, price, alpha=1.0 / self.epsilon)
 
-    def _batch(self, bias: Tensor) -> list[int]:
-        return list(torch.broadcast_shapes(self.query.shape[:-2], self.key.shape[:-2], bias.shape[:-1]))
+    @cached_property
+    def _lead(self) -> torch.Size:
+        return torch.broadcast_shapes(self.query.shape[:-2], self.key.shape[:-2])
+
+    def _batch(self, bias: Tensor) -> torch.Size:
+        return self._lead if bias.shape[:-1] == self._lead else torch.broadcast_shapes(self._lead, bias.shape[:-1])
 
     def _by_its_own_kernel(self, bias: Tensor) -> Tensor | None:
         """The log-sum-exp by the kernel that computes nothing else, or ``None`` where it does not serve."""
@@ -109,7 +114,7 @@ class FusedCalls:
     def _attend(self, bias: Tensor, value: Tensor | None) -> tuple[Tensor, Tensor]:
         """One attention call with the bias in lanes: output (..., n, v) and log-sum-exp (..., n)."""
         batch = self._batch(bias)
-        batch = batch if value is None else list(torch.broadcast_shapes(batch, value.shape[:-2]))
+        batch = batch if value is None else torch.broadcast_shapes(batch, value.shape[:-2])
         lane = self.epsilon * bias.clamp(min=_FAR)  # the kernel divides by epsilon
         carrier = LaneFactors(lane.new_ones(1, 1), lane[..., None], exact="query").split(self.query.dtype)
         query, key = (_beside(pair) for pair in ((self.query, carrier[0]), (self.key, carrier[1])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from itertools import count
 
@@ -10,8 +11,8 @@ from torch import Tensor
 
 __all__ = ["repeat_while"]
 
-#: Calls before a graph pays; they also load and tune the kernels that it records.
-_EAGER_CALLS = 3
+#: The last graph of every thread and stream: the next one takes over its memory, and the stream that it was recorded on.
+_LAST = threading.local()
 
 
 def repeat_while(advance: Callable[[], None], running: Tensor) -> None:
@@ -23,10 +24,9 @@ def repeat_while(advance: Callable[[], None], running: Tensor) -> None:
 
     Source: original.
     """
-    for _ in range(_EAGER_CALLS):  # the host is the slower one here, so there is no reason to run ahead
-        advance()
-        if not bool(running):
-            return
+    advance()  # loads and tunes the kernels that the graph records
+    if not bool(running):
+        return
     replay = _recorded(advance)
     flags = [torch.ones((), dtype=torch.bool, pin_memory=True) for _ in range(2)]
     events = [torch.cuda.Event() for _ in range(2)]
@@ -41,15 +41,23 @@ def repeat_while(advance: Callable[[], None], running: Tensor) -> None:
 
 
 def _recorded(advance: Callable[[], None]) -> Callable[[], None]:
-    """The work as one graph, on a stream of its own while it is recorded."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    """The work as one graph, on a stream of its own while it is recorded.
+
+    Memory for a graph is slow to get, so it is handed on. Graphs that share memory must not run at the same time: they
+    share it only if they replay on the same stream, one after the other.
+    """
+    current = torch.cuda.current_stream()
+    last: dict[torch.cuda.Stream, tuple[torch.cuda.CUDAGraph, torch.cuda.Stream]] = vars(_LAST).setdefault("graphs", {})
+    before = last.get(current)
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream() if before is None else before[1]
+    stream.wait_stream(current)
     with torch.cuda.stream(stream):
-        graph.capture_begin(capture_error_mode="thread_local")
+        graph.capture_begin(None if before is None else before[0].pool(), capture_error_mode="thread_local")
         try:
             advance()
         finally:
             graph.capture_end()
-    torch.cuda.current_stream().wait_stream(stream)
+    current.wait_stream(stream)
+    last[current] = graph, stream
     replay: Callable[[], None] = graph.replay
     return replay
