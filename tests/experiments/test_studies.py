@@ -127,7 +127,7 @@ def test_language_study_measures_every_variant_seed_and_length(small_language):
         ]
         far = [row["value"] for row in found if row["length"] == 512]
         assert small_language.interval(variant, 512).mean == pytest.approx(sum(far) / 2)
-    assert {row["variant"] for row in rows if row["panel"] == "c"} == learned
+    assert {row["variant"] for row in rows if row["panel"] == "c"} == learned | {"fast_goat"}
     assert {row["variant"] for row in rows if row["panel"] == "sweep"} == {"rope", "alibi"} | learned
     assert len({frozenset(row) for row in rows}) == 1  # one set of columns
     assert len(small_language.curve_table()) == 8 * 5
@@ -143,10 +143,14 @@ def test_another_reading_is_the_same_network_and_differs_beyond_the_training_len
 def test_every_variant_trains_at_the_rate_that_validation_files_chose(small_language):
     swept = small_language.sweep_table()
     for decoder in small_language.decoders:
-        judged = "rope" if decoder.variant == "none" else decoder.variant
+        judged = "rope" if decoder.variant == "fast_goat" else decoder.variant
         bits = {row["learning_rate"]: row["bits_per_byte"] for row in swept if row["variant"] == judged}
         training = decoder.record.configuration["training"]
-        assert training["learning_rate"] == training["prior_learning_rate"] == min(bits, key=bits.get)
+        factor = 10 if decoder.variant == "fast_goat" else 1
+        assert training["learning_rate"] == min(bits, key=bits.get)
+        assert training["prior_learning_rate"] == factor * training["learning_rate"]
+    assert small_language.movable == "fast_goat"
+    assert set(small_language.headline) == {"paper_goat", "goat", "local_rotary_goat"}
     assert sum(row["chosen"] for row in swept) == 5
 
 

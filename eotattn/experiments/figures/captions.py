@@ -18,6 +18,8 @@ VARIANT_NAMES = {
     "alibi": "ALiBi",
     "goat": "GOAT",
     "paper_goat": "GOAT, paper's form",
+    "fast_goat": "GOAT, fast prior",
+    "fast_paper_goat": "paper's form, fast prior",
     "rotary_goat": "RoPE + GOAT",
     "local_rotary_goat": "GOAT, local heads rotary",
     "sinusoidal": "sinusoidal",

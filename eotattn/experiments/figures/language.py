@@ -22,13 +22,13 @@ def draw_language(study: LanguageStudy) -> Figure:
     order = [_label(decoder.attention) for decoder in study.recipe.variants + study.recipe.contrasts]
     _draw_curves(study, order, order, curves)
     _draw_readings(study, order, curves)
-    _draw_curves(study, [_label(name) for name in ("alibi", *study.learned)], order, close)
-    _draw_key_only(study, study.learned[0], key_only)
+    _draw_curves(study, [_label(name) for name in ("alibi", *study.headline)], order, close)
+    _draw_key_only(study, study.movable, key_only)
     reports = {_label(name): study.of(name)[0].sinks for name in ("rope", *study.learned)}
     plot_sink_mass(reports, uniform_mass=study.uniform_mass, order=order, axes=by_signal)
     _draw_formation(study, by_step, order)
     _draw_sweep(study, rates, order)
-    shown = f"learned u(j), {_label(study.learned[0])}"
+    shown = f"learned u(j), {_label(study.movable)}"
     titles = ("length extrapolation", "the close curves", shown, "sink mass", "sink formation", "choice of rates")
     title_panels([curves, close, key_only, by_signal, by_step, rates], titles)
     handles, labels = curves.get_legend_handles_labels()

@@ -48,6 +48,7 @@ class AttentionKind:
             stands for all positions beyond the training length.
         interpolated: Positions are squeezed into the training window where the sequence is longer.
         scores_grow: Scores grow with the logarithm of the position, see :class:`GrowingScoreAttention`.
+        prior_rate_factor: Learning rate of the log-prior over that of the content.
         trained_as: Name of a kind that it equals up to the training length, so that the trained weights of that kind
             serve this one too; see :meth:`Decoder.read_as`.
     """
@@ -57,6 +58,7 @@ class AttentionKind:
     embedding: Literal["sinusoidal", "learned"] | None = None
     interpolated: bool = False
     scores_grow: bool = False
+    prior_rate_factor: float = 1.0
     trained_as: str | None = None
 
     def build(self, config: DecoderConfig) -> PriorAttention:
@@ -213,6 +215,9 @@ ATTENTION_KINDS = {
     "without_waves": AttentionKind(prior=_sum(_recency, _sink)),
     "one_wave": AttentionKind(prior=_paper_goat(num_frequencies=1)),
     "sixteen_waves": AttentionKind(prior=_paper_goat(num_frequencies=16)),
+    # Log-priors that can move further than content does: AdamW moves a number by its rate a step at most.
+    "fast_goat": AttentionKind(prior=_goat, prior_rate_factor=10.0),
+    "fast_paper_goat": AttentionKind(prior=_paper_goat(), prior_rate_factor=10.0),
     # What might keep a prior extrapolating.
     "tied_waves": AttentionKind(prior=_tied_goat),
     "shared_waves": AttentionKind(prior=_sum(_shared_waves, _recency, _shared_sink)),

@@ -34,6 +34,8 @@ VARIANTS = {
     "held_sink": "paper, u(j) constant beyond training",
     "floored_slopes": "paper, slopes above half of ALiBi's",
     "growing_scores": "paper, scores times ln(length)",
+    "fast_goat": "split, prior at 10 times the rate",
+    "fast_paper_goat": "paper, prior at 10 times the rate",
     "decaying_waves": "paper, waves with weight decay",
     "narrow_lanes": "paper, lanes of one bfloat16 number each",
     "tied_slopes": "slopes up to 8 training lengths",
@@ -42,6 +44,9 @@ VARIANTS = {
 
 #: Variants that run with every seed.
 REPEATED = ("rope", "alibi", "paper_goat", "goat", "local_rotary_goat")
+
+#: Variants that the small scales run beside them.
+_ALSO_SMALL = ("fast_goat", "fast_paper_goat", "decaying_waves", "narrow_lanes")
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ def ablations(scale: str = "laptop") -> AblationRecipe:
     sizes = {"num_layers": 2, "embed_dim": 64, "num_heads": 4}
     if not is_small:
         sizes = {"num_layers": 4, "embed_dim": 256, "num_heads": 8}
-    names = (*REPEATED, "decaying_waves", "narrow_lanes") if is_small else tuple(VARIANTS)
+    names = (*REPEATED, *_ALSO_SMALL) if is_small else tuple(VARIANTS)
     decoders = tuple(
         DecoderConfig(
             name,

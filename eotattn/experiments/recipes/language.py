@@ -19,7 +19,8 @@ class RateSweep:
     """How learning rates are chosen: short runs of the first seed, judged on validation files at the training length.
 
     Args:
-        rates: Candidates, the same for every swept variant; log-priors train at the rate of the content.
+        rates: Candidates, the same for every swept variant; log-priors train at the rate of the content, but for kinds
+            with a factor of their own.
         training: A short run; its rates are replaced by the candidates.
         windows: Validation windows that judge it.
     """
@@ -101,7 +102,7 @@ def _decoders(names: tuple[str, ...], sizes: Mapping[str, int]) -> tuple[Decoder
 
 _VARIANTS = ("rope", "alibi", "paper_goat", "goat", "local_rotary_goat")
 _LAPTOP_VARIANTS = _VARIANTS[:4]
-_CONTRASTS = ("none", "sinusoidal")
+_CONTRASTS = ("fast_goat", "fast_paper_goat", "none", "sinusoidal")
 _READINGS = (("interpolated_rope", "rope"), ("ntk_rope", "rope"))
 _FACTORS = (1, 2, 4, 8, 16)
 
@@ -130,7 +131,7 @@ _LANGUAGE = {
         scale="laptop",
         corpus=PYTHON_STDLIB,
         variants=_decoders(_LAPTOP_VARIANTS, _LAPTOP),
-        contrasts=_decoders(_CONTRASTS[:1], _LAPTOP),
+        contrasts=_decoders(_CONTRASTS[:3], _LAPTOP),
         readings=_READINGS,
         sweep=RateSweep((2e-3, 4e-3, 8e-3), TrainingConfig(steps=200, batch_size=16, warmup_steps=20), windows=64),
         training=TrainingConfig(
@@ -150,20 +151,20 @@ _LANGUAGE = {
         contrasts=_decoders(_CONTRASTS, _H200),
         readings=_READINGS,
         sweep=RateSweep(
-            (5e-4, 1e-3, 2e-3),
-            TrainingConfig(steps=100, batch_size=16, warmup_steps=20, precision="bf16"),
+            (2.5e-4, 5e-4, 1e-3, 2e-3),
+            TrainingConfig(steps=200, batch_size=16, warmup_steps=20, precision="bf16"),
             windows=64,
         ),
         training=TrainingConfig(
-            steps=500,  # 8.2e6 tokens in batches of 16 windows of 1024
+            steps=1500,  # 24.6e6 tokens in batches of 16 windows of 1024
             batch_size=16,
-            warmup_steps=50,
+            warmup_steps=100,
             log_every=25,
             evaluate_every=100,
             checkpoint_every=250,
             precision="bf16",
         ),
-        seeds=(0, 1, 2),
+        seeds=(0, 1, 2, 3),
         length_factors=_FACTORS,
         curve_windows=16,
         sink_windows=16,

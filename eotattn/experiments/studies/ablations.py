@@ -92,11 +92,11 @@ def runs(recipe: AblationRecipe, records: Records) -> list[Run]:
     """Two runs a seed and variant that trains, one a task; the first seed's come first."""
     found = []
     for seed in recipe.seeds:
-        language, retrieval = (replace(training, seed=seed) for training in (recipe.language, recipe.retrieval))
         for decoder in recipe.decoders:
             if decoder.kind.trained_as is not None or seed not in recipe.seeds_of(decoder.attention):
                 continue
             also = tuple(other.attention for other in recipe.decoders if other.kind.trained_as == decoder.attention)
+            language, retrieval = (_at(part, decoder, seed) for part in (recipe.language, recipe.retrieval))
             reader = replace(decoder, vocabulary_size=256)
             finder = replace(decoder, vocabulary_size=len(ALPHABET))
             name = f"{decoder.attention}-seed{seed}"
@@ -107,6 +107,11 @@ def runs(recipe: AblationRecipe, records: Records) -> list[Run]:
                 Run(f"retrieval-{name}", on_retrieval, measure_retrieval),
             ]
     return found
+
+
+def _at(training: TrainingConfig, decoder: DecoderConfig, seed: int) -> TrainingConfig:
+    prior_rate = training.prior_learning_rate * decoder.kind.prior_rate_factor
+    return replace(training, prior_learning_rate=prior_rate, seed=seed)
 
 
 def measure_language(run: LanguageAblation, checkpoint: Path) -> Measurement:

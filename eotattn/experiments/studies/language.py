@@ -81,14 +81,12 @@ class DecoderRun:
 def sweep_runs(recipe: LanguageRecipe, variant: str) -> dict[float, Run]:
     """Learning rate -> the run that judges it for a variant."""
     (decoder,) = [decoder for decoder in recipe.variants if decoder.attention == variant]
-    return {
-        rate: Run(
-            f"rate-{variant}-{rate:g}",
-            RateRun(recipe.corpus, decoder, _at(recipe.sweep.training, rate, recipe.seeds[0]), recipe.sweep.windows),
-            measure_rate,
-        )
-        for rate in recipe.sweep.rates
-    }
+    found = {}
+    for rate in recipe.sweep.rates:
+        training = _at(recipe.sweep.training, decoder, rate, recipe.seeds[0])
+        run = RateRun(recipe.corpus, decoder, training, recipe.sweep.windows)
+        found[rate] = Run(f"rate-{variant}-{rate:g}", run, measure_rate)
+    return found
 
 
 def best_rate(recipe: LanguageRecipe, records: Records, variant: str) -> float | None:
@@ -120,7 +118,7 @@ def _decoder_run(recipe: LanguageRecipe, decoder: DecoderConfig, rate: float, se
         recipe.corpus,
         decoder,
         recipe.readings_of(decoder.attention),
-        _at(recipe.training, rate, seed),
+        _at(recipe.training, decoder, rate, seed),
         recipe.lengths,
         recipe.curve_windows,
         recipe.sink_windows,
@@ -130,8 +128,9 @@ def _decoder_run(recipe: LanguageRecipe, decoder: DecoderConfig, rate: float, se
     return Run(f"{decoder.attention}-seed{seed}", configuration, measure)
 
 
-def _at(training: TrainingConfig, rate: float, seed: int) -> TrainingConfig:
-    return replace(training, learning_rate=rate, prior_learning_rate=rate, seed=seed)
+def _at(training: TrainingConfig, decoder: DecoderConfig, rate: float, seed: int) -> TrainingConfig:
+    prior_rate = rate * decoder.kind.prior_rate_factor
+    return replace(training, learning_rate=rate, prior_learning_rate=prior_rate, seed=seed)
 
 
 def measure_rate(run: RateRun, checkpoint: Path) -> Measurement:

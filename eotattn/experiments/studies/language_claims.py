@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from eotattn.diagnostics import SinkMassReport
-from eotattn.experiments.optimisation import TrainingConfig, learning_rate_factor
 from eotattn.experiments.studies.language import best_rate
-from eotattn.experiments.studies.language_study import LanguageStudy, TrainedDecoder, mean_formation
+from eotattn.experiments.studies.language_study import LanguageStudy, mean_formation
 
 __all__ = ["language_verdict"]
 
@@ -21,7 +20,7 @@ DIVERGENCE = 0.5
 def language_verdict(study: LanguageStudy) -> str:
     """The claims, the numbers and whether they held, in Markdown; intervals are of 95 % over seeds."""
     lines = []
-    for name in study.learned:
+    for name in study.headline:
         lines += [_gain(study, name, over) for over in ("rope", "alibi")]
         lines += [_stable(study, name), _not_worse_far(study, name)]
     lines.append(_diverges(study, "rope"))
@@ -79,7 +78,7 @@ def _key_only(study: LanguageStudy, name: str) -> tuple[str, str]:
     key_only = torch.cat([part for part in parts if part is not None])
     end = study.recipe.train_length - 1
     spike, rise = key_only[..., 0] - key_only[..., 1], key_only[..., end] - key_only[..., 1]
-    reach = max(_reach(decoder) for decoder in study.of(name))
+    reach = max(decoder.reach for decoder in study.of(name))
     return (
         f"- **{name}: u(j) has a spike at the first token: {_held(_most(spike))}.** u(0) - u(1) is positive in "
         f"{int((spike > 0).sum())} of {spike.numel()} heads; mean {float(spike.mean()):+.2f} nats, largest "
@@ -88,12 +87,6 @@ def _key_only(study: LanguageStudy, name: str) -> tuple[str, str]:
         f"- **{name}: u(j) rises towards the training length: {_held(_most(rise))}.** u({end}) - u(1) is positive in "
         f"{int((rise > 0).sum())} of {rise.numel()} heads; mean {float(rise.mean()):+.2f} nats.",
     )
-
-
-def _reach(decoder: TrainedDecoder) -> float:
-    """Sum of the learning rates of a log-prior over a run: what steps of one sign add up to, nats."""
-    training = TrainingConfig(**decoder.record.configuration["training"])
-    return training.prior_learning_rate * sum(learning_rate_factor(step, training) for step in range(training.steps))
 
 
 def _sink_falls(study: LanguageStudy, name: str) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 from eotattn.checks import require
 from eotattn.diagnostics import SinkMassReport
 from eotattn.experiments.intervals import SeedInterval
+from eotattn.experiments.optimisation import TrainingConfig, learning_rate_factor
 from eotattn.experiments.recipes.language import LanguageRecipe
 from eotattn.experiments.records import Record, Records, Row, merged_provenance
 from eotattn.experiments.results import ResultFolder
@@ -53,6 +54,13 @@ class TrainedDecoder:
     def formation(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Steps (S,), and the mass on the first token at each of them, (S, A, H)."""
         return self.record.arrays["formation.step"], self.record.arrays["formation.sink_mass"]
+
+    @property
+    def reach(self) -> float:
+        """Sum of the learning rates of the log-prior over the run: what steps of one sign add up to, nats."""
+        training = TrainingConfig(**self.record.configuration["training"])
+        steps = range(training.steps)
+        return training.prior_learning_rate * sum(learning_rate_factor(step, training) for step in steps)
 
     @property
     def key_only(self) -> Tensor | None:
@@ -99,6 +107,16 @@ class LanguageStudy:
     def learned(self) -> tuple[str, ...]:
         """The variants whose prior has a key-only part."""
         return tuple(dict.fromkeys(d.variant for d in self.decoders if d.key_only is not None))
+
+    @property
+    def headline(self) -> tuple[str, ...]:
+        """The learned ones among them that run with all seeds."""
+        return tuple(d.attention for d in self.recipe.variants if d.attention in self.learned)
+
+    @property
+    def movable(self) -> str:
+        """The learned one whose log-prior could move furthest, the first if several could."""
+        return max(self.learned, key=lambda name: self.of(name)[0].reach)
 
     def of(self, name: str) -> tuple[TrainedDecoder, ...]:
         """The decoders behind a variant, contrast or reading, by seed."""
