@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -68,6 +68,15 @@ class TrainingConfig:
         check_choice(owner, "precision", self.precision, ("no", "bf16"))
         fits = self.warmup_steps < self.steps
         require(fits, owner, "warmup_steps", f"be below steps = {self.steps}", self.warmup_steps, "Train for longer")
+
+    def at(self, rate: float, *, seed: int, prior_rate_factor: float = 1.0) -> TrainingConfig:
+        """The same run with another seed and other rates, that of log-priors as a multiple of that of the content.
+
+        Example:
+            >>> TrainingConfig(steps=10, batch_size=4).at(0.5, seed=1, prior_rate_factor=10).prior_learning_rate
+            5.0
+        """
+        return replace(self, seed=seed, learning_rate=rate, prior_learning_rate=rate * prior_rate_factor)
 
 
 def learning_rate_factor(step: int, config: TrainingConfig) -> float:

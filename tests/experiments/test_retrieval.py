@@ -285,7 +285,7 @@ def test_runs_cover_every_variant_and_seed_with_the_papers_sizes():
     assert run.lengths == (256, 512, 1024, 2048, 4096, 8192)
     faster = recipes.retrieval("h200")
     assert (faster.variants, faster.task) == (recipe.variants, recipe.task)
-    assert (faster.training.steps, faster.learning_rates) == (2000, (3e-4, 6e-4, 1.2e-3))
+    assert (faster.training.steps, faster.learning_rates) == (2000, (1.5e-4, 3e-4, 6e-4, 1.2e-3))
 
 
 def test_a_run_trains_examines_and_reads_the_prior(tmp_path):

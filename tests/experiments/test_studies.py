@@ -112,13 +112,13 @@ def small_language(tmp_path_factory):
     recipe = small_recipe(tmp_path_factory.mktemp("texts"))
     lines = []
     records = perform(language.runs, recipe, folder, jobs=1, report=lines.append)
-    assert len(lines) == 10 + 10 + 1  # sweeps, variants by seeds, one contrast
+    assert len(lines) == 12 + 12 + 1  # sweeps, variants by seeds, one contrast
     return LanguageStudy(recipe, records)
 
 
 def test_language_study_measures_every_variant_seed_and_length(small_language):
     rows = small_language.rows()
-    learned = {"paper_goat", "goat", "local_rotary_goat"}
+    learned = {"paper_goat", "goat", "fast_goat", "local_rotary_goat"}
     for variant in ("rope", "alibi", *learned, "interpolated_rope", "ntk_rope"):
         found = [row for row in rows if (row["panel"], row["quantity"]) == ("a", "bits_per_byte")]
         found = [row for row in found if row["variant"] == variant]
@@ -127,10 +127,10 @@ def test_language_study_measures_every_variant_seed_and_length(small_language):
         ]
         far = [row["value"] for row in found if row["length"] == 512]
         assert small_language.interval(variant, 512).mean == pytest.approx(sum(far) / 2)
-    assert {row["variant"] for row in rows if row["panel"] == "c"} == learned | {"fast_goat"}
+    assert {row["variant"] for row in rows if row["panel"] == "c"} == learned | {"fast_paper_goat"}
     assert {row["variant"] for row in rows if row["panel"] == "sweep"} == {"rope", "alibi"} | learned
     assert len({frozenset(row) for row in rows}) == 1  # one set of columns
-    assert len(small_language.curve_table()) == 8 * 5
+    assert len(small_language.curve_table()) == 9 * 5
 
 
 def test_another_reading_is_the_same_network_and_differs_beyond_the_training_length(small_language):
@@ -143,15 +143,15 @@ def test_another_reading_is_the_same_network_and_differs_beyond_the_training_len
 def test_every_variant_trains_at_the_rate_that_validation_files_chose(small_language):
     swept = small_language.sweep_table()
     for decoder in small_language.decoders:
-        judged = "rope" if decoder.variant == "fast_goat" else decoder.variant
+        judged = "rope" if decoder.variant == "fast_paper_goat" else decoder.variant
         bits = {row["learning_rate"]: row["bits_per_byte"] for row in swept if row["variant"] == judged}
         training = decoder.record.configuration["training"]
-        factor = 10 if decoder.variant == "fast_goat" else 1
+        factor = 10 if decoder.variant.startswith("fast_") else 1
         assert training["learning_rate"] == min(bits, key=bits.get)
         assert training["prior_learning_rate"] == factor * training["learning_rate"]
     assert small_language.movable == "fast_goat"
-    assert set(small_language.headline) == {"paper_goat", "goat", "local_rotary_goat"}
-    assert sum(row["chosen"] for row in swept) == 5
+    assert set(small_language.headline) == {"paper_goat", "goat", "fast_goat", "local_rotary_goat"}
+    assert sum(row["chosen"] for row in swept) == 6
 
 
 def test_unfinished_sweeps_leave_their_variant_out(small_language):
@@ -234,7 +234,7 @@ GOOD = {
 
 
 def line_of(study, claim):
-    (line,) = [line for line in language_verdict(study).splitlines() if claim in line]
+    (line,) = [line for line in language_verdict(study).splitlines() if f"**{claim}" in line]
     return line
 
 

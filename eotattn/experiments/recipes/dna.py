@@ -107,8 +107,8 @@ def _decoder(attention: str, num_layers: int, embed_dim: int, num_heads: int, le
     )
 
 
-def _decoders(*sizes: int) -> tuple[DecoderConfig, ...]:
-    return tuple(_decoder(name, *sizes) for name in ("rope", "paper_goat", "goat"))
+def _decoders(*sizes: int, also: tuple[str, ...] = ()) -> tuple[DecoderConfig, ...]:
+    return tuple(_decoder(name, *sizes) for name in ("rope", "paper_goat", "goat", *also))
 
 
 #: Repeats that a small decoder learns within minutes, one family, short and little worn; isochores that differ so much
@@ -157,7 +157,7 @@ _DNA = {
     "h200": DnaRecipe(
         scale="h200",
         genome=IsochoreGenome(_GENOME, num_blocks=8192, block_length=2048, num_held_out=256),
-        variants=_decoders(6, 384, 6, 1024),
+        variants=_decoders(6, 384, 6, 1024, also=("fast_goat",)),
         training=TrainingConfig(
             steps=800,
             batch_size=32,
@@ -167,7 +167,7 @@ _DNA = {
             checkpoint_every=400,
             precision="bf16",
         ),
-        learning_rates=(1e-3, 2e-3, 4e-3),
+        learning_rates=(5e-4, 1e-3, 2e-3),
         seeds=(0, 1, 2),
         test_windows=256,
         generation=GenerationConfig(prompts=256, gc_window=128),

@@ -100,9 +100,10 @@ def _decoders(names: tuple[str, ...], sizes: Mapping[str, int]) -> tuple[Decoder
     )
 
 
-_VARIANTS = ("rope", "alibi", "paper_goat", "goat", "local_rotary_goat")
+_VARIANTS = ("rope", "alibi", "paper_goat", "goat", "fast_goat", "local_rotary_goat")
 _LAPTOP_VARIANTS = _VARIANTS[:4]
-_CONTRASTS = ("fast_goat", "fast_paper_goat", "none", "sinusoidal")
+_CONTRASTS = ("fast_paper_goat", "none", "sinusoidal")
+_LAPTOP_CONTRASTS = ("fast_goat", *_CONTRASTS[:2])
 _READINGS = (("interpolated_rope", "rope"), ("ntk_rope", "rope"))
 _FACTORS = (1, 2, 4, 8, 16)
 
@@ -131,7 +132,7 @@ _LANGUAGE = {
         scale="laptop",
         corpus=PYTHON_STDLIB,
         variants=_decoders(_LAPTOP_VARIANTS, _LAPTOP),
-        contrasts=_decoders(_CONTRASTS[:3], _LAPTOP),
+        contrasts=_decoders(_LAPTOP_CONTRASTS, _LAPTOP),
         readings=_READINGS,
         sweep=RateSweep((2e-3, 4e-3, 8e-3), TrainingConfig(steps=200, batch_size=16, warmup_steps=20), windows=64),
         training=TrainingConfig(
@@ -164,7 +165,7 @@ _LANGUAGE = {
             checkpoint_every=250,
             precision="bf16",
         ),
-        seeds=(0, 1, 2, 3),
+        seeds=(0, 1, 2, 3, 4),
         length_factors=_FACTORS,
         curve_windows=16,
         sink_windows=16,

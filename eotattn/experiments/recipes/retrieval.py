@@ -61,8 +61,8 @@ def retrieval(scale: str = "laptop") -> RetrievalRecipe:
     """Figure 3 at a scale.
 
     ``"h200"`` and ``"paper"`` have the paper's decoder, steps, batch, training length and frequencies. There one
-    network learns both tasks, half a batch each, where the paper trains one a task; ``"h200"`` tries the
-    paper's rate, twice and four times that.
+    network learns both tasks, half a batch each, where the paper trains one a task; ``"h200"`` tries
+    rates from half of the paper's to four times that.
 
     Example:
         >>> retrieval("laptop").lengths
@@ -111,4 +111,4 @@ _TRAINING = {
     "laptop": TrainingConfig(steps=1200, batch_size=32, warmup_steps=100, log_every=50, checkpoint_every=400),
 }
 
-_RATES = {"smoke": (1e-3, 3e-3), "laptop": (3e-3,), "h200": (3e-4, 6e-4, 1.2e-3), "paper": (3e-4,)}
+_RATES = {"smoke": (1e-3, 3e-3), "laptop": (3e-3,), "h200": (1.5e-4, 3e-4, 6e-4, 1.2e-3), "paper": (3e-4,)}

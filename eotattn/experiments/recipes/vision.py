@@ -103,7 +103,7 @@ _VISION = {
         variants=_transformers(16, 2, {"num_classes": 10, "num_layers": 3, "embed_dim": 96, "num_heads": 4}),
         training=TrainingConfig(steps=800, batch_size=128, warmup_steps=80, log_every=40),
         prior_rate_factor=10.0,
-        learning_rates=(1e-3, 3e-3, 1e-2),
+        learning_rates=(3e-4, 1e-3, 3e-3, 1e-2, 2e-2),
         seeds=(0, 1, 2),
     ),
     "paper": VisionRecipe(

@@ -110,8 +110,7 @@ def runs(recipe: AblationRecipe, records: Records) -> list[Run]:
 
 
 def _at(training: TrainingConfig, decoder: DecoderConfig, seed: int) -> TrainingConfig:
-    prior_rate = training.prior_learning_rate * decoder.kind.prior_rate_factor
-    return replace(training, prior_learning_rate=prior_rate, seed=seed)
+    return training.at(training.learning_rate, seed=seed, prior_rate_factor=decoder.kind.prior_rate_factor)
 
 
 def measure_language(run: LanguageAblation, checkpoint: Path) -> Measurement:

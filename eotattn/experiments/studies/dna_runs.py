@@ -6,7 +6,7 @@ Legend: N windows, L tokens, P prompts, W windows of a GC trajectory.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +83,8 @@ def runs(recipe: DnaRecipe, records: Records) -> list[Run]:
         generator = GeneratorRun(recipe.genome, recipe.length, recipe.test_windows, recipe.generation)
         found.append(Run("generator", generator, measure_generator))
     for seed, network, rate in swept_runs(recipe, records, [network.attention for network in recipe.variants]):
-        training = replace(recipe.training, seed=seed, learning_rate=rate, prior_learning_rate=rate)
         (decoder,) = [one for one in recipe.variants if one.attention == network]
+        training = recipe.training.at(rate, seed=seed, prior_rate_factor=decoder.kind.prior_rate_factor)
         run = DnaRun(recipe.genome, decoder, training, recipe.test_windows, recipe.generation)
         found.append(Run(run_name(network, rate, seed), run, measure))
     return found

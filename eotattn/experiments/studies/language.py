@@ -5,7 +5,7 @@ Legend: A blocks, H heads, L tokens, S recorded steps.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -129,8 +129,7 @@ def _decoder_run(recipe: LanguageRecipe, decoder: DecoderConfig, rate: float, se
 
 
 def _at(training: TrainingConfig, decoder: DecoderConfig, rate: float, seed: int) -> TrainingConfig:
-    prior_rate = rate * decoder.kind.prior_rate_factor
-    return replace(training, learning_rate=rate, prior_learning_rate=prior_rate, seed=seed)
+    return training.at(rate, seed=seed, prior_rate_factor=decoder.kind.prior_rate_factor)
 
 
 def measure_rate(run: RateRun, checkpoint: Path) -> Measurement:

@@ -6,7 +6,7 @@ Legend: S seeds, N lengths, D depths, H heads, T lags.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +64,8 @@ def runs(recipe: RetrievalRecipe, records: Records) -> list[Run]:
     found = []
     for seed, name, rate in swept_runs(recipe, records, list(trained)):
         if seed in recipe.seeds_of(name):
-            training = replace(recipe.training, seed=seed, learning_rate=rate, prior_learning_rate=rate)
+            factor = trained[name].kind.prior_rate_factor
+            training = recipe.training.at(rate, seed=seed, prior_rate_factor=factor)
             also = tuple(other.attention for other in recipe.variants if other.kind.trained_as == name)
             examined = (recipe.lengths, recipe.depths, recipe.count, also)
             run = RetrievalRun(trained[name], recipe.task, training, *examined)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,7 @@ def runs(recipe: VisionRecipe, records: Records) -> list[Run]:
     """For every variant one run a rate with the first seed, then the other seeds."""
     found = []
     for seed, positions, rate in swept_runs(recipe, records, [network.positions for network in recipe.variants]):
-        prior_rate = rate * recipe.prior_rate_factor
-        training = replace(recipe.training, seed=seed, learning_rate=rate, prior_learning_rate=prior_rate)
+        training = recipe.training.at(rate, seed=seed, prior_rate_factor=recipe.prior_rate_factor)
         (network,) = [one for one in recipe.variants if one.positions == positions]
         run = VisionRun(recipe.corpus, recipe.max_shift, network, training, recipe.sizes)
         found.append(Run(run_name(positions, rate, seed), run, measure))
