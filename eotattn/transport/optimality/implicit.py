@@ -39,12 +39,13 @@ def attach_key_potential(problem: TransportProblem, key_potential: Tensor) -> Te
 
     Source: original; implicit differentiation of Sinkhorn as in Luise et al. 2018.
     """
-    attached: Tensor = _KeyPotential.apply(problem, key_potential, *problem.tensors)
+    attached: Tensor = key_potential
+    if torch.is_grad_enabled() and problem.requires_grad:
+        attached = _KeyPotential.apply(problem, key_potential, *problem.tensors)
     if not problem.is_balanced:
         return attached
     assert problem.key_marginal is not None
-    carried = torch.where(attached.isfinite(), attached, 0.0)
-    return attached - (problem.key_marginal * carried).sum(-1, keepdim=True)
+    return attached - (problem.key_marginal * attached.nan_to_num(0.0, 0.0, 0.0)).sum(-1, keepdim=True)
 
 
 def envelope_value(problem: TransportProblem, query_potential: Tensor, key_potential: Tensor) -> Tensor:

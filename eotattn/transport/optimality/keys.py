@@ -10,8 +10,9 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
-from eotattn.transport.optimality.response import QueryResponse, answer
+from eotattn.transport.optimality.response import QueryResponse, penalty_share
 from eotattn.transport.problems import TransportProblem
 
 __all__ = ["Balance", "KeyBalance", "balance", "query_price", "starting_potential", "stiffness"]
@@ -29,6 +30,8 @@ class KeyBalance:
         log_rows: Log of what the queries send, nats, shape (..., n).
         log_mass: Log of what the keys receive, nats, shape (..., m); -inf on keys that carry nothing, as is the next.
         log_target: Log of the mass at which the keys would be content, nats, shape (..., m).
+        mass: What the keys receive, shape (..., m).
+        target: The mass at which the keys would be content, shape (..., m).
         log_scale: Log of the larger total, nats, shape (..., 1); ``None`` for zero, in balanced problems.
         excess: Log of the total target over the total mass, nats, shape (..., 1); zero where rounding decides it, and
             where the constant that would close it leaves the potential no digits; ``None`` in balanced problems.
@@ -44,26 +47,15 @@ class KeyBalance:
     log_rows: Tensor
     log_mass: Tensor
     log_target: Tensor
+    mass: Tensor
+    target: Tensor
     log_scale: Tensor | None
     excess: Tensor | None
-
-    def _relative(self, nats: Tensor) -> Tensor:
-        return (nats if self.log_scale is None else nats - self.log_scale).exp()
 
     @cached_property
     def row_mass(self) -> Tensor:
         """What the queries send, shape (..., n)."""
-        return self._relative(self.log_rows)
-
-    @cached_property
-    def mass(self) -> Tensor:
-        """What the keys receive, shape (..., m)."""
-        return self._relative(self.log_mass)
-
-    @cached_property
-    def target(self) -> Tensor:
-        """The mass at which the keys would be content, shape (..., m)."""
-        return self._relative(self.log_target)
+        return (self.log_rows if self.log_scale is None else self.log_rows - self.log_scale).exp()
 
     @cached_property
     def log_ratio(self) -> Tensor:
@@ -96,36 +88,31 @@ class Balance:
 
     def __init__(self, problem: TransportProblem, epsilon: float) -> None:
         assert problem.key_marginal is not None
-        self._problem, self._epsilon = problem, epsilon
-        self._ask_queries = problem.affinity.tempered(epsilon)
-        self._ask_keys = problem.affinity.transposed.tempered(epsilon)
-        self._log_query_marginal, self._log_key_marginal = problem.query_marginal.log(), problem.key_marginal.log()
-        self._offer = epsilon * self._log_query_marginal
+        self._problem = problem
+        growth = 1.0 - penalty_share(problem.query_penalty, epsilon)
+        self._exchange = problem.affinity.exchange(epsilon, problem.query_marginal.log(), growth)
+        self._target, self._log_target = problem.key_marginal, problem.key_marginal.log()
         rounding = torch.finfo(problem.affinity.dtype).eps
         self._noise = _ROUNDINGS * rounding * max(1.0, problem.affinity.largest / epsilon)
         self._reach = _COARSEST * epsilon / rounding * stiffness(problem, epsilon)
 
     def __call__(self, key_potential: Tensor) -> KeyBalance:
         """Return the balance at a key potential of shape (..., m), cost units."""
-        problem, soft_maximum = self._problem, self._ask_queries(key_potential)
-        log_rows, offer = self._log_query_marginal, self._offer
-        if math.isfinite(problem.query_penalty):
-            log_rows = log_rows + answer(problem, soft_maximum, self._epsilon).log_growth
-            offer = self._epsilon * log_rows
-        offered = self._ask_keys(offer - soft_maximum)
-        # A key that nobody may use has a potential of +inf and is offered -inf: it receives nothing.
-        log_mass = ((offered + key_potential) / self._epsilon).nan_to_num(-math.inf, math.inf, -math.inf)
-        log_target = self._log_key_marginal
+        problem = self._problem
+        log_rows, log_mass = self._exchange(key_potential)
+        if problem.is_balanced:
+            return KeyBalance(log_rows, log_mass, self._log_target, log_mass.exp(), self._target, None, None)
+        log_target = self._log_target
         if math.isfinite(problem.key_penalty):
             log_target = torch.sub(log_target, key_potential, alpha=1.0 / problem.key_penalty)
             log_target = log_target.nan_to_num(-math.inf, math.inf, -math.inf)  # removed keys: -inf + inf
-        if problem.is_balanced:
-            return KeyBalance(log_rows, log_mass, log_target, None, None)
-        total_mass, total_target = (nats.logsumexp(-1, keepdim=True) for nats in (log_mass, log_target))
-        excess = total_target - total_mass
-        usable = (excess.abs() > self._noise) & (excess.abs() < self._reach)
-        excess = torch.where(usable, excess, 0.0)
-        return KeyBalance(log_rows, log_mass, log_target, torch.maximum(total_mass, total_target), excess)
+        both = torch.stack(torch.broadcast_tensors(log_mass, log_target))
+        totals = both.logsumexp(-1, keepdim=True)
+        log_scale = totals.amax(0)
+        mass, target = (both - log_scale).exp().unbind()
+        excess = hardshrink(totals[1] - totals[0], self._noise)
+        excess = torch.where(excess.abs() < self._reach, excess, 0.0)
+        return KeyBalance(log_rows, log_mass, log_target, mass, target, log_scale, excess)
 
 
 def balance(problem: TransportProblem, key_potential: Tensor, *, epsilon: float | None = None) -> KeyBalance:

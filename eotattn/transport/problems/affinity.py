@@ -7,15 +7,17 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-__all__ = ["Affinity", "DenseAffinity", "Rows"]
+__all__ = ["Affinity", "DenseAffinity", "Exchange", "Rows"]
 
 #: Some of the queries: a slice, or whole numbers of shape (r,).
 Rows = slice | Tensor
+#: See ``Affinity.exchange``.
+Exchange = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 #: Entries of one block of rows.
 _BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**23}
@@ -80,9 +82,22 @@ class Affinity(ABC):
     def soft_maximum(self, price: Tensor, epsilon: float) -> Tensor:
         """Soft maximum over the keys, cost units, shape (..., n); -inf for a query without keys. Differentiable."""
 
-    def tempered(self, epsilon: float) -> Callable[[Tensor], Tensor]:
-        """The soft maximum as a function of the price alone, for many prices: the rest is prepared here, once."""
-        return partial(self.soft_maximum, epsilon=epsilon)
+    def exchange(self, epsilon: float, log_marginal: Tensor, growth: float) -> Exchange:
+        """From a key potential to the log of what queries send and of what keys receive, nats, (..., n) and (..., m).
+
+        A query sends its marginal (..., n), in nats, and ``growth`` times its soft maximum in nats. What does not
+        depend on the potential is prepared here, once.
+        """
+        transposed = self.transposed
+
+        def both(key_potential: Tensor) -> tuple[Tensor, Tensor]:
+            answer = self.soft_maximum(key_potential, epsilon)
+            log_rows = log_marginal if growth == 0 else torch.add(log_marginal, answer, alpha=growth / epsilon)
+            offered = transposed.soft_maximum(epsilon * log_rows - answer, epsilon)
+            # A key that nobody may use has a potential of +inf and is offered -inf: it receives nothing.
+            return log_rows, ((offered + key_potential) / epsilon).nan_to_num(-math.inf, math.inf, -math.inf)
+
+        return both
 
     @abstractmethod
     def average(self, price: Tensor, value: Tensor, epsilon: float) -> Tensor:
@@ -274,11 +289,18 @@ class DenseAffinity(Affinity):
         return self._log_prior.logsumexp(-1)
 
     @cached_property
+    def _extremes(self) -> tuple[float, float]:
+        low, high = torch.stack(self._score.detach().aminmax()).tolist()
+        return low, high
+
+    @property
     def largest(self) -> float:
         """The largest size of a score."""
-        return float(self._score.detach().abs().max())
+        low, high = self._extremes
+        return max(-low, high)
 
     @property
     def spread(self) -> float:
         """The range of the scores."""
-        return float(self._score.detach().max() - self._score.detach().min())
+        low, high = self._extremes
+        return high - low

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from eotattn.priors.lanes import LaneFactors, computing_dtype
-from eotattn.transport.problems.affinity import Affinity, Rows
+from eotattn.transport.problems.affinity import Affinity, Exchange, Rows
 from eotattn.transport.problems.fused import FusedCalls
 
 __all__ = ["FactoredAffinity"]
@@ -120,14 +119,25 @@ class FactoredAffinity(Affinity):
 
     def soft_maximum(self, price: Tensor, epsilon: float) -> Tensor:
         """See ``Affinity``."""
-        return self.tempered(epsilon)(price)
-
-    def tempered(self, epsilon: float) -> Callable[[Tensor], Tensor]:
-        """See ``Affinity``."""
         calls, constant = self._calls(epsilon), self._row_constant(epsilon)
-        if constant is None:
-            return lambda price: epsilon * calls.log_sum_exp(price)
-        return lambda price: torch.add(constant, calls.log_sum_exp(price), alpha=epsilon)
+        nats = calls.log_sum_exp(calls.bias(price))
+        return epsilon * nats if constant is None else torch.add(constant, nats, alpha=epsilon)
+
+    def exchange(self, epsilon: float, log_marginal: Tensor, growth: float) -> Exchange:
+        """See ``Affinity``; here in nats throughout, and what is constant in a row cancels from what keys receive."""
+        bare = replace(self, factors=tuple(replace(part, row=None) for part in self.factors))
+        ask_queries, ask_keys = self._calls(epsilon), bare.transposed._calls(epsilon)
+        constant = self._row_constant(epsilon) if growth else None
+        if constant is not None:
+            log_marginal = torch.add(log_marginal, constant, alpha=growth / epsilon)
+
+        def both(key_potential: Tensor) -> tuple[Tensor, Tensor]:
+            bias = ask_queries.bias(key_potential)
+            nats = ask_queries.log_sum_exp(bias)
+            log_rows = torch.add(log_marginal, nats, alpha=growth) if growth else log_marginal
+            return log_rows, ask_keys.log_sum_exp(log_rows - nats) + bias
+
+        return both
 
     def average(self, price: Tensor, value: Tensor, epsilon: float) -> Tensor:
         """See ``Affinity``."""
@@ -202,9 +212,10 @@ class FactoredAffinity(Affinity):
     @cached_property
     def largest(self) -> float:
         """By Cauchy and Schwarz."""
-        norms = (float(side.detach().to(self.dtype).norm(dim=-1).max()) for side in (self.query, self.key))
-        biases = (bias for bias in (self.query_bias, self.key_bias) if bias is not None)
-        return math.prod(norms) + sum(float(bias.detach().abs().max()) for bias in biases)
+        parts = [side.detach().to(self.dtype).norm(dim=-1).max() for side in (self.query, self.key)]
+        parts += [bias.detach().abs().max() for bias in (self.query_bias, self.key_bias) if bias is not None]
+        query, key, *biases = torch.stack(parts).tolist()
+        return float(query * key + sum(biases))
 
     @property
     def spread(self) -> float:

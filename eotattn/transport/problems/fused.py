@@ -70,18 +70,17 @@ class FusedCalls:
             constant = kept if constant is None else constant + kept
         return cls(left, right, constant, epsilon, direction)
 
-    def log_sum_exp(self, price: Tensor) -> Tensor:
-        """Log-sum-exp over the keys, nats, shape (..., n), -inf where no key is left; ``price`` of shape (..., m)."""
-        bias = self._bias(price)
+    def log_sum_exp(self, bias: Tensor) -> Tensor:
+        """Log-sum-exp over the keys, nats, shape (..., n), -inf where no key is left; ``bias`` of shape (..., m)."""
         found = self._by_its_own_kernel(bias)
         return self._attend(bias, None)[1] if found is None else found
 
     def average(self, price: Tensor, value: Tensor) -> Tensor:
         """Softmax average of values (..., m, v), shape (..., n, v), the kernel's dtype; zero where no key is left."""
-        output, log_sum_exp = self._attend(self._bias(price), value)
+        output, log_sum_exp = self._attend(self.bias(price), value)
         return output.masked_fill((log_sum_exp == -math.inf)[..., None], 0.0)
 
-    def _bias(self, price: Tensor) -> Tensor:
+    def bias(self, price: Tensor) -> Tensor:
         """Price and constant in nats, -inf where a key is removed; a price of +inf counts as zero.
 
         A query that neither sends mass nor has keys has no price at all (-inf + inf), and is removed too.

@@ -253,7 +253,9 @@ class TransportProblem:
         return other
 
     def detached(self) -> TransportProblem:
-        """The problem over tensors without gradients."""
+        """The problem over tensors without gradients; itself, if they have none."""
+        if not self.requires_grad:
+            return self
         return self.with_tensors(*(None if tensor is None else tensor.detach() for tensor in self.tensors))
 
     def dense(self) -> TransportProblem:
@@ -269,6 +271,11 @@ class TransportProblem:
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Those of the affinity, then the query marginal and the key marginal."""
         return *self.affinity.tensors, self.query_marginal, self.key_marginal
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether any of the tensors does."""
+        return any(tensor is not None and tensor.requires_grad for tensor in self.tensors)
 
     @property
     def score(self) -> Tensor:

@@ -1,6 +1,6 @@
 """Sinkhorn's iteration, extrapolated from its last steps, with the plain iteration as its safety net."""
 
-# Legend: m keys, w remembered steps; the leading dimensions are a batch.
+# Legend: b problems, m keys, w remembered steps.
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor
 
 from eotattn.transport.optimality.keys import KeyBalance
 from eotattn.transport.problems import TransportProblem
-from eotattn.transport.solvers.sinkhorn import sinkhorn_step
+from eotattn.transport.solvers.sinkhorn import sinkhorn_move
 
 __all__ = ["AcceleratedStep"]
 
-#: A change is a new direction if this part of it is new, and exceeds so many roundings of the potential.
+#: A change is a new direction if its new part exceeds this part of it plus so many roundings of the potential.
 _NEW = 1e-4
 _ROUNDINGS = 4
-#: Steps that are remembered, and the changes that must be known before the first extrapolation.
-_WINDOW = 10
-_WARM_UP = 2
+#: Changes that are remembered, and the factor by which a step may worsen the error.
+_WINDOW = 5
+_SLACK = 1.1
 
 
 class AcceleratedStep:
@@ -28,11 +28,11 @@ class AcceleratedStep:
 
     With residuals r = S(g) - g of Sinkhorn's map S, every change of the residual is kept orthogonal to the ones before
     and of length one, together with the change of S(g) that belongs to it. The next potential is S(g) less the changes
-    of S(g) weighted by the components of r. A step after which the marginal error exceeds the best one is taken back:
-    that problem goes on from the plain step it had, and forgets.
+    of S(g) weighted by the components of r. A step that makes the marginal error a tenth larger is taken back: that
+    problem goes on from the plain step it had, and forgets.
 
     What is remembered lies in tensors that are changed in place, and nothing is asked of the host, so that a GPU can
-    record and repeat a step.
+    record and repeat a step. Residual and image lie side by side, so that one operation serves both.
 
     Example:
         >>> from eotattn.transport.optimality.keys import balance
@@ -47,48 +47,42 @@ class AcceleratedStep:
     def __init__(self) -> None:
         self._epsilon = float("nan")
 
-    def _forget(self, problem: TransportProblem, key_potential: Tensor, state: KeyBalance, epsilon: float) -> None:
+    def _forget(self, problem: TransportProblem, key_potential: Tensor, state: KeyBalance) -> None:
         assert problem.key_marginal is not None
-        batch, m = state.error.shape, key_potential.shape[-1]
-        self._epsilon, self._root = epsilon, problem.key_marginal.sqrt()
-        self._residuals, self._images = (key_potential.new_zeros(*batch, _WINDOW, m) for _ in range(2))
-        self._slot = torch.zeros(1, dtype=torch.int64, device=key_potential.device)
-        self._last_image, self._last_residual, self._fallback = (key_potential.new_zeros(*batch, m) for _ in range(3))
-        self._known, self._best = torch.zeros_like(state.error), torch.full_like(state.error, math.inf)
-        self._usable, self._extrapolated = (torch.zeros_like(state.error, dtype=torch.bool) for _ in range(2))
+        b, m = state.error.numel(), key_potential.shape[-1]
+        self._root = torch.where(key_potential.isfinite(), problem.key_marginal, 0.0).sqrt()
+        self._point, self._last = (key_potential.new_empty(b, 2, m) for _ in range(2))
+        self._history = key_potential.new_zeros(b, _WINDOW, 2 * m)
+        self._bound, self._unbounded = (torch.full_like(state.error, math.inf) for _ in range(2))
 
     def __call__(self, problem: TransportProblem, key_potential: Tensor, state: KeyBalance, epsilon: float) -> Tensor:
         """Return the next key potential, shape (..., m); see ``sinkhorn_step`` for the arguments."""
-        if epsilon != self._epsilon:
-            self._forget(problem, key_potential, state, epsilon)
-        image = sinkhorn_step(problem, key_potential, state, epsilon)
-        carried = image.nan_to_num(0.0, 0.0, 0.0)
-        residual = (carried - key_potential.nan_to_num(0.0, 0.0, 0.0)) * self._root
-        taken_back = self._extrapolated > (state.error <= self._best)
-        self._remember(carried, residual, taken_back[..., None])
-        torch.ge(self._known, _WARM_UP, out=self._extrapolated)
-        components = (self._residuals @ residual[..., None]) * self._extrapolated[..., None, None]
-        moved = image - (self._images.mT @ components).squeeze(-1)
-        found = torch.where(taken_back[..., None], self._fallback, moved)
-        torch.minimum(self._best, state.error, out=self._best)
-        torch.where(taken_back[..., None], self._fallback, image, out=self._fallback)
-        return found
+        fresh, shape, m = epsilon != self._epsilon, key_potential.shape, key_potential.shape[-1]
+        if fresh:
+            self._epsilon = epsilon
+            self._forget(problem, key_potential, state)
+        residual, image = (part.view(shape) for part in self._point.unbind(1))
+        move, length = sinkhorn_move(problem, state, epsilon)
+        torch.mul(move, self._root, out=residual)
+        torch.add(key_potential, move, alpha=length, out=image)
+        if fresh:
+            self._last.copy_(self._point)
+            size = (image.nan_to_num(0.0, 0.0, 0.0) * self._root).norm(dim=-1) / length
+            self._rounding = (_ROUNDINGS * torch.finfo(image.dtype).eps * size).view(-1, 1, 1)
+        better = state.error <= self._bound
+        torch.where(better, _SLACK * state.error, self._unbounded, out=self._bound)
+        kept = better.view(-1, 1, 1)
+        self._remember(kept)
+        torch.where(kept, self._point, self._last, out=self._last)
+        components = self._last[:, :1] @ self._history[..., :m].mT
+        return torch.baddbmm(self._last[:, 1:], components, self._history[..., m:], alpha=-1.0).view(shape)
 
-    def _remember(self, image: Tensor, residual: Tensor, taken_back: Tensor) -> None:
-        """Add the change since the last step as one more direction; a problem that was taken back starts anew."""
-        usable = self._usable[..., None] > taken_back
-        self._residuals.masked_fill_(taken_back[..., None], 0.0)
-        change = (residual - self._last_residual) * usable
-        components = self._residuals @ change[..., None]
-        rest = change - (self._residuals.mT @ components).squeeze(-1)
-        moved = image - self._last_image - (self._images.mT @ components).squeeze(-1)
-        length, whole, size = (part.norm(dim=-1, keepdim=True) for part in (rest, change, image * self._root))
-        rounding = _ROUNDINGS * torch.finfo(image.dtype).eps
-        inverse = torch.where(length > torch.maximum(_NEW * whole, rounding * size), 1.0 / length, 0.0)
-        self._residuals.index_copy_(-2, self._slot, (rest * inverse)[..., None, :])
-        self._images.index_copy_(-2, self._slot, (moved * inverse)[..., None, :])
-        self._slot.add_(1).remainder_(_WINDOW)
-        self._known.mul_(~taken_back.squeeze(-1)).add_(usable.squeeze(-1))
-        self._last_image.copy_(image)
-        self._last_residual.copy_(residual)
-        torch.logical_not(taken_back.squeeze(-1), out=self._usable)
+    def _remember(self, kept: Tensor) -> None:
+        """Put the change since the last step before the other directions; a problem that is taken back has none."""
+        m = self._root.shape[-1]
+        change = (self._point - self._last).nan_to_num_(0.0, 0.0, 0.0).view(-1, 1, 2 * m)  # removed keys: -inf + inf
+        whole = change[..., :m].norm(dim=-1, keepdim=True)
+        change.baddbmm_(change[..., :m] @ self._history[..., :m].mT, self._history, alpha=-1.0)
+        length = change[..., :m].norm(dim=-1, keepdim=True)
+        length = torch.where(length > torch.add(self._rounding, whole, alpha=_NEW), length, math.inf)
+        torch.mul(torch.cat((change / length, self._history[:, :-1]), 1), kept, out=self._history)

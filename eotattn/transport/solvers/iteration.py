@@ -97,9 +97,9 @@ def iterate(
     Source: original.
     """
     potential = starting_potential(problem)
-    schedule = temperatures(problem)
+    schedule = temperatures(problem) if start is None else [problem.epsilon]
     if start is not None:
-        potential, schedule = torch.where(potential.isfinite(), start, potential), [problem.epsilon]
+        potential = torch.where(potential.isfinite(), start, potential)
     count = torch.zeros(problem.batch_shape, dtype=torch.int64, device=potential.device)
     for epsilon in schedule:
         final = epsilon == problem.epsilon

@@ -11,7 +11,7 @@ from torch import Tensor
 
 __all__ = ["repeat_while"]
 
-#: The last graph of every thread and stream: the next one takes over its memory, and the stream that it was recorded on.
+#: The last graph of every thread and stream: the next one takes over its memory, and the stream it was recorded on.
 _LAST = threading.local()
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from eotattn.transport.optimality.keys import KeyBalance, stiffness
 from eotattn.transport.optimality.response import penalty_share
 from eotattn.transport.problems import TransportProblem
 
-__all__ = ["sinkhorn_step"]
+__all__ = ["sinkhorn_move", "sinkhorn_step"]
 
 
 def sinkhorn_step(problem: TransportProblem, key_potential: Tensor, state: KeyBalance, epsilon: float) -> Tensor:
@@ -29,7 +30,6 @@ def sinkhorn_step(problem: TransportProblem, key_potential: Tensor, state: KeyBa
         The next key potential, shape (..., m).
 
     Example:
-        >>> import torch
         >>> from eotattn.transport.optimality.keys import balance
         >>> problem = TransportProblem(torch.zeros(1, 2), key_marginal=torch.tensor([0.5, 0.5]))
         >>> sinkhorn_step(problem, torch.zeros(2), balance(problem, torch.zeros(2)), 1.0)
@@ -37,8 +37,31 @@ def sinkhorn_step(problem: TransportProblem, key_potential: Tensor, state: KeyBa
 
     Source: Chizat et al. 2018; as attention, Sander et al. 2022; the constant, Sejourne et al. 2022.
     """
-    response = epsilon * penalty_share(problem.key_penalty, epsilon)
+    move, length = sinkhorn_move(problem, state, epsilon)
+    return torch.add(key_potential, move, alpha=length)
+
+
+def sinkhorn_move(problem: TransportProblem, state: KeyBalance, epsilon: float) -> tuple[Tensor, float]:
+    """Return what ``sinkhorn_step`` adds to the key potential: a direction, and how far to go.
+
+    Args:
+        problem: The problem, with a key marginal.
+        state: Balance at the key potential.
+        epsilon: Temperature, cost units.
+
+    Returns:
+        Nats, shape (..., m), zero on keys without mass but for the constant; and cost units a nat.
+
+    Example:
+        >>> from eotattn.transport.optimality.keys import balance
+        >>> problem = TransportProblem(torch.zeros(1, 2), key_marginal=torch.tensor([0.5, 0.5]))
+        >>> sinkhorn_move(problem, balance(problem, torch.zeros(2)), 1.0)
+        (tensor([0., 0.]), 1.0)
+
+    Source: as for ``sinkhorn_step``.
+    """
+    length = epsilon * penalty_share(problem.key_penalty, epsilon)
     if state.excess is None:
-        return key_potential + response * state.log_ratio
-    constant = state.excess / stiffness(problem, epsilon)
-    return key_potential + constant + response * (state.log_ratio - state.excess)
+        return state.log_ratio, length
+    lift = 1.0 / (length * stiffness(problem, epsilon)) - 1.0
+    return torch.add(state.log_ratio, state.excess, alpha=lift), length
