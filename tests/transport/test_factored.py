@@ -8,6 +8,7 @@ from transport_problems import FREE, INF, TWO_SIDED, UNBALANCED
 
 from eotattn.priors import RecencyPrior, SinkPrior, goat_prior
 from eotattn.transport import TransportProblem, pot, solve
+from eotattn.transport.problems.affinity import Affinity
 
 ALL = TWO_SIDED + UNBALANCED + FREE
 HEADS, QUERIES, KEYS, WIDTH = 3, 11, 14, 5
@@ -54,6 +55,32 @@ def test_streaming_equals_dense_equals_pot(penalties, zeros, prior):
     assert_close(solution.primal, oracle.value, tolerance=1e-10)
     assert (solution.gap >= 0).all()
     assert (solution.gap <= 1e-12 * solution.primal.abs().clamp(min=1)).all()
+
+
+@pytest.mark.parametrize("direction", [0, 1])
+@pytest.mark.parametrize("growth", [0.0, 0.3, 1.0])
+def test_the_exchange_in_nats_is_two_soft_maxima(growth, direction):
+    generator = torch.Generator().manual_seed(4)
+    query, key = (torch.randn(HEADS, KEYS, WIDTH, generator=generator, dtype=torch.float64) for _ in range(2))
+    padding = torch.arange(KEYS) == KEYS - 1
+    prior = (RecencyPrior(HEADS) + SinkPrior(HEADS)).requires_grad_(False)
+    options = {"epsilon": 0.7, "key_padding": padding, "is_causal": direction == 1}
+    with_rows = TransportProblem.from_factors(query, key, prior=prior, **options).affinity
+    assert any(part.row is not None for part in with_rows.factors)
+    potential = torch.randn(HEADS, KEYS, generator=generator, dtype=torch.float64)
+    potential[:, 2], potential[:, -1] = -INF, INF
+    marginal = torch.rand(KEYS, generator=generator, dtype=torch.float64)
+    marginal[1] = 0
+    cases = [(with_rows, potential)]
+    if not direction:
+        points = TransportProblem.from_points(query, key, epsilon=0.7).affinity
+        cases.append((points, potential.nan_to_num(posinf=1.0, neginf=-INF)))
+    for affinity, price in cases:
+        found = affinity.exchange(0.7, marginal.log(), growth)(price)
+        expected = Affinity.exchange(affinity, 0.7, marginal.log(), growth)(price)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert torch.equal(ours.isinf(), theirs.isinf())
+            assert_close(ours.nan_to_num(neginf=0.0), theirs.nan_to_num(neginf=0.0), tolerance=1e-12)
 
 
 @pytest.mark.parametrize("method", ["sinkhorn", "streaming", "newton"])
