@@ -51,38 +51,41 @@ class AcceleratedStep:
         assert problem.key_marginal is not None
         b, m = state.error.numel(), key_potential.shape[-1]
         self._root = torch.where(key_potential.isfinite(), problem.key_marginal, 0.0).sqrt()
-        self._point, self._last = (key_potential.new_empty(b, 2, m) for _ in range(2))
+        self._point, self._last, self._change = (key_potential.new_empty(b, 1, 2 * m) for _ in range(3))
         self._history = key_potential.new_zeros(b, _WINDOW, 2 * m)
+        # Views of these tensors, residuals in front and images behind, made once since each takes the host time.
+        self._residual, self._image = (part.view(key_potential.shape) for part in self._point.split(m, dim=-1))
+        self._last_residual, self._last_image = self._last.split(m, dim=-1)
+        self._residuals, self._images = self._history.split(m, dim=-1)
+        self._part = self._change[..., :m]
         self._bound, self._unbounded = (torch.full_like(state.error, math.inf) for _ in range(2))
 
     def __call__(self, problem: TransportProblem, key_potential: Tensor, state: KeyBalance, epsilon: float) -> Tensor:
         """Return the next key potential, shape (..., m); see ``sinkhorn_step`` for the arguments."""
-        fresh, shape, m = epsilon != self._epsilon, key_potential.shape, key_potential.shape[-1]
+        fresh = epsilon != self._epsilon
         if fresh:
             self._epsilon = epsilon
             self._forget(problem, key_potential, state)
-        residual, image = (part.view(shape) for part in self._point.unbind(1))
         move, length = sinkhorn_move(problem, state, epsilon)
-        torch.mul(move, self._root, out=residual)
-        torch.add(key_potential, move, alpha=length, out=image)
+        torch.mul(move, self._root, out=self._residual)
+        torch.add(key_potential, move, alpha=length, out=self._image)
         if fresh:
             self._last.copy_(self._point)
-            size = (image.nan_to_num(0.0, 0.0, 0.0) * self._root).norm(dim=-1) / length
-            self._rounding = (_ROUNDINGS * torch.finfo(image.dtype).eps * size).view(-1, 1, 1)
+            size = (self._image.nan_to_num(0.0, 0.0, 0.0) * self._root).norm(dim=-1) / length
+            self._rounding = (_ROUNDINGS * torch.finfo(size.dtype).eps * size).view(-1, 1, 1)
         better = state.error <= self._bound
         torch.where(better, _SLACK * state.error, self._unbounded, out=self._bound)
         kept = better.view(-1, 1, 1)
         self._remember(kept)
         torch.where(kept, self._point, self._last, out=self._last)
-        components = self._last[:, :1] @ self._history[..., :m].mT
-        return torch.baddbmm(self._last[:, 1:], components, self._history[..., m:], alpha=-1.0).view(shape)
+        components = torch.bmm(self._last_residual, self._residuals.mT)
+        return torch.baddbmm(self._last_image, components, self._images, alpha=-1.0).view(key_potential.shape)
 
     def _remember(self, kept: Tensor) -> None:
         """Put the change since the last step before the other directions; a problem that is taken back has none."""
-        m = self._root.shape[-1]
-        change = (self._point - self._last).nan_to_num_(0.0, 0.0, 0.0).view(-1, 1, 2 * m)  # removed keys: -inf + inf
-        whole = change[..., :m].norm(dim=-1, keepdim=True)
-        change.baddbmm_(change[..., :m] @ self._history[..., :m].mT, self._history, alpha=-1.0)
-        length = change[..., :m].norm(dim=-1, keepdim=True)
+        change = torch.sub(self._point, self._last, out=self._change).nan_to_num_(0.0, 0.0, 0.0)  # removed: -inf + inf
+        whole = torch.linalg.vector_norm(self._part, dim=-1, keepdim=True)
+        change.baddbmm_(torch.bmm(self._part, self._residuals.mT), self._history, alpha=-1.0)
+        length = torch.linalg.vector_norm(self._part, dim=-1, keepdim=True)
         length = torch.where(length > torch.add(self._rounding, whole, alpha=_NEW), length, math.inf)
         torch.mul(torch.cat((change / length, self._history[:, :-1]), 1), kept, out=self._history)
