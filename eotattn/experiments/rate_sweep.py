@@ -1,4 +1,4 @@
-"""Learning rates by trial: the first seed trains every variant at every rate, the other seeds take the best."""
+"""Learning rates by trial: the sweeping seeds train every variant at every rate, the other seeds take the best."""
 
 from __future__ import annotations
 
@@ -20,7 +20,12 @@ class Sweep(Protocol):
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """Seeds of weights and batches; the first one tries the rates."""
+        """Seeds of weights and batches."""
+        ...
+
+    @property
+    def sweep_seeds(self) -> tuple[int, ...]:
+        """The first of them, which try the rates."""
         ...
 
 
@@ -35,29 +40,32 @@ def run_name(variant: str, rate: float, seed: int) -> str:
 
 
 def best_rate(sweep: Sweep, records: Records, variant: str) -> float | None:
-    """The rate whose first run ended with the least loss, None while one of them is missing.
+    """The rate whose runs ended with the least loss, mean over the sweeping seeds; None while one of them is missing.
 
     That is the loss on data kept for choices where runs measured one, so that no rate is chosen for learning by heart,
     and the training loss where data do not repeat.
     """
-    losses = {rate: _last_loss(records, run_name(variant, rate, sweep.seeds[0])) for rate in sweep.learning_rates}
+    losses = {rate: _mean_loss(sweep, records, variant, rate) for rate in sweep.learning_rates}
     known = {rate: loss for rate, loss in losses.items() if loss is not None}
     return min(known, key=lambda rate: known[rate]) if len(known) == len(losses) else None
 
 
-def _last_loss(records: Records, name: str) -> float | None:
+def _mean_loss(sweep: Sweep, records: Records, variant: str, rate: float) -> float | None:
     """Loss on data kept for choices at the end, or else the mean training loss over the last logged steps."""
-    if name not in records:
+    names = [run_name(variant, rate, seed) for seed in sweep.sweep_seeds]
+    if any(name not in records for name in names):
         return None
-    return float((records[name].rows_of("choice_loss") or records[name].rows_of("training_loss"))[-1]["value"])
+    rows = [(records[name].rows_of("choice_loss") or records[name].rows_of("training_loss"))[-1] for name in names]
+    return sum(float(row["value"]) for row in rows) / len(rows)
 
 
 def swept_runs(sweep: Sweep, records: Records, variants: Sequence[str]) -> list[tuple[int, str, float]]:
     """(seed, variant, rate) of every run that can be named by now: first all rates, then the other seeds."""
-    found = [(sweep.seeds[0], variant, rate) for variant in variants for rate in sweep.learning_rates]
+    rates, first = sweep.learning_rates, sweep.sweep_seeds
+    found = [(seed, variant, rate) for seed in first for variant in variants for rate in rates]
     for variant in variants:
-        rate = best_rate(sweep, records, variant)
-        found += [(seed, variant, rate) for seed in sweep.seeds[1:] if rate is not None]
+        best = best_rate(sweep, records, variant)
+        found += [(seed, variant, best) for seed in sweep.seeds if seed not in first and best is not None]
     return found
 
 
@@ -67,7 +75,7 @@ def sweep_table(sweep: Sweep, records: Records, variants: Sequence[str]) -> list
         {
             "variant": variant,
             "learning rate": rate,
-            "loss": _last_loss(records, run_name(variant, rate, sweep.seeds[0])),
+            "loss": _mean_loss(sweep, records, variant, rate),
             "taken": rate == best_rate(sweep, records, variant),
         }
         for variant in variants

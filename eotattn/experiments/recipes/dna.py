@@ -75,6 +75,11 @@ class DnaRecipe:
     speed: SpeedConfig
 
     @property
+    def sweep_seeds(self) -> tuple[int, ...]:
+        """The first seed tries the rates."""
+        return self.seeds[:1]
+
+    @property
     def length(self) -> int:
         """Tokens of a window."""
         return self.variants[0].train_length

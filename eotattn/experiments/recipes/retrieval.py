@@ -48,6 +48,11 @@ class RetrievalRecipe:
     count: int
 
     @property
+    def sweep_seeds(self) -> tuple[int, ...]:
+        """The first seed tries the rates."""
+        return self.seeds[:1]
+
+    @property
     def lengths(self) -> tuple[int, ...]:
         """Examined contexts, tokens."""
         return tuple(factor * self.task.length for factor in self.length_factors)

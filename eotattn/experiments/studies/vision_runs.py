@@ -51,7 +51,7 @@ class VisionRun:
 
 
 def runs(recipe: VisionRecipe, records: Records) -> list[Run]:
-    """For every variant one run a rate with the first seed, then the other seeds."""
+    """One run a seed, variant and rate."""
     found = []
     for seed, positions, rate in swept_runs(recipe, records, [network.positions for network in recipe.variants]):
         training = recipe.training.at(rate, seed=seed, prior_rate_factor=recipe.prior_rate_factor)
