@@ -176,7 +176,7 @@ _DNA = {
         seeds=(0, 1, 2),
         test_windows=256,
         generation=GenerationConfig(prompts=256, gc_window=128),
-        speed=SpeedConfig(_decoder("rope", 6, 768, 12, 1024), batch_size=16, rounds=20, precision="bf16", compile=True),
+        speed=SpeedConfig(_decoder("rope", 6, 768, 12, 1024), batch_size=64, rounds=10, precision="bf16", compile=True),
     ),
     "paper": DnaRecipe(
         scale="paper",
