@@ -9,11 +9,11 @@ from eotattn.plotting.priors import (
     plot_relative,
     plot_row_centred,
 )
+from eotattn.plotting.ranking import plot_ranking
 from eotattn.plotting.retrieval import plot_depth_grid, plot_log_prior_by_lag
 from eotattn.plotting.sinks import plot_sink_mass
 from eotattn.plotting.style import OKABE_ITO, line_styles, mosaic, panels, resolve_axes, shade_lines
 from eotattn.plotting.theory import plot_identity, plot_measured_and_bound
-from eotattn.plotting.trade_off import plot_trade_off
 
 __all__ = [
     "OKABE_ITO",
@@ -29,10 +29,10 @@ __all__ = [
     "plot_length_curves",
     "plot_log_prior_by_lag",
     "plot_measured_and_bound",
+    "plot_ranking",
     "plot_relative",
     "plot_row_centred",
     "plot_sink_mass",
-    "plot_trade_off",
     "resolve_axes",
     "shade_lines",
 ]

@@ -42,8 +42,11 @@ OKABE_ITO = {
     "black": "#000000",
 }
 
+#: The palette of lines: Okabe and Ito's, and two more for figures with many of them.
+COLOURS = (*OKABE_ITO.values(), "#8C6D46", "#999999")
+
 #: Markers in the order of the palette, so that lines differ without colour as well.
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h", "*")
 
 #: Line styles of one turn of the palette after the other.
 LINES = ("-", "--", ":", "-.")
@@ -53,7 +56,7 @@ INSIDE, COLUMN = 4, 14
 
 
 def line_styles(names: Sequence[str], order: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
-    """Colour and marker of every line.
+    """Colour, marker and line of every name: 36 that differ.
 
     Args:
         names: Names of the lines.
@@ -66,12 +69,12 @@ def line_styles(names: Sequence[str], order: Sequence[str] | None = None) -> dic
     order = list(names) if order is None else list(order)
     missing = [name for name in names if name not in order]
     require(not missing, "line_styles", "order", "contain every name", missing, "Add the missing names")
-    colours = list(OKABE_ITO.values())
     places = {name: order.index(name) for name in names}
     return {
         name: {
-            "color": colours[place % len(colours)],
+            "color": COLOURS[place % len(COLOURS)],
             "marker": MARKERS[place % len(MARKERS)],
+            "linestyle": LINES[place // len(COLOURS) % len(LINES)],
             "markersize": 5,
             "linewidth": 1.6,
         }

@@ -86,16 +86,29 @@ def test_the_answer_is_as_good_as_rope_near_and_as_alibi_far_on_both_tasks():
     assert "None of these variants.**" in study_of(**values).verdict()
 
 
+def test_answers_that_retrieve_far_are_named():
+    assert study_of(**GOOD).keepers() == []  # an accuracy of 0.6, as ALiBi's
+    assert "(ALiBi's is no high bar) with: none." in study_of(**GOOD).verdict()
+    values = {name: dict(of) for name, of in GOOD.items()}
+    values["found"]["goat"] = [1.0, 1.0, 0.995]
+    assert study_of(**values).keepers() == ["goat"]
+
+
 def test_tables_and_figure_are_drawn_from_records_alone(tmp_path):
     study = study_of(**GOOD)
     (goat,) = [row for row in study.table() if row["variant"] == "goat"]
     assert (goat["language 1x"], goat["language 16x"], goat["needle 16x worst seed"]) == (2.0, 2.1, 0.6)
     assert {row["variant"] for row in study.rows()} == set(study.variants)
     figure = figures.draw_ablations(study)
-    assert [axes.get_xlabel() for axes in figure.axes] == [
-        "bits per byte at the training length",
-        "retrieval accuracy at the training length",
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert [title.split(" (dashed")[0] for title in titles] == [
+        "(a) language, training length",
+        "(b) language, 16x",
+        "(c) retrieval, training length",
+        "(d) retrieval, 16x",
     ]
+    for axes in figure.axes:
+        assert len(axes.get_yticks()) == len(study.variants)
     figure.savefig(tmp_path / "figure.png", dpi=40)
 
 

@@ -149,7 +149,7 @@ def test_every_variant_trains_at_the_rate_that_validation_files_chose(small_lang
         factor = 10 if decoder.variant.startswith("fast_") else 1
         assert training["learning_rate"] == min(bits, key=bits.get)
         assert training["prior_learning_rate"] == factor * training["learning_rate"]
-    assert small_language.movable == "fast_goat"
+    assert small_language.movable == "fast_paper_goat"
     assert set(small_language.headline) == {"paper_goat", "goat", "fast_goat", "local_rotary_goat"}
     assert sum(row["chosen"] for row in swept) == 6
 

@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from eotattn.plotting import mosaic, plot_depth_grid, plot_log_prior_by_lag, plot_trade_off
+from eotattn.plotting import mosaic, plot_depth_grid, plot_log_prior_by_lag, plot_ranking
 
 
 @pytest.fixture(autouse=True)
@@ -31,20 +31,18 @@ def test_log_priors_are_drawn_at_lag_plus_one_a_line_a_head():
     assert axes.lines[2].get_xdata()[0] == 4
 
 
-def test_trade_offs_mark_the_mean_and_reach_to_the_extreme_seeds():
-    axes = plot_trade_off({"a": [[1.0, 10.0], [3.0, 40.0]], "b": [[2.0, 5.0]]}, labels={"a": "first"}, logarithmic=True)
-    assert axes.containers[0].lines[0].get_xydata().tolist() == [[2.0, 25.0]]
-    across, up = (bar.get_segments()[0] for bar in axes.containers[0].lines[2])
-    assert across[:, 0].tolist() == [1.0, 3.0]
-    assert up[:, 1].tolist() == [10.0, 40.0]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["first", "b"]
-    assert axes.get_yscale() == "log"
-
-
-def test_many_variants_look_different():
-    axes = plot_trade_off({str(k): [[k, k]] for k in range(16)})
-    looks = {(str(c.lines[0].get_color()), c.lines[0].get_marker()) for c in axes.containers}
-    assert len(looks) == 16
+def test_rankings_mark_the_mean_and_reach_to_the_extreme_seeds():
+    rows = {"a": [1.0, 3.0, 5.0], "b": [2.0]}
+    axes = plot_ranking(rows, labels={"a": "first"}, highlight=("b",), reference="b", logarithmic=True)
+    first_bar, first, _, second, line = axes.lines
+    assert first_bar.get_xydata().tolist() == [[1.0, 0], [5.0, 0]]
+    assert first.get_xydata().tolist() == [[3.0, 0]]
+    assert second.get_xydata().tolist() == [[2.0, 1]]
+    assert first.get_color() != second.get_color()
+    assert list(line.get_xdata()) == [2.0, 2.0]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["first", "b"]
+    assert axes.get_ylim()[0] > axes.get_ylim()[1]  # the first row is at the top
+    assert axes.get_xscale() == "log"
 
 
 def test_mosaics_name_their_axes_and_span_repeated_names():
@@ -59,8 +57,9 @@ def test_mosaics_name_their_axes_and_span_repeated_names():
     [
         (lambda: plot_depth_grid([[1.0]], lengths=(1, 2), depths=(0.5,)), r"accuracy must have shape \(2, 1\)"),
         (lambda: plot_log_prior_by_lag([[1.0]], lags=[1, 2], train_length=2), "lags must number 1; got 2"),
-        (lambda: plot_trade_off({}), "points must hold at least one variant"),
-        (lambda: plot_trade_off({"a": [[1.0]]}), r"points\['a'\] must have two columns; got \(1, 1\)"),
+        (lambda: plot_ranking({}), "values must hold at least one variant"),
+        (lambda: plot_ranking({"a": [[1.0]]}), r"values\['a'\] must have 1 axes"),
+        (lambda: plot_ranking({"a": [1.0]}, reference="b"), r"reference must be among \['a'\]; got 'b'"),
     ],
 )
 def test_bad_arguments_say_what_is_wrong(call, says):

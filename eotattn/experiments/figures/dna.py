@@ -69,7 +69,7 @@ def _draw_points(study: DnaStudy, axes: Axes, values: dict[str, list[float]]) ->
         width = 0 if math.isnan(interval.half_width) else interval.half_width
         axes.errorbar([place - 0.12], [interval.mean], yerr=[width], capsize=4, **style)
     axes.set_xlim(-0.6, len(values) - 0.4)
-    axes.set_xticks(range(len(values)), [VARIANT_NAMES[variant] for variant in values])
+    axes.set_xticks(range(len(values)), [VARIANT_NAMES[variant].replace(", ", ",\n") for variant in values])
 
 
 def _draw_floor(study: DnaStudy, axes: Axes, quantity: str) -> None:
@@ -137,7 +137,7 @@ def _draw_speed(study: DnaStudy, axes: Axes) -> None:
     axes.set_yticks(places, [row["variant"] for row in table], fontsize=8)
     axes.set_xlabel("ratio to fused RoPE")
     axes.margins(x=0.2)
-    axes.legend(frameon=False, fontsize=9, loc="lower center", bbox_to_anchor=(0.6, 1.0), ncols=2)
+    axes.legend(frameon=False, fontsize=9, loc="lower right")
 
 
 def _label(axes: Axes, places: np.ndarray, values: list[float]) -> None:

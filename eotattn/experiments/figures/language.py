@@ -32,7 +32,7 @@ def draw_language(study: LanguageStudy) -> Figure:
     titles = ("length extrapolation", "the close curves", shown, "sink mass", "sink formation", "choice of rates")
     title_panels([curves, close, key_only, by_signal, by_step, rates], titles)
     handles, labels = curves.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside upper center", ncols=-(-len(labels) // 2), frameon=False, fontsize=9)
     for axes in (curves, close):
         axes.legend().remove()  # one above all panels covers no curve
     return figure

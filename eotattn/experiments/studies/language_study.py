@@ -115,8 +115,8 @@ class LanguageStudy:
 
     @property
     def movable(self) -> str:
-        """The learned one whose log-prior could move furthest, the first if several could."""
-        return max(self.learned, key=lambda name: self.of(name)[0].reach)
+        """The learned one whose log-prior could move furthest, the last if several could."""
+        return max(reversed(self.learned), key=lambda name: self.of(name)[0].reach)
 
     def of(self, name: str) -> tuple[TrainedDecoder, ...]:
         """The decoders behind a variant, contrast or reading, by seed."""
