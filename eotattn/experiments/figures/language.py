@@ -76,7 +76,10 @@ def _draw_sweep(study: LanguageStudy, axes: Axes, order: list[str]) -> None:
         )
         chosen = [(r["learning_rate"], r["bits_per_byte"]) for r in found if r["chosen"]]
         axes.plot(*zip(*chosen, strict=True), "o", markersize=11, fillstyle="none", color=styles[label]["color"])
+    rates = study.recipe.sweep.rates
     axes.set_xscale("log")
+    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    axes.minorticks_off()
     axes.set_xlabel("learning rate")
     axes.set_ylabel("bits per byte, validation files, short runs")
 

@@ -52,7 +52,7 @@ def _draw_accuracy(study: VisionStudy, axes: Axes) -> None:
             bars = [0.0 if math.isnan(one.half_width) else one.half_width for one in found]
             name = POSITION_NAMES[variant] + (", in patches" if unit == "patch" else "")
             means = [one.mean for one in found]
-            axes.errorbar(sizes, means, yerr=bars, capsize=3, label=name, linestyle=line, **style)
+            axes.errorbar(sizes, means, yerr=bars, capsize=3, label=name, **(style | {"linestyle": line}))
     axes.set_xticks(sizes, [f"{size}\n({size / sizes[0]:.2g}x)" for size in sizes])
     axes.set_xlabel("resolution (pixels a side)")
     axes.set_ylabel("held-out accuracy")
