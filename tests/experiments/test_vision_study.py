@@ -241,11 +241,15 @@ def made_up(*, goat, learned, ratio, invariance):
 def test_rates_are_chosen_on_images_that_training_did_not_see():
     study = made_up(goat=(0.95, 0.94), learned=(0.95, 0.6), ratio=0.5, invariance=0.99)
     recipe, records = replace(SMALL, learning_rates=(1e-3, 3e-3)), dict(study.records)
-    by_heart = [{"quantity": "training_loss", "value": 0.1}, {"quantity": "choice_loss", "value": 2.0}]
-    rows = [*records["goat-rate0.001-seed0"].rows, {"quantity": "choice_loss", "value": 1.5}]
-    records["goat-rate0.001-seed0"] = replace(records["goat-rate0.001-seed0"], rows=rows)
-    records["goat-rate0.003-seed0"] = replace(records["goat-rate0.001-seed0"], rows=by_heart)
+    for seed, low, high in ((0, 1.5, 1.4), (1, 1.5, 3.0), (2, 1.5, 1.4)):  # two seeds of three would choose wrongly
+        record = records[f"goat-rate0.001-seed{seed}"]
+        rows = [*record.rows, {"quantity": "choice_loss", "value": low}]
+        records[f"goat-rate0.001-seed{seed}"] = replace(record, rows=rows)
+        by_heart = [{"quantity": "training_loss", "value": 0.1}, {"quantity": "choice_loss", "value": high}]
+        records[f"goat-rate0.003-seed{seed}"] = replace(record, rows=by_heart)
     assert best_rate(recipe, records, "goat") == 1e-3
+    del records["goat-rate0.003-seed2"]
+    assert best_rate(recipe, records, "goat") is None
 
 
 def test_verdict_says_yes_where_everything_held():

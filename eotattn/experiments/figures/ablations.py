@@ -34,12 +34,10 @@ def draw_ablations(study: AblationStudy) -> Figure:
             logarithmic=values is language,
             axes=axes,
         )
-        axes.set_xlabel("bits per byte" if values is language else "accuracy, mean of both tasks")
+        what = "bits per byte" if values is language else "accuracy, mean of both tasks"
+        axes.set_xlabel(f"{what} (dashed: {'ALiBi' if k % 2 else 'RoPE'})")
         if k:
             axes.set_yticklabels([])
-    places = ("training length", f"{far}x", "training length", f"{far}x")
-    what = ("language", "language", "retrieval", "retrieval")
-    references = ("RoPE", "ALiBi", "RoPE", "ALiBi")
-    titles = [f"{w}, {p} (dashed: {r})" for w, p, r in zip(what, places, references, strict=True)]
-    title_panels(grid[0], tuple(titles))
+    titles = ("language, training length", f"language, {far}x", "retrieval, training length", f"retrieval, {far}x")
+    title_panels(grid[0], titles)
     return figure
