@@ -241,14 +241,14 @@ def made_up(*, goat, learned, ratio, invariance):
 def test_rates_are_chosen_on_images_that_training_did_not_see():
     study = made_up(goat=(0.95, 0.94), learned=(0.95, 0.6), ratio=0.5, invariance=0.99)
     recipe, records = replace(SMALL, learning_rates=(1e-3, 3e-3)), dict(study.records)
-    for seed, low, high in ((0, 1.5, 1.4), (1, 1.5, 3.0), (2, 1.5, 1.4)):  # two seeds of three would choose wrongly
+    for seed, low, high in ((0, 1.5, 1.4), (1, 1.5, 3.0)):  # the first seed alone would choose wrongly
         record = records[f"goat-rate0.001-seed{seed}"]
         rows = [*record.rows, {"quantity": "choice_loss", "value": low}]
         records[f"goat-rate0.001-seed{seed}"] = replace(record, rows=rows)
         by_heart = [{"quantity": "training_loss", "value": 0.1}, {"quantity": "choice_loss", "value": high}]
         records[f"goat-rate0.003-seed{seed}"] = replace(record, rows=by_heart)
     assert best_rate(recipe, records, "goat") == 1e-3
-    del records["goat-rate0.003-seed2"]
+    del records["goat-rate0.003-seed1"]
     assert best_rate(recipe, records, "goat") is None
 
 
