@@ -24,7 +24,8 @@ BACKENDS = ("sdpa", "varlen", "flex", "reference")
 
 def choose(call: AttentionCall) -> str:
     """The first backend that can serve the call, fastest first as measured."""
-    return next(name for name in preference(call.masks, call.query.shape[2]) if refusal(name, call) is None)
+    names = preference(call.masks, call.query.shape[2], has_prior=call.prior is not None)
+    return next(name for name in names if refusal(name, call) is None)
 
 
 def refusal(name: str, call: AttentionCall) -> str | None:

@@ -95,7 +95,7 @@ def explain(query: Tensor, key: Tensor, value: Tensor, *, backend: str = "auto",
     call = AttentionCall.check(query, key, value, **options)
     wanted = choose(call) if backend == "auto" else backend
     refused = refusal(wanted, call)
-    times = TIMES[pattern_of(call.masks, call.query.shape[2])]
+    times = TIMES[pattern_of(call.masks, call.query.shape[2], has_prior=call.prior is not None)]
     others = {name: refusal(name, call) or f"would serve: {_words(name, call.masks)}, {times[name]}" for name in times}
     del others[wanted]
     chosen = None if refused else wanted

@@ -23,6 +23,8 @@ __all__ = ["joined"]
 
 #: Lanes may count positions from anywhere, and are the more exact the nearer: origins are multiples of this.
 ORIGIN_STEP = 1024
+#: Samples with positions of their own that are joined one by one; an estimate of where lanes from factors cost less.
+MOST_SAMPLES = 8
 #: Layouts remembered.
 MAX_LAYOUTS = 256
 
@@ -39,7 +41,13 @@ def joined(call: AttentionCall) -> tuple[Tensor, Tensor] | None:
     if parts is None:
         return None
     coefficients = [tensor.contiguous() for part in parts for tensor in part.coefficients]
-    if join.refusal(query, key, coefficients) is not None or not _one_row(call.query_positions, call.key_positions):
+    if join.refusal(query, key, coefficients) is not None:
+        return None
+    if call.query_positions.on_grid or call.key_positions.on_grid:
+        return None
+    query_stride, key_stride = _stride(call.query_positions), _stride(call.key_positions)
+    samples = query.shape[0] if query_stride or key_stride else 1
+    if samples > MOST_SAMPLES or (samples > 1 and torch.compiler.is_compiling()):
         return None
     padding = call.masks.padding.contiguous() if call.masks.padding is not None and call.masks.dense is None else None
     far = sdpa.far_lane(query.dtype, scale=call.scale)
@@ -58,12 +66,23 @@ def joined(call: AttentionCall) -> tuple[Tensor, Tensor] | None:
     query_table, query_first = _table(forms, "query", origin, call.query_positions)
     key_table, key_first = _table(forms, "key", origin, call.key_positions)
     made = join.Join(layout, query_table, key_table, query_first, key_first, 1 / call.scale, padding, far)
-    return join.join(query, key, made, coefficients)
+    if samples == 1:
+        return join.join(query, key, made, coefficients)
+    pairs = []
+    for b in range(samples):
+        own = made._replace(
+            query_first=query_first + b * query_stride,
+            key_first=key_first + b * key_stride,
+            padding=None if padding is None else padding[b : b + 1],
+        )
+        pairs.append(join.join(query[b : b + 1], key[b : b + 1], own, coefficients))
+    queries, keys = zip(*pairs, strict=True)
+    return torch.cat(queries), torch.cat(keys)
 
 
-def _one_row(*sides: Positions) -> bool:
-    """Whether all samples share their positions."""
-    return all(side.given is None or side.given.dim() == 1 for side in sides)
+def _stride(side: Positions) -> int:
+    """Rows of the table from one sample to the next: 0 where they share their positions."""
+    return side.length if side.given is not None and side.given.dim() == 2 and side.given.shape[0] > 1 else 0
 
 
 def _origin(keys: Positions) -> int:
@@ -84,8 +103,12 @@ def _table(forms: tuple[Form, ...], side: str, origin: int, positions: Positions
 
 
 def _features(forms: Sequence[Form], side: str, origin: int, positions: Tensor) -> Tensor:
-    """(L, columns) float32: what the forms need to know of the positions of one side, form by form."""
+    """(L, columns) float32: what the forms need to know of the positions of one side, form by form.
+
+    Samples with positions of their own, (B, L), lie below one another.
+    """
     each: list[Tensor] = []
+    positions = positions.flatten()
     for form in forms:
         at = positions - origin if form.is_relative else positions
         each.append(form.learned_features(at) if form.learned == side else form.fixed_features(at))

@@ -25,9 +25,11 @@ class Times(NamedTuple):
         return ", ".join(known) or "not measured"
 
 
-#: By pattern and backend, the fastest first: priors with lanes, bfloat16, 2 samples, 16 heads of width 64, 8192 tokens,
-#: one NVIDIA H200, PyTorch 2.11; ``part`` is five documents a sample. From figures/h200/bench_attention.csv and
-#: bench_patterns.csv; a test compares. What no table holds is ``None``, and its place in the order an estimate.
+#: By pattern and backend, the preferred first: bfloat16, 2 samples, 16 heads of width 64, 8192 tokens, one NVIDIA H200,
+#: PyTorch 2.11; a window of 256 tokens, five documents a sample. From figures/h200/bench_attention.csv and
+#: bench_patterns.csv; a test compares. The faster comes first, but for FlexAttention, which compiles for seconds at every
+#: new shape. What no table holds is ``None``, and its place in the order an estimate. Documents with a prior were
+#: measured when their lanes still came from factors, sample by sample joins being newer.
 TIMES: dict[str, dict[str, Times]] = {
     "whole": {
         "sdpa": Times(1.43, 1.55),
@@ -35,24 +37,53 @@ TIMES: dict[str, dict[str, Times]] = {
         "varlen": Times(None, None),
         "reference": Times(None, None),
     },
-    "part": {
+    "window": {
+        "varlen": Times(0.73, 0.75),
+        "sdpa": Times(1.17, 1.00),
+        "flex": Times(None, None),
+        "reference": Times(None, None),
+    },
+    "window, prior": {
+        "sdpa": Times(1.76, 1.28),
+        "varlen": Times(4.01, 2.07),
+        "flex": Times(None, None),
+        "reference": Times(None, None),
+    },
+    "chunk": {
         "varlen": Times(None, None),
         "sdpa": Times(None, None),
+        "flex": Times(None, None),
+        "reference": Times(None, None),
+    },
+    "documents": {
+        "varlen": Times(1.04, 0.87),
+        "sdpa": Times(1.25, 1.12),
+        "flex": Times(0.99, 0.75),
+        "reference": Times(None, None),
+    },
+    "documents, prior": {
+        "sdpa": Times(5.77, 3.69),
+        "varlen": Times(8.20, 4.12),
         "flex": Times(None, None),
         "reference": Times(None, None),
     },
 }
 
 
-def pattern_of(masks: Masks, queries: int) -> str:
-    """Whether queries see the ``"whole"`` triangle or square, or a ``"part"`` that a kernel can skip the rest of.
+def pattern_of(masks: Masks, queries: int, *, has_prior: bool) -> str:
+    """What queries see: the ``"whole"`` triangle or square, or a part that a kernel can skip the rest of.
 
     What a single query sees is a slice of the keys, and so the whole of them.
     """
-    is_part = masks.documents is not None or (masks.band is not None and not masks.band.is_triangle)
-    return "part" if is_part and queries > 1 else "whole"
+    band = masks.band
+    if queries == 1 or (masks.documents is None and (band is None or band.is_triangle)):
+        return "whole"
+    if masks.documents is None and band is not None and band.window is None:
+        return "chunk"  # stock kernels need a mask for it, whatever the prior
+    part = "window" if masks.documents is None else "documents"
+    return f"{part}, prior" if has_prior else part
 
 
-def preference(masks: Masks, queries: int) -> tuple[str, ...]:
-    """Backends for calls with these masks, the fastest first."""
-    return tuple(TIMES[pattern_of(masks, queries)])
+def preference(masks: Masks, queries: int, *, has_prior: bool) -> tuple[str, ...]:
+    """Backends for calls with these masks, the preferred first."""
+    return tuple(TIMES[pattern_of(masks, queries, has_prior=has_prior)])

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from eotattn.attention import PackedDocuments, explain, prior_attention
-from eotattn.attention.measured import TIMES
+from eotattn.attention.masks import Masks
+from eotattn.attention.measured import TIMES, preference
+from eotattn.attention.positions import Band
 from eotattn.kernels import flex, reference, sdpa, varlen
 from eotattn.priors import RecencyPrior, TablePrior, goat_prior
 
@@ -110,15 +112,18 @@ def test_misspelled_arguments_are_refused():
 SOURCES = [
     ("whole", "sdpa", "bench_attention", {"width": "64"}, "eotattn, GOAT, 4 frequencies, appended"),
     ("whole", "flex", "bench_attention", {"width": "64"}, "FlexAttention, learnable slopes"),
-    ("part", "varlen", "bench_patterns", {"pattern": "documents"}, "eotattn, recency + sink, varlen"),
-    ("part", "sdpa", "bench_patterns", {"pattern": "documents"}, "eotattn, recency + sink, sdpa"),
-    ("part", "flex", "bench_patterns", {"pattern": "documents"}, "eotattn, no prior, flex"),
+    ("documents", "flex", "bench_patterns", {"pattern": "documents"}, "eotattn, no prior, flex"),
 ]
+for part in ("window", "documents"):
+    for kernel in ("varlen", "sdpa"):
+        of = {"pattern": part}
+        SOURCES.append((part, kernel, "bench_patterns", of, f"eotattn, no prior, {kernel}"))
+        SOURCES.append((f"{part}, prior", kernel, "bench_patterns", of, f"eotattn, recency + sink, {kernel}"))
 
 
 @pytest.mark.parametrize(("pattern", "backend", "suite", "where", "name"), SOURCES)
 def test_the_table_says_what_was_measured(pattern, backend, suite, where, name):
-    """Within a third, since runs differ; the order of backends is that of their times."""
+    """Within a third, since runs differ; every number that is stated has its source."""
     path = Path(__file__).parents[2] / "figures" / "h200" / f"{suite}.csv"
     if not path.exists():
         pytest.skip(f"{path.name} was not measured yet")
@@ -129,8 +134,23 @@ def test_the_table_says_what_was_measured(pattern, backend, suite, where, name):
         assert stated is None or stated == pytest.approx(found, rel=1 / 3)
 
 
+def test_every_number_of_the_table_has_a_source():
+    stated = {(p, name) for p, of in TIMES.items() for name, times in of.items() if times.forward is not None}
+    assert stated == {(pattern, backend) for pattern, backend, *_ in SOURCES}
+
+
 @pytest.mark.parametrize("pattern", TIMES)
 def test_the_fastest_comes_first(pattern):
-    forward = [times.forward for times in TIMES[pattern].values() if times.forward is not None]
-    assert forward == sorted(forward)
+    for way in ("forward", "both"):
+        found = [getattr(times, way) for name, times in TIMES[pattern].items() if name != "flex"]
+        found = [time for time in found if time is not None]
+        assert found == sorted(found)
     assert list(TIMES[pattern])[-1] == "reference"
+
+
+def test_a_window_and_documents_are_told_apart_with_and_without_a_prior():
+    band, documents = Masks(band=Band(0, 4)), Masks(documents=PackedDocuments([3, 5]))
+    assert preference(band, 8, has_prior=False)[0] == preference(documents, 8, has_prior=False)[0] == "varlen"
+    assert preference(band, 8, has_prior=True)[0] == preference(documents, 8, has_prior=True)[0] == "sdpa"
+    assert preference(Masks(band=Band()), 8, has_prior=True) == preference(band, 1, has_prior=True)
+    assert preference(Masks(band=Band(4)), 8, has_prior=True)[0] == "varlen"

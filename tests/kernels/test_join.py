@@ -10,7 +10,7 @@ import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
-from eotattn.attention import backends, prior_attention
+from eotattn.attention import PackedDocuments, backends, prior_attention
 from eotattn.attention.call import AttentionCall
 from eotattn.kernels.join_layout import PartShape
 from eotattn.priors import FourierPrior, RecencyPrior, SinkPrior, goat_prior
@@ -43,11 +43,11 @@ def trained(name, heads):
     return prior.to(DEVICE)
 
 
-def run(prior, content, padded, backend, attend=prior_attention):
+def run(prior, content, padded, backend, attend=prior_attention, **arguments):
     padding = torch.zeros(2, content[0].shape[2], dtype=torch.bool, device=DEVICE)
     padding[0, 5:9] = True
     mask = padding if padded else None
-    output = attend(*content, prior=prior, is_causal=True, key_padding_mask=mask, backend=backend)
+    output = attend(*content, prior=prior, is_causal=True, key_padding_mask=mask, backend=backend, **arguments)
     weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(5)).to(DEVICE, output.dtype)
     return [output, *torch.autograd.grad(output, [*content, *prior.parameters()], weight)]
 
@@ -71,6 +71,36 @@ def test_joined_lanes_are_the_lanes_of_the_factors(name, kv_heads, padded, dtype
     wide = [tensor.detach().double().requires_grad_() for tensor in content]
     for actual, expected in zip(found, run(prior, wide, padded, "reference"), strict=True):
         assert (actual.double() - expected).norm() <= bound * expected.norm() + 1e-6
+
+
+#: Positions that differ from sample to sample, and those that only look as if they might.
+OWN_POSITIONS = {
+    "left padding": lambda: {s: torch.stack([torch.arange(37), torch.arange(-9, 28)]).to(DEVICE) for s in SIDES},
+    "queries alone": lambda: {"query_positions": torch.stack([torch.arange(37), torch.arange(5, 42)]).to(DEVICE)},
+    "one row": lambda: {s: torch.arange(3, 40)[None].to(DEVICE) for s in SIDES},
+    "documents": lambda: {"documents": PackedDocuments([20, 17, 5, 32])},
+}
+SIDES = ("query_positions", "key_positions")
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("own", OWN_POSITIONS)
+def test_samples_with_positions_of_their_own_read_their_own_rows(own, padded, monkeypatch):
+    if own == "documents" and padded:
+        pytest.skip("padding is a document")
+    prior, content, used = trained("recency and sink", 4), inputs(4, 2, torch.float32), []
+
+    def counted(call):
+        used.append(joined(call))
+        return used[-1]
+
+    joined = backends.joined
+    monkeypatch.setattr(backends, "joined", counted)
+    found = run(prior, content, padded, "sdpa", **OWN_POSITIONS[own]())
+    assert used[0] is not None
+    wide = [tensor.detach().double().requires_grad_() for tensor in content]
+    for actual, expected in zip(found, run(prior, wide, padded, "reference", **OWN_POSITIONS[own]()), strict=True):
+        assert (actual.double() - expected).norm() <= 1e-4 * expected.norm() + 1e-6
 
 
 def test_lanes_count_positions_from_near_the_last_key():
