@@ -14,6 +14,7 @@ from eotattn.priors import (
     TablePrior,
     goat_prior,
     grid_positions,
+    split_parameters,
 )
 from eotattn.transport import TransportProblem, TransportSolution, solve
 
@@ -38,6 +39,7 @@ __all__ = [
     "grid_positions",
     "prior_attention",
     "solve",
+    "split_parameters",
 ]
 
 

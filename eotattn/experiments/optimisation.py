@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from eotattn.checks import check_choice, check_positive, check_positive_int, require
-from eotattn.priors import LogPrior
+from eotattn.priors import split_parameters
 
 __all__ = ["TrainingConfig", "learning_rate_factor", "parameter_groups"]
 
@@ -98,13 +98,11 @@ def parameter_groups(network: nn.Module, config: TrainingConfig) -> list[dict[st
 
     Log-priors have no decay, but for those whose class says ``weight_decays``.
     """
-    of_priors = {id(p) for module in network.modules() if isinstance(module, LogPrior) for p in module.parameters()}
-    trainable = [p for p in network.parameters() if p.requires_grad]
-    matrices = [p for p in trainable if id(p) not in of_priors and p.dim() >= 2]
-    vectors = [p for p in trainable if id(p) not in of_priors and p.dim() < 2]
+    content, of_priors = split_parameters(network)
+    matrices, vectors = [p for p in content if p.dim() >= 2], [p for p in content if p.dim() < 2]
     decaying = {id(p) for m in network.modules() if getattr(m, "weight_decays", False) for p in m.parameters()}
-    priors = [p for p in trainable if id(p) in of_priors - decaying]
-    decaying_priors = [p for p in trainable if id(p) in of_priors & decaying]
+    priors = [p for p in of_priors if id(p) not in decaying]
+    decaying_priors = [p for p in of_priors if id(p) in decaying]
     groups = [
         {"params": matrices, "peak": config.learning_rate, "weight_decay": config.weight_decay},
         {"params": vectors, "peak": config.learning_rate, "weight_decay": 0.0},

@@ -10,6 +10,7 @@ from eotattn.priors.grid_tables import GridKeyPrior, GridTablePrior
 from eotattn.priors.key_table import KeyTablePrior
 from eotattn.priors.lanes import LaneFactors, Lanes
 from eotattn.priors.one_for_all import SharedPrior
+from eotattn.priors.parameters import split_parameters
 from eotattn.priors.recency import RecencyPrior, alibi_slopes
 from eotattn.priors.sink import SinkPrior
 from eotattn.priors.table import TablePrior
@@ -38,4 +39,5 @@ __all__ = [
     "goat_prior",
     "grid_positions",
     "num_local_heads",
+    "split_parameters",
 ]
