@@ -34,7 +34,7 @@ def draw_ablations(study: AblationStudy) -> Figure:
             logarithmic=values is language,
             axes=axes,
         )
-        what = "bits per byte" if values is language else "accuracy, mean of both tasks"
+        what = "bits per byte" if values is language else "mean accuracy"
         axes.set_xlabel(f"{what} (dashed: {'ALiBi' if k % 2 else 'RoPE'})")
         if k:
             axes.set_yticklabels([])
