@@ -107,10 +107,12 @@ def solve(
             f"solve: method {method!r} iterates on a key_marginal and cannot solve a problem with free keys; "
             f"got {problem}. Choose method='closed_form' or 'auto'."
         )
-    bound = default_tolerance(problem) if tolerance is None else check_positive(_OWNER, "tolerance", tolerance)
+    detached = problem.detached()  # anew in every call: the numbers may have changed in place since the last one
+    bound = default_tolerance(detached) if tolerance is None else check_positive(_OWNER, "tolerance", tolerance)
     limit = _ITERATIVE[method].max_iterations if max_iterations is None else max_iterations
     limit = check_positive_int(_OWNER, "max_iterations", limit)
-    return _iterative(problem, method, bound, limit, None if start is None else _checked_start(problem, start))
+    start = None if start is None else _checked_start(problem, start)
+    return _iterative(problem, detached, method, tolerance=bound, max_iterations=limit, start=start)
 
 
 def _choose(problem: TransportProblem) -> str:
@@ -138,13 +140,19 @@ def _checked_start(problem: TransportProblem, start: Tensor) -> Tensor:
 
 
 def _iterative(
-    problem: TransportProblem, method: str, tolerance: float, max_iterations: int, start: Tensor | None
+    problem: TransportProblem,
+    detached: TransportProblem,
+    method: str,
+    *,
+    tolerance: float,
+    max_iterations: int,
+    start: Tensor | None,
 ) -> TransportSolution:
-    """Iterate without gradients, then attach them."""
+    """Iterate without gradients, on the detached problem, then attach them."""
     how = _ITERATIVE[method]
     with torch.no_grad():
         raw, num_iterations, converged = iterate(
-            problem.detached(), how.make_step(), tolerance, max_iterations, start=start, asks_host=how.asks_host
+            detached, how.make_step(), tolerance, max_iterations, start=start, asks_host=how.asks_host
         )
     key_potential = attach_key_potential(problem, raw)
     query_potential = respond(problem, key_potential).potential

@@ -209,6 +209,32 @@ def test_penalties_interpolate(limit):
     assert (at(far) - at(target)).abs().max() > 10 * (at(near) - at(target)).abs().max()
 
 
+@pytest.mark.parametrize("follows", [False, True])
+@pytest.mark.parametrize("stated", ["dense", "factored"])
+def test_numbers_changed_in_place_are_solved_as_they_are(stated, follows):
+    """Tolerance and warmer temperatures follow the size of the scores, which an earlier solve has seen smaller."""
+    generator = torch.Generator().manual_seed(0)
+    content, key = (torch.randn(8, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    uniform = torch.full((8,), 1 / 8, dtype=torch.float64)
+
+    def state(tensor):
+        if stated == "dense":
+            return TransportProblem(tensor, key_marginal=uniform)
+        return TransportProblem.from_factors(tensor, key, epsilon=1.0, key_marginal=uniform)
+
+    size = 3000 if stated == "dense" else 100
+    tensor = (1e-3 * content).requires_grad_(follows)
+    problem = state(tensor)
+    solve(problem, method="streaming")
+    with torch.no_grad():
+        tensor.copy_(size * content)
+    found = solve(problem, method="streaming", max_iterations=300)
+    expected = solve(state(tensor.detach().clone()), method="streaming", max_iterations=300)
+    assert bool(found.converged)
+    assert int(found.num_iterations) == int(expected.num_iterations)
+    assert_close(found.coupling, expected.coupling)
+
+
 def test_gauge_of_balanced_problems():
     solution = solve(random_problem(3, (INF, INF), batch=(2,)))
     assert_close((solution.problem.key_marginal * solution.key_potential).sum(-1), torch.zeros(2).double())

@@ -253,9 +253,7 @@ class TransportProblem:
         return other
 
     def detached(self) -> TransportProblem:
-        """The problem over tensors without gradients; itself, if they have none."""
-        if not self.requires_grad:
-            return self
+        """A new problem over the same numbers, without gradients: what it remembers of them ends with it."""
         return self.with_tensors(*(None if tensor is None else tensor.detach() for tensor in self.tensors))
 
     def dense(self) -> TransportProblem:
