@@ -56,7 +56,7 @@ def test_masses_are_those_of_the_cpu(penalties, dtype, tolerance, bound):
     assert float(found.certificate.distance.max()) <= max(100 * bound, 1e-6)
 
 
-def step_by_step(advance, running):
+def step_by_step(advance, running, *, hands_on):
     advance()
     while bool(running):
         advance()
@@ -79,3 +79,19 @@ def test_each_problem_of_a_batch_stops_by_itself():
     on_the_cpu = solve(stated((math.inf, math.inf), torch.float32, "cpu"), tolerance=1e-5, max_iterations=100)
     assert bool(together.converged.all())
     assert int((together.num_iterations.cpu() - on_the_cpu.num_iterations).abs().max()) <= 2
+
+
+@pytest.mark.parametrize("method", ["streaming", "sinkhorn"])
+def test_memory_of_pairs_is_given_back(method):
+    problem = stated((math.inf, math.inf), torch.float32, "cuda").dense()
+    pairs = problem.score.numel() * problem.score.element_size()
+    solve(problem, method=method, tolerance=1e-30, max_iterations=12)
+    torch.cuda.empty_cache()
+    held = torch.cuda.memory_reserved()
+    score = problem.score.repeat(1, 1, 8, 8)
+    masses = [mass.repeat(1, 1, 8) / 8 for mass in (problem.query_marginal, problem.key_marginal)]
+    larger = TransportProblem(score, epsilon=problem.epsilon, query_marginal=masses[0], key_marginal=masses[1])
+    solve(larger, method=method, tolerance=1e-30, max_iterations=12)
+    del larger, score
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() - held < 64 * pairs

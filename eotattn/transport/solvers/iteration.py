@@ -110,7 +110,7 @@ def iterate(
             while level.look():
                 level.move()
         else:
-            repeat_while(level.advance, level.running)
+            repeat_while(level.advance, level.running, hands_on=not problem.affinity.holds_pairs)
     return potential, count, level.done
 
 

@@ -11,23 +11,25 @@ from torch import Tensor
 
 __all__ = ["repeat_while"]
 
-#: The last graph of every thread and stream: the next one takes over its memory, and the stream it was recorded on.
+#: For every thread and stream: the stream that its graphs are recorded on, and the graph that hands on its memory.
 _LAST = threading.local()
 
 
-def repeat_while(advance: Callable[[], None], running: Tensor) -> None:
+def repeat_while(advance: Callable[[], None], running: Tensor, *, hands_on: bool) -> None:
     """Call ``advance`` until the flag that it updates is false, and once more, since the flag is read one call late.
 
     Args:
         advance: Changes tensors in place, asks nothing of the host, and does nothing more once the flag is false.
         running: The flag, a boolean on a GPU, shape ().
+        hands_on: Whether the graph's memory is kept for the next one, as long as the thread lives; for work that needs
+            little. Otherwise it is given back at the end.
 
     Source: original.
     """
     advance()  # loads and tunes the kernels that the graph records
     if not bool(running):
         return
-    replay = _recorded(advance)
+    replay = _recorded(advance, hands_on)
     flags = [torch.ones((), dtype=torch.bool, pin_memory=True) for _ in range(2)]
     events = [torch.cuda.Event() for _ in range(2)]
     for call in count():
@@ -40,24 +42,26 @@ def repeat_while(advance: Callable[[], None], running: Tensor) -> None:
                 return
 
 
-def _recorded(advance: Callable[[], None]) -> Callable[[], None]:
+def _recorded(advance: Callable[[], None], hands_on: bool) -> Callable[[], None]:
     """The work as one graph, on a stream of its own while it is recorded.
 
     Memory for a graph is slow to get, so it is handed on. Graphs that share memory must not run at the same time: they
-    share it only if they replay on the same stream, one after the other.
+    share it only if they replay on the same stream, one after the other. A recording that fails may leave memory
+    locked, so what it was given is not used again. The stream is kept: cuBLAS never gives back what it holds for one.
     """
     current = torch.cuda.current_stream()
-    last: dict[torch.cuda.Stream, tuple[torch.cuda.CUDAGraph, torch.cuda.Stream]] = vars(_LAST).setdefault("graphs", {})
-    before = last.get(current)
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream() if before is None else before[1]
+    last: dict[torch.cuda.Stream, tuple[torch.cuda.Stream, torch.cuda.CUDAGraph | None]]
+    last = vars(_LAST).setdefault("graphs", {})
+    stream, before = last.pop(current) if current in last else (torch.cuda.Stream(), None)
+    graph, memory = torch.cuda.CUDAGraph(), before.pool() if before is not None and hands_on else None
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
-        graph.capture_begin(None if before is None else before[0].pool(), capture_error_mode="thread_local")
+        graph.capture_begin(memory, capture_error_mode="thread_local")
         try:
             advance()
         finally:
             graph.capture_end()
     current.wait_stream(stream)
-    last[current] = graph, stream
+    last[current] = stream, graph if hands_on else before
     replay: Callable[[], None] = graph.replay
     return replay
