@@ -116,7 +116,8 @@ def biased_log_sum_exp(query: Tensor, key: Tensor, bias: Tensor, *, scale: float
     if kernel is None:
         return None
     query, key = (one if one.stride(-1) == 1 else one.contiguous() for one in (query, key))
-    found: Tensor = kernel.launch(query, key, bias.contiguous(), scale)
+    with torch.cuda.device(query.device):  # Triton launches on the current one
+        found: Tensor = kernel.launch(query, key, bias.contiguous(), scale)
     return found
 
 

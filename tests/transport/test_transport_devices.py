@@ -95,3 +95,15 @@ def test_memory_of_pairs_is_given_back(method):
     del larger, score
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() - held < 64 * pairs
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("method", ["streaming", "sinkhorn"])
+def test_a_device_that_is_not_the_current_one(method):
+    assert torch.cuda.current_device() == 0
+    expected, found = (
+        solve(stated((math.inf, math.inf), torch.float32, device), method=method, tolerance=1e-30, max_iterations=12)
+        for device in ("cuda:0", "cuda:1")
+    )
+    assert int(found.num_iterations.min()) == 12
+    assert_close(found.key_mass.cpu(), expected.key_mass.cpu(), tolerance=1e-5)

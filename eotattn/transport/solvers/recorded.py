@@ -26,6 +26,11 @@ def repeat_while(advance: Callable[[], None], running: Tensor, *, hands_on: bool
 
     Source: original.
     """
+    with torch.cuda.device(running.device):  # whose streams and events are meant, whichever device is current outside
+        _repeat_while(advance, running, hands_on)
+
+
+def _repeat_while(advance: Callable[[], None], running: Tensor, hands_on: bool) -> None:
     advance()  # loads and tunes the kernels that the graph records
     if not bool(running):
         return
