@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eotattn.transport.problems import TransportProblem
 
-__all__ = ["QueryResponse", "answer", "penalty_share", "respond", "row_mass"]
+__all__ = ["QueryResponse", "penalty_share", "respond", "row_mass"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,28 +80,8 @@ def respond(problem: TransportProblem, key_potential: Tensor, *, epsilon: float 
     Source: closed form, Litman 2025, arXiv 2508.08369; with penalties, Chizat et al. 2018.
     """
     epsilon = problem.epsilon if epsilon is None else epsilon
-    return answer(problem, problem.affinity.soft_maximum(key_potential, epsilon), epsilon)
-
-
-def answer(problem: TransportProblem, soft_maximum: Tensor, epsilon: float) -> QueryResponse:
-    """Return the response of queries whose soft maximum is known; see ``respond``.
-
-    Args:
-        problem: The problem.
-        soft_maximum: Of its rows at ``epsilon``, cost units, shape (..., n).
-        epsilon: Temperature, cost units.
-
-    Returns:
-        The response.
-
-    Example:
-        >>> import torch
-        >>> answer(TransportProblem(torch.zeros(1, 2)), torch.tensor([0.6931]), 1.0).potential
-        tensor([-0.6931])
-
-    Source: as for ``respond``.
-    """
     share = penalty_share(problem.query_penalty, epsilon)
+    soft_maximum = problem.affinity.soft_maximum(key_potential, epsilon)
     return QueryResponse(-share * soft_maximum, (1.0 - share) / epsilon * soft_maximum, soft_maximum)
 
 

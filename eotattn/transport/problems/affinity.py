@@ -32,8 +32,9 @@ class Affinity(ABC):
     ``soft_maximum_i = epsilon log sum_j exp((score_ij + price_j) / epsilon + log_prior_ij)`` and
     ``average_i = sum_j softmax_j(the same logits) value_j``.
 
-    A dense affinity answers from its tensors; a factored one by fused attention calls, without n x m numbers. A price
-    of -inf removes a key; one of +inf (a key out of everybody's reach) counts as zero.
+    A dense affinity answers from its tensors; a factored one by fused attention calls, without n x m numbers. The
+    iterations ask ``exchange``, two soft maxima in one, which every query must have a key for: a problem sees to it. A
+    price of -inf removes a key; one of +inf (a key out of everybody's reach) counts as zero.
     """
 
     #: Whether n x m numbers are at hand, so that assembling a matrix of keys by keys is in keeping.

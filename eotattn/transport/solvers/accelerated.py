@@ -1,6 +1,6 @@
 """Sinkhorn's iteration, extrapolated from its last steps, with the plain iteration as its safety net."""
 
-# Legend: b problems, m keys, w remembered steps.
+# Legend: b problems, m keys.
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from eotattn.transport.solvers.sinkhorn import sinkhorn_move
 
 __all__ = ["AcceleratedStep"]
 
-#: A change is a new direction if its new part exceeds this part of it plus so many roundings of the potential.
+#: A change is a new direction if its new part exceeds this part of it plus so many roundings of the first image.
 _NEW = 1e-4
 _ROUNDINGS = 4
 #: Changes that are remembered, and the factor by which a step may worsen the error.
