@@ -169,7 +169,7 @@ def measure_training_speed(
                 step()
         except Exception as error:  # a compiler may fail in any way, and the table says how
             reason = f"{type(error).__name__}: {str(error).strip()[:160]}"
-            failures.append({"panel": "e", "variant": variant.name, "quantity": "failure", "unit": "", "value": reason})
+            failures.append({"panel": "f", "variant": variant.name, "quantity": "failure", "unit": "", "value": reason})
             continue
         peaks[variant.name] = _peak_mib(step, before) if device.type == "cuda" else None
         steps[variant.name] = step
@@ -213,4 +213,4 @@ def _rows(name: str, times: Sequence[float], peak_mib: float | None, tokens: int
     ]
     if peak_mib is not None:
         found.append(("peak_memory", "MiB", peak_mib))
-    return [{"panel": "e", "variant": name, "quantity": q, "unit": u, "value": v} for q, u, v in found]
+    return [{"panel": "f", "variant": name, "quantity": q, "unit": u, "value": v} for q, u, v in found]

@@ -207,6 +207,15 @@ def test_speed_rows_and_failures():
     (failure,) = [row for row in rows if row["variant"] == "bad"]
     assert failure["quantity"] == "failure"
     assert "flex" in failure["value"]
+    assert {row["panel"] for row in rows} == {"f"}  # where the figure shows them
+
+
+def test_log_priors_of_fast_kinds_train_at_ten_times_the_rate():
+    named = {run.name: run.configuration for run in dna.runs(recipes.dna("h200"), {})}
+    for rate in recipes.dna("h200").learning_rates:
+        for name, factor in (("goat", 1), ("fast_goat", 10)):
+            training = named[run_name(name, rate, 0)].training
+            assert (training.learning_rate, training.prior_learning_rate) == (rate, pytest.approx(factor * rate))
 
 
 def test_recipes_share_everything_but_the_attention():
