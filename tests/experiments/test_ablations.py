@@ -1,12 +1,17 @@
 """The ablations: runs on both tasks, values laid out right, an answer that follows from the numbers."""
 
+import itertools
+
 import numpy as np
 import pytest
+import torch
 
 from eotattn.experiments import figures, recipes
+from eotattn.experiments.networks import Decoder, DecoderConfig
 from eotattn.experiments.recipes.ablations import VARIANTS
 from eotattn.experiments.records import Record
 from eotattn.experiments.studies import ablations
+from eotattn.plotting import OKABE_ITO
 
 
 def record(name, seed, variants, rows_of):
@@ -92,6 +97,38 @@ def test_answers_that_retrieve_far_are_named():
     values = {name: dict(of) for name, of in GOOD.items()}
     values["found"]["goat"] = [1.0, 1.0, 0.995]
     assert study_of(**values).keepers() == ["goat"]
+    values["found"]["goat"] = [1.0, 1.0, 0.985]
+    assert study_of(**values).keepers() == []
+
+
+def test_the_verdict_says_who_ran_with_one_seed():
+    assert "- 1 seed at scale `laptop`" in study_of(**GOOD).verdict()
+    last = study_of(**GOOD, scale="h200").verdict().splitlines()[-1]
+    assert last.startswith("- 3 seeds, one of `none`, `rotary_goat`,")
+    assert "`goat`" not in last
+    assert "`ntk_rope`" not in last  # read from RoPE's runs
+
+
+@pytest.mark.parametrize("task", ["language", "retrieval"])
+def test_log_priors_of_fast_kinds_train_at_ten_times_the_rate(task):
+    recipe = recipes.ablations("h200")
+    named = {run.name: run.configuration.training for run in ablations.runs(recipe, {})}
+    for name in ("fast_goat", "fast_paper_goat", "goat", "paper_goat", "rope"):
+        training, common = named[f"{task}-{name}-seed0"], getattr(recipe, task)
+        assert training.learning_rate == common.learning_rate
+        factor = 10 if name.startswith("fast_") else 1
+        assert training.prior_learning_rate == pytest.approx(factor * common.learning_rate)
+
+
+@pytest.mark.parametrize(("fast", "slow"), [("fast_goat", "goat"), ("fast_paper_goat", "paper_goat")])
+def test_fast_kinds_differ_in_the_rate_alone(fast, slow):
+    networks = []
+    for name in (fast, slow):
+        torch.manual_seed(0)
+        networks.append(Decoder(DecoderConfig(name, 8, num_layers=1, embed_dim=16, num_heads=4, train_length=32)))
+    left, right = (dict(network.named_parameters()) for network in networks)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
 
 
 def test_tables_and_figure_are_drawn_from_records_alone(tmp_path):
@@ -109,6 +146,27 @@ def test_tables_and_figure_are_drawn_from_records_alone(tmp_path):
     for axes in figure.axes:
         assert len(axes.get_yticks()) == len(study.variants)
     figure.savefig(tmp_path / "figure.png", dpi=40)
+    labels = [axes.xaxis.label.get_window_extent() for axes in figure.axes]
+    assert not any(left.overlaps(right) for left, right in itertools.pairwise(labels))
+
+
+def test_the_figure_has_a_panel_a_number_and_its_bar_in_each():
+    values = {name: dict(of) for name, of in GOOD.items()}
+    values["found"]["rope"] = [0.9, 0.5, 0.1]  # so that each of the four numbers has another bar
+    figure = figures.draw_ablations(study_of(**values))
+    rows = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert rows[:4] == [VARIANTS[name] for name in ("paper_goat", "rope", "goat", "alibi")]
+    shown = {"rope": 1, "goat": 2, "alibi": 3}
+    expected = {"rope": (2.0, 5.0, 0.9, 0.1), "goat": (2.0, 2.1, 1.0, 0.6), "alibi": (2.1, 2.1, 1.0, 0.6)}
+    for k, axes in enumerate(figure.axes):
+        (bar,) = [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == "--"]
+        assert bar == pytest.approx(expected["alibi" if k % 2 else "rope"][k])
+        assert axes.get_xscale() == ("log" if k < 2 else "linear")
+        marks = {line.get_ydata()[0]: line for line in axes.lines if line.get_marker() == "o"}
+        for name, row in shown.items():
+            assert marks[row].get_xdata()[0] == pytest.approx(expected[name][k])
+        assert marks[shown["goat"]].get_color() == OKABE_ITO["vermillion"]
+        assert marks[shown["rope"]].get_color() == OKABE_ITO["blue"]
 
 
 @pytest.mark.parametrize("name", ["language-rope-seed0", "retrieval-goat-seed0"])

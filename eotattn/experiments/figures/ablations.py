@@ -34,8 +34,8 @@ def draw_ablations(study: AblationStudy) -> Figure:
             logarithmic=values is language,
             axes=axes,
         )
-        what = "bits per byte" if values is language else "mean accuracy"
-        axes.set_xlabel(f"{what} (dashed: {'ALiBi' if k % 2 else 'RoPE'})")
+        what = "bits per byte" if values is language else "accuracy, mean of both tasks"
+        axes.set_xlabel(f"{what}\n(dashed: {'ALiBi' if k % 2 else 'RoPE'})")
         if k:
             axes.set_yticklabels([])
     titles = ("language, training length", f"language, {far}x", "retrieval, training length", f"retrieval, {far}x")

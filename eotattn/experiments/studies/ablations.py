@@ -279,8 +279,10 @@ class AblationStudy:
         lines += self._rankings(far)
         count = len(self.recipe.seeds)
         devices = sorted({record.device for record in self.records.values()})
+        once = [name for name in self.variants if len(self.values(name, "language")) < count]
+        but = f", one of {', '.join(f'`{name}`' for name in once)}" if once else ""
         lines.append(
-            f"- {count} seed{'s' if count > 1 else ''} at scale `{self.recipe.scale}` on {', '.join(devices)}."
+            f"- {count} seed{'s' if count > 1 else ''}{but} at scale `{self.recipe.scale}` on {', '.join(devices)}."
         )
         return "\n".join(lines)
 
