@@ -245,6 +245,15 @@ def test_other_seeds_take_the_rate_that_the_first_seed_chose():
         assert {(run.learning_rate, run.prior_learning_rate) for run in repeated} == {(best, best)}
 
 
+def test_log_priors_of_fast_kinds_train_at_ten_times_the_rate():
+    recipe = recipes.retrieval("laptop")
+    fast = replace(next(one for one in recipe.variants if one.attention == "goat"), attention="fast_goat")
+    (run,) = retrieval.runs(replace(recipe, variants=(fast,)), {})
+    (rate,) = recipe.learning_rates
+    training = run.configuration.training
+    assert (training.learning_rate, training.prior_learning_rate) == (rate, pytest.approx(10 * rate))
+
+
 def test_scores_are_those_of_the_best_rate():
     recipe = replace(recipes.retrieval("laptop"), learning_rates=(1e-3, 3e-3))
     outcomes = {1e-3: (0.25, 0.2), 3e-3: (0.75, 0.1)}  # accuracy, training loss

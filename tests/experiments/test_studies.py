@@ -150,6 +150,8 @@ def test_every_variant_trains_at_the_rate_that_validation_files_chose(small_lang
         assert training["learning_rate"] == min(bits, key=bits.get)
         assert training["prior_learning_rate"] == factor * training["learning_rate"]
     assert small_language.movable == "fast_paper_goat"
+    fast, slow = (small_language.of(name)[0] for name in ("fast_paper_goat", "rope"))
+    assert fast.reach == pytest.approx(10 * slow.reach)  # at the same rate of the content
     assert set(small_language.headline) == {"paper_goat", "goat", "fast_goat", "local_rotary_goat"}
     assert sum(row["chosen"] for row in swept) == 6
 

@@ -12,7 +12,7 @@ from eotattn.experiments import recipes
 from eotattn.experiments.figures import draw_vision
 from eotattn.experiments.grid_prior_parts import describe_grid_log_prior, grid_log_prior
 from eotattn.experiments.networks import VisionConfig, VisionTransformer
-from eotattn.experiments.rate_sweep import best_rate, run_name
+from eotattn.experiments.rate_sweep import best_rate, run_name, sweep_table
 from eotattn.experiments.records import Record
 from eotattn.experiments.results import ResultFolder
 from eotattn.experiments.runs import perform
@@ -238,6 +238,18 @@ def made_up(*, goat, learned, ratio, invariance):
     return vision.VisionStudy(SMALL, records)
 
 
+def test_all_seeds_try_all_rates_once_and_log_priors_are_faster():
+    recipe = recipes.vision("h200")
+    found = vision.runs(recipe, {})
+    assert len({run.name for run in found}) == len(found) == 3 * len(recipe.learning_rates) * len(recipe.seeds)
+    for run in found:
+        training = run.configuration.training
+        assert training.prior_learning_rate == pytest.approx(recipe.prior_rate_factor * training.learning_rate)
+    assert recipe.prior_rate_factor == 10
+    ended = made_up(goat=(0.95, 0.94), learned=(0.95, 0.6), ratio=0.5, invariance=0.99).records
+    assert [run.name for run in vision.runs(SMALL, ended)] == [run.name for run in vision.runs(SMALL, {})]
+
+
 def test_rates_are_chosen_on_images_that_training_did_not_see():
     study = made_up(goat=(0.95, 0.94), learned=(0.95, 0.6), ratio=0.5, invariance=0.99)
     recipe, records = replace(SMALL, learning_rates=(1e-3, 3e-3)), dict(study.records)
@@ -248,6 +260,8 @@ def test_rates_are_chosen_on_images_that_training_did_not_see():
         by_heart = [{"quantity": "training_loss", "value": 0.1}, {"quantity": "choice_loss", "value": high}]
         records[f"goat-rate0.003-seed{seed}"] = replace(record, rows=by_heart)
     assert best_rate(recipe, records, "goat") == 1e-3
+    (loss,) = [r["loss"] for r in sweep_table(recipe, records, ["goat"]) if r["learning rate"] == 3e-3]
+    assert loss == pytest.approx(2.2)  # their mean
     del records["goat-rate0.003-seed1"]
     assert best_rate(recipe, records, "goat") is None
 

@@ -1,10 +1,10 @@
-"""Plots of retrieval and of trade-offs show what they are given."""
+"""Plots of retrieval and rankings show what they are given."""
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from eotattn.plotting import mosaic, plot_depth_grid, plot_log_prior_by_lag, plot_ranking
+from eotattn.plotting import OKABE_ITO, line_styles, mosaic, plot_depth_grid, plot_log_prior_by_lag, plot_ranking
 
 
 @pytest.fixture(autouse=True)
@@ -32,17 +32,30 @@ def test_log_priors_are_drawn_at_lag_plus_one_a_line_a_head():
 
 
 def test_rankings_mark_the_mean_and_reach_to_the_extreme_seeds():
-    rows = {"a": [1.0, 3.0, 5.0], "b": [2.0]}
+    rows = {"a": [1.0, 2.0, 6.0], "b": [1.0, 1.0, 4.0]}
     axes = plot_ranking(rows, labels={"a": "first"}, highlight=("b",), reference="b", logarithmic=True)
-    first_bar, first, _, second, line = axes.lines
-    assert first_bar.get_xydata().tolist() == [[1.0, 0], [5.0, 0]]
+    first_bar, first, second_bar, second, line = axes.lines
+    assert first_bar.get_xydata().tolist() == [[1.0, 0], [6.0, 0]]
     assert first.get_xydata().tolist() == [[3.0, 0]]
     assert second.get_xydata().tolist() == [[2.0, 1]]
-    assert first.get_color() != second.get_color()
+    assert second_bar.get_xydata().tolist() == [[1.0, 1], [4.0, 1]]
+    assert first.get_color() == first_bar.get_color() == OKABE_ITO["blue"]
+    assert second.get_color() == second_bar.get_color() == OKABE_ITO["vermillion"]
     assert list(line.get_xdata()) == [2.0, 2.0]
     assert [text.get_text() for text in axes.get_yticklabels()] == ["first", "b"]
     assert axes.get_ylim()[0] > axes.get_ylim()[1]  # the first row is at the top
     assert axes.get_xscale() == "log"
+    assert axes.xaxis.get_major_formatter()(1.5) == "1.5"
+    assert axes.xaxis.get_minor_formatter()(1.5) == ""
+
+
+def test_lines_of_many_names_look_different():
+    styles = line_styles([str(k) for k in range(36)])
+    assert len({(style["color"], style["linestyle"]) for style in styles.values()}) == 36
+    first = [styles[str(k)] for k in range(9)]
+    assert len({style["color"] for style in first}) == len({style["marker"] for style in first}) == 9
+    assert {style["linestyle"] for style in first} == {"-"}
+    assert line_styles(["7"], order=[str(k) for k in range(36)])["7"] == styles["7"]
 
 
 def test_mosaics_name_their_axes_and_span_repeated_names():
