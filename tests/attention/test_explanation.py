@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from eotattn.attention import PackedDocuments, explain, prior_attention
+from eotattn.attention import PackedDocuments, backends, explain, prior_attention
+from eotattn.attention.call import AttentionCall
 from eotattn.attention.masks import Masks
-from eotattn.attention.measured import TIMES, preference
+from eotattn.attention.measured import TIMES, pattern_of, preference
 from eotattn.attention.positions import Band
 from eotattn.kernels import flex, reference, sdpa, varlen
 from eotattn.priors import RecencyPrior, TablePrior, goat_prior
@@ -148,9 +149,26 @@ def test_the_fastest_comes_first(pattern):
     assert list(TIMES[pattern])[-1] == "reference"
 
 
+PARTS = {"window": {"window": 2}, "documents": {"documents": PackedDocuments([2, 3])}}
+
+
+@pytest.mark.parametrize("prior", [None, RecencyPrior(H)], ids=["no prior", "prior"])
+@pytest.mark.parametrize("part", PARTS)
+def test_calls_take_the_order_and_the_times_of_their_own_pattern(part, prior, monkeypatch):
+    times = TIMES[part if prior is None else f"{part}, prior"]
+    arguments = PARTS[part] | {"prior": prior, "is_causal": True}
+    explanation = explain(*content(), **arguments)
+    assert explanation.times == times[explanation.backend]
+    call = AttentionCall.check(*content(), **arguments)
+    monkeypatch.setattr(backends, "refusal", lambda name, call: None)
+    assert backends.choose(call) == next(iter(times))
+
+
 def test_a_window_and_documents_are_told_apart_with_and_without_a_prior():
     band, documents = Masks(band=Band(0, 4)), Masks(documents=PackedDocuments([3, 5]))
     assert preference(band, 8, has_prior=False)[0] == preference(documents, 8, has_prior=False)[0] == "varlen"
+    patterns = [pattern_of(masks, 8, has_prior=prior) for masks in (band, documents) for prior in (False, True)]
+    assert patterns == ["window", "window, prior", "documents", "documents, prior"]
     assert preference(band, 8, has_prior=True)[0] == preference(documents, 8, has_prior=True)[0] == "sdpa"
     assert preference(Masks(band=Band()), 8, has_prior=True) == preference(band, 1, has_prior=True)
     assert preference(Masks(band=Band(4)), 8, has_prior=True)[0] == "varlen"

@@ -12,6 +12,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 from eotattn.attention import PackedDocuments, backends, prior_attention
 from eotattn.attention.call import AttentionCall
+from eotattn.attention.joined import MOST_SAMPLES, joined
 from eotattn.kernels.join_layout import PartShape
 from eotattn.priors import FourierPrior, RecencyPrior, SinkPrior, goat_prior
 
@@ -47,7 +48,7 @@ def run(prior, content, padded, backend, attend=prior_attention, **arguments):
     padding = torch.zeros(2, content[0].shape[2], dtype=torch.bool, device=DEVICE)
     padding[0, 5:9] = True
     mask = padding if padded else None
-    output = attend(*content, prior=prior, is_causal=True, key_padding_mask=mask, backend=backend, **arguments)
+    output = attend(*content, prior=prior, key_padding_mask=mask, backend=backend, **({"is_causal": True} | arguments))
     weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(5)).to(DEVICE, output.dtype)
     return [output, *torch.autograd.grad(output, [*content, *prior.parameters()], weight)]
 
@@ -77,6 +78,14 @@ def test_joined_lanes_are_the_lanes_of_the_factors(name, kv_heads, padded, dtype
 OWN_POSITIONS = {
     "left padding": lambda: {s: torch.stack([torch.arange(37), torch.arange(-9, 28)]).to(DEVICE) for s in SIDES},
     "queries alone": lambda: {"query_positions": torch.stack([torch.arange(37), torch.arange(5, 42)]).to(DEVICE)},
+    "range of keys": lambda: {
+        "query_positions": torch.stack([torch.arange(90, 127), torch.arange(95, 132)]).to(DEVICE),
+        "key_positions": range(90, 127),
+    },
+    "range of queries": lambda: {
+        "query_positions": range(90, 127),
+        "key_positions": torch.stack([torch.arange(80, 117), torch.arange(90, 127)]).to(DEVICE),
+    },
     "one row": lambda: {s: torch.arange(3, 40)[None].to(DEVICE) for s in SIDES},
     "documents": lambda: {"documents": PackedDocuments([20, 17, 5, 32])},
 }
@@ -94,13 +103,47 @@ def test_samples_with_positions_of_their_own_read_their_own_rows(own, padded, mo
         used.append(joined(call))
         return used[-1]
 
-    joined = backends.joined
     monkeypatch.setattr(backends, "joined", counted)
     found = run(prior, content, padded, "sdpa", **OWN_POSITIONS[own]())
     assert used[0] is not None
     wide = [tensor.detach().double().requires_grad_() for tensor in content]
     for actual, expected in zip(found, run(prior, wide, padded, "reference", **OWN_POSITIONS[own]()), strict=True):
         assert (actual.double() - expected).norm() <= 1e-4 * expected.norm() + 1e-6
+
+
+@pytest.mark.parametrize("own", ["left padding", "range of keys", "range of queries", "one row"])
+def test_samples_with_positions_of_their_own_have_their_own_padding(own):
+    """Causal calls mask pairs there, so that the padding lane is that of calls that see both ways."""
+    prior, content = trained("recency and sink", 4), inputs(4, 2, torch.float32)
+    arguments = OWN_POSITIONS[own]() | {"is_causal": False}
+    wide = [tensor.detach().double().requires_grad_() for tensor in content]
+    expected = run(prior, wide, True, "reference", **arguments)
+    for actual, wanted in zip(run(prior, content, True, "sdpa", **arguments), expected, strict=True):
+        assert (actual.double() - wanted).norm() <= 1e-4 * wanted.norm() + 1e-6
+
+
+def called(batch, positions):
+    """Whether the kernel joins a call of that many samples with these positions."""
+    query = torch.zeros(batch, 4, 3, 8, device=DEVICE)
+    sides = dict.fromkeys(SIDES, positions.to(DEVICE))
+    return joined(AttentionCall.check(query, query, query, prior=RecencyPrior(4).to(DEVICE), **sides)) is not None
+
+
+def test_many_samples_with_positions_of_their_own_have_lanes_from_factors():
+    rows = torch.arange(3) + torch.arange(MOST_SAMPLES + 1).unsqueeze(1)
+    assert called(MOST_SAMPLES, rows[1:])
+    assert not called(MOST_SAMPLES + 1, rows)
+    assert called(MOST_SAMPLES + 1, rows[0])
+    assert called(MOST_SAMPLES + 1, rows[:1])
+
+
+def test_graphs_take_lanes_from_factors_where_samples_have_positions_of_their_own():
+    prior, content = trained("recency and sink", 4), inputs(4, 2, torch.float32)
+    attend = torch.compile(prior_attention, fullgraph=True, backend="aot_eager")
+    positions = OWN_POSITIONS["left padding"]()
+    expected = run(prior, content, False, "sdpa", **positions)
+    for actual, wanted in zip(run(prior, content, False, "sdpa", attend, **positions), expected, strict=True):
+        assert (actual - wanted).norm() <= 1e-5 * wanted.norm() + 1e-6
 
 
 def test_lanes_count_positions_from_near_the_last_key():
