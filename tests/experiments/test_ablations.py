@@ -146,6 +146,7 @@ def test_tables_and_figure_are_drawn_from_records_alone(tmp_path):
     for axes in figure.axes:
         assert len(axes.get_yticks()) == len(study.variants)
     figure.savefig(tmp_path / "figure.png", dpi=40)
+    figure.canvas.draw()
     labels = [axes.xaxis.label.get_window_extent() for axes in figure.axes]
     assert not any(left.overlaps(right) for left, right in itertools.pairwise(labels))
 
