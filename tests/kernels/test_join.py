@@ -97,7 +97,7 @@ SIDES = ("query_positions", "key_positions")
 def test_samples_with_positions_of_their_own_read_their_own_rows(own, padded, monkeypatch):
     if own == "documents" and padded:
         pytest.skip("padding is a document")
-    prior, content, used = trained("recency and sink", 4), inputs(4, 2, torch.float32), []
+    prior, content, used = trained("goat", 4), inputs(4, 2, torch.float32), []
 
     def counted(call):
         used.append(joined(call))
@@ -108,18 +108,18 @@ def test_samples_with_positions_of_their_own_read_their_own_rows(own, padded, mo
     assert used[0] is not None
     wide = [tensor.detach().double().requires_grad_() for tensor in content]
     for actual, expected in zip(found, run(prior, wide, padded, "reference", **OWN_POSITIONS[own]()), strict=True):
-        assert (actual.double() - expected).norm() <= 1e-4 * expected.norm() + 1e-6
+        assert (actual.double() - expected).norm() <= 1e-3 * expected.norm() + 1e-6
 
 
 @pytest.mark.parametrize("own", ["left padding", "range of keys", "range of queries", "one row"])
 def test_samples_with_positions_of_their_own_have_their_own_padding(own):
     """Causal calls mask pairs there, so that the padding lane is that of calls that see both ways."""
-    prior, content = trained("recency and sink", 4), inputs(4, 2, torch.float32)
+    prior, content = trained("goat", 4), inputs(4, 2, torch.float32)
     arguments = OWN_POSITIONS[own]() | {"is_causal": False}
     wide = [tensor.detach().double().requires_grad_() for tensor in content]
     expected = run(prior, wide, True, "reference", **arguments)
     for actual, wanted in zip(run(prior, content, True, "sdpa", **arguments), expected, strict=True):
-        assert (actual.double() - wanted).norm() <= 1e-4 * wanted.norm() + 1e-6
+        assert (actual.double() - wanted).norm() <= 1e-3 * wanted.norm() + 1e-6
 
 
 def called(batch, positions):
@@ -130,15 +130,16 @@ def called(batch, positions):
 
 
 def test_many_samples_with_positions_of_their_own_have_lanes_from_factors():
-    rows = torch.arange(3) + torch.arange(MOST_SAMPLES + 1).unsqueeze(1)
-    assert called(MOST_SAMPLES, rows[1:])
-    assert not called(MOST_SAMPLES + 1, rows)
-    assert called(MOST_SAMPLES + 1, rows[0])
-    assert called(MOST_SAMPLES + 1, rows[:1])
+    rows = torch.arange(3) + torch.arange(64).unsqueeze(1)
+    assert called(MOST_SAMPLES, rows[:MOST_SAMPLES])
+    assert not called(MOST_SAMPLES + 1, rows[: MOST_SAMPLES + 1])
+    assert not called(64, rows)
+    assert called(64, rows[0])
+    assert called(64, rows[:1])
 
 
 def test_graphs_take_lanes_from_factors_where_samples_have_positions_of_their_own():
-    prior, content = trained("recency and sink", 4), inputs(4, 2, torch.float32)
+    prior, content = trained("goat", 4), inputs(4, 2, torch.float32)
     attend = torch.compile(prior_attention, fullgraph=True, backend="aot_eager")
     positions = OWN_POSITIONS["left padding"]()
     expected = run(prior, content, False, "sdpa", **positions)
