@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -42,12 +43,14 @@ def run_name(variant: str, rate: float, seed: int) -> str:
 def best_rate(sweep: Sweep, records: Records, variant: str) -> float | None:
     """The rate whose runs ended with the least loss, mean over the sweeping seeds; None while one of them is missing.
 
+    A rate at which a run diverged to NaN is taken last.
+
     That is the loss on data kept for choices where runs measured one, so that no rate is chosen for learning by heart,
     and the training loss where data do not repeat.
     """
     losses = {rate: _mean_loss(sweep, records, variant, rate) for rate in sweep.learning_rates}
     known = {rate: loss for rate, loss in losses.items() if loss is not None}
-    return min(known, key=lambda rate: known[rate]) if len(known) == len(losses) else None
+    return min(known, key=lambda rate: (math.isnan(known[rate]), known[rate])) if len(known) == len(losses) else None
 
 
 def _mean_loss(sweep: Sweep, records: Records, variant: str, rate: float) -> float | None:

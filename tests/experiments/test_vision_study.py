@@ -262,6 +262,9 @@ def test_rates_are_chosen_on_images_that_training_did_not_see():
     assert best_rate(recipe, records, "goat") == 1e-3
     (loss,) = [r["loss"] for r in sweep_table(recipe, records, ["goat"]) if r["learning rate"] == 3e-3]
     assert loss == pytest.approx(2.2)  # their mean
+    diverged = [{"quantity": "choice_loss", "value": float("nan")}]
+    records["goat-rate0.001-seed1"] = replace(records["goat-rate0.001-seed1"], rows=diverged)
+    assert best_rate(recipe, records, "goat") == 3e-3
     del records["goat-rate0.003-seed1"]
     assert best_rate(recipe, records, "goat") is None
 
