@@ -20,10 +20,17 @@ from eotattn.kernels import sdpa
 
 __all__ = ["Explanation", "explain"]
 
+#: What a backend does, but for ``"sdpa"``, whose calls depend on the masks; and what becomes of a prior.
 _WORDS = {
-    "varlen": "one variable-length call; the prior rides in lanes, and what is not seen is skipped",
-    "flex": "one compiled call; the prior is a score modification, and blocks that are not seen are skipped",
+    "varlen": "one variable-length call that skips what is not seen",
+    "flex": "one compiled call that skips blocks that are not seen",
     "reference": "dense tensor operations; Q x K weights in memory",
+}
+_PRIOR_WORDS = {
+    "sdpa": "; the prior rides in lanes",
+    "varlen": "; the prior rides in lanes",
+    "flex": "; the prior is a score modification",
+    "reference": "",
 }
 
 
@@ -96,30 +103,31 @@ def explain(query: Tensor, key: Tensor, value: Tensor, *, backend: str = "auto",
     wanted = choose(call) if backend == "auto" else backend
     refused = refusal(wanted, call)
     times = TIMES[pattern_of(call.masks, call.query.shape[2], has_prior=call.prior is not None)]
-    others = {name: refusal(name, call) or f"would serve: {_words(name, call.masks)}, {times[name]}" for name in times}
+    others = {name: refusal(name, call) or f"would serve: {_words(name, call)}, {times[name]}" for name in times}
     del others[wanted]
     chosen = None if refused else wanted
-    reason = (
-        f"{wanted} cannot serve the call with {call.prior_name}: {refused}" if refused else _words(wanted, call.masks)
-    )
+    reason = f"{wanted} cannot serve the call with {call.prior_name}: {refused}" if refused else _words(wanted, call)
     if chosen not in ("sdpa", "varlen"):
         width = call.query.shape[-1]
         return Explanation(chosen, reason, None, width, 0, 0.0, times[chosen] if chosen else None, others)
     return _fused(chosen, call, reason, times[chosen], others)
 
 
-def _words(name: str, masks: Masks) -> str:
-    """What backend ``name`` would do under these masks."""
-    if name != "sdpa":
-        return _WORDS[name]
-    calls = "one fused call"
+def _words(name: str, call: AttentionCall) -> str:
+    """What backend ``name`` would do with the call."""
+    calls = _sdpa_words(call.masks) if name == "sdpa" else _WORDS[name]
+    return calls if call.prior is None else calls + _PRIOR_WORDS[name]
+
+
+def _sdpa_words(masks: Masks) -> str:
+    """How stock calls serve these masks."""
     if masks.documents is not None:
-        calls = f"{len(masks.documents.lengths)} fused calls, one a document"
-    elif masks.band is not None and masks.band.window is not None:
-        calls = "fused calls over blocks of the window"
-    elif masks.dense is not None or (masks.band is not None and not masks.band.is_triangle):
-        calls = "one fused call with a Q x K mask"
-    return f"{calls}; the prior rides in lanes"
+        return f"{len(masks.documents.lengths)} fused calls, one a document"
+    if masks.band is not None and masks.band.window is not None:
+        return "fused calls over blocks of the window"
+    if masks.dense is not None or (masks.band is not None and not masks.band.is_triangle):
+        return "one fused call with a Q x K mask"
+    return "one fused call"
 
 
 def _fused(chosen: str, call: AttentionCall, reason: str, times: Times, others: dict[str, str]) -> Explanation:

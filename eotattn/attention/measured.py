@@ -26,10 +26,11 @@ class Times(NamedTuple):
 
 
 #: By pattern and backend, the preferred first: bfloat16, 2 samples, 16 heads of width 64, 8192 tokens, one NVIDIA H200,
-#: PyTorch 2.11; a window of 256 tokens, five documents a sample. From figures/h200/bench_attention.csv and
-#: bench_patterns.csv; a test compares. The faster comes first, but for FlexAttention, which compiles for seconds at
-#: every new shape. What no table holds is ``None``, and its place in the order an estimate. Documents with a prior were
-#: measured when their lanes still came from factors; joining them sample by sample is newer.
+#: PyTorch 2.11; ``whole`` with a prior in lanes, a window of 256 tokens, five documents a sample. From
+#: figures/h200/bench_attention.csv and bench_patterns.csv; a test compares. The faster comes first, but for
+#: FlexAttention, which compiles for seconds at every new shape. What no table holds is ``None``, and its place in the
+#: order an estimate. Documents with a prior were measured when their lanes still came from factors; joining them sample
+#: by sample is newer.
 TIMES: dict[str, dict[str, Times]] = {
     "whole": {
         "sdpa": Times(1.43, 1.55),

@@ -104,6 +104,13 @@ def test_the_reason_says_how_the_pattern_is_served(arguments, words):
     assert "it is a GPU kernel" in explanation.alternatives["varlen"] or "mask of pairs" in str(explanation)
 
 
+def test_the_reason_speaks_of_a_prior_where_there_is_one():
+    assert explain(*content(), is_causal=True).reason == "one fused call"
+    assert "prior" not in str(explain(*content(), is_causal=True, window=2).reason)
+    with_prior = explain(*content(), prior=RecencyPrior(H), is_causal=True, window=2)
+    assert with_prior.reason == "fused calls over blocks of the window; the prior rides in lanes"
+
+
 def test_misspelled_arguments_are_refused():
     with pytest.raises(TypeError, match="unexpected keyword argument 'causal'"):
         explain(*content(), causal=True)

@@ -99,7 +99,11 @@ def runs(recipe: AblationRecipe, records: Records) -> list[Run]:
             if decoder.kind.trained_as is not None or seed not in recipe.seeds_of(decoder.attention):
                 continue
             also = tuple(other.attention for other in recipe.decoders if other.kind.trained_as == decoder.attention)
-            language, retrieval = (_at(part, decoder, seed) for part in (recipe.language, recipe.retrieval))
+            factor = decoder.kind.prior_rate_factor
+            language, retrieval = (
+                training.at(training.learning_rate, seed=seed, prior_rate_factor=factor)
+                for training in (recipe.language, recipe.retrieval)
+            )
             reader = replace(decoder, vocabulary_size=256)
             finder = replace(decoder, vocabulary_size=len(ALPHABET))
             name = f"{decoder.attention}-seed{seed}"
@@ -110,10 +114,6 @@ def runs(recipe: AblationRecipe, records: Records) -> list[Run]:
                 Run(f"retrieval-{name}", on_retrieval, measure_retrieval),
             ]
     return found
-
-
-def _at(training: TrainingConfig, decoder: DecoderConfig, seed: int) -> TrainingConfig:
-    return training.at(training.learning_rate, seed=seed, prior_rate_factor=decoder.kind.prior_rate_factor)
 
 
 def measure_language(run: LanguageAblation, checkpoint: Path) -> Measurement:
