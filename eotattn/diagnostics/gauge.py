@@ -6,7 +6,6 @@ import math
 
 import torch
 
-
 __all__ = ["centre_rows"]
 
 
