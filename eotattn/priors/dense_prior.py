@@ -48,7 +48,7 @@ class DensePrior(LogPrior):
                 span = f"{positions.min().item()} to {positions.max().item()}"
                 require(inside, "DensePrior", name, f"lie in 0 to {size - 1}", span, "Give a larger matrix")
 
-    def evaluate(self, head: Tensor, query_position: Tensor, key_position: Tensor) -> Tensor:
+    def log_prior(self, head: Tensor, query_position: Tensor, key_position: Tensor) -> Tensor:
         """The matrix's entry, in nats."""
         entry = self.log_prior[head, query_position.to(torch.int64), key_position.to(torch.int64)]
         return entry.to(query_position.dtype)
