@@ -264,11 +264,11 @@ def on_grid(positions: Tensor) -> Tensor:
     return (positions > -1).all(-1)
 
 
-def same_for_all_queries(num_coordinates: int) -> Features:
-    """The query's one feature in a prior of keys: one, whatever its position."""
+def same_for_all_queries(num_coordinates: int, typical_range: float = 8.0) -> Features:
+    """The query's one feature in a prior of keys that spans ``typical_range`` nats: one, whatever its position."""
 
     def one(positions: Tensor) -> Tensor:
         return torch.ones_like(positions).unsqueeze(-1) if num_coordinates == 1 else torch.ones_like(positions[..., :1])
 
-    name = f"one ({num_coordinates} coordinates)"
-    return FEATURES.setdefault(name, Features(name, one, one))
+    name = f"one ({num_coordinates} coordinates, {typical_range} nats)"
+    return FEATURES.setdefault(name, Features(name, one, one, typical_range=typical_range))

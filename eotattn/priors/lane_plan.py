@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from eotattn.checks import check_positive
+from eotattn.compat import allows_tf32
 from eotattn.priors.base import computing_dtype
 from eotattn.priors.bilinear import FEATURES, PREPARED, KeyTerm, Term
 from eotattn.priors.tables import remembered
 
-__all__ = ["LanePlan", "Side", "Span", "bits_of", "lift", "plan_lanes", "split_numbers"]
+__all__ = ["LanePlan", "Side", "Span", "bits_of", "constant_key_features", "lift", "plan_lanes", "split_numbers"]
 
 #: Pieces of a factor at most: three numbers of bfloat16 hold all 24 digits of the float32 accumulator.
 MOST_PIECES = 3
@@ -77,7 +78,7 @@ class Side(NamedTuple):
 
 def multiply(table: Tensor, matrix: Tensor) -> Tensor:
     """table @ matrix for every head, exact enough whatever precision the user allows matrix products."""
-    if table.device.type == "cuda" and table.dtype == torch.float32 and torch._C._get_cublas_allow_tf32():
+    if table.device.type == "cuda" and table.dtype == torch.float32 and allows_tf32():
         return (table.double().unsqueeze(-3) @ matrix.double()).float()
     return table.unsqueeze(-3) @ matrix
 
@@ -256,6 +257,21 @@ class LanePlan:
         shifted = at - origin if any(self.is_relative) else at
         each = [shifted if relative else at for relative in self.is_relative]
         return getattr(self, side).table(self.names, side, each, self.dtype)
+
+    def run_table(self, side: str, first: int, length: int, device: torch.device) -> Tensor:
+        """The table at ``length`` consecutive positions; relative terms count from the middle."""
+        positions = torch.arange(first, first + length, device=device)
+        return self.table(side, positions, first + length // 2)
+
+    @torch.compiler.assume_constant_result
+    def prepare(self, side: str, first: int, length: int, kind: str, index: int | None) -> str:
+        """Make :meth:`run_table` while a graph is traced, an input of the graph; returns the attribute holding it."""
+        name = f"{side}_{length}_from_{first}_on_{kind}_{index}".replace("-", "minus_")
+        device = torch.device(kind, index)
+        if name not in vars(self):
+            make = lambda: self.run_table(side, first, length, device)  # noqa: E731
+            vars(self)[name] = remembered((self, side, first, length), device, make)
+        return name
 
     def matrices(self, terms: Sequence[Term | KeyTerm]) -> tuple[Tensor, Tensor]:
         """Matrices of query and key, with gradients to the weights."""
@@ -442,6 +458,11 @@ class _Options:
         if bool((values == values.round()).all()) and count <= MOST_PIECES:
             return count, True
         return self._pieces(size), False
+
+
+def constant_key_features(features: str, num_coordinates: int) -> tuple[bool, ...]:
+    """Which key features are one at every position: constants of each row, which softmax does not see."""
+    return tuple((_probe(features, "key", num_coordinates, Span()) == 1).all(0).tolist())
 
 
 def _probe(features: str, side: str, num_coordinates: int, span: Span) -> Tensor:

@@ -13,7 +13,8 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from eotattn.compat import is_intercepted, raw_stream
 
 __all__ = ["constants", "is_plain", "may_remember", "remembered"]
 
@@ -27,9 +28,7 @@ _LOCK = RLock()
 
 def is_plain() -> bool:
     """Whether tensors are what they seem: nothing is compiled, transformed or dispatched to a mode."""
-    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is None
+    return not torch.compiler.is_compiling() and not is_intercepted()
 
 
 def may_remember(device: torch.device) -> bool:
@@ -49,8 +48,7 @@ def remembered(key: Hashable, device: torch.device, make: Callable[[], Value]) -
     """
     if not may_remember(device):
         return make()
-    stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
-    place = (key, device, stream)  # what another stream computes may not be there yet
+    place = (key, device, raw_stream(device) if device.type == "cuda" else 0)  # what another stream computes may not be there yet
     with _LOCK:
         if place in _VALUES:
             _VALUES.move_to_end(place)

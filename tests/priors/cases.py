@@ -15,7 +15,7 @@ from eotattn.priors import (
     RecencyPrior,
     SharedPrior,
     SinkPrior,
-    TablePrior,
+    RelativeBiasPrior,
     goat_prior,
 )
 
@@ -63,13 +63,13 @@ CASES = {
     "sink": (lambda: off_neutral(SinkPrior(HEADS, 3, length_scale=40.0)), ()),
     "sink with a horizon": (lambda: off_neutral(SinkPrior(HEADS, 3, length_scale=40.0, horizon=4.5)), ()),
     "sink without waves": (lambda: off_neutral(SinkPrior(HEADS, 0, length_scale=40.0)), ()),
-    "table": (lambda: off_neutral(TablePrior(HEADS, max_lag=3)), ()),
+    "table": (lambda: off_neutral(RelativeBiasPrior(HEADS, max_lag=3)), ()),
     "key table": (lambda: off_neutral(KeyTablePrior(HEADS, length=4)), ()),
     "given": (lambda: DensePrior(matrix()), ("reset",)),
     "given with -inf": (lambda: DensePrior(matrix(masked=True)), ("reset",)),
     "grid": (lambda: GridPrior(fourier(1), off_neutral(FourierPrior(HEADS, 2, 4.0, 30.0), seed=2)), ()),
     "grid of recencies": (lambda: GridPrior(recency(), recency()), ()),
-    "grid of tables": (lambda: GridPrior(off_neutral(TablePrior(HEADS, 2)), fourier()), ()),
+    "grid of tables": (lambda: GridPrior(off_neutral(RelativeBiasPrior(HEADS, 2)), fourier()), ()),
     "grid lag table": (lambda: off_neutral(GridTablePrior(HEADS, 3, 2)), ()),
     "grid key table": (lambda: off_neutral(GridKeyPrior(HEADS, 3, 2)), ()),
     "class token": (lambda: off_neutral(ClassTokenPrior(HEADS)), ()),
@@ -84,6 +84,6 @@ CASES = {
     ),
     "multiple a head": (lambda: off_neutral(goat_prior(HEADS, num_frequencies=2)) * (0.7, -1.1, 0.4), ()),
     "multiple": (lambda: 1.7 * off_neutral(goat_prior(HEADS, num_frequencies=2)), ()),
-    "sum with a table": (lambda: recency() + off_neutral(TablePrior(HEADS, 4)), ()),
+    "sum with a table": (lambda: recency() + off_neutral(RelativeBiasPrior(HEADS, 4)), ()),
     "sum with a given": (lambda: fourier() + DensePrior(matrix()), ("reset",)),
 }
