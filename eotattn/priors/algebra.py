@@ -166,6 +166,7 @@ class ScaledPrior(_Combined):
         return factor.to(like.dtype) if isinstance(factor, Tensor) else constants(factor, like.device, like.dtype)
 
     def _scale(self, weights: Tensor) -> Tensor:
+        weights = weights.double()
         return self._factors(weights)[:, None, None] * weights
 
 

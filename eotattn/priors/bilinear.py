@@ -176,22 +176,17 @@ class BilinearPrior(LogPrior, metaclass=_NamesFeatures):
     def dense(self, query_positions: Tensor, key_positions: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
         """As in :class:`LogPrior`; one product of matrices."""
         self.check_positions(query_positions, key_positions)
-        query, key = (positions.double() for positions in (query_positions, key_positions))
-        if self.is_relative:  # smaller numbers, the same differences
-            first = key.flatten()[0]
-            query, key = query - first, key - first
-        left, right = (_with_heads(side.double()) for side in (self.query_features(query), self.key_features(key)))
-        return (left @ self.weights().double() @ right.mT).to(computing_dtype(dtype))
+        factors, features = self._sides(query_positions, key_positions)
+        return (factors @ _with_heads(features).mT).to(computing_dtype(dtype))
 
     def score_mod(self, query_positions: Tensor | None = None, key_positions: Tensor | None = None) -> ScoreMod:
         """As in :class:`LogPrior`; with positions given, features are looked up, exact at any length."""
         if query_positions is None or key_positions is None:
             return super().score_mod(query_positions, key_positions)
         self.check_positions(query_positions, key_positions)
-        sides = self.query_features(query_positions.double()), self.key_features(key_positions.double())
-        factors = (_with_heads(sides[0].double()) @ self.weights().double()).float()  # ([B,] H, Q, G)
-        query_at = table_lookup(factors.movedim(-3, -2), has_batch=factors.dim() == 4)
-        key_at = table_lookup(sides[1].float(), has_batch=sides[1].dim() == 3)
+        factors, features = self._sides(query_positions, key_positions)
+        query_at = table_lookup(factors.movedim(-3, -2).float(), has_batch=factors.dim() == 4)
+        key_at = table_lookup(features.float(), has_batch=features.dim() == 3)
 
         def modified(score: Tensor, batch: Tensor, head: Tensor, query_index: Tensor, key_index: Tensor) -> Tensor:
             for g in range(factors.shape[-1]):
@@ -199,6 +194,15 @@ class BilinearPrior(LogPrior, metaclass=_NamesFeatures):
             return score
 
         return modified
+
+    def _sides(self, query_positions: Tensor, key_positions: Tensor) -> tuple[Tensor, Tensor]:
+        """([B,] H, Q, G) query features times weights, and ([B,] K, G) key features, float64."""
+        query, key = (positions.double() for positions in (query_positions, key_positions))
+        if self.is_relative:  # smaller numbers, the same differences
+            first = key.flatten()[0]
+            query, key = query - first, key - first
+        factors = _with_heads(self.query_features(query).double()) @ self.weights().double()
+        return factors, self.key_features(key).double()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Keep the features of a prior in step with its constants, also with those set after construction."""

@@ -193,8 +193,9 @@ class _SidePlan:
                 chosen = torch.stack([pieces[n][..., c] for c, n in enumerate(order)], dim=-1)
             made.append(chosen.to(computing))
         if not made:
-            return positions[0].new_zeros(*positions[0].shape[:1], 0, dtype=computing)
-        return made[0] if len(made) == 1 else torch.cat(made, dim=-1)
+            return getattr(FEATURES[names[0]], side)(positions[0])[..., :0].to(computing)
+        lead = torch.broadcast_shapes(*(part.shape[:-1] for part in made))  # samples may differ in some terms alone
+        return torch.cat([part.expand(*lead, part.shape[-1]) for part in made], dim=-1)
 
     def matrix(self, weights: Tensor | None, key: tuple[object, ...], dtype: torch.dtype) -> Tensor:
         """(1 or heads, C, P) in ``dtype``, from the weights of the heads, float64."""
@@ -431,8 +432,8 @@ class _Options:
                 is_whole = bool((values == values.round()).all())
                 lost = 0.0 if is_whole else self.reach * torch.finfo(torch.float64).eps  # of phases in float64
                 if self.dtype != computing_dtype(self.dtype):
-                    lost += roundoff**learned_pieces
-                    lost += 0.0 if is_exact else (fixed_pieces + 1) * roundoff**fixed_pieces
+                    left = roundoff**learned_pieces + (0.0 if is_exact else fixed_pieces * roundoff**fixed_pieces)
+                    lost += left * (1 + 4 * roundoff)
                 for a, b in kept:
                     column = _Column(self.term, feature, b, divisor)
                     leads = lost if a == b == 0 and not is_constant else 0.0
