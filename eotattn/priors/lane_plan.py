@@ -105,10 +105,12 @@ def split_numbers(value: Tensor, dtype: torch.dtype, count: int) -> list[Tensor]
     return pieces
 
 
-def bits_of(largest: float) -> int:
+def bits_of(largest: int) -> int:
     """Bits of a position, in the steps that are planned for."""
-    needed = max(FEWEST_BITS, int(abs(largest)).bit_length())
-    return -(-needed // REACH_STEP) * REACH_STEP
+    bits = FEWEST_BITS
+    while 2**bits < largest:
+        bits += REACH_STEP
+    return bits
 
 
 def lift(query_scale: float) -> float:
@@ -259,20 +261,9 @@ class LanePlan:
         each = [shifted if relative else at for relative in self.is_relative]
         return getattr(self, side).table(self.names, side, each, self.dtype)
 
-    def run_table(self, side: str, first: int, length: int, device: torch.device) -> Tensor:
-        """The table at ``length`` consecutive positions; relative terms count from the middle."""
-        positions = torch.arange(first, first + length, device=device)
-        return self.table(side, positions, first + length // 2)
-
-    @torch.compiler.assume_constant_result
-    def prepare(self, side: str, first: int, length: int, kind: str, index: int | None) -> str:
-        """Make :meth:`run_table` while a graph is traced, an input of the graph; returns the attribute holding it."""
-        name = f"{side}_{length}_from_{first}_on_{kind}_{index}".replace("-", "minus_")
-        device = torch.device(kind, index)
-        if name not in vars(self):
-            make = lambda: self.run_table(side, first, length, device)  # noqa: E731
-            vars(self)[name] = remembered((self, side, first, length), device, make)
-        return name
+    def run_table(self, side: str, first: int, length: int, origin: int, device: torch.device) -> Tensor:
+        """The table at ``length`` consecutive positions."""
+        return self.table(side, torch.arange(first, first + length, device=device), origin)
 
     def matrices(self, terms: Sequence[Term | KeyTerm]) -> tuple[Tensor, Tensor]:
         """Matrices of query and key, with gradients to the weights."""
@@ -352,6 +343,8 @@ def plan_lanes(
 
 
 @lru_cache(maxsize=512)
+@torch.inference_mode(False)
+@torch.no_grad()
 def _plan(
     stated: tuple[tuple[str, int, int], ...],
     num_coordinates: int,

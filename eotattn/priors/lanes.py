@@ -8,6 +8,7 @@ is planned in :mod:`eotattn.priors.lane_plan`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -91,7 +92,7 @@ def make_lanes(
 ) -> Lanes:
     """Lanes at checked positions; see :meth:`LogPrior.lanes`."""
     terms = prior.terms()
-    origin = middle(key_positions) if prior.num_coordinates == 1 else 0.0
+    origin = middle(query_positions) if prior.num_coordinates == 1 else 0.0
     span = span_of(query_positions, key_positions, origin)
     plan = plan_lanes(
         terms,
@@ -129,7 +130,7 @@ def span_of(query_positions: Tensor, key_positions: Tensor, origin: Tensor | flo
     whole = whole or all(bool((side == side.round()).all()) for side in sides)
     largest = max(float(side.abs().max()) for side in sides)
     furthest = max(float((side - origin).abs().max()) for side in sides)
-    return Span(bits_of(largest), bits_of(furthest), whole)
+    return Span(bits_of(math.ceil(largest)), bits_of(math.ceil(furthest)), whole)
 
 
 def _is_readable(positions: Tensor) -> bool:

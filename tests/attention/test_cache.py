@@ -10,7 +10,6 @@ from priors.cases import off_neutral
 from tolerances import assert_close
 
 from eotattn.attention import KeyValueCache, PriorAttention, Rotary, functional, prior_attention
-from eotattn.attention.key_storage import AHEAD
 from eotattn.kernels import sdpa
 from eotattn.priors import RecencyPrior, SinkPrior, RelativeBiasPrior, goat_prior
 
@@ -85,10 +84,10 @@ def test_a_step_makes_no_lanes(lanes_made):
 
 
 def test_lanes_beyond_those_made_ahead():
-    length, prior = 2 * AHEAD + 9, PRIORS["goat"]()
+    length, prior = 2 * 256 + 9, PRIORS["goat"]()
     inputs = content(length, batch=1)
     expected = prior_attention(*inputs, prior=prior, is_causal=True)
-    chunks = [5, *[1] * (AHEAD + 30), 2, AHEAD - 28]
+    chunks = [5, *[1] * (256 + 30), 2, 256 - 28]
     assert sum(chunks) == length
     assert_close(steps(inputs, prior, cache_for(prior, length=length, batch=1), chunks), expected)
 
