@@ -21,7 +21,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eotattn.checks import check_positive
 from eotattn.compat import allows_tf32
 from eotattn.priors.base import computing_dtype
 from eotattn.priors.bilinear import FEATURES, PREPARED, KeyTerm, Term
@@ -341,8 +340,6 @@ def plan_lanes(
             for term in terms
         ]
     )
-    if tolerance is not None:
-        tolerance = check_positive("lanes", "tolerance", tolerance)
     reach = tuple(Span() if span is None else span)
     constants = (shapes, num_coordinates, num_heads, num_kv_heads, dtype, reach, tolerance, float(query_scale), learned)
     if torch.compiler.is_compiling():
