@@ -20,6 +20,7 @@ from eotattn.priors.positions import check_positions, pair_positions, position_l
 
 if TYPE_CHECKING:
     from eotattn.priors.bilinear import KeyTerm, Term
+    from eotattn.priors.lane_plan import LaneRequest
     from eotattn.priors.lanes import Lanes
 
 __all__ = ["KERNEL_DTYPES", "LogPrior", "ScoreMod", "check_prior", "computing_dtype"]
@@ -141,15 +142,7 @@ class LogPrior(nn.Module):
         """
         from eotattn.priors.lane_plan import plan_lanes  # that file reads terms, which are stated here
 
-        plan = plan_lanes(
-            self.terms(),
-            num_heads=self.num_heads,
-            num_kv_heads=self._check_lanes(dtype, num_kv_heads, tolerance),
-            dtype=dtype,
-            num_coordinates=self.num_coordinates,
-            tolerance=tolerance,
-        )
-        return plan.num_lanes
+        return plan_lanes(self.terms(), self._lane_request(dtype, num_kv_heads, tolerance)).num_lanes
 
     def lanes(
         self,
@@ -184,19 +177,15 @@ class LogPrior(nn.Module):
         from eotattn.priors.lanes import make_lanes
 
         self.check_positions(query_positions, key_positions)
-        check_positive(type(self).__name__, "query_scale", query_scale)
-        return make_lanes(
-            self,
-            query_positions,
-            key_positions,
-            dtype=dtype,
-            num_kv_heads=self._check_lanes(dtype, num_kv_heads, tolerance),
-            tolerance=tolerance,
-            query_scale=query_scale,
-        )
+        request = self._lane_request(dtype, num_kv_heads, tolerance, query_scale)
+        return make_lanes(self, query_positions, key_positions, request)
 
-    def _check_lanes(self, dtype: torch.dtype, num_kv_heads: int | None, tolerance: float | None) -> int:
-        """Raise unless lanes can be made with these; returns the number of key heads."""
+    def _lane_request(
+        self, dtype: torch.dtype, num_kv_heads: int | None, tolerance: float | None, query_scale: float = 1.0
+    ) -> LaneRequest:
+        """What lanes are made for; raises unless they can be."""
+        from eotattn.priors.lane_plan import LaneRequest
+
         owner = type(self).__name__
         known, remedy = dtype in KERNEL_DTYPES, "Pass one of them"
         require(known, owner, "dtype", f"be one of {KERNEL_DTYPES}", dtype, remedy, error=TypeError)
@@ -206,7 +195,15 @@ class LogPrior(nn.Module):
         require(self.num_heads % heads == 0, owner, "num_kv_heads", f"divide {self.num_heads}", heads, remedy)
         if tolerance is not None:
             check_positive(owner, "tolerance", tolerance)
-        return heads
+        check_positive(owner, "query_scale", query_scale)
+        return LaneRequest(
+            self.num_heads,
+            heads,
+            dtype,
+            num_coordinates=self.num_coordinates,
+            tolerance=tolerance,
+            query_scale=float(query_scale),
+        )
 
     def reset_parameters(self) -> None:
         """Put parameters back to their start (also after ``to_empty`` on a meta-device module)."""
