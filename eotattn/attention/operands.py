@@ -12,8 +12,10 @@ from eotattn.attention.call import AttentionCall
 from eotattn.attention.positions import Positions
 from eotattn.kernels import append, sdpa
 from eotattn.priors.bilinear import KeyTerm, Term, same_for_all_queries
-from eotattn.priors.lane_plan import LanePlan, Side, Span, bits_of, plan_lanes
+from eotattn.priors.lane_plan import LanePlan, LaneRequest, plan_lanes
+from eotattn.priors.lane_sides import Side
 from eotattn.priors.lanes import Lanes, middle, span_of
+from eotattn.priors.probing import Span, bits_of
 from eotattn.priors.tables import may_remember, remembered
 
 __all__ = ["call_terms", "lanes_of", "operands", "plan_of"]
@@ -82,8 +84,7 @@ def plan_of(call: AttentionCall, terms: tuple[Term | KeyTerm, ...]) -> tuple[Lan
     else:
         origin = middle(query_at.tensor)
         span = span_of(query_at.tensor, key_at.tensor, origin)
-    plan = plan_lanes(
-        terms,
+    request = LaneRequest(
         num_heads=call.query.shape[1],
         num_kv_heads=call.key.shape[1],
         dtype=call.query.dtype,
@@ -92,13 +93,13 @@ def plan_of(call: AttentionCall, terms: tuple[Term | KeyTerm, ...]) -> tuple[Lan
         tolerance=call.tolerance,
         query_scale=1 / call.scale,
     )
-    return plan, origin
+    return plan_lanes(terms, request), origin
 
 
 def _sides(call: AttentionCall, terms: tuple[Term | KeyTerm, ...]) -> tuple[Side, Side]:
     """What the lanes of both sides are made of."""
     plan, origin = plan_of(call, terms)
-    query_matrix, key_matrix = plan.matrices(terms)
+    query_matrix, key_matrix = plan.matrices(terms, call.query.device)
     key_at = call.key_positions
     more = plan.more_of_keys(terms, key_at.tensor.double()) if plan.looked_up else None
     tables = [_table(plan, side, call, origin) for side in ("query", "key")]
