@@ -9,7 +9,8 @@ from attention.oracles import normal
 from priors.cases import off_neutral
 from tolerances import assert_close
 
-from eotattn.attention import KeyValueCache, PriorAttention, Rotary, functional, prior_attention
+from eotattn.attention import KeyValueCache, PriorAttention, Rotary, prior_attention
+from eotattn.attention.observers import observe
 from eotattn.kernels import sdpa
 from eotattn.priors import RecencyPrior, SinkPrior, RelativeBiasPrior, goat_prior
 
@@ -250,7 +251,6 @@ def test_a_step_unlike_the_one_before_is_checked_again():
     prior, inputs = PRIORS["goat"](), content()
     cache = cache_for(prior)
     steps(inputs, prior, cache, [8, 1, 1])
-    assert cache.step is not None
     query, key, value = part(inputs, 10, 11)
     with torch.no_grad():
         for wrong, error in (
@@ -280,14 +280,16 @@ def test_a_full_cache_takes_no_more_steps():
     assert cache.length == 10
 
 
-def test_who_listens_sees_every_step(monkeypatch):
-    """Capture stands in for ``functional.run``; a step that needs no checks must not pass it by."""
+def test_who_listens_sees_every_step():
     prior, inputs, seen = PRIORS["goat"](), content(), []
-    cache, run = cache_for(prior), functional.run
+    cache = cache_for(prior)
     steps(inputs, prior, cache, [8, 1, 1])
-    monkeypatch.setattr(functional, "run", lambda name, call: seen.append(call.key.shape[2]) or run(name, call))
-    steps(inputs, prior, cache, [1, 1, 1], start=10)
+    with observe(lambda call, backend, output: seen.append(call.key.shape[2])):
+        steps(inputs, prior, cache, [1, 1, 1], start=10)
     assert seen == [11, 12, 13]
+    steps(inputs, prior, cache, [1], start=13)
+    assert seen == [11, 12, 13]
+
 
 
 def test_a_padded_prompt_needs_no_square_mask(monkeypatch):
