@@ -162,7 +162,7 @@ def _fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
     if not query.is_floating_point() or query.device != key.device or query.device != value.device:
         return False
     (batch, heads, queries, width), (_, key_heads, keys, value_width) = query.shape, value.shape
-    if 0 in (batch, heads, queries, width, key_heads, keys, value_width):
+    if 0 in (heads, queries, width, key_heads, keys, value_width):
         return False
     return heads % key_heads == 0 and value.shape[0] == batch and tuple(key.shape) == (batch, key_heads, keys, width)
 
@@ -171,7 +171,7 @@ def _refuse_content(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_floating(OWNER, name, tensor)
         require(tensor.dim() == 4, OWNER, name, "have shape (B, heads, length, width)", tensor, "Split the heads first")
-        require(tensor.numel() > 0, OWNER, name, "not be empty", tensor, "Pass at least one token")
+        require(0 not in tensor.shape[1:], OWNER, name, "not be empty", tensor, "Pass at least one token")
         require(tensor.dtype == query.dtype, OWNER, name, f"have the query's dtype {query.dtype}", tensor, "Cast it")
     check_same_device(OWNER, ("query", query), key=key, value=value)
     batch, heads, _, width = query.shape
