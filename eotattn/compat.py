@@ -11,8 +11,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 __all__ = [
+    "allows_tf32",
     "attention_implementation",
     "cpu_flash_attention",
     "cpu_flash_attention_backward",
@@ -46,8 +48,6 @@ def tensor_version(tensor: Tensor) -> int:
 
 def is_intercepted() -> bool:
     """Whether a dispatch mode (e.g. fake tensors) or a function transform (e.g. vmap) sees every operation."""
-    from torch.utils._python_dispatch import _get_current_dispatch_mode
-
     return _get_current_dispatch_mode() is not None or torch._C._functorch.peek_interpreter_stack() is not None
 
 
@@ -56,6 +56,11 @@ def without_fake_tensors() -> AbstractContextManager[Any]:
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     return unset_fake_temporarily()
+
+
+def allows_tf32() -> bool:
+    """Whether the user lets float32 matrix products on a GPU round their operands to 11 digits."""
+    return torch._C._get_cublas_allow_tf32()
 
 
 def in_backward_pass() -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,16 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from eotattn.checks import require
-from eotattn.priors import LaneFactors, LogPrior, grid_positions
+from eotattn.priors import Lanes, LogPrior, grid_positions
 
 __all__ = ["CHECKS", "Case", "check_prior"]
 
 #: Largest admissible error, relative to the larger of one and the largest number compared.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
-#: The same for gradients. Those of 16-bit lanes are rounded to that dtype, one rounding a lane.
-GRADIENT_TOLERANCE = {**TOLERANCE, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+#: The same for gradients. Those of 16-bit lanes are rounded to that dtype, as are features written in one piece.
+GRADIENT_TOLERANCE = {**TOLERANCE, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 #: A stated error bound of 16-bit lanes above this (nats, relative to the log-prior's range) says nothing.
-USEFUL_BOUND = 1e-2
+USEFUL_BOUND = 5e-2
 KERNEL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -109,7 +109,7 @@ def check_dense(case: Case) -> None:
 
 
 def check_lanes(case: Case) -> None:
-    """Lanes equal dense up to the factors' row term; a prior without lanes says so."""
+    """Lanes equal dense up to a constant of each row, in every dtype and for shared key heads; or there are none."""
     prior, name = case.make_prior(), "lanes"
     if not prior.has_lanes:
         try:
@@ -119,43 +119,45 @@ def check_lanes(case: Case) -> None:
             _hold(known or bool(list(prior.children())), name, f"the refusal must name {type(prior).__name__}")
             return
         _hold(False, name, "has_lanes is false, so lanes() must raise NotImplementedError")
-    exact = prior.dense(*case.positions, dtype=torch.float64).detach()
-    row = _row_term(prior, case)
+    exact = _centred(prior.dense(*case.positions, dtype=torch.float64).detach())
+    largest = max(1.0, float(prior.dense(*case.positions).abs().max().detach()))
     for dtype in KERNEL_DTYPES:
-        lanes = prior.lanes(*case.positions, dtype=dtype)
-        _check_lane_shapes(prior, lanes.query, lanes.key, dtype)
-        counted = prior.num_lanes(dtype)
-        _hold(lanes.num_lanes == counted, name, f"{lanes.num_lanes} lanes in {dtype}, num_lanes says {counted}")
-        error = float((lanes.dense().double() + row - exact).abs().max().detach())
-        largest = max(1.0, float(exact.abs().max()), float(row.abs().max()))
-        bound = lanes.error_bound
-        if dtype in TOLERANCE:
-            _hold(error <= TOLERANCE[dtype] * largest, name, f"error {error:.1e} in {dtype}")
-        else:
-            _hold(error <= bound, name, f"error {error:.1e} in {dtype} exceeds the stated bound {bound:.1e}")
-        _hold(bound <= USEFUL_BOUND * largest, name, f"the stated bound {bound:.1e} in {dtype} says nothing")
+        for num_kv_heads in {prior.num_heads, 1}:
+            lanes = prior.lanes(*case.positions, dtype=dtype, num_kv_heads=num_kv_heads)
+            _check_lane_shapes(prior, lanes, dtype, num_kv_heads)
+            counted = prior.num_lanes(dtype, num_kv_heads)
+            _hold(lanes.num_lanes == counted, name, f"{lanes.num_lanes} lanes in {dtype}, num_lanes says {counted}")
+            error = float((_centred(lanes.dense().double().detach()) - exact).abs().max())
+            bound = lanes.error_bound
+            if dtype in TOLERANCE:
+                _hold(error <= TOLERANCE[dtype] * largest, name, f"error {error:.1e} in {dtype}")
+            # centring takes off the mean error of a row, which doubles what an entry can be off by
+            _hold(error <= 2 * bound, name, f"error {error:.1e} in {dtype} exceeds the stated bound {bound:.1e}")
+            _hold(bound <= USEFUL_BOUND * largest, name, f"the stated bound {bound:.1e} in {dtype} says nothing")
 
 
-def check_expansions(case: Case) -> None:
-    """Learned numbers against fixed features, which GPU kernels multiply out, say what the factors say."""
+def check_tolerance(case: Case) -> None:
+    """A tolerance in nats takes the lanes that keep it, as far as three numbers a factor can."""
     prior = case.make_prior()
-    for dtype in KERNEL_DTYPES:
-        parts = prior.expansions(dtype)
-        if parts is None:
-            return
-        expanded = [factor for part in parts for factor in part.factors(*case.positions, dtype=dtype)]
-        stated = prior.factors(*case.positions, dtype=dtype)
-        what = f"expansions and factors for {dtype}"
-        _close(_product(expanded), _product(stated), "expansions", what, TOLERANCE[torch.float32])
+    if prior.has_lanes:
+        exact = _centred(prior.dense(*case.positions, dtype=torch.float64).detach())
+        for dtype in (torch.bfloat16, torch.float16):
+            lanes = prior.lanes(*case.positions, dtype=dtype, tolerance=1e-5)
+            error = float((_centred(lanes.dense().double().detach()) - exact).abs().max())
+            largest = max(1.0, float(exact.abs().max()))
+            _hold(error <= 1e-4 * largest, "tolerance", f"error {error:.1e} in {dtype}, asked for 1e-5 nats")
 
 
 def check_query_scale(case: Case) -> None:
-    """A factor on the query lanes, which undoes the kernel's scale, scales the inner product."""
+    """A factor on the inner product, which undoes the kernel's scale, scales the inner product, in range of float16."""
     prior = case.make_prior()
     if prior.has_lanes:
         plain = prior.lanes(*case.positions, dtype=torch.float64).dense()
         scaled = prior.lanes(*case.positions, dtype=torch.float64, query_scale=2.5).dense()
         _close(scaled, 2.5 * plain, "query_scale", "scaled lanes and 2.5 times the lanes")
+        small = prior.lanes(*case.positions, dtype=torch.float16, query_scale=700.0)
+        finite = bool(small.query.isfinite().all() & small.key.isfinite().all())
+        _hold(finite, "query_scale", "float16 lanes overflow at a scale of 1 / 700")
 
 
 def check_score_mod(case: Case) -> None:
@@ -183,8 +185,7 @@ def check_batches(case: Case) -> None:
         _close(dense, loop[: dense.shape[0]], "batches", f"dense with {what} and a loop")
         if prior.has_lanes:
             lanes = prior.lanes(*pair, dtype=torch.float64).dense()
-            one = [prior.lanes(q, k, dtype=torch.float64).dense() for q, k in zip(*pair, strict=True)]
-            _close(lanes, torch.stack(one), "batches", f"lanes with {what} and a loop")
+            _close(_centred(lanes), _centred(dense), "batches", f"lanes and dense with {what}")
     for pair in ((queries, keys[0]), (queries[0], keys)):
         dense = prior.dense(*pair, dtype=torch.float64)
         _hold(dense.shape == loop.shape, "batches", f"one batched side gives shape {tuple(dense.shape)}")
@@ -206,10 +207,8 @@ def check_chunks(case: Case) -> None:
         part = prior.dense(queries[rows], keys[columns], dtype=torch.float64)
         _close(part, whole[:, rows, columns], "chunks", "dense of a chunk and the slice")
         if prior.has_lanes:
-            lanes = prior.lanes(queries, keys, dtype=torch.float64)
-            chunk = prior.lanes(queries[rows], keys[columns], dtype=torch.float64)
-            _close(chunk.query, lanes.query[:, rows], "chunks", "query lanes of a chunk and the slice")
-            _close(chunk.key, lanes.key[:, columns], "chunks", "key lanes of a chunk and the slice")
+            lanes = prior.lanes(queries[rows], keys[columns], dtype=torch.float64).dense()
+            _close(_centred(lanes), _centred(part), "chunks", "lanes of a chunk and its dense form")
 
 
 def check_gradients(case: Case) -> None:
@@ -328,7 +327,7 @@ def check_freeze(case: Case) -> None:
 
 
 def check_scale(case: Case) -> None:
-    """A number times a prior scales every form of it, and travels in the state dict."""
+    """A number times a prior scales every form of it."""
     prior = case.make_prior()
     scaled = -0.75 * prior
     expected = prior.dense(*case.positions, dtype=torch.float64)
@@ -340,7 +339,7 @@ def check_scale(case: Case) -> None:
         lanes = prior.lanes(*case.positions, dtype=torch.float64).dense()
         multiple = scaled.lanes(*case.positions, dtype=torch.float64).dense()
         _close(multiple, -0.75 * lanes, "scale", "lanes of the multiple and the multiple of the lanes")
-    other = 3.0 * case.make_prior()
+    other = -0.75 * case.make_prior()
     other.load_state_dict(scaled.state_dict())
     _equal(other.dense(*case.positions, dtype=torch.float64)[finite], dense[finite], "scale", "dense after loading")
 
@@ -358,7 +357,7 @@ def check_sum(case: Case) -> None:
         lanes = total.lanes(*case.positions, dtype=torch.float64)
         parts = [part.lanes(*case.positions, dtype=torch.float64) for part in (first, second)]
         _close(lanes.dense(), parts[0].dense() + parts[1].dense(), "sum", "lanes of the sum and sum of the lanes")
-        counted = parts[0].num_lanes + parts[1].num_lanes
+        counted = sum(part.num_lanes for part in parts)
         _hold(lanes.num_lanes == counted, "sum", f"{lanes.num_lanes} lanes, the parts have {counted}")
 
 
@@ -366,7 +365,7 @@ def check_sum(case: Case) -> None:
 CHECKS: dict[str, Callable[[Case], None]] = {
     "dense": check_dense,
     "lanes": check_lanes,
-    "expansions": check_expansions,
+    "tolerance": check_tolerance,
     "query_scale": check_query_scale,
     "score_mod": check_score_mod,
     "batches": check_batches,
@@ -399,6 +398,7 @@ def _default_positions(prior: LogPrior) -> tuple[Tensor, Tensor]:
     if prior.num_coordinates == 1:
         return torch.arange(2, 7), torch.arange(7)
     grid = grid_positions(2, 3, class_token=True)
+    grid = torch.cat([grid, grid[:, :1].expand(-1, prior.num_coordinates - 2)], dim=-1)
     return grid[:5], grid
 
 
@@ -406,25 +406,11 @@ def _trainable(prior: LogPrior) -> list[str]:
     return [name for name, parameter in prior.named_parameters() if parameter.requires_grad]
 
 
-def _row_term(prior: LogPrior, case: Case) -> Tensor:
-    """(H, Q, 1) in float64: what the lanes leave out because softmax does not see it."""
-    total = torch.zeros(prior.num_heads, case.query_positions.shape[0], 1, dtype=torch.float64)
-    for part in prior.factors(*case.positions, dtype=torch.float64):
-        total = total if part.row is None else total + part.row.detach().unsqueeze(-1)
-    return total
-
-
-def _product(factors: Sequence[LaneFactors]) -> Tensor:
-    """The inner product of all factors, (H, Q, K) float64, row terms included."""
-    each = [part.query.double() @ part.key.double().transpose(-1, -2) for part in factors]
-    each += [part.row.double().unsqueeze(-1) for part in factors if part.row is not None]
-    return torch.stack(torch.broadcast_tensors(*each)).sum(0)
-
-
-def _check_lane_shapes(prior: LogPrior, query: Tensor, key: Tensor, dtype: torch.dtype) -> None:
+def _check_lane_shapes(prior: LogPrior, lanes: Lanes, dtype: torch.dtype, num_kv_heads: int) -> None:
+    query, key = lanes.query, lanes.key
     _hold(query.dtype == dtype and key.dtype == dtype, "lanes", f"lanes are {query.dtype} and {key.dtype}, not {dtype}")
     _hold(query.shape[-3] == prior.num_heads, "lanes", f"query lanes have shape {tuple(query.shape)}")
-    _hold(key.shape[-3] in (1, prior.num_heads), "lanes", f"key lanes have shape {tuple(key.shape)}")
+    _hold(key.shape[-3] in (1, num_kv_heads), "lanes", f"key lanes have shape {tuple(key.shape)}")
     _hold(query.shape[-1] == key.shape[-1], "lanes", "query and key lanes differ in number")
 
 

@@ -1,4 +1,4 @@
-"""Backends: which of them can serve a call, and how each is called.
+"""Backends: objects that say whether they can serve a call, and serve it.
 
 Legend: B batch, H query heads, Q queries, K keys, V value width, W kernel width.
 """
@@ -6,142 +6,204 @@ Legend: B batch, H query heads, Q queries, K keys, V value width, W kernel width
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from eotattn.attention.call import AttentionCall
-from eotattn.attention.joined import joined
 from eotattn.attention.measured import preference
+from eotattn.attention.operands import call_terms, operands, plan_of
 from eotattn.kernels import flex, local, packed, reference, sdpa, varlen
 from eotattn.priors import LogPrior
 
-__all__ = ["BACKENDS", "choose", "refusal", "run"]
-
-BACKENDS = ("sdpa", "varlen", "flex", "reference")
+__all__ = ["BACKENDS", "Backend", "choose"]
 
 
-def choose(call: AttentionCall) -> str:
-    """The first backend that can serve the call, fastest first as measured."""
-    names = preference(call.masks, call.query.shape[2], has_prior=call.prior is not None)
-    return next(name for name in names if refusal(name, call) is None)
+class Backend(Protocol):
+    """What can serve attention calls."""
+
+    #: How users ask for it.
+    name: str
+
+    def refusal(self, call: AttentionCall) -> str | None:
+        """Why it cannot serve the call, or ``None`` if it can."""
+
+    def run(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+        """Serve the call: output (B, H, Q, V), and weights (B, H, Q, K) where the backend has them."""
 
 
-def refusal(name: str, call: AttentionCall) -> str | None:
-    """Why backend ``name`` cannot serve the call, or ``None`` if it can."""
-    if name == "reference":
+class Reference:
+    """Dense tensor operations: the definition, for any prior, with weights."""
+
+    name = "reference"
+
+    def refusal(self, call: AttentionCall) -> str | None:
+        """Never."""
         return None
-    if call.return_weights:
-        return "fused kernels do not return weights; use backend='reference'"
-    if name == "flex":
+
+    def run(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+        """Output and weights."""
+        mask, log_prior = call.dense_mask(), call.log_prior(torch.promote_types(call.query.dtype, torch.float32))
+        if mask is not None and mask.dtype != torch.bool:
+            log_prior, mask = mask if log_prior is None else log_prior + mask, None
+        return reference.attend(
+            call.query, call.key, call.value, scale=call.scale, log_prior=log_prior, mask=mask, dropout_p=call.dropout_p
+        )
+
+
+class Sdpa:
+    """Stock fused calls with the prior in lanes: one, or one a document, or one over blocks of a window."""
+
+    name = "sdpa"
+
+    def refusal(self, call: AttentionCall) -> str | None:
+        """Why it cannot serve the call, or ``None``."""
+        return _without_lanes(call) or _rounds_mask(call)
+
+    def run(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+        """Output alone."""
+        query, key, value = operands(call)
+        shared: dict[str, Any] = {"scale": call.scale, "dropout_p": call.dropout_p}
+        masks, band = call.masks, call.masks.band
+        window = None if band is None else band.window
+        if masks.dense is not None:
+            output = sdpa.attend(query, key, value, mask=_fused_mask(call), **shared)
+        elif masks.documents is not None:
+            lengths, is_causal = masks.documents.lengths, band is not None
+            output = packed.attend(query, key, value, lengths=lengths, is_causal=is_causal, window=window, **shared)
+        elif band is not None and window is not None:
+            output = local.attend(query, key, value, window=window, offset=band.offset, **shared)
+        else:
+            oblong = band is not None and not band.is_triangle
+            mask = band.mask(query.shape[2], key.shape[2], query.device) if oblong and band is not None else None
+            output = sdpa.attend(query, key, value, mask=mask, is_causal=masks.triangle, **shared)
+        return _without_empty_rows(call, output), None
+
+
+class Varlen:
+    """PyTorch's variable-length kernel with the prior in lanes: no mask, whatever the pattern; GPU, 16 bits."""
+
+    name = "varlen"
+
+    def refusal(self, call: AttentionCall) -> str | None:
+        """Why it cannot serve the call, or ``None``."""
+        reason = varlen.refusal(call.query, dropout_p=call.dropout_p)
+        reason = reason or _without_lanes(call)
+        if reason is None and call.masks.dense is not None:
+            reason = "it takes no mask of pairs; say is_causal, window or documents, with positions as ranges"
+        return reason or varlen.width_refusal(self.width(call))
+
+    def width(self, call: AttentionCall) -> int:
+        """Head width that the call needs."""
+        terms = call_terms(call)
+        num_lanes = plan_of(call, terms)[0].num_lanes if terms else 0
+        return max(call.query.shape[-1] + num_lanes + (call.masks.padding is not None), call.value.shape[-1])
+
+    def run(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+        """Output alone."""
+        query, key, value = operands(call)
+        band, documents = call.masks.band, call.masks.documents
+        pattern: dict[str, Any] = {"is_causal": band is not None, "scale": call.scale}
+        pattern["window"] = None if band is None else band.window
+        if documents is not None:
+            pattern |= {"offsets": documents.offsets(query.device), "longest": documents.longest}
+        elif band is not None:
+            seen = band.offset + query.shape[2]
+            key, value = key[:, :, :seen], value[:, :, :seen]
+        return _without_empty_rows(call, varlen.attend(query, key, value, **pattern)), None
+
+
+class Flex:
+    """FlexAttention: any prior as a score modification, compiled; GPU."""
+
+    name = "flex"
+
+    def refusal(self, call: AttentionCall) -> str | None:
+        """Why it cannot serve the call, or ``None``."""
+        if call.return_weights:
+            return NO_WEIGHTS
         learned = call.prior is not None and torch.is_grad_enabled() and _learns_in_lanes(call.prior)
-        return flex.refusal(call.query, mask=call.masks.dense, dropout_p=call.dropout_p, learned=learned)
+        biased = call.masks.dense if call.masks.key_bias is None else call.masks.key_bias
+        return flex.refusal(call.query, mask=biased, dropout_p=call.dropout_p, learned=learned)
+
+    def run(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+        """Output alone."""
+        score_mod = None
+        if call.prior is not None:
+            score_mod = call.prior.score_mod(call.query_positions.tensor, call.key_positions.tensor)
+        masks, pattern = call.masks, None
+        if any(mask is not None for mask in (masks.dense, masks.padding, masks.band, masks.documents)):
+            own, of_caller = masks.documents is not None, masks.padding is not None or masks.dense is not None
+            pattern = flex.Pattern(
+                _visible(call),
+                by_sample=own or of_caller,
+                by_head=masks.dense is not None,
+                name=None if of_caller else (masks.band, masks.documents),
+            )
+        content = (call.query, call.key, call.value)
+        return flex.attend(*content, scale=call.scale, score_mod=score_mod, pattern=pattern), None
+
+
+#: Backends by the names that users ask for.
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend for backend in (Sdpa(), Varlen(), Flex(), Reference())  # type: ignore[list-item]
+}
+NO_WEIGHTS = "fused kernels do not return weights; use backend='reference'"
+
+
+def choose(call: AttentionCall) -> Backend:
+    """The first backend that can serve the call, fastest first as measured."""
+    if call.return_weights:
+        return BACKENDS["reference"]
+    names = preference(call.masks, call.query.shape[2], has_prior=call.prior is not None)
+    return next(backend for backend in map(BACKENDS.__getitem__, names) if backend.refusal(call) is None)
+
+
+def _without_lanes(call: AttentionCall) -> str | None:
+    """Why lanes cannot serve the call, or ``None``."""
+    if call.return_weights:
+        return NO_WEIGHTS
     if call.prior is not None and not call.prior.has_lanes:
         return "this prior has no lanes; use backend='reference' or 'flex'"
-    if name == "varlen":
-        if call.masks.dense is not None:
-            return "it takes no mask of pairs; say is_causal, window or documents, with positions as ranges"
-        num_lanes = 0 if call.prior is None else call.prior.num_lanes(call.query.dtype, call.key.shape[1])
-        num_lanes += call.masks.padding is not None
-        width = max(call.query.shape[-1] + num_lanes, call.value.shape[-1])
-        return varlen.refusal(call.query, width=width, dropout_p=call.dropout_p)
     return None
 
 
-def run(name: str, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-    """Serve the call: output (B, H, Q, V), and weights (B, H, Q, K) where the backend has them."""
-    if name == "reference":
-        return _through_dense(call)
-    if name == "flex":
-        return _through_flex(call), None
-    query, key, value = _operands(call)
-    attend = _in_sequences if name == "varlen" else _in_one_mask
-    output = attend(call, query, key, value)[..., : call.value.shape[-1]]
+def _rounds_mask(call: AttentionCall) -> str | None:
+    """Why a floating mask of pairs would lose digits, or ``None``."""
+    mask = call.masks.dense
+    if mask is None or mask.dtype in (torch.bool, call.query.dtype) or call.query.dtype == torch.float64:
+        return None
+    if call.query.device.type == "cpu" and mask.dtype == torch.float32:
+        return None  # the CPU's kernel adds it as it is
+    if _holds_exactly(mask, call.query.dtype):
+        return None
+    return f"its mask would be rounded from {mask.dtype} to {call.query.dtype}; cast attn_mask yourself to accept that"
+
+
+def _holds_exactly(mask: Tensor, dtype: torch.dtype) -> bool:
+    """Whether ``dtype`` holds every number of the mask; waits for the device, and is not asked in graphs."""
+    if torch.compiler.is_compiling() or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return False
+    return bool((mask.to(dtype).to(mask.dtype) == mask).all())
+
+
+def _fused_mask(call: AttentionCall) -> Tensor | None:
+    """Masks of pairs as a fused call takes them."""
+    mask, dtype = call.masks.dense, call.query.dtype
+    assert mask is not None
+    if call.masks.padding is not None:
+        seen = ~call.masks.padding[:, None, None, :]
+        mask = mask & seen if mask.dtype == torch.bool else torch.where(seen, mask, float("-inf"))
+    keeps = mask.dtype in (torch.bool, dtype) or (mask.dtype == torch.float32 and mask.device.type == "cpu")
+    return mask if keeps and dtype != torch.float64 else mask if mask.dtype == torch.bool else mask.to(dtype)
+
+
+def _without_empty_rows(call: AttentionCall, output: Tensor) -> Tensor:
+    """Output (B, H, Q, V) with zeros where a query has no admissible key."""
+    output = output[..., : call.value.shape[-1]]
     has_keys = call.masks.has_keys(call.query.shape[2])
-    return (output if has_keys is None else output.masked_fill(~has_keys[:, None, :, None], 0.0)), None
-
-
-def _operands(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
-    """Query and key (B, H, L, W) with lanes beside their content, and values as wide as V or wider."""
-    if call.cache is not None:
-        stored = call.cache.operands(call.query, call.prior, scale=call.scale)
-        if stored is not None:
-            return stored
-    pair = joined(call)
-    if pair is not None:
-        return (*pair, call.value)
-    lanes = []
-    if call.prior is not None:
-        prior_lanes = call.prior.lanes(
-            call.query_positions.tensor, call.key_positions.tensor, dtype=call.query.dtype, query_scale=1 / call.scale
-        ).grouped(call.key.shape[1])
-        lanes.append((prior_lanes.query, prior_lanes.key))
-    if call.masks.padding is not None and call.masks.dense is None:
-        # a lane keeps the call fused and needs no Q x K tensor
-        lanes.append(sdpa.padding_lane(call.masks.padding, call.query.dtype, scale=call.scale))
-    return (*sdpa.append_lanes(call.query, call.key, lanes), call.value)
-
-
-def _in_one_mask(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Stock fused calls: one, or one a document, or one over blocks of a window."""
-    shared: dict[str, Any] = {"scale": call.scale, "dropout_p": call.dropout_p}
-    masks, band = call.masks, call.masks.band
-    window = None if band is None else band.window
-    if masks.documents is not None:
-        lengths, is_causal = masks.documents.lengths, band is not None
-        return packed.attend(query, key, value, lengths=lengths, is_causal=is_causal, window=window, **shared)
-    if band is not None and window is not None:
-        return local.attend(query, key, value, window=window, offset=band.offset, **shared)
-    mask = None
-    if masks.dense is not None:
-        mask = call.dense_mask()
-        mask = mask if mask is None or mask.dtype == torch.bool else mask.to(query.dtype)
-    elif band is not None and not band.is_triangle:
-        mask = band.mask(query.shape[2], key.shape[2], query.device)
-    return sdpa.attend(query, key, value, mask=mask, is_causal=masks.triangle, **shared)
-
-
-def _in_sequences(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The variable-length kernel: no mask, whatever the pattern."""
-    band, documents = call.masks.band, call.masks.documents
-    pattern: dict[str, Any] = {"is_causal": band is not None, "scale": call.scale}
-    pattern["window"] = None if band is None else band.window
-    if documents is not None:
-        offsets = documents.offsets(query.device)
-        return varlen.attend(query, key, value, offsets=offsets, longest=documents.longest, **pattern)
-    if band is not None:
-        seen = band.offset + query.shape[2]
-        key, value = key[:, :, :seen], value[:, :, :seen]
-    return varlen.attend(query, key, value, **pattern)
-
-
-def _through_dense(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    log_prior, mask = None, call.dense_mask()
-    if call.prior is not None:
-        dtype = torch.promote_types(call.query.dtype, torch.float32)
-        log_prior = call.prior.dense(call.query_positions.tensor, call.key_positions.tensor, dtype=dtype)
-    if mask is not None and mask.dtype != torch.bool:
-        log_prior, mask = mask if log_prior is None else log_prior + mask, None
-    return reference.attend(
-        call.query, call.key, call.value, scale=call.scale, log_prior=log_prior, mask=mask, dropout_p=call.dropout_p
-    )
-
-
-def _through_flex(call: AttentionCall) -> Tensor:
-    score_mod = None
-    if call.prior is not None:
-        score_mod = call.prior.score_mod(call.query_positions.tensor, call.key_positions.tensor)
-    masks, pattern = call.masks, None
-    if any(mask is not None for mask in (masks.dense, masks.padding, masks.band, masks.documents)):
-        own, of_caller = masks.documents is not None, masks.padding is not None or masks.dense is not None
-        pattern = flex.Pattern(
-            _visible(call),
-            by_sample=own or of_caller,
-            by_head=masks.dense is not None,
-            name=None if of_caller else (masks.band, masks.documents),
-        )
-    return flex.attend(call.query, call.key, call.value, scale=call.scale, score_mod=score_mod, pattern=pattern)
+    return output if has_keys is None else output.masked_fill(~has_keys.unsqueeze(-1), 0.0)
 
 
 def _visible(call: AttentionCall) -> Callable[..., Tensor]:

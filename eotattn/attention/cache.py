@@ -5,17 +5,20 @@ Legend: B batch, Hk key heads, S slots, L new tokens, D key width, V value width
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from eotattn.attention.key_storage import KeyStorage
 from eotattn.attention.masks import check_padding_mask
 from eotattn.checks import check_floating, check_positive_int, check_same_device, check_shape, fail, require
+from eotattn.kernels import sdpa
+from eotattn.kernels.sdpa import WIDTH_STEP
 from eotattn.priors import LogPrior
 from eotattn.priors.base import check_prior
+from eotattn.priors.lane_plan import LanePlan, Span, bits_of, plan_lanes
 
 __all__ = ["CacheView", "KeyValueCache"]
 
@@ -45,8 +48,8 @@ class KeyValueCache:
     on from its own count. So left padding, right padding and prompts of unequal length are one case.
 
     With ``prior``, keys are stored with the prior's lanes beside them: a decoding step writes one row and attends to
-    views, nothing is copied. Parameters of the prior may change between the steps; lanes are then made again. (What is
-    written through ``.data`` is not counted by PyTorch and so not seen.)
+    views, nothing is copied. Those lanes hold features of positions alone; what is learned enters with the queries of
+    each step, so parameters of the prior may change between steps.
 
     Args:
         batch_size: Samples B.
@@ -61,7 +64,6 @@ class KeyValueCache:
 
     Attributes:
         length: Slots filled so far.
-        step: What the last decoding step looked like, its scale and window, if the next one can do without checks.
 
     Example:
         >>> cache = KeyValueCache(1, 2, max_length=8, key_width=4, value_width=4)
@@ -94,19 +96,23 @@ class KeyValueCache:
             require(heads % num_kv_heads == 0, "KeyValueCache", "prior", rule, heads, "Build it for query heads")
         self.max_length, self.length, self.first_position = max_length, 0, first_position
         self.value_width, shape = value_width, (batch_size, num_kv_heads, max_length)
-        self._keys = KeyStorage(prior, (*shape, key_width), dtype=dtype, device=device)
+        self._keys = torch.zeros(*shape, key_width, dtype=dtype, device=device)
+        self.key_width, self.scale, self.prior = key_width, 1 / math.sqrt(key_width), prior
         self._values = torch.zeros(*shape, value_width, dtype=dtype, device=device)
         slots = torch.arange(first_position, first_position + max_length, device=device)
         self._positions = slots.repeat(batch_size, 1)  # those of free slots are what comes if no padding comes
         self._padding = torch.zeros(batch_size, max_length, dtype=torch.bool, device=device)
         self._has_padding = False
-        self._widen_values()
-        self.step: tuple[tuple[Any, ...], float, int | None] | None = None
+        self._plan = self._plan_lanes()
+        self._origin = first_position + max_length // 2
+        self._query_table: Tensor | None = None
+        self._widen()
+        self._write_lanes(0)
 
     @property
     def keys(self) -> Tensor:
         """(B, Hk, length, D), a view."""
-        return self._keys.content[:, :, : self.length]
+        return self._keys[:, :, : self.length, : self.key_width]
 
     @property
     def values(self) -> Tensor:
@@ -162,7 +168,7 @@ class KeyValueCache:
         self._check_new(key, value)
         count = key.shape[-2]
         new, end = self.next_positions(count, padding), self.length + count
-        sides = (self._keys.content[:, :, :end], self._values[:, :, :end, : self.value_width])
+        sides = (self._keys[:, :, :end, : self.key_width], self._values[:, :, :end, : self.value_width])
         if isinstance(new, range):
             return CacheView(*sides, new, range(self.first_position, new.stop), None)
         marks = self._padding[:, self.length : end] if padding is None else padding
@@ -187,36 +193,27 @@ class KeyValueCache:
         self._check_new(key, value)
         start, count = self.length, key.shape[-2]
         positions, end = self.next_positions(count, padding), start + count
-        self._write(key, value, padding)
+        self._write(key, value)
         if padding is not None and not isinstance(positions, range):
-            self._has_padding, self.step = True, None
+            self._has_padding = True
             self._padding[:, start:end], self._positions[:, start:end] = padding, positions
+            self._widen()
             self._expect_no_padding(start)
-            self._widen_values()
         return positions
 
-    def operands(self, query: Tensor, prior: LogPrior | None, *, scale: float) -> tuple[Tensor, Tensor, Tensor] | None:
-        """What a fused kernel takes for the newest queries: lanes in place, keys and values as views.
-
-        Args:
-            query: (B, H, Q, D), of the Q slots filled last.
-            prior: Log-prior of the call.
-            scale: Factor on the inner products.
+    def operands(self, call: Any) -> tuple[Tensor, Tensor, Tensor] | None:
+        """What a fused kernel takes for the queries of an :class:`AttentionCall`, whose keys were filled in last.
 
         Returns:
-            Query (B, H, Q, W), keys (B, Hk, length, W) and values (B, Hk, length, V or wider), or ``None`` where what
-            is stored does not serve: another prior, scale or dtype, gradients of the prior, compilation.
+            Query (B, H, Q, W), keys (B, Hk, length, W) and values (B, Hk, length, V or wider), the last two as views;
+            or ``None`` where what is stored does not serve: another prior, scale or dtype, gradients of the prior.
         """
-        return self._views(query) if self._keys.serves(query, prior, scale) else None
-
-    def operands_after(
-        self, query: Tensor, key: Tensor, value: Tensor, prior: LogPrior | None, *, scale: float
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """:meth:`operands` after appending keys and values that were found to fit before, or ``None`` and no change."""
-        if not self._keys.serves(query, prior, scale):
+        if not self._serves(call):
             return None
-        self._write(key, value, None)
-        return self._views(query)
+        query, width = call.query, self._keys.shape[-1]
+        if width > self.key_width:
+            query = self._beside(query, self.length - query.shape[2])
+        return query, self._keys[:, :, : self.length], self._values[:, :, : self.length]
 
     def crop(self, length: int) -> None:
         """Forget all but the first ``length`` slots."""
@@ -234,7 +231,7 @@ class KeyValueCache:
         remedy = "Pass the sample that each one continues"
         require(is_index, "KeyValueCache", "samples", "be an integer tensor", samples, remedy, error=TypeError)
         check_shape("KeyValueCache", "samples", samples, (self._values.shape[0],), "One index a sample")
-        for storage in (self._keys.tensor, self._values):
+        for storage in (self._keys, self._values):
             storage[:, :, : self.length] = storage[samples, :, : self.length]
         if self._has_padding:
             self._padding[:, : self.length] = self._padding[samples, : self.length]
@@ -242,38 +239,101 @@ class KeyValueCache:
             self._expect_no_padding(self.length)
 
     def _check_new(self, key: Tensor, value: Tensor) -> None:
-        for name, side, width in (("key", key, self._keys.content_width), ("value", value, self.value_width)):
+        for name, side, width in (("key", key, self.key_width), ("value", value, self.value_width)):
             check_floating("KeyValueCache", name, side)
             check_shape("KeyValueCache", name, side, (*self._values.shape[:2], key.shape[-2], width), "Match the cache")
 
-    def _write(self, key: Tensor, value: Tensor, padding: Tensor | None) -> None:
+    def _write(self, key: Tensor, value: Tensor) -> None:
         start, end = self.length, self.length + key.shape[2]
-        self._keys.write(start, key, padding)
+        self._keys[:, :, start:end, : self.key_width] = key.detach()
         self._values[:, :, start:end, : self.value_width] = value.detach()
         self.length = end
-
-    def _views(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        lanes = self._keys.lanes(self._slot_positions, self.length - query.shape[2], self.length)
-        if lanes.shape[-1] > 0:
-            query = torch.cat([query, lanes.expand(-1, query.shape[1], -1, -1)], dim=-1)
-        return query, self._keys.tensor[:, :, : self.length], self._values[:, :, : self.length]
-
-    def _slot_positions(self) -> Tensor:
-        return self._positions if self._has_padding else self._positions[0]
 
     def _counts(self, new: Tensor) -> Tensor:
         """(B, L) tokens of each sample before each new one, ``new`` being 1 for a token and 0 for padding."""
         return (self.lengths[:, None] + new.cumsum(dim=1) - 1).clamp(min=0)
 
     def _expect_no_padding(self, changed: int) -> None:
-        """Positions of free slots as they are if no padding comes; lanes from slot ``changed`` on are made again."""
+        """Positions of free slots as they are if no padding comes; lanes from slot ``changed`` on are written again."""
         free = torch.ones_like(self._positions[:, self.length :])
         self._positions[:, self.length :] = self.first_position + self._counts(free)
-        self._keys.forget_lanes(changed)
+        self._query_table = None
+        self._write_lanes(changed)
 
-    def _widen_values(self) -> None:
-        """On a CPU values as wide as keys with their lanes, zeros behind: the fused kernel there wants equal widths."""
-        missing = self._keys.tensor.shape[-1] - self._values.shape[-1]
-        if self._values.device.type == "cpu" and missing > 0:
-            with torch.inference_mode(False):
+    # Lanes ------------------------------------------------------------------------------------------------------------
+
+    def _plan_lanes(self) -> LanePlan | None:
+        """The lanes that stored keys have beside their content."""
+        prior = self.prior
+        if prior is None or not prior.has_lanes or prior.num_coordinates > 1:
+            return None
+        last = self.first_position + self.max_length
+        plan = plan_lanes(
+            prior.terms(),
+            num_heads=prior.num_heads,
+            num_kv_heads=self._keys.shape[1],
+            dtype=self._keys.dtype,
+            span=Span(bits_of(max(last, -self.first_position)), bits_of(self.max_length // 2)),
+            query_scale=1 / self.scale,
+            learned="query",
+        )
+        return None if plan.looked_up else plan
+
+    def _serves(self, call: Any) -> bool:
+        """Whether what is stored is right for a call."""
+        if call.prior is not self.prior or call.query.dtype != self._keys.dtype or call.masks.key_bias is not None:
+            return False
+        if self.prior is None:
+            return not self._has_padding or math.isclose(call.scale, self.scale)
+        learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.prior.parameters())
+        return self._plan is not None and math.isclose(call.scale, self.scale) and not learns
+
+    def _widen(self) -> None:
+        """Make room for lanes and for the lane that hides padding, and on a CPU for values as wide as keys."""
+        beside = (0 if self._plan is None else self._plan.num_lanes) + self._has_padding
+        width = self.key_width + beside
+        if beside and self._keys.is_cuda:
+            width = -(-width // WIDTH_STEP) * WIDTH_STEP
+        with torch.inference_mode(False):
+            if width > self._keys.shape[-1]:
+                self._keys = functional.pad(self._keys, (0, width - self._keys.shape[-1]))
+            missing = width - self._values.shape[-1]
+            if self._values.device.type == "cpu" and missing > 0:  # the fused kernel there wants equal widths
                 self._values = functional.pad(self._values, (0, missing))
+
+    @torch.no_grad()
+    def _write_lanes(self, start: int) -> None:
+        """Write what stands beside the keys from slot ``start`` on: features of positions, and marks of padding."""
+        width, dtype = self.key_width, self._keys.dtype
+        if self._plan is not None:
+            plan, positions = self._plan, self._slot_positions()[..., start:]
+            table = plan.table("key", positions, self._origin)
+            matrix = plan.key.matrix(None, (plan, "key"), table.dtype)
+            lanes = plan.side("key", table, matrix.to(table.device)).lanes(dtype)
+            self._keys[:, :, start:, width : width + lanes.shape[-1]] = lanes
+            width += lanes.shape[-1]
+        if self._has_padding:
+            far = sdpa.far_lane(dtype, scale=self.scale)
+            self._keys[:, :, start:, width] = (far * self._padding[:, start:]).to(dtype).unsqueeze(1)
+
+    def _beside(self, query: Tensor, start: int) -> Tensor:
+        """Queries (B, H, Q, D) of the slots from ``start`` on with their lanes, (B, H, Q, W)."""
+        parts, spare = [query], self._keys.shape[-1] - self.key_width
+        if self._plan is not None and self.prior is not None:
+            plan = self._plan
+            if self._query_table is None:
+                self._query_table = plan.table("query", self._slot_positions(), self._origin)
+            rows = self._query_table[..., start : start + query.shape[2], :]
+            lanes = plan.side("query", rows, plan.matrices(self.prior.terms())[0]).lanes(query.dtype)
+            parts.append(lanes.expand(*query.shape[:3], -1))
+            spare -= plan.num_lanes
+        if self._has_padding:
+            mark = torch.ones(1, 1, dtype=torch.bool, device=query.device)
+            parts.append(sdpa.padding_lane(mark, query.dtype, scale=self.scale)[0].expand(*query.shape[:3], 1))
+            spare -= 1
+        if spare > 0:
+            parts.append(query.new_zeros(()).expand(*query.shape[:3], spare))
+        return torch.cat(parts, dim=-1)
+
+    def _slot_positions(self) -> Tensor:
+        return self._positions if self._has_padding else self._positions[0]

@@ -1,4 +1,4 @@
-"""One attention call, checked: what every backend starts from.
+"""One attention call, checked: what every backend, the cache, statistics and observers start from.
 
 Legend: B batch, H query heads, Hk key heads, Q queries, K keys, D score width, V value width.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from eotattn.attention.cache import KeyValueCache
 from eotattn.attention.documents import PackedDocuments
 from eotattn.attention.masks import Masks, gather_masks
-from eotattn.attention.positions import Band, Positions, causal_pattern, resolve_positions
+from eotattn.attention.positions import Band, GivenPositions, Positions, causal_pattern, resolve_positions
 from eotattn.checks import (
     check_floating,
     check_positive,
@@ -46,10 +46,11 @@ class AttentionCall:
         prior: Log-prior with H heads, or ``None``.
         query_positions: Resolved positions of the queries.
         key_positions: Resolved positions of the keys.
-        masks: Inadmissible keys.
+        masks: Inadmissible keys, and what is added to scores.
         scale: Factor on the inner products.
         dropout_p: Probability of dropping a weight.
         return_weights: Whether the weights are asked for.
+        tolerance: Error that lanes may add, nats; ``None`` for the dtype's own.
         cache: Where ``key`` and ``value`` are stored, with lanes beside the keys.
     """
 
@@ -61,20 +62,21 @@ class AttentionCall:
     key_positions: Positions
     masks: Masks
     scale: float
-    dropout_p: float
-    return_weights: bool
+    dropout_p: float = 0.0
+    return_weights: bool = False
+    tolerance: float | None = None
     cache: KeyValueCache | None = None
 
     @classmethod
-    def check(
+    def from_arguments(
         cls,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         *,
         prior: LogPrior | None = None,
-        query_positions: Tensor | range | None = None,
-        key_positions: Tensor | range | None = None,
+        query_positions: GivenPositions = None,
+        key_positions: GivenPositions = None,
         attn_mask: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
@@ -83,36 +85,84 @@ class AttentionCall:
         scale: float | None = None,
         dropout_p: float = 0.0,
         return_weights: bool = False,
+        tolerance: float | None = None,
         cache: KeyValueCache | None = None,
     ) -> AttentionCall:
         """Check the arguments of :func:`prior_attention`; raises what that function documents."""
         query, key, value = _as_autocast(query, key, value)
-        _check_content(query, key, value)
-        _check_prior(prior, query.shape[1])
-        scale = 1 / math.sqrt(query.shape[-1]) if scale is None else check_positive(OWNER, "scale", scale)
-        check_probability(OWNER, "dropout_p", dropout_p)
+        if not _fits(query, key, value):
+            _refuse_content(query, key, value)
+        (batch, heads, queries, width), keys, device = query.shape, key.shape[2], query.device
+        if prior is not None and (not isinstance(prior, LogPrior) or prior.num_heads != heads):
+            check_prior(OWNER, "prior", prior)
+            rule = f"have the query's {heads} heads"
+            require(False, OWNER, "prior", rule, prior.num_heads, "Build it for query heads")
+        scale = 1 / math.sqrt(width) if scale is None else check_positive(OWNER, "scale", scale)
+        if dropout_p != 0.0:
+            check_probability(OWNER, "dropout_p", dropout_p)
+        if tolerance is not None:
+            check_positive(OWNER, "tolerance", tolerance)
         if documents is not None:
-            _check_documents(documents, query, key, query_positions, key_positions, key_padding_mask)
-            query_positions = key_positions = documents.positions(query.shape[0], query.shape[2], query.device)
-        queries = _resolve("query_positions", query_positions, query, prior)
-        keys = _resolve("key_positions", key_positions, key, prior)
-        if is_causal and queries.on_grid:
-            fail(OWNER, "is_causal", "be false on grids", is_causal, "Pass attn_mask for an order of cells")
-        if window is not None:
-            check_positive_int(OWNER, "window", window)
-            require(is_causal, OWNER, "window", "be left out without is_causal", window, "Pass is_causal=True")
+            given = (query_positions, key_positions)
+            return cls._of_documents(
+                query, key, value, documents, given, prior=prior, attn_mask=attn_mask, padding=key_padding_mask,
+                is_causal=is_causal, window=window, scale=scale, dropout_p=dropout_p, return_weights=return_weights,
+                tolerance=tolerance,
+            )  # fmt: skip
+        num_coordinates = 1 if prior is None else prior.num_coordinates
+        sizes: dict[str, Any] = {"batch": batch, "device": device, "num_coordinates": num_coordinates}
+        query_at = resolve_positions(OWNER, "query_positions", query_positions, length=queries, **sizes)
+        key_at = resolve_positions(OWNER, "key_positions", key_positions, length=keys, **sizes)
+        if prior is not None and (query_at.given is not None or key_at.given is not None):
+            prior.check_positions(query_at.tensor, key_at.tensor)
         seen: Band | Tensor | None = None
-        if is_causal and documents is not None:
-            seen = Band(0, window)
-        elif is_causal and cache is not None and window is None:
-            seen = Band(keys.length - queries.length)  # slots are in the order of positions, whatever is padding
-        elif is_causal:
-            seen = causal_pattern(queries, keys, window)
-        shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-        masks = gather_masks(OWNER, shape, attn_mask, key_padding_mask, seen, documents)
-        if attn_mask is not None or key_padding_mask is not None:
-            check_same_device(OWNER, ("query", query), attn_mask=attn_mask, key_padding_mask=key_padding_mask)
-        return cls(query, key, value, prior, queries, keys, masks, scale, dropout_p, return_weights, cache)
+        if window is not None or is_causal:
+            _check_pattern(is_causal, window, on_grid=query_at.on_grid)
+            in_slots = cache is not None and window is None  # slots are in the order of positions, padding or not
+            seen = Band(keys - queries) if in_slots else causal_pattern(query_at, key_at, window)
+        masks = _gather((batch, heads, queries, keys), query, attn_mask, key_padding_mask, seen, None)
+        return cls(
+            query, key, value, prior, query_at, key_at, masks, scale, dropout_p, return_weights, tolerance, cache
+        )
+
+    @classmethod
+    def _of_documents(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        documents: PackedDocuments,
+        given: tuple[GivenPositions, GivenPositions],
+        *,
+        prior: LogPrior | None,
+        attn_mask: Tensor | None,
+        padding: Tensor | None,
+        is_causal: bool,
+        window: int | None,
+        **rest: Any,
+    ) -> AttentionCall:
+        """The call on packed documents, which decide positions and who sees whom."""
+        is_packing, remedy = isinstance(documents, PackedDocuments), "Pass their lengths to PackedDocuments"
+        require(is_packing, OWNER, "documents", "be PackedDocuments", documents, remedy, error=TypeError)
+        batch, heads, length, _ = query.shape
+        documents.check(OWNER, batch, length)
+        check_shape(OWNER, "key", key, (None, None, length, None), "Documents attend to themselves")
+        for name, positions in zip(("query_positions", "key_positions"), given, strict=True):
+            rule = "be left out with documents, whose positions start at 0"
+            require(positions is None, OWNER, name, rule, positions, "Drop it")
+        rule, remedy = "be left out with documents", "Make the padding at the end of a row a document of its own"
+        require(padding is None, OWNER, "key_padding_mask", rule, padding, remedy)
+        rule = "lie on a sequence with documents"
+        on_line = prior is None or prior.num_coordinates == 1
+        require(on_line, OWNER, "prior", rule, type(prior).__name__, "Drop documents")
+        if window is not None or is_causal:
+            _check_pattern(is_causal, window, on_grid=False)
+        at = Positions(
+            documents.positions(batch, length, query.device), None, length, query.device, largest=documents.longest
+        )
+        seen = Band(0, window) if is_causal else None
+        masks = _gather((batch, heads, length, length), query, attn_mask, None, seen, documents)
+        return cls(query, key, value, prior, at, at, masks, **rest)
 
     def with_content(self, key: Tensor, value: Tensor) -> AttentionCall:
         """The same call with other keys and values of the same shapes, in the dtype of the call."""
@@ -126,6 +176,35 @@ class AttentionCall:
     def dense_mask(self) -> Tensor | None:
         """All masks as one, boolean or floating."""
         return self.masks.as_dense(self.query.shape[0], self.query.shape[2], self.key.shape[2], self.query.device)
+
+    def log_prior(self, dtype: torch.dtype) -> Tensor | None:
+        """The log-prior of every pair, (H, Q, K) or (B, H, Q, K), in ``dtype``."""
+        if self.prior is None:
+            return None
+        return self.prior.dense(self.query_positions.tensor, self.key_positions.tensor, dtype=dtype)
+
+
+def _check_pattern(is_causal: bool, window: int | None, *, on_grid: bool) -> None:
+    if is_causal and on_grid:
+        fail(OWNER, "is_causal", "be false on grids", is_causal, "Pass attn_mask for an order of cells")
+    if window is not None:
+        check_positive_int(OWNER, "window", window)
+        require(is_causal, OWNER, "window", "be left out without is_causal", window, "Pass is_causal=True")
+
+
+def _gather(
+    shape: tuple[int, int, int, int],
+    query: Tensor,
+    attn_mask: Tensor | None,
+    padding: Tensor | None,
+    seen: Band | Tensor | None,
+    documents: PackedDocuments | None,
+) -> Masks:
+    if attn_mask is None and padding is None and not isinstance(seen, Tensor):
+        return Masks(band=seen, documents=documents)
+    masks = gather_masks(OWNER, shape, attn_mask, padding, seen, documents)
+    check_same_device(OWNER, ("query", query), attn_mask=attn_mask, key_padding_mask=padding)
+    return masks
 
 
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -142,16 +221,13 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 def _as_autocast(*content: Tensor) -> tuple[Tensor, ...]:
     """What autocast would make of a fused call's arguments, done before lanes are written in their dtype."""
-    if not all(isinstance(tensor, Tensor) for tensor in content):
+    if not isinstance(content[0], Tensor):
         return content
     dtype = _autocast_dtype(content[0].device)
+    if dtype is None or not all(isinstance(tensor, Tensor) for tensor in content):
+        return content
     narrow = (torch.float32, torch.bfloat16, torch.float16)  # as autocast itself: float64 stays
-    return tuple(tensor if dtype is None or tensor.dtype not in narrow else tensor.to(dtype) for tensor in content)
-
-
-def _check_content(query: Tensor, key: Tensor, value: Tensor) -> None:
-    if not _fits(query, key, value):
-        _refuse_content(query, key, value)
+    return tuple(tensor.to(dtype) if tensor.dtype in narrow else tensor for tensor in content)
 
 
 def _fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -179,43 +255,3 @@ def _refuse_content(query: Tensor, key: Tensor, value: Tensor) -> None:
     check_shape(OWNER, "value", value, (batch, key.shape[1], key.shape[2], None), "Match the key's heads and length")
     rule = f"have a number of heads that divides the query's {heads}"
     require(heads % key.shape[1] == 0, OWNER, "key", rule, key, "Choose num_kv_heads so")
-
-
-def _check_prior(prior: LogPrior | None, num_heads: int) -> None:
-    if prior is None:
-        return
-    check_prior(OWNER, "prior", prior)
-    rule = f"have the query's {num_heads} heads"
-    require(prior.num_heads == num_heads, OWNER, "prior", rule, prior.num_heads, "Build it for query heads")
-
-
-def _check_documents(
-    documents: PackedDocuments,
-    query: Tensor,
-    key: Tensor,
-    query_positions: Tensor | range | None,
-    key_positions: Tensor | range | None,
-    key_padding_mask: Tensor | None,
-) -> None:
-    is_packing, remedy = isinstance(documents, PackedDocuments), "Pass their lengths to PackedDocuments"
-    require(is_packing, OWNER, "documents", "be PackedDocuments", documents, remedy, error=TypeError)
-    documents.check(OWNER, query.shape[0], query.shape[2])
-    check_shape(OWNER, "key", key, (None, None, query.shape[2], None), "Documents attend to themselves")
-    given = (("query_positions", query_positions), ("key_positions", key_positions))
-    for name, positions in given:
-        rule = "be left out with documents, whose positions start at 0"
-        require(positions is None, OWNER, name, rule, positions, "Drop it")
-    rule, remedy = "be left out with documents", "Make the padding at the end of a row a document of its own"
-    require(key_padding_mask is None, OWNER, "key_padding_mask", rule, key_padding_mask, remedy)
-
-
-def _resolve(argument: str, given: Tensor | range | None, content: Tensor, prior: LogPrior | None) -> Positions:
-    return resolve_positions(
-        OWNER,
-        argument,
-        given,
-        batch=content.shape[0],
-        length=content.shape[2],
-        num_coordinates=1 if prior is None else prior.num_coordinates,
-        device=content.device,
-    )

@@ -5,12 +5,13 @@ Legend: B batch, L tokens of a row, T = B * L tokens, N documents.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 
 import torch
 from torch import Tensor
 
 from eotattn.checks import check_positive_int, require
+from eotattn.priors.tables import is_plain
 
 __all__ = ["PackedDocuments"]
 
@@ -35,7 +36,7 @@ class PackedDocuments:
         require(are_many, "PackedDocuments", "lengths", "be several numbers", lengths, remedy, error=TypeError)
         self.lengths = tuple(check_positive_int("PackedDocuments", "lengths", length) for length in lengths)
         require(len(self.lengths) > 0, "PackedDocuments", "lengths", "not be empty", self.lengths, "Pass some lengths")
-        self._made: dict[tuple[str, torch.device], Tensor] = {}
+        self._made: dict[tuple[Hashable, torch.device], Tensor] = {}
 
     @classmethod
     def from_ids(cls, ids: Tensor) -> PackedDocuments:
@@ -70,17 +71,17 @@ class PackedDocuments:
 
     def offsets(self, device: torch.device) -> Tensor:
         """(N + 1,) int32: where each document begins among the T tokens, and where the last one ends."""
-        return self._on("offsets", device, lambda: torch.tensor([0, *self.lengths]).cumsum(0).to(torch.int32))
+        return self.remembered("offsets", device, lambda: torch.tensor([0, *self.lengths]).cumsum(0).to(torch.int32))
 
     def positions(self, batch: int, length: int, device: torch.device) -> Tensor:
         """(B, L) int64: the position of each token in its document."""
-        made = self._on("positions", device, lambda: torch.cat([torch.arange(tokens) for tokens in self.lengths]))
+        made = self.remembered("positions", device, lambda: torch.cat([torch.arange(tokens) for tokens in self.lengths]))
         return made.view(batch, length)
 
     def ids(self, batch: int, length: int, device: torch.device) -> Tensor:
         """(B, L) int64: which document each token is of."""
         numbers = torch.arange(len(self.lengths))
-        made = self._on("ids", device, lambda: numbers.repeat_interleave(torch.tensor(self.lengths)))
+        made = self.remembered("ids", device, lambda: numbers.repeat_interleave(torch.tensor(self.lengths)))
         return made.view(batch, length)
 
     def mask(self, batch: int, length: int, device: torch.device) -> Tensor:
@@ -88,9 +89,11 @@ class PackedDocuments:
         ids = self.ids(batch, length, device)
         return (ids.unsqueeze(-1) == ids.unsqueeze(-2)).unsqueeze(1)
 
-    def _on(self, name: str, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
+    def remembered(self, name: Hashable, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
         """What ``make`` gives, made once and moved once to each device."""
+        if not is_plain():
+            return make().to(device)
         if (name, device) not in self._made:
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), torch.no_grad():
                 self._made[name, device] = make().to(device)
         return self._made[name, device]

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eotattn.attention.backends import BACKENDS, choose, refusal
+from eotattn.attention.backends import BACKENDS, Backend, choose
 from eotattn.attention.call import AttentionCall
 from eotattn.attention.masks import Masks
 from eotattn.attention.measured import TIMES, Times, pattern_of
+from eotattn.attention.operands import lanes_of
 from eotattn.checks import check_choice, require
 from eotattn.kernels import sdpa
 
@@ -88,9 +89,9 @@ def explain(query: Tensor, key: Tensor, value: Tensor, *, backend: str = "auto",
         TypeError: Likewise, and for arguments that it does not have.
 
     Example:
-        >>> from eotattn.priors import TablePrior
+        >>> from eotattn.priors import RelativeBiasPrior
         >>> x = torch.ones(1, 2, 5, 8)
-        >>> print(explain(x, x, x, prior=TablePrior(2, 4)))
+        >>> print(explain(x, x, x, prior=RelativeBiasPrior(2, 4)))
         backend      reference: dense tensor operations; Q x K weights in memory
         not sdpa     this prior has no lanes; use backend='reference' or 'flex'
         not flex     it compiles for a GPU and the query is on cpu
@@ -99,18 +100,34 @@ def explain(query: Tensor, key: Tensor, value: Tensor, *, backend: str = "auto",
     check_choice("explain", "backend", backend, ("auto", *BACKENDS))
     kept = options.get("cache") is None
     require(kept, "explain", "cache", "be left out", options.get("cache"), "Pass the keys and positions that it holds")
-    call = AttentionCall.check(query, key, value, **options)
-    wanted = choose(call) if backend == "auto" else backend
-    refused = refusal(wanted, call)
+    call = AttentionCall.from_arguments(query, key, value, **options)
+    wanted = choose(call) if backend == "auto" else BACKENDS[backend]
+    refused = wanted.refusal(call)
     times = TIMES[pattern_of(call.masks, call.query.shape[2], has_prior=call.prior is not None)]
-    others = {name: refusal(name, call) or f"would serve: {_words(name, call)}, {times[name]}" for name in times}
-    del others[wanted]
-    chosen = None if refused else wanted
-    reason = f"{wanted} cannot serve the call with {call.prior_name}: {refused}" if refused else _words(wanted, call)
-    if chosen not in ("sdpa", "varlen"):
-        width = call.query.shape[-1]
-        return Explanation(chosen, reason, None, width, 0, 0.0, times[chosen] if chosen else None, others)
-    return _fused(chosen, call, reason, times[chosen], others)
+    others = {
+        name: BACKENDS[name].refusal(call) or f"would serve: {_words(name, call)}, {times[name]}"
+        for name in times
+        if name != wanted.name
+    }
+    if refused:
+        reason = f"{wanted.name} cannot serve the call with {call.prior_name}: {refused}"
+        return Explanation(None, reason, None, call.query.shape[-1], 0, 0.0, None, others)
+    lanes = lanes_of(call) if wanted.name in ("sdpa", "varlen") else None
+    num_lanes = 0 if lanes is None else lanes.num_lanes
+    if wanted.name in ("sdpa", "varlen"):
+        num_lanes += call.masks.padding is not None and call.masks.dense is None
+    width = call.query.shape[-1] + num_lanes
+    width = sdpa.kernel_width(width, call.query.device) if num_lanes else width
+    return Explanation(
+        backend=wanted.name,
+        reason=_words(wanted.name, call),
+        kernel=_kernel(wanted, call, width),
+        width=width,
+        num_lanes=num_lanes,
+        error_bound=0.0 if lanes is None else lanes.error_bound * call.scale,
+        times=times[wanted.name],
+        alternatives=others,
+    )
 
 
 def _words(name: str, call: AttentionCall) -> str:
@@ -130,22 +147,10 @@ def _sdpa_words(masks: Masks) -> str:
     return "one fused call"
 
 
-def _fused(chosen: str, call: AttentionCall, reason: str, times: Times, others: dict[str, str]) -> Explanation:
-    """The explanation of a call that goes through lanes."""
-    num_lanes, error_bound = 0, 0.0
-    if call.prior is not None:
-        positions = call.query_positions.tensor, call.key_positions.tensor
-        lanes = call.prior.lanes(*positions, dtype=call.query.dtype).grouped(call.key.shape[1])
-        num_lanes, error_bound = lanes.num_lanes, lanes.error_bound
-    num_lanes += call.masks.padding is not None and call.masks.dense is None
-    width = call.query.shape[-1] + num_lanes
-    width = sdpa.kernel_width(width, call.query.device) if num_lanes else width
-    kernel = "varlen_attn" if chosen == "varlen" else _kernel(call, width)
-    return Explanation(chosen, reason, kernel, width, num_lanes, error_bound, times, others)
-
-
-def _kernel(call: AttentionCall, width: int) -> str:
-    """Name of the kernel that PyTorch picks for operands of ``width``."""
+def _kernel(backend: Backend, call: AttentionCall, width: int) -> str | None:
+    """Name of the kernel behind a fused call with operands of ``width``."""
+    if backend.name != "sdpa":
+        return "varlen_attn" if backend.name == "varlen" else None
     query, key, value = call.query, call.key, call.value
     if query.device.type == "cpu" and value.shape[-1] < width:
         value = value.new_empty(*value.shape[:-1], width)  # as the call itself pads it

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from eotattn.attention import backends
-from eotattn.attention.backends import BACKENDS, choose, refusal, run
+from eotattn.attention.backends import BACKENDS, choose
 from eotattn.attention.cache import KeyValueCache
 from eotattn.attention.call import AttentionCall, without_autocast
-from eotattn.attention.decoding import remember_step, step_again
 from eotattn.attention.documents import PackedDocuments
+from eotattn.attention.observers import OBSERVERS
+from eotattn.attention.positions import GivenPositions
 from eotattn.checks import check_choice, check_floating, fail, require
 from eotattn.priors import LogPrior
 
@@ -25,8 +25,8 @@ def prior_attention(
     value: Tensor,
     *,
     prior: LogPrior | None = None,
-    query_positions: Tensor | range | None = None,
-    key_positions: Tensor | range | None = None,
+    query_positions: GivenPositions = None,
+    key_positions: GivenPositions = None,
     attn_mask: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
     is_causal: bool = False,
@@ -36,6 +36,7 @@ def prior_attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     return_weights: bool = False,
+    tolerance: float | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute attention_weights = softmax(scale * <query, key> + log_prior) and apply them to the values.
@@ -49,11 +50,11 @@ def prior_attention(
         key: (B, Hk, K, D); Hk divides H (grouped-query attention); kernels get the Hk heads as they are.
         value: (B, Hk, K, V).
         prior: Log-prior with H heads, nats; ``None`` is the uniform prior of plain attention.
-        query_positions: (Q,) or (B, Q), tokens, or a ``range``; by default 0, 1, 2, ... On grids with a trailing axis.
-            Only the prior and ``is_causal`` read positions.
+        query_positions: (Q,) or (B, Q), tokens: a tensor, a list, a ``range``, or the first of consecutive ones; by
+            default 0, 1, 2, ... On grids with a trailing axis. Only the prior and ``is_causal`` read positions.
         key_positions: (K,) or (B, K), likewise.
         attn_mask: Broadcastable to (B, H, Q, K): boolean with true where a query may attend, or floating and added to
-            the score (nats).
+            the score (nats); -inf and the lowest number of its dtype hide a key.
         key_padding_mask: (B, K) boolean, true where a key is padding, as in ``nn.MultiheadAttention``.
         is_causal: Keys at later *positions* than the query are inadmissible.
         window: Keys ``window`` or more tokens before the query are inadmissible too, by positions; with ``is_causal``.
@@ -64,6 +65,8 @@ def prior_attention(
         scale: Factor on the inner products, default 1 / sqrt(D).
         dropout_p: Probability of dropping a weight, in [0, 1).
         return_weights: Also return the weights (backend ``"reference"``).
+        tolerance: Error that the prior's lanes may add in 16 bits, nats; by default about what content's own rounding
+            costs. A smaller one takes more lanes.
         backend: ``"auto"``, ``"sdpa"`` (lanes through stock fused calls), ``"varlen"`` (lanes through the
             variable-length kernel; GPU, 16 bits), ``"flex"`` (GPU) or ``"reference"`` (dense). A backend asked for by
             name is used or refused, never replaced; ``"auto"`` takes the fastest that can serve the call, as measured;
@@ -90,16 +93,11 @@ def prior_attention(
     """
     if backend != "auto":
         check_choice("prior_attention", "backend", backend, ("auto", *BACKENDS))
-    content, options = (query, key, value), (is_causal, window, scale, dropout_p, backend)
     new = (key, value, key_padding_mask)
     if cache is not None:
-        is_watched = run is not backends.run  # who listens in on calls sees every one
-        is_step = attn_mask is None and key_padding_mask is None and not return_weights and not is_watched
         _check_left_to_cache(query, key, cache, query_positions, key_positions, documents)
-        if is_step and (output := step_again(*content, prior, cache, options)) is not None:
-            return output
         key, value, query_positions, key_positions, key_padding_mask = cache.after(*new)
-    call = AttentionCall.check(
+    call = AttentionCall.from_arguments(
         query,
         key,
         value,
@@ -114,20 +112,21 @@ def prior_attention(
         scale=scale,
         dropout_p=dropout_p,
         return_weights=return_weights,
+        tolerance=tolerance,
         cache=cache,
     )
-    chosen = choose(call) if backend == "auto" else backend
-    if reason := refusal(chosen, call):
+    served_by = choose(call) if backend == "auto" else BACKENDS[backend]
+    if backend != "auto" and (reason := served_by.refusal(call)):
         raise NotImplementedError(
-            f"prior_attention: backend {chosen!r} cannot serve this call with {call.prior_name}: {reason}."
+            f"prior_attention: backend {backend!r} cannot serve this call with {call.prior_name}: {reason}."
         )
-    if cache is not None:  # not before every check: a call that fails leaves the cache as it was
+    if cache is not None:  # after all checks passed: a call that fails leaves the cache as it was
         cache.append(*new)
         call = call.with_content(cache.keys, cache.values)
     with without_autocast(call.query.device):
-        output, weights = run(chosen, call)
-    if cache is not None and is_step:
-        remember_step(content, call, window, chosen, options)
+        output, weights = served_by.run(call)
+        for observer in tuple(OBSERVERS):
+            observer(call, served_by, output)
     return (output, weights) if return_weights and weights is not None else output
 
 
@@ -135,8 +134,8 @@ def _check_left_to_cache(
     query: Tensor,
     key: Tensor,
     cache: KeyValueCache,
-    query_positions: Tensor | range | None,
-    key_positions: Tensor | range | None,
+    query_positions: GivenPositions,
+    key_positions: GivenPositions,
     documents: PackedDocuments | None,
 ) -> None:
     owner = "prior_attention"

@@ -6,6 +6,7 @@ Legend: B batch, H query heads, Q queries, K keys.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ class Masks:
         dense: Broadcastable to (B, H, Q, K): boolean with true where a query may attend, or floating and added, nats.
             Then there is neither ``band`` nor ``documents``.
         padding: (B, K) boolean, true where a key is padding; a lane can carry it.
+        key_bias: (B or 1, H or 1, K), nats, added to every score of a key; lanes carry it, as exactly as a log-prior.
         band: A causal pattern of indices that kernels know, within each document.
         documents: Queries see keys of their own document.
     """
@@ -34,6 +36,7 @@ class Masks:
     padding: Tensor | None = None
     band: Band | None = None
     documents: PackedDocuments | None = None
+    key_bias: Tensor | None = None
 
     @property
     def triangle(self) -> bool:
@@ -44,27 +47,34 @@ class Masks:
         """The same masks with a pattern other than the triangle as a dense mask, for those who read nothing else."""
         if self.triangle or (self.band is None and self.documents is None):
             return self
-        return Masks(_pattern(self.band, self.documents, batch, queries, keys, device), self.padding)
+        dense = _pattern(self.band, self.documents, batch, queries, keys, device)
+        return Masks(dense, self.padding, key_bias=self.key_bias)
 
     def as_dense(self, batch: int, queries: int, keys: int, device: torch.device) -> Tensor | None:
         """All of it as one mask, boolean or floating."""
         combined = _pattern(self.band, self.documents, batch, queries, keys, device)
         if self.padding is not None:
             combined = _both(combined, ~self.padding[:, None, None, :])
+        if self.key_bias is not None:
+            combined = _both(combined, self.key_bias[:, :, None, :])
         return combined if self.dense is None else self.dense if combined is None else _both(combined, self.dense)
 
     def has_keys(self, queries: int) -> Tensor | None:
-        """Whether each query has an admissible key, (B, 1 or Q); ``None`` if more than padding and band decide."""
-        if self.padding is None or self.dense is not None:
+        """Whether each query has an admissible key, (B, 1 or H, 1 or Q); ``None`` if dense masks decide too."""
+        if (self.padding is None and self.key_bias is None) or self.dense is not None:
             return None
-        real = ~self.padding
+        real = None if self.padding is None else ~self.padding.unsqueeze(1)
+        if self.key_bias is not None:
+            biased = self.key_bias > float("-inf")
+            real = biased if real is None else real & biased
+        assert real is not None
         if self.band is None:
-            return real.any(dim=1, keepdim=True)
-        counts, offset, window = real.cumsum(dim=1), self.band.offset, self.band.window
-        seen = counts[:, offset : offset + queries]
+            return real.any(dim=-1, keepdim=True)
+        counts, offset, window = real.cumsum(dim=-1), self.band.offset, self.band.window
+        seen = counts[..., offset : offset + queries]
         if window is None:
             return seen > 0
-        return seen > functional.pad(counts, (window, 0))[:, offset : offset + queries]
+        return seen > functional.pad(counts, (window, 0))[..., offset : offset + queries]
 
 
 def _pattern(
@@ -75,11 +85,13 @@ def _pattern(
     return visible if documents is None else _both(visible, documents.mask(batch, keys, device))
 
 
-def _both(visible: Tensor | None, mask: Tensor) -> Tensor:
-    """A boolean mask and another one, boolean or floating."""
-    if visible is None:
-        return mask
-    return visible & mask if mask.dtype == torch.bool else torch.where(visible, mask, float("-inf"))
+def _both(mask: Tensor | None, other: Tensor) -> Tensor:
+    """Two masks as one; each boolean (true where visible), or floating and added."""
+    if mask is None:
+        return other
+    if mask.dtype == torch.bool:
+        return mask & other if other.dtype == torch.bool else torch.where(mask, other, float("-inf"))
+    return torch.where(other, mask, float("-inf")) if other.dtype == torch.bool else mask + other
 
 
 def gather_masks(
@@ -103,16 +115,41 @@ def gather_masks(
     batch, _, queries, keys = shape
     if key_padding_mask is not None:
         check_padding_mask(owner, key_padding_mask, (batch, keys), "One entry a key")
+    if attn_mask is None and not isinstance(causal, Tensor):
+        return Masks(None, key_padding_mask, causal, documents)
+    dense: Tensor | None = None
     if attn_mask is not None:
         _check_attn_mask(owner, attn_mask, shape)
-        attn_mask = torch.atleast_2d(attn_mask)  # fused calls want the two last axes to be there
+        dense = _with_four_axes(attn_mask)
+        if dense.shape[2:] == (1, keys) and queries > 1 and not isinstance(causal, Tensor):
+            return _of_keys(dense, key_padding_mask, causal, documents, batch)
     if isinstance(causal, Tensor):
-        dense = causal if attn_mask is None else _both(causal, attn_mask)
-        return Masks(dense, key_padding_mask)
-    if attn_mask is None:
-        return Masks(None, key_padding_mask, causal, documents)
-    pattern = _pattern(causal, documents, batch, queries, keys, attn_mask.device)
-    return Masks(_both(pattern, attn_mask), key_padding_mask)
+        return Masks(causal if dense is None else _both(causal, dense), key_padding_mask)
+    assert dense is not None
+    pattern = _pattern(causal, documents, batch, queries, keys, dense.device)
+    return Masks(_both(pattern, dense), key_padding_mask)
+
+
+def _with_four_axes(mask: Tensor) -> Tensor:
+    """The mask with four axes; the lowest number of a floating dtype counts as -inf, since casts make it that."""
+    mask = mask[(None,) * (4 - mask.dim())]
+    if not mask.is_floating_point():
+        return mask
+    return mask.masked_fill(mask == torch.finfo(mask.dtype).min, float("-inf"))
+
+
+def _of_keys(
+    mask: Tensor, padding: Tensor | None, causal: Band | None, documents: PackedDocuments | None, batch: int
+) -> Masks:
+    """Masks of which ``mask`` (B or 1, H or 1, 1, K) depends on the key alone."""
+    rest: dict[str, Any] = {"band": causal, "documents": documents}
+    if mask.is_floating_point():
+        return Masks(None, padding, key_bias=mask.squeeze(2), **rest)
+    if mask.shape[1] > 1:
+        bias = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, float("-inf"))
+        return Masks(None, padding, key_bias=bias.squeeze(2), **rest)
+    hidden = ~mask[:, 0, 0] if padding is None else ~mask[:, 0, 0] | padding
+    return Masks(None, hidden.expand(batch, -1), **rest)
 
 
 def check_padding_mask(owner: str, mask: Tensor, shape: tuple[int, int], remedy: str) -> None:

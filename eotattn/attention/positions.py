@@ -1,14 +1,16 @@
-"""Which keys a causal query sees, decided from positions.
+"""Positions of a call, and which keys a causal query sees.
 
-Legend: B batch, Q queries, K keys.
+Legend: B batch, L tokens, Q queries, K keys.
 
-A ``range`` says more than a tensor: that positions are consecutive is known without looking at the numbers, so a
-full pass, a decode step and a chunk each take their fastest path without a synchronisation.
+Consecutive positions are known without looking at numbers, so a full pass, a decoding step and a chunk each take their
+fastest path without waiting for the device.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Union
 
 import torch
 from torch import Tensor
@@ -16,7 +18,10 @@ from torch import Tensor
 from eotattn.checks import fail, require
 from eotattn.priors.positions import check_positions, consecutive
 
-__all__ = ["Band", "Positions", "causal_pattern", "resolve_positions"]
+__all__ = ["Band", "GivenPositions", "Positions", "causal_pattern", "resolve_positions"]
+
+#: What a user may give: one position a token, or consecutive ones by a range or by the first.
+GivenPositions = Union[Tensor, range, int, Sequence[int], None]
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,7 @@ class Positions:
         length: Tokens L.
         device: Device of the tokens.
         on_grid: Whether the positions are points of a grid.
+        largest: No position is further from zero, where that is known.
     """
 
     given: Tensor | None
@@ -36,6 +42,7 @@ class Positions:
     length: int
     device: torch.device
     on_grid: bool = False
+    largest: int | None = None
 
     @property
     def tensor(self) -> Tensor:
@@ -72,32 +79,34 @@ class Band:
 def resolve_positions(
     owner: str,
     argument: str,
-    given: Tensor | range | None,
+    given: GivenPositions,
     *,
     batch: int,
     length: int,
-    num_coordinates: int,
     device: torch.device,
+    num_coordinates: int = 1,
 ) -> Positions:
     """Check what the caller gave against the tokens there are; ``None`` means 0, 1, 2, ...
 
     Raises:
         ValueError: If the number, batch or coordinates of the positions do not fit, or the device differs.
-        TypeError: If the argument is neither a tensor nor a range.
+        TypeError: If the argument is none of what may be given.
     """
     on_grid = num_coordinates > 1
+    if given is None and not on_grid:
+        return Positions(None, 0, length, device)
+    if isinstance(given, int) and not isinstance(given, bool) and not on_grid:
+        given = range(given, given + length)
     if given is None or isinstance(given, range):
         rule = "be given explicitly to a prior on grids"
         require(not on_grid, owner, argument, rule, given, "Pass grid_positions(height, width)")
-        first = 0
-        if isinstance(given, range):
-            first = given.start
-            require(given.step == 1, owner, argument, "be a range of step one", given, "Pass a tensor instead")
-            if given.stop - first != length:
-                fail(owner, argument, f"have length {length}", given, "One position a token")
-        return Positions(None, first, length, device)
-    remedy = "Pass a tensor, a range, or nothing for 0, 1, 2, ..."
-    require(isinstance(given, Tensor), owner, argument, "be a tensor or a range", given, remedy, error=TypeError)
+        assert isinstance(given, range)
+        require(given.step == 1, owner, argument, "be a range of step one", given, "Pass a tensor instead")
+        if len(given) != length:
+            fail(owner, argument, f"have length {length}", given, "One position a token")
+        return Positions(None, given.start, length, device)
+    if not isinstance(given, Tensor):
+        given = _as_tensor(owner, argument, given, device)
     row = (length, num_coordinates) if on_grid else (length,)
     shape, axes = tuple(given.shape), given.dim() - len(row)  # axes first: sizes that differ by chance guard a graph
     if axes not in (0, 1) or shape[axes:] != row or (axes == 1 and shape[0] not in (1, batch)):
@@ -108,6 +117,17 @@ def resolve_positions(
     if given.dtype not in (torch.int64, torch.int32):  # differences of narrow numbers wrap or round
         given = given.to(torch.float64 if given.is_floating_point() else torch.int64)
     return Positions(given, None, length, device, on_grid)
+
+
+def _as_tensor(owner: str, argument: str, given: Any, device: torch.device) -> Tensor:
+    """A list or an array as a tensor."""
+    remedy = "Pass a tensor, a list, a range, the first position, or nothing for 0, 1, 2, ..."
+    known = isinstance(given, (list, tuple)) or hasattr(given, "__array__")
+    require(known, owner, argument, "be positions", given, remedy, error=TypeError)
+    try:
+        return torch.as_tensor(given).to(device)
+    except (TypeError, ValueError, RuntimeError):
+        return fail(owner, argument, "hold one number a token", given, remedy, error=TypeError)
 
 
 def causal_pattern(query: Positions, key: Positions, window: int | None = None) -> Band | Tensor | None:

@@ -17,7 +17,7 @@ from eotattn.checks import check_positive_int, require
 from eotattn.diagnostics.lag_key_model import LagKeyModel, RowGroup
 from eotattn.diagnostics.margin_problem import MarginProblem
 from eotattn.diagnostics.prior_fit import FitOptions, PriorFit, fit_problem
-from eotattn.priors import FourierPrior, KeyTablePrior, LogPrior, TablePrior
+from eotattn.priors import FourierPrior, KeyTablePrior, LogPrior, RelativeBiasPrior
 
 __all__ = ["ImplicitPriorReport", "fit_prior"]
 
@@ -51,13 +51,13 @@ class ImplicitPriorReport(PriorFit):
         return np.arange(1 - reach, reach)
 
     def prior(self) -> LogPrior:
-        """The fitted prior, a :class:`TablePrior` plus a :class:`KeyTablePrior`, for any attention call.
+        """The fitted prior, a :class:`RelativeBiasPrior` plus a :class:`KeyTablePrior`, for any attention call.
 
         Inadmissible lags repeat the nearest admissible one: masks stay masks. A free table of lags has no lanes; see
         :meth:`factored`.
         """
         heads, length = self.key.shape
-        relative = TablePrior(heads, length - 1)
+        relative = RelativeBiasPrior(heads, length - 1)
         with torch.no_grad():
             relative.table.copy_(torch.from_numpy(_filled(self.lag)))
         return relative + self._key_prior()

@@ -5,13 +5,11 @@ Legend: B batch, H query heads, Q queries, K keys, D score width, P lanes, V val
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["append_lanes", "attend", "far_lane", "kernel_width", "padding_lane"]
+__all__ = ["attend", "far_lane", "kernel_width", "lowest_bias", "padding_lane"]
 
 #: Fused kernels on a GPU want head widths that are multiples of this.
 WIDTH_STEP = 8
@@ -70,29 +68,14 @@ def attend(
     return output[..., :value_width] if padded else output
 
 
-def append_lanes(query: Tensor, key: Tensor, lanes: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Content and lanes side by side, so that the score is scale * (<query, key> + sum of <query_lanes, key_lanes>).
-
-    Args:
-        query: (B, H, Q, D).
-        key: (B, H / G, K, D).
-        lanes: Pairs of query lanes, broadcastable to (B, H, Q, P) and already divided by ``scale``, and key lanes,
-            broadcastable to (B, H / G, K, P).
-
-    Returns:
-        (B, H, Q, W) and (B, H / G, K, W), zeros behind the lanes up to the kernel's width.
-    """
-    if not lanes:
-        return query, key
-    num_lanes = sum(query_lanes.shape[-1] for query_lanes, _ in lanes)
-    width = kernel_width(query.shape[-1] + num_lanes, query.device)
-    query = _append(query, [query_lanes for query_lanes, _ in lanes], width)
-    return query, _append(key, [key_lanes for _, key_lanes in lanes], width)
-
-
 def far_lane(dtype: torch.dtype, *, scale: float) -> float:
     """Entry of a lane that makes a key inadmissible: finite and far below any score, since inf * 0 is NaN."""
     return -6e4 if dtype == torch.float16 else -1e9 / scale
+
+
+def lowest_bias(dtype: torch.dtype, *, scale: float) -> float:
+    """The lowest log-prior of a key that lanes carry, nats: far below any score, and finite, since inf * 0 is NaN."""
+    return -1e4 * min(1.0, scale**0.5) if dtype == torch.float16 else -1e30
 
 
 def padding_lane(padding: Tensor, dtype: torch.dtype, *, scale: float) -> tuple[Tensor, Tensor]:
@@ -112,12 +95,3 @@ def padding_lane(padding: Tensor, dtype: torch.dtype, *, scale: float) -> tuple[
     # since what a backward pass makes of rows without keys has to fit float16 too
     lift = min(1e7 / (-far * scale), -far) if dtype == torch.float16 else 1.0
     return torch.full((1, 1, 1, 1), lift, dtype=dtype, device=padding.device), key_lane[:, None, :, None]
-
-
-def _append(content: Tensor, lanes: Sequence[Tensor], width: int) -> Tensor:
-    """Content and lanes side by side, (B, H, L, width), zeros behind them."""
-    parts = [content, *(lane.expand(*content.shape[:-1], lane.shape[-1]) for lane in lanes)]
-    spare = width - sum(part.shape[-1] for part in parts)
-    if spare > 0:
-        parts.append(content.new_zeros(()).expand(*content.shape[:-1], spare))
-    return torch.cat(parts, dim=-1)

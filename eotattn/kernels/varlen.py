@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from eotattn.kernels.sdpa import kernel_width
 
-__all__ = ["attend", "refusal"]
+__all__ = ["attend", "refusal", "width_refusal"]
 
 #: Widest head of the flash kernel.
 MAX_WIDTH = 256
@@ -40,19 +40,23 @@ def _takes_groups() -> bool:
     return function is not None and "enable_gqa" in inspect.signature(function).parameters
 
 
-def refusal(query: Tensor, *, width: int, dropout_p: float) -> str | None:
-    """Why this backend cannot serve a call with scores of ``width``, or ``None`` if it can."""
+def refusal(query: Tensor, *, dropout_p: float) -> str | None:
+    """Why this backend cannot serve a call, whatever its width, or ``None`` if it can."""
     if query.device.type != "cuda":
         return f"it is a GPU kernel and the query is on {query.device.type}"
     if query.dtype not in (torch.bfloat16, torch.float16):
         return f"it has no {query.dtype}"
     if dropout_p:
         return "it has no dropout"
-    if width > MAX_WIDTH:
-        return f"its heads are at most {MAX_WIDTH} wide and content with lanes is {width} wide"
     if _varlen_attn() is None:
         return f"PyTorch {torch.__version__} has no varlen_attn with windows"
     return None
+
+
+def width_refusal(width: int) -> str | None:
+    """Why heads of this width, lanes included, are too wide, or ``None`` if they are not."""
+    wide = f"its heads are at most {MAX_WIDTH} wide and content with lanes is {width} wide"
+    return wide if width > MAX_WIDTH else None
 
 
 def attend(

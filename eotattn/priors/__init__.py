@@ -1,40 +1,42 @@
-"""Log-priors: the contract, one file a prior, and their factorisation into lanes."""
+"""Log-priors: the contract, one file a prior, their algebra, and the lanes in which fused kernels carry them."""
 
-from eotattn.priors.base import LogPrior, ScaledPrior, ScoreMod, SumPrior
-from eotattn.priors.expansion import Expansion, Form
+from eotattn.priors.algebra import HeadsPrior, JoinedPrior, ScaledPrior, SumPrior
+from eotattn.priors.base import LogPrior, ScoreMod
+from eotattn.priors.bilinear import BilinearPrior, Features, KeyTerm, Term
+from eotattn.priors.dense_prior import DensePrior
 from eotattn.priors.fourier import FourierPrior
-from eotattn.priors.given import DensePrior
 from eotattn.priors.goat import goat_prior, num_local_heads
 from eotattn.priors.grid import ClassTokenPrior, GridPrior, grid_positions
 from eotattn.priors.grid_tables import GridKeyPrior, GridTablePrior
 from eotattn.priors.key_table import KeyTablePrior
-from eotattn.priors.lanes import LaneFactors, Lanes
-from eotattn.priors.one_for_all import SharedPrior
+from eotattn.priors.lanes import Lanes
 from eotattn.priors.parameters import split_parameters
 from eotattn.priors.recency import RecencyPrior, alibi_slopes
+from eotattn.priors.relative_bias import RelativeBiasPrior
 from eotattn.priors.sink import SinkPrior
-from eotattn.priors.table import TablePrior
 
 __all__ = [
+    "BilinearPrior",
     "ClassTokenPrior",
     "DensePrior",
-    "Expansion",
-    "Form",
+    "Features",
     "FourierPrior",
     "GridKeyPrior",
     "GridPrior",
     "GridTablePrior",
+    "HeadsPrior",
+    "JoinedPrior",
     "KeyTablePrior",
-    "LaneFactors",
+    "KeyTerm",
     "Lanes",
     "LogPrior",
     "RecencyPrior",
+    "RelativeBiasPrior",
     "ScaledPrior",
     "ScoreMod",
-    "SharedPrior",
     "SinkPrior",
     "SumPrior",
-    "TablePrior",
+    "Term",
     "alibi_slopes",
     "goat_prior",
     "grid_positions",

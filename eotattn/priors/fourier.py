@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from eotattn.checks import check_positive, check_positive_int, require
-from eotattn.priors.base import LogPrior
-from eotattn.priors.expansion import Expansion, Form, remembered
-from eotattn.priors.frequencies import geometric_frequencies, phases
+from eotattn.priors.bilinear import BilinearPrior
+from eotattn.priors.tables import constants
 
-__all__ = ["FourierPrior"]
+__all__ = ["FourierPrior", "geometric_frequencies", "waves"]
 
 
-class FourierPrior(LogPrior):
+def geometric_frequencies(count: int, min_period: float, max_period: float) -> tuple[float, ...]:
+    """Frequencies, radians a token, geometric from 2 pi / min_period down to 2 pi / max_period.
+
+    Example:
+        >>> [round(2 * math.pi / frequency) for frequency in geometric_frequencies(3, 4.0, 64.0)]
+        [4, 16, 64]
+    """
+    ratio = min_period / max_period
+    return tuple(2 * math.pi / min_period * ratio ** (r / max(count - 1, 1)) for r in range(count))
+
+
+def waves(positions: Tensor, frequencies: tuple[float, ...]) -> Tensor:
+    """Cosines, then sines, of position * frequency: (..., 2 R) float64.
+
+    A float32 phase at position 131 072 is off by 5e-4 radians; a float64 one by 1e-11.
+    """
+    angle = positions.double().unsqueeze(-1) * constants(frequencies, positions.device)
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+class FourierPrior(BilinearPrior):
     """The relative part of the GOAT prior, kappa(t) = sum_r even_r cos(omega_r t) + odd_r sin(omega_r t).
 
     t = query_position - key_position. Frequencies are fixed and geometric, weights are learned per head and may be
@@ -28,7 +49,7 @@ class FourierPrior(LogPrior):
     Attributes:
         even: (H, R), nats: the symmetric part.
         odd: (H, R), nats: the directional part.
-        frequencies: (R,) float64, radians a token.
+        frequencies: R floats, radians a token.
 
     Source:
         Litman and Guo 2026 (arXiv 2601.15380), section 3; the trigonometric class of their appendix F.
@@ -39,19 +60,22 @@ class FourierPrior(LogPrior):
         torch.Size([2, 5, 7])
     """
 
+    is_relative = True
+    typical_range = 1.0
+
     def __init__(
         self, num_heads: int, num_frequencies: int = 8, min_period: float = 4.0, max_period: float = 8192.0
     ) -> None:
         super().__init__(num_heads)
         check_positive_int("FourierPrior", "num_frequencies", num_frequencies)
-        self.min_period = check_positive("FourierPrior", "min_period", min_period)
-        self.max_period = check_positive("FourierPrior", "max_period", max_period)
-        require(self.min_period > 2, "FourierPrior", "min_period", "exceed 2 tokens", min_period, "Use e.g. 4.0")
-        ordered = self.max_period >= self.min_period
+        shortest = check_positive("FourierPrior", "min_period", min_period)
+        longest = check_positive("FourierPrior", "max_period", max_period)
+        require(shortest > 2, "FourierPrior", "min_period", "exceed 2 tokens", min_period, "Use e.g. 4.0")
+        ordered = longest >= shortest
         require(ordered, "FourierPrior", "max_period", "be at least min_period", max_period, "Swap or widen the range")
+        self.frequencies = geometric_frequencies(num_frequencies, shortest, longest)
         self.even = nn.Parameter(torch.empty(num_heads, num_frequencies, dtype=torch.float32))
         self.odd = nn.Parameter(torch.empty(num_heads, num_frequencies, dtype=torch.float32))
-        self._frequencies = geometric_frequencies(num_frequencies, self.min_period, self.max_period)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -59,36 +83,13 @@ class FourierPrior(LogPrior):
         nn.init.zeros_(self.even)
         nn.init.zeros_(self.odd)
 
-    @property
-    def frequencies(self) -> Tensor:
-        """(R,) float64, radians a token."""
-        return torch.tensor(self._frequencies, dtype=torch.float64, device=self.even.device)
+    def query_features(self, positions: Tensor) -> Tensor:
+        """(cos, sin) of every frequency."""
+        return waves(positions, self.frequencies)
 
-    def evaluate(self, head: Tensor, query_position: Tensor, key_position: Tensor) -> Tensor:
-        """kappa(query_position - key_position), in nats."""
-        lag = query_position - key_position
-        total = torch.zeros_like(lag)
-        for r, frequency in enumerate(self._frequencies):
-            angle = lag * frequency
-            total = total + self.even[head, r] * angle.cos() + self.odd[head, r] * angle.sin()
-        return total
+    key_features = query_features
 
-    def expansions(self, dtype: torch.dtype) -> tuple[Expansion, ...]:
-        """Two factors a frequency: the rotated weights of the query against (cos, sin) of the key."""
-        return (Expansion(_form(self._frequencies), (self.even, self.odd), (1.0,) * self.num_heads),)
-
-
-@remembered
-def _form(frequencies: tuple[float, ...]) -> Form:
-    """(even, odd) of every frequency against (cos, sin), and against (sin, -cos), of the query."""
-    count = len(frequencies)
-    pairs = tuple((r, count + r) for r in range(count))
-
-    def learned(positions: Tensor) -> Tensor:
-        cos, sin = phases(positions, frequencies)
-        return torch.stack([torch.cat([cos, sin], -1), torch.cat([sin, -cos], -1)], dim=-1).flatten(-2)
-
-    def fixed(positions: Tensor) -> Tensor:
-        return torch.cat(phases(positions, frequencies), dim=-1)
-
-    return Form("query", pairs + pairs, learned, fixed)
+    def weights(self) -> Tensor:
+        """[[even, -odd], [odd, even]] for each frequency, by the addition theorems."""
+        even, odd = self.even.diag_embed(), self.odd.diag_embed()
+        return torch.cat([torch.cat([even, -odd], dim=-1), torch.cat([odd, even], dim=-1)], dim=-2)

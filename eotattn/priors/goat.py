@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from eotattn.checks import check_choice, check_positive, check_positive_int
-from eotattn.priors.base import LogPrior, SumPrior
+from eotattn.priors.algebra import SumPrior
+from eotattn.priors.base import LogPrior
 from eotattn.priors.fourier import FourierPrior
 from eotattn.priors.recency import RecencyPrior
 from eotattn.priors.sink import SinkPrior
@@ -60,15 +61,15 @@ def goat_prior(
 
     Returns:
         A :class:`SumPrior` of relative waves, :class:`RecencyPrior` and :class:`SinkPrior`, in this order. In float32
-        it occupies 2 R + 2 lanes.
+        it occupies 2 R + 3 lanes, in bfloat16 and float16 2 R + 7.
 
     Source:
-        Litman and Guo 2026 (arXiv 2601.15380), section 3; the form ``"split"`` is original, and chosen by the
-        experiments of ``notebooks/ablations.ipynb``.
+        Litman and Guo 2026 (arXiv 2601.15380), section 3; the form ``"split"`` was chosen by the experiments of
+        ``notebooks/ablations.ipynb``.
 
     Example:
-        >>> goat_prior(4, num_frequencies=3).num_lanes()
-        8
+        >>> [goat_prior(4, num_frequencies=4).num_lanes(dtype) for dtype in (torch.float32, torch.bfloat16)]
+        [11, 15]
     """
     check_choice("goat_prior", "form", form, ("split", "paper"))
     scale = check_positive("goat_prior", "length_scale", length_scale)

@@ -1,17 +1,20 @@
-"""GridPrior: priors on two-dimensional positions, with a class token."""
+"""GridPrior: priors on positions of several coordinates, with a class token."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from eotattn.checks import check_positive_int, require
+from eotattn.priors.algebra import _Combined
 from eotattn.priors.base import LogPrior, check_prior
-from eotattn.priors.lanes import LaneFactors, computing_dtype
+from eotattn.priors.bilinear import BilinearPrior, KeyTerm, Term, on_grid
 
 __all__ = ["ClassTokenPrior", "GridPrior", "grid_positions"]
 
-#: Both coordinates of a class token: it lies nowhere on the grid.
+#: Every coordinate of a class token: it lies nowhere on the grid.
 NOWHERE = -1
 
 
@@ -21,7 +24,7 @@ def grid_positions(
     """Positions (row, column) of a grid in row-major order, with a class token before them if asked for.
 
     Returns:
-        (height * width, 2) int64, or one row more; the class token's coordinates are negative.
+        (height * width, 2) int64, or one row more; the class token's coordinates are -1.
 
     Example:
         >>> grid_positions(1, 2, class_token=True).tolist()
@@ -35,15 +38,17 @@ def grid_positions(
     return torch.cat([nowhere, cells]) if class_token else cells
 
 
-class GridPrior(LogPrior):
-    """A prior of the rows plus a prior of the columns; zero where the query or the key is a class token.
+class GridPrior(_Combined):
+    """A sum of priors, one of each coordinate; zero where the query or the key is a class token.
 
-    Each axis has its own prior, so both can have the full range of frequencies. A class token is a position with
-    negative coordinates. Add :class:`ClassTokenPrior` to let the class token be a sink.
+    Each axis has its own prior, so all can have the full range of frequencies. A class token is a position whose
+    coordinates are -1. Add :class:`ClassTokenPrior` to let the class token be a sink.
 
     Args:
-        row_prior: Prior of the row coordinate.
-        column_prior: Prior of the column coordinate, with as many heads.
+        axes: One prior a coordinate, all with as many heads: rows and columns of an image, frames before them, ...
+
+    Attributes:
+        axes: The priors, in order.
 
     Source:
         Litman and Guo 2026 (arXiv 2601.15380), section 4 (relative lanes summed over two axes).
@@ -55,87 +60,62 @@ class GridPrior(LogPrior):
         torch.Size([2, 6, 6])
     """
 
-    num_coordinates = 2
-
-    def __init__(self, row_prior: LogPrior, column_prior: LogPrior) -> None:
-        check_prior("GridPrior", "row_prior", row_prior)
-        check_prior("GridPrior", "column_prior", column_prior)
-        super().__init__(row_prior.num_heads)
-        heads = (row_prior.num_heads, column_prior.num_heads)
-        require(heads[0] == heads[1], "GridPrior", "column_prior", "have the heads of row_prior", heads, "Rebuild one")
-        for name, axis in (("row_prior", row_prior), ("column_prior", column_prior)):
-            require(axis.num_coordinates == 1, "GridPrior", name, "act on one coordinate", axis, "Pass a 1-D prior")
-        self.row_prior, self.column_prior = row_prior, column_prior
+    def __init__(self, *axes: LogPrior) -> None:
+        require(len(axes) > 1, "GridPrior", "axes", "be two or more priors", axes, "Pass one a coordinate")
+        for axis in axes:
+            check_prior("GridPrior", "axes", axis)
+            require(axis.num_coordinates == 1, "GridPrior", "axes", "act on one coordinate", axis, "Pass 1-D priors")
+        heads = tuple(axis.num_heads for axis in axes)
+        require(len(set(heads)) == 1, "GridPrior", "axes", "agree in num_heads", heads, "Rebuild one of them")
+        super().__init__(axes, heads[0])
+        self.num_coordinates = len(axes)
 
     @property
-    def axes(self) -> tuple[LogPrior, LogPrior]:
-        """The priors of the row and of the column coordinate."""
-        return self.row_prior, self.column_prior
-
-    @property
-    def has_lanes(self) -> bool:
-        """Whether both axes have lanes."""
-        return all(axis.has_lanes for axis in self.axes)
+    def axes(self) -> Sequence[LogPrior]:
+        """The priors of the coordinates."""
+        return self.parts
 
     def check_positions(self, query_positions: Tensor | None, key_positions: Tensor | None) -> None:
         """Raise unless both lie on a grid, and each axis understands its coordinate."""
-        super().check_positions(query_positions, key_positions)
+        LogPrior.check_positions(self, query_positions, key_positions)
         if query_positions is not None and key_positions is not None:
             query, key = query_positions.clamp(min=0), key_positions.clamp(min=0)
             for c, axis in enumerate(self.axes):
                 axis.check_positions(query[..., c], key[..., c])
 
-    def reset_parameters(self) -> None:
-        """Reset both axes."""
-        for axis in self.axes:
-            axis.reset_parameters()
-
-    def evaluate(self, head: Tensor, query_position: Tensor, key_position: Tensor) -> Tensor:
+    def log_prior(self, head: Tensor, query_position: Tensor, key_position: Tensor) -> Tensor:
         """The sum over the axes, in nats; zero at class tokens."""
-        on_grid = (query_position >= 0).all(-1) & (key_position >= 0).all(-1)
         query, key = query_position.clamp(min=0), key_position.clamp(min=0)
-        rows = self.row_prior.evaluate(head, query[..., 0], key[..., 0])
-        total = rows + self.column_prior.evaluate(head, query[..., 1], key[..., 1])
-        return torch.where(on_grid, total, 0.0)
+        parts = [axis.log_prior(head, query[..., c], key[..., c]) for c, axis in enumerate(self.axes)]
+        inside = on_grid(query_position) & on_grid(key_position)
+        return torch.where(inside, torch.stack(torch.broadcast_tensors(*parts)).sum(0), 0.0)
 
-    def factors(self, query_positions: Tensor, key_positions: Tensor, *, dtype: torch.dtype) -> tuple[LaneFactors, ...]:
-        """The factors of both axes with class tokens blanked; row terms become lanes, since class keys lack them."""
-        query_on = (query_positions >= 0).all(-1)[..., None, :, None]
-        key_on = (key_positions >= 0).all(-1)[..., None, :, None]
-        query, key = query_positions.clamp(min=0), key_positions.clamp(min=0)
-        parts: list[LaneFactors] = []
-        for c, axis in enumerate(self.axes):
-            for part in axis.factors(query[..., c], key[..., c], dtype=dtype):
-                if part.exact == "both":  # the gradient of a row term, which has a lane here
-                    continue
-                parts.append(LaneFactors(part.query * query_on, part.key * key_on, exact=part.exact))
-                if part.row is not None:
-                    row = part.row.unsqueeze(-1) * query_on
-                    parts.append(LaneFactors(row, key_on.to(row.dtype), exact="key"))
-        return tuple(parts)
+    def terms(self) -> tuple[Term | KeyTerm, ...]:
+        """The terms of all axes, blank at class tokens."""
+        return tuple([term.on_axis(c) for c, axis in enumerate(self.axes) for term in axis.terms()])
 
 
-class ClassTokenPrior(LogPrior):
+class ClassTokenPrior(BilinearPrior):
     """A learned log-prior of the class token as a key: the grid's attention sink. One lane. Starts neutral.
 
     Args:
         num_heads: Number of query heads H.
+        num_coordinates: Coordinates C of the grid.
 
     Attributes:
         class_token: (H,) nats.
 
     Source:
-        The first-token term of Litman and Guo 2026 (arXiv 2601.15380), moved to grids; original.
+        The first-token term of Litman and Guo 2026 (arXiv 2601.15380), moved to grids.
 
     Example:
         >>> ClassTokenPrior(2).num_lanes()
         1
     """
 
-    num_coordinates = 2
-
-    def __init__(self, num_heads: int) -> None:
+    def __init__(self, num_heads: int, num_coordinates: int = 2) -> None:
         super().__init__(num_heads)
+        self.num_coordinates = check_positive_int("ClassTokenPrior", "num_coordinates", num_coordinates, minimum=2)
         self.class_token = nn.Parameter(torch.empty(num_heads, dtype=torch.float32))
         self.reset_parameters()
 
@@ -143,14 +123,14 @@ class ClassTokenPrior(LogPrior):
         """Neutral start."""
         nn.init.zeros_(self.class_token)
 
-    def evaluate(self, head: Tensor, query_position: Tensor, key_position: Tensor) -> Tensor:
-        """The head's weight where the key is the class token, in nats."""
-        is_class = (key_position < 0).all(-1) & torch.ones_like(query_position[..., 0], dtype=torch.bool)
-        return self.class_token[head] * is_class.to(key_position.dtype)
+    def query_features(self, positions: Tensor) -> Tensor:
+        """One."""
+        return torch.ones_like(positions[..., :1])
 
-    def factors(self, query_positions: Tensor, key_positions: Tensor, *, dtype: torch.dtype) -> tuple[LaneFactors, ...]:
-        """One lane: the weight against the indicator of the class token."""
-        computing = computing_dtype(dtype)
-        key = (key_positions < 0).all(-1)[..., None, :, None].to(computing)
-        shape = (*query_positions.shape[:-2], self.num_heads, query_positions.shape[-2], 1)
-        return (LaneFactors(self.class_token.to(computing)[:, None, None].expand(shape), key, exact="key"),)
+    def key_features(self, positions: Tensor) -> Tensor:
+        """Whether the key is the class token."""
+        return (~on_grid(positions)).to(torch.float64).unsqueeze(-1)
+
+    def weights(self) -> Tensor:
+        """The height of the sink."""
+        return self.class_token[:, None, None]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from eotattn.checks import check_positive_int
 from eotattn.priors.base import LogPrior
-from eotattn.priors.lanes import LaneFactors, computing_dtype
+from eotattn.priors.bilinear import KeyTerm, Term, on_grid, same_for_all_queries
 
 __all__ = ["GridKeyPrior", "GridTablePrior"]
 
@@ -56,13 +56,13 @@ class GridTablePrior(_GridTable):
     def _table_shape(self) -> tuple[int, int]:
         return 2 * self.height - 1, 2 * self.width - 1
 
-    def evaluate(self, head: Tensor, query_position: Tensor, key_position: Tensor) -> Tensor:
+    def log_prior(self, head: Tensor, query_position: Tensor, key_position: Tensor) -> Tensor:
         """The table's entry for both lags, in nats; zero at class tokens."""
-        on_grid = (query_position >= 0).all(-1) & (key_position >= 0).all(-1)
+        inside = on_grid(query_position) & on_grid(key_position)
         lag = (query_position - key_position).round().to(torch.int64)
         row = lag[..., 0].clamp(1 - self.height, self.height - 1) + self.height - 1
         column = lag[..., 1].clamp(1 - self.width, self.width - 1) + self.width - 1
-        return torch.where(on_grid, self.table[head, row, column].to(query_position.dtype), 0.0)
+        return torch.where(inside, self.table[head, row, column].to(query_position.dtype), 0.0)
 
 
 class GridKeyPrior(_GridTable):
@@ -86,20 +86,19 @@ class GridKeyPrior(_GridTable):
         1
     """
 
-    def evaluate(self, head: Tensor, query_position: Tensor, key_position: Tensor) -> Tensor:
+    def log_prior(self, head: Tensor, query_position: Tensor, key_position: Tensor) -> Tensor:
         """The table's entry for the key, in nats; zero at class tokens."""
-        on_grid = (key_position >= 0).all(-1) & torch.ones_like(query_position[..., 0], dtype=torch.bool)
+        inside = on_grid(key_position) & torch.ones_like(query_position[..., 0], dtype=torch.bool)
         row, column = self._cell(key_position)
-        return torch.where(on_grid, self.table[head, row, column].to(key_position.dtype), 0.0)
+        return torch.where(inside, self.table[head, row, column].to(key_position.dtype), 0.0)
 
-    def factors(self, query_positions: Tensor, key_positions: Tensor, *, dtype: torch.dtype) -> tuple[LaneFactors, ...]:
-        """One lane: 1 against the cell's number."""
-        computing = computing_dtype(dtype)
-        row, column = self._cell(key_positions)
-        key = self.table.to(computing)[:, row, column] * (key_positions >= 0).all(-1)  # (H, K) or (H, B, K)
-        key = key.movedim(0, -2).unsqueeze(-1)
-        shape = (*query_positions.shape[:-2], self.num_heads, query_positions.shape[-2], 1)
-        return (LaneFactors(key.new_ones(()).expand(shape), key, exact="query"),)
+    def terms(self) -> tuple[Term | KeyTerm, ...]:
+        """One term: the cell's number, the same for every query."""
+        return (KeyTerm(same_for_all_queries(2), self._of_keys),)
+
+    def _of_keys(self, positions: Tensor) -> Tensor:
+        row, column = self._cell(positions)
+        return (self.table[:, row, column] * on_grid(positions)).movedim(0, -2)  # (H, K) or (H, B, K) before
 
     def _cell(self, position: Tensor) -> tuple[Tensor, Tensor]:
         cell = position.double().round().to(torch.int64)

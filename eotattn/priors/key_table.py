@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from eotattn.checks import check_positive_int
 from eotattn.priors.base import LogPrior
-from eotattn.priors.lanes import LaneFactors, computing_dtype
+from eotattn.priors.bilinear import KeyTerm, Term, same_for_all_queries
 
 __all__ = ["KeyTablePrior"]
 
@@ -43,16 +43,15 @@ class KeyTablePrior(LogPrior):
         """Neutral start: a table of zeros."""
         nn.init.zeros_(self.table)
 
-    def evaluate(self, head: Tensor, query_position: Tensor, key_position: Tensor) -> Tensor:
+    def log_prior(self, head: Tensor, query_position: Tensor, key_position: Tensor) -> Tensor:
         """The table's entry for the key, in nats; positions are rounded to whole tokens."""
         index = key_position.round().clamp(0, self.length - 1).to(torch.int64)
         return self.table[head, index].to(key_position.dtype) + torch.zeros_like(query_position)
 
-    def factors(self, query_positions: Tensor, key_positions: Tensor, *, dtype: torch.dtype) -> tuple[LaneFactors, ...]:
-        """One lane: 1 against u(j)."""
-        computing = computing_dtype(dtype)
-        index = key_positions.double().round().clamp(0, self.length - 1).to(torch.int64)
-        key = self.table.to(computing)[:, index]  # (H, K) or (H, B, K)
-        key = key.movedim(0, -2).unsqueeze(-1)
-        shape = (*query_positions.shape[:-1], self.num_heads, query_positions.shape[-1], 1)
-        return (LaneFactors(key.new_ones(()).expand(shape), key, exact="query"),)
+    def terms(self) -> tuple[Term | KeyTerm, ...]:
+        """One term: u(j), the same for every query."""
+        return (KeyTerm(same_for_all_queries(1), self._of_keys),)
+
+    def _of_keys(self, positions: Tensor) -> Tensor:
+        index = positions.double().round().clamp(0, self.length - 1).to(torch.int64)
+        return self.table[:, index].movedim(0, -2)  # (H, K) or (H, B, K) before

@@ -8,11 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from eotattn.checks import check_choice, require
-from eotattn.priors.base import LogPrior
-from eotattn.priors.expansion import Expansion, Form, remembered
-from eotattn.priors.lanes import DIGIT_WEIGHTS, is_low_precision, position_digits
-from eotattn.priors.positions import constants
+from eotattn.checks import check_choice, check_positive_int, require
+from eotattn.priors.bilinear import BilinearPrior
+from eotattn.priors.tables import constants
 
 __all__ = ["RecencyPrior", "alibi_slopes", "slope_of_mean_lag"]
 
@@ -30,6 +28,7 @@ def alibi_slopes(num_heads: int) -> list[float]:
         >>> alibi_slopes(3)
         [0.0625, 0.00390625, 0.25]
     """
+    check_positive_int("alibi_slopes", "num_heads", num_heads)
     whole = 2 ** int(math.log2(num_heads))
     slopes = [2.0 ** (-8 * (h + 1) / whole) for h in range(whole)]
     if whole == num_heads:
@@ -53,7 +52,7 @@ def slope_of_mean_lag(mean_lag: float) -> float:
     return math.log1p(1 / mean_lag)
 
 
-class RecencyPrior(LogPrior):
+class RecencyPrior(BilinearPrior):
     """Recency: log_prior = -slope * (query_position - key_position), one learnable slope a head, never negative.
 
     It is directional: future keys get a *higher* log-prior, so it belongs under a causal mask, where it equals ALiBi
@@ -68,6 +67,7 @@ class RecencyPrior(LogPrior):
 
     Attributes:
         strength: (H,) dimensionless.
+        unit_slopes: H floats, nats a token.
         slopes: (H,) nats a token.
 
     Source:
@@ -78,7 +78,8 @@ class RecencyPrior(LogPrior):
         [0.5, 0.25, 0.125]
     """
 
-    unit_slopes: Tensor
+    is_relative = True
+    typical_range = 20.0  # keys further than 20 / slope tokens away have no weight
 
     def __init__(self, num_heads: int, init: str = "alibi", mean_lags: Sequence[float] | None = None) -> None:
         super().__init__(num_heads)
@@ -86,54 +87,29 @@ class RecencyPrior(LogPrior):
             good = len(mean_lags) == num_heads and all(0 < lag < math.inf for lag in mean_lags)
             rule, remedy = f"hold {num_heads} positive numbers", "Pass one a head"
             require(good, "RecencyPrior", "mean_lags", rule, mean_lags, remedy)
-        self.mean_lags = None if mean_lags is None else tuple(mean_lags)
         slopes = alibi_slopes(num_heads) if mean_lags is None else map(slope_of_mean_lag, mean_lags)
-        self._unit_slopes = tuple(slopes)
+        self.unit_slopes = tuple(slopes)
         self.init = check_choice("RecencyPrior", "init", init, ("alibi", "neutral"))
         self.strength = nn.Parameter(torch.empty(num_heads, dtype=torch.float32))
-        self.register_buffer("unit_slopes", None, persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Start at the unit slopes or at zero."""
         nn.init.constant_(self.strength, 1.0 if self.init == "alibi" else 0.0)
-        self.fill_constants()
-
-    def fill_constants(self) -> None:
-        """Compute the unit slopes."""
-        self.unit_slopes = torch.tensor(self._unit_slopes, dtype=torch.float64, device=self.strength.device)
 
     @property
     def slopes(self) -> Tensor:
-        """(H,) slopes in float32, nats a token."""
-        return self._slopes_in(self.strength.dtype)
-
-    def _slopes_in(self, dtype: torch.dtype) -> Tensor:
+        """(H,) float64, nats a token."""
         size = torch.where(self.strength >= 0, self.strength, -self.strength)  # unlike abs, has a gradient at zero
-        return size.to(dtype) * self.unit_slopes.to(dtype)
+        return size.double() * constants(self.unit_slopes, size.device)
 
-    def evaluate(self, head: Tensor, query_position: Tensor, key_position: Tensor) -> Tensor:
-        """-slope * lag, in nats."""
-        return self._slopes_in(key_position.dtype)[head] * (key_position - query_position)
+    def query_features(self, positions: Tensor) -> Tensor:
+        """(1, position)."""
+        return torch.stack([torch.ones_like(positions), positions], dim=-1)
 
-    def expansions(self, dtype: torch.dtype) -> tuple[Expansion, ...]:
-        """The slope against the position, in 16-bit dtypes against its digits."""
-        return (Expansion(_form(is_low_precision(dtype)), (self.strength,), self._unit_slopes),)
+    key_features = query_features
 
-
-@remembered
-def _form(low_precision: bool) -> Form:
-    """One learned number against the position, or against its digits; minus the query's own position is free."""
-
-    def fixed(positions: Tensor) -> Tensor:
-        return position_digits(positions) if low_precision else positions.double().unsqueeze(-1)
-
-    def learned(positions: Tensor) -> Tensor:
-        weights = DIGIT_WEIGHTS if low_precision else (1.0,)
-        return constants(weights, positions.device).expand(*positions.shape, -1)
-
-    def own(positions: Tensor) -> Tensor:
-        return -positions.double()
-
-    sources = ((0,),) * (len(DIGIT_WEIGHTS) if low_precision else 1)
-    return Form("query", sources, learned, fixed, own, by_size=True, fixed_is_exact=True, is_relative=True)
+    def weights(self) -> Tensor:
+        """[[0, slope], [-slope, 0]]: the slope times the key's position, less the slope times the query's."""
+        turn = constants((0.0, 1.0, -1.0, 0.0), self.strength.device).view(2, 2)
+        return self.slopes[:, None, None] * turn

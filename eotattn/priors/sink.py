@@ -8,15 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from eotattn.checks import check_positive, check_positive_int, require
-from eotattn.priors.base import LogPrior
-from eotattn.priors.expansion import Expansion, Form, remembered
-from eotattn.priors.frequencies import geometric_frequencies, phases
-from eotattn.priors.lanes import computing_dtype
+from eotattn.priors.base import computing_dtype
+from eotattn.priors.bilinear import BilinearPrior
+from eotattn.priors.fourier import geometric_frequencies, waves
 
 __all__ = ["SinkPrior"]
 
 
-class SinkPrior(LogPrior):
+class SinkPrior(BilinearPrior):
     """The key-only part of the GOAT prior: u(j) = first [j = 0] + growth ln(1 + j) / ln(1 + length_scale) + waves(j).
 
     waves(j) is a sum of cosines and sines with fixed geometric periods from ``min_period`` to 2 pi length_scale. The
@@ -39,6 +38,7 @@ class SinkPrior(LogPrior):
         growth: (H,) nats, reached at position ``length_scale``.
         even: (H, M) nats.
         odd: (H, M) nats.
+        frequencies: M floats, radians a token.
 
     Source:
         Litman and Guo 2026 (arXiv 2601.15380), section 3; the feature set is original.
@@ -63,11 +63,9 @@ class SinkPrior(LogPrior):
         self.horizon = check_positive("SinkPrior", "horizon", horizon, allow_inf=True)
         fits = self.min_period <= 2 * math.pi * self.length_scale
         require(fits, "SinkPrior", "min_period", "be at most 2 pi length_scale", min_period, "Lower it")
+        self.frequencies = geometric_frequencies(num_frequencies, self.min_period, 2 * math.pi * self.length_scale)
         self.first_token = nn.Parameter(torch.empty(num_heads, dtype=torch.float32))
         self.growth = nn.Parameter(torch.empty(num_heads, dtype=torch.float32))
-        self.num_frequencies = num_frequencies
-        longest = 2 * math.pi * self.length_scale
-        self._frequencies = geometric_frequencies(num_frequencies, self.min_period, longest)
         if num_frequencies > 0:
             self.even = nn.Parameter(torch.empty(num_heads, num_frequencies, dtype=torch.float32))
             self.odd = nn.Parameter(torch.empty(num_heads, num_frequencies, dtype=torch.float32))
@@ -78,45 +76,23 @@ class SinkPrior(LogPrior):
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
 
-    @property
-    def frequencies(self) -> Tensor:
-        """(M,) float64, radians a token."""
-        return torch.tensor(self._frequencies, dtype=torch.float64, device=self.first_token.device)
-
     def key_only(self, key_positions: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
         """u(j) of every head and key: (H, K) or (B, H, K), in nats."""
-        (part,) = self.expansions(dtype)
-        return part.learned(key_positions).squeeze(-1).to(computing_dtype(dtype))
+        features = self.key_features(key_positions.double()).unsqueeze(-3)
+        return (self.weights().double() @ features.mT).squeeze(-2).to(computing_dtype(dtype))
 
-    def evaluate(self, head: Tensor, query_position: Tensor, key_position: Tensor) -> Tensor:
-        """u(key_position), in nats."""
-        key_position = key_position.clamp(max=self.horizon)
-        log_position = torch.log1p(key_position.clamp(min=0)) / math.log1p(self.length_scale)
-        u = self.first_token[head] * (key_position == 0) + self.growth[head] * log_position
-        for m, frequency in enumerate(self._frequencies):
-            angle = key_position * frequency
-            u = u + self.even[head, m] * angle.cos() + self.odd[head, m] * angle.sin()
-        return u + torch.zeros_like(query_position)
+    def query_features(self, positions: Tensor) -> Tensor:
+        """One."""
+        return torch.ones_like(positions).unsqueeze(-1)
 
-    def expansions(self, dtype: torch.dtype) -> tuple[Expansion, ...]:
-        """One factor: u(j), all weights times their features of the key, against one."""
-        waves = (self.even, self.odd) if self._frequencies else ()
-        form = _form(self._frequencies, self.length_scale, self.horizon)
-        return (Expansion(form, (self.first_token, self.growth, *waves), (1.0,) * self.num_heads),)
+    def key_features(self, positions: Tensor) -> Tensor:
+        """First token, growth, cosines, sines."""
+        position = positions.clamp(max=self.horizon)
+        growth = torch.log1p(position.clamp(min=0)) / math.log1p(self.length_scale)
+        first = torch.stack([(position == 0).to(growth.dtype), growth], dim=-1)
+        return torch.cat([first, waves(position, self.frequencies)], dim=-1) if self.frequencies else first
 
-
-@remembered
-def _form(frequencies: tuple[float, ...], length_scale: float, horizon: float) -> Form:
-    """The features of a key: first token, growth, cosines, sines."""
-
-    def learned(positions: Tensor) -> Tensor:
-        position = positions.double().clamp(max=horizon)
-        growth = torch.log1p(position.clamp(min=0)) / math.log1p(length_scale)
-        first = torch.stack([(position == 0).double(), growth], dim=-1)
-        return torch.cat([first, *phases(position, frequencies)], dim=-1)
-
-    def fixed(positions: Tensor) -> Tensor:
-        return torch.ones_like(positions, dtype=torch.float64).unsqueeze(-1)
-
-    slots = tuple(range(2 + 2 * len(frequencies)))
-    return Form("key", (slots,), learned, fixed, fixed_is_exact=True)
+    def weights(self) -> Tensor:
+        """All weights of u in one row."""
+        each = [self.first_token.unsqueeze(-1), self.growth.unsqueeze(-1)]
+        return torch.cat([*each, self.even, self.odd] if self.frequencies else each, dim=-1).unsqueeze(-2)

@@ -20,7 +20,7 @@ from eotattn.priors import (
     DensePrior,
     FourierPrior,
     RecencyPrior,
-    TablePrior,
+    RelativeBiasPrior,
     goat_prior,
     grid_positions,
 )
@@ -244,12 +244,12 @@ FUNCTIONAL = {
     "misspelled keyword": (call(causal=True), TypeError, "unexpected keyword argument 'causal'"),
     "positional prior": (lambda: prior_attention(QUERY, KEY, VALUE, RECENCY), TypeError, "positional"),
     "sdpa without lanes": (
-        call(prior=TablePrior(H, 3), backend="sdpa"),
+        call(prior=RelativeBiasPrior(H, 3), backend="sdpa"),
         NotImplementedError,
-        "backend 'sdpa' cannot serve this call with TablePrior: this prior has no lanes",
+        "backend 'sdpa' cannot serve this call with RelativeBiasPrior: this prior has no lanes",
     ),
     "sdpa with a sum without lanes": (
-        call(prior=RECENCY + TablePrior(H, 3), backend="sdpa"),
+        call(prior=RECENCY + RelativeBiasPrior(H, 3), backend="sdpa"),
         NotImplementedError,
         "backend 'sdpa' cannot serve this call with SumPrior",
     ),
@@ -353,9 +353,9 @@ MODULE = {
     "misspelled keyword": (layer(24, 4, num_kv_head=2), TypeError, "unexpected keyword argument"),
     "positional options": (layer(24, 4, 0.1), TypeError, "positional"),
     "reserving without lanes": (
-        layer(24, 4, prior=TablePrior(4, 3), lanes="reserved"),
+        layer(24, 4, prior=RelativeBiasPrior(4, 3), lanes="reserved"),
         ValueError,
-        "prior must have lanes to reserve; got 'TablePrior'",
+        "prior must have lanes to reserve; got 'RelativeBiasPrior'",
     ),
     "reserving the whole head": (
         layer(24, 4, prior=FourierPrior(4, 3), lanes="reserved"),
@@ -496,5 +496,5 @@ def test_a_backend_asked_for_by_name_never_falls_back(backend, monkeypatch):
     monkeypatch.setattr("eotattn.kernels.reference.attend", never)
     monkeypatch.setattr("eotattn.kernels.flex.attend", never)
     monkeypatch.setattr("eotattn.kernels.sdpa.attend", never)
-    with pytest.raises(NotImplementedError, match=f"backend '{backend}' cannot serve this call with TablePrior"):
-        prior_attention(QUERY, KEY, VALUE, prior=TablePrior(H, 3), backend=backend)
+    with pytest.raises(NotImplementedError, match=f"backend '{backend}' cannot serve this call with RelativeBiasPrior"):
+        prior_attention(QUERY, KEY, VALUE, prior=RelativeBiasPrior(H, 3), backend=backend)

@@ -12,14 +12,14 @@ from tolerances import assert_close
 from eotattn.attention import KeyValueCache, PriorAttention, Rotary, functional, prior_attention
 from eotattn.attention.key_storage import AHEAD
 from eotattn.kernels import sdpa
-from eotattn.priors import RecencyPrior, SinkPrior, TablePrior, goat_prior
+from eotattn.priors import RecencyPrior, SinkPrior, RelativeBiasPrior, goat_prior
 
 B, H, HK, D, V, LENGTH = 2, 4, 2, 8, 5, 40
 PRIORS = {
     "goat": lambda: off_neutral(goat_prior(H, num_frequencies=2, length_scale=30.0)),
     "recency and sink": lambda: RecencyPrior(H) + off_neutral(SinkPrior(H, 2, length_scale=9.0)),
     "multiple": lambda: -0.5 * off_neutral(goat_prior(H, num_frequencies=1)),
-    "no lanes": lambda: off_neutral(TablePrior(H, 3)),
+    "no lanes": lambda: off_neutral(RelativeBiasPrior(H, 3)),
     "none": lambda: None,
 }
 #: 16-bit outputs differ by the rounding of the same kernel on other shapes: two units of 2^-9 at size one.
@@ -314,7 +314,7 @@ WRONG_CALLS = {
     "scale": ({"scale": -1.0}, ValueError),
     "window": ({"window": 0}, ValueError),
     "dropout": ({"dropout_p": 1.0}, ValueError),
-    "backend without lanes": ({"prior": TablePrior(H, 3), "backend": "sdpa"}, NotImplementedError),
+    "backend without lanes": ({"prior": RelativeBiasPrior(H, 3), "backend": "sdpa"}, NotImplementedError),
     "backend of a GPU": ({"backend": "flex"}, NotImplementedError),
     "padding in numbers": ({"key_padding_mask": torch.zeros(B, 3, dtype=torch.int64)}, TypeError),
     "padding of all keys": ({"key_padding_mask": torch.zeros(B, 13, dtype=torch.bool)}, ValueError),

@@ -7,7 +7,7 @@ from priors.cases import off_neutral
 from tolerances import assert_close
 
 from eotattn.attention import PackedDocuments, PriorAttention, Rotary, prior_attention
-from eotattn.priors import TablePrior, goat_prior
+from eotattn.priors import RelativeBiasPrior, goat_prior
 
 B, H, HK, L, D, V = 2, 6, 3, 41, 8, 5
 LENGTHS = (20, 1, 20, 10, 31)
@@ -60,7 +60,7 @@ def test_each_document_as_if_it_were_alone(with_prior, is_causal, window, backen
 
 
 def test_a_prior_without_lanes():
-    prior, inputs = off_neutral(TablePrior(H, 3)), content()
+    prior, inputs = off_neutral(RelativeBiasPrior(H, 3)), content()
     output = prior_attention(*inputs, prior=prior, is_causal=True, documents=PackedDocuments(LENGTHS))
     assert_close(output, oracle(inputs, prior, is_causal=True, window=None))
 

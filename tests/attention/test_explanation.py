@@ -12,13 +12,13 @@ from eotattn.attention.masks import Masks
 from eotattn.attention.measured import TIMES, pattern_of, preference
 from eotattn.attention.positions import Band
 from eotattn.kernels import flex, reference, sdpa, varlen
-from eotattn.priors import RecencyPrior, TablePrior, goat_prior
+from eotattn.priors import RecencyPrior, RelativeBiasPrior, goat_prior
 
 H = 4
 CALLS = {
     "plain": {},
     "lanes": {"prior": goat_prior(H, num_frequencies=2), "is_causal": True},
-    "no lanes": {"prior": TablePrior(H, 3)},
+    "no lanes": {"prior": RelativeBiasPrior(H, 3)},
     "weights": {"prior": RecencyPrior(H), "return_weights": True},
     "named": {"prior": RecencyPrior(H), "backend": "reference"},
     "window": {"prior": RecencyPrior(H), "is_causal": True, "window": 2},
@@ -53,11 +53,11 @@ def test_the_backend_named_is_the_backend_used(arguments, monkeypatch):
 
 
 def test_a_refusal_is_explained_and_not_raised():
-    arguments = {"prior": TablePrior(H, 3), "backend": "sdpa"}
+    arguments = {"prior": RelativeBiasPrior(H, 3), "backend": "sdpa"}
     explanation = explain(*content(), **arguments)
     assert explanation.backend is None
-    assert "sdpa cannot serve the call with TablePrior" in explanation.reason
-    with pytest.raises(NotImplementedError, match="TablePrior"):
+    assert "sdpa cannot serve the call with RelativeBiasPrior" in explanation.reason
+    with pytest.raises(NotImplementedError, match="RelativeBiasPrior"):
         prior_attention(*content(), **arguments)
 
 

@@ -9,7 +9,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from eotattn.attention import PackedDocuments, explain, prior_attention
 from eotattn.kernels import flex
-from eotattn.priors import GridPrior, RecencyPrior, SinkPrior, TablePrior, goat_prior, grid_positions
+from eotattn.priors import GridPrior, RecencyPrior, SinkPrior, RelativeBiasPrior, goat_prior, grid_positions
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 H, LENGTH = 4, 12
@@ -23,23 +23,23 @@ def randomise(prior):
     return prior
 
 
-AXES = TablePrior(H, 2), TablePrior(H, 3)
+AXES = RelativeBiasPrior(H, 2), RelativeBiasPrior(H, 3)
 PADDING = torch.zeros(2, LENGTH, dtype=torch.bool)
 PADDING[0, 9:] = True
 CALLS = {
     "no prior": {"is_causal": True},
-    "table": {"prior": randomise(TablePrior(H, 3))},
+    "table": {"prior": randomise(RelativeBiasPrior(H, 3))},
     "goat, causal": {"prior": randomise(goat_prior(H, num_frequencies=2, length_scale=16.0)), "is_causal": True},
     "sum": {"prior": RecencyPrior(H) + randomise(SinkPrior(H)), "is_causal": True},
     "padding": {"prior": RecencyPrior(H), "is_causal": True, "key_padding_mask": PADDING},
-    "window": {"prior": randomise(TablePrior(H, 3)), "is_causal": True, "window": 3},
+    "window": {"prior": randomise(RelativeBiasPrior(H, 3)), "is_causal": True, "window": 3},
     "padding in a window": {"is_causal": True, "window": 5, "key_padding_mask": PADDING},
-    "documents": {"prior": randomise(TablePrior(H, 3)), "documents": PackedDocuments([5, 7, 12])},
+    "documents": {"prior": randomise(RelativeBiasPrior(H, 3)), "documents": PackedDocuments([5, 7, 12])},
     "causal documents": {"is_causal": True, "window": 4, "documents": PackedDocuments([5, 7, 12])},
     "chunk": {"is_causal": True, "query_positions": range(3, 15), "key_positions": range(1, 13)},
-    "mask": {"prior": randomise(TablePrior(H, 3)), "attn_mask": torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu()},
+    "mask": {"prior": randomise(RelativeBiasPrior(H, 3)), "attn_mask": torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu()},
     "positions": {
-        "prior": randomise(TablePrior(H, 5)),
+        "prior": randomise(RelativeBiasPrior(H, 5)),
         "query_positions": torch.arange(LENGTH).flip(0),
         "key_positions": torch.stack([torch.arange(LENGTH), torch.arange(LENGTH) + 2]),
         "is_causal": True,
@@ -74,9 +74,9 @@ def test_flex_equals_the_reference(uncompiled, arguments, kv_heads):
 @pytest.mark.parametrize(
     ("prior", "learned"),
     [
-        (TablePrior(H, 3), False),
+        (RelativeBiasPrior(H, 3), False),
         (RecencyPrior(H), True),
-        (TablePrior(H, 3) + RecencyPrior(H), True),
+        (RelativeBiasPrior(H, 3) + RecencyPrior(H), True),
         (0.5 * SinkPrior(H), True),
         (RecencyPrior(H).freeze(), False),
         (None, False),

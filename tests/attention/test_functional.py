@@ -15,7 +15,7 @@ from eotattn.priors import (
     GridPrior,
     RecencyPrior,
     SinkPrior,
-    TablePrior,
+    RelativeBiasPrior,
     goat_prior,
     grid_positions,
 )
@@ -50,7 +50,7 @@ PRIORS = {
     "fourier": lambda: off_neutral(FourierPrior(H, 3, 4.0, 30.0)),
     "sink": lambda: off_neutral(SinkPrior(H, 2, length_scale=9.0)),
     "multiple": lambda: -0.5 * goat(),
-    "table": lambda: off_neutral(TablePrior(H, 3)),
+    "table": lambda: off_neutral(RelativeBiasPrior(H, 3)),
     "given": lambda: DensePrior(normal(H, 9, 9)),
 }
 
@@ -103,7 +103,7 @@ def test_a_row_constant_changes_nothing(backend):
 def test_auto_takes_lanes_where_there_are_some():
     """It chooses by what can serve, and gives exactly what the backend that it chose gives."""
     inputs = content(dtype=torch.float32)
-    lanes, table = goat(), off_neutral(TablePrior(H, 3))
+    lanes, table = goat(), off_neutral(RelativeBiasPrior(H, 3))
     assert torch.equal(prior_attention(*inputs, prior=lanes), prior_attention(*inputs, prior=lanes, backend="sdpa"))
     by_name = prior_attention(*inputs, prior=table, backend="reference")
     assert torch.equal(prior_attention(*inputs, prior=table), by_name)

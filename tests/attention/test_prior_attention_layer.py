@@ -12,7 +12,7 @@ from tolerances import assert_close
 from torch import nn
 
 from eotattn.attention import GoatAttention, PriorAttention, Rotary
-from eotattn.priors import FourierPrior, RecencyPrior, SinkPrior, TablePrior, goat_prior
+from eotattn.priors import FourierPrior, RecencyPrior, SinkPrior, RelativeBiasPrior, goat_prior
 
 B, E, H, Q, K = 2, 24, 4, 5, 7
 
@@ -168,7 +168,7 @@ def test_positions_reach_prior_and_rotary(need_weights):
     assert_close(by_sample[1:], other)
 
 
-@pytest.mark.parametrize("prior", [goat, lambda: off_neutral(TablePrior(H, 3)), lambda: None])
+@pytest.mark.parametrize("prior", [goat, lambda: off_neutral(RelativeBiasPrior(H, 3)), lambda: None])
 @pytest.mark.parametrize("chunks", [[1] * 9, [5, 1, 3], [4, 4, 1]])
 def test_a_cache_gives_the_full_pass(prior, chunks):
     layer = (

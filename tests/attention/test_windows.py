@@ -8,7 +8,7 @@ from tolerances import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eotattn.attention import KeyValueCache, PriorAttention, prior_attention
-from eotattn.priors import TablePrior, goat_prior
+from eotattn.priors import RelativeBiasPrior, goat_prior
 
 B, H, HK, L, D, V = 2, 6, 3, 203, 8, 5
 WINDOWS = [1, 2, 17, 64, 65, 100, 202, 203, 500]
@@ -128,7 +128,7 @@ def test_no_tensor_grows_with_the_square_of_the_length():
 
 
 def test_a_prior_without_lanes_takes_the_reference():
-    prior, inputs, at = off_neutral(TablePrior(H, 3)), content(), torch.arange(L)
+    prior, inputs, at = off_neutral(RelativeBiasPrior(H, 3)), content(), torch.arange(L)
     log_prior = prior.dense(at, at, dtype=torch.float64).detach()
     expected, _ = attention(*inputs, log_prior=log_prior, allowed=band(at, at, 17))
     assert_close(prior_attention(*inputs, prior=prior, is_causal=True, window=17), expected)

@@ -1,11 +1,13 @@
 """Every prior keeps the contract; and the contract notices priors that do not."""
 
+import dataclasses
+
 import pytest
 import torch
 from priors.cases import CASES, matrix, off_neutral
 from torch import nn
 
-from eotattn.priors import DensePrior, FourierPrior, GridPrior, LaneFactors, LogPrior, RecencyPrior, grid_positions
+from eotattn.priors import BilinearPrior, DensePrior, FourierPrior, GridPrior, RecencyPrior, grid_positions
 from eotattn.testing import CHECKS, Case, _default_positions, check_prior
 
 
@@ -45,51 +47,47 @@ class Broken(RecencyPrior):
 
 
 class WrongLanes(Broken):
-    def factors(self, query_positions, key_positions, *, dtype):
-        (part,) = super().factors(query_positions, key_positions, dtype=dtype)
-        return (LaneFactors(part.query * (1 + 1e-4), part.key, part.row, part.exact),)
+    """States its dense form a second time, and differently."""
 
-
-class WrongRow(Broken):
-    def factors(self, query_positions, key_positions, *, dtype):
-        (part,) = super().factors(query_positions, key_positions, dtype=dtype)
-        return (LaneFactors(part.query, part.key, None, part.exact),)
+    def dense(self, query_positions, key_positions, *, dtype=torch.float32):
+        return super().dense(query_positions, key_positions, dtype=dtype) * (1 + 1e-4)
 
 
 class BoastingLanes(Broken):
-    def factors(self, query_positions, key_positions, *, dtype):
-        """Claims that positions are exact in the kernel's dtype, which beyond 256 they are not."""
-        plain = torch.promote_types(dtype, torch.float32)
-        (part,) = super().factors(query_positions, key_positions, dtype=plain)
-        return (part,)
+    def lanes(self, query_positions, key_positions, *, dtype, **options):
+        """Writes a position as one 16-bit number, and states the bound of exact ones."""
+        lanes = super().lanes(query_positions, key_positions, dtype=dtype, **options)
+        pieces = lanes.plan.key.columns
+        rest = torch.tensor([bool(pieces[c].piece) for c in lanes.sides[1].matrix[0].argmax(0)])
+        return dataclasses.replace(lanes, key=torch.where(rest, 0, lanes.key))
 
 
 class NotANumber(Broken):
-    def evaluate(self, head, query_position, key_position):
-        return super().evaluate(head, query_position, key_position).where(key_position != 2, float("nan"))
+    def key_features(self, positions):
+        return super().key_features(positions.where(positions != 2, float("nan")))
 
 
 class WrongShape(Broken):
-    def evaluate(self, head, query_position, key_position):
-        return super().evaluate(head, query_position, key_position).sum(-1, keepdim=True)
+    def dense(self, query_positions, key_positions, *, dtype=torch.float32):
+        return super().dense(query_positions, key_positions, dtype=dtype).sum(-1, keepdim=True)
 
 
 class ByCurrentLength(Broken):
-    def evaluate(self, head, query_position, key_position):
-        return super().evaluate(head, query_position, key_position / key_position.max())
+    is_relative = False
+
+    def key_features(self, positions):
+        return super().key_features(positions / positions.max())
 
 
 class DetachedLanes(Broken):
-    def factors(self, query_positions, key_positions, *, dtype):
-        (part,) = super().factors(query_positions, key_positions, dtype=dtype)
-        return (LaneFactors(part.query.detach() + 0 * part.query, part.key, part.row, part.exact),)
+    def lanes(self, query_positions, key_positions, *, dtype, **options):
+        lanes = super().lanes(query_positions, key_positions, dtype=dtype, **options)
+        return dataclasses.replace(lanes, query=lanes.query.detach() + 0 * lanes.query)
 
 
 class DeadStart(Broken):
-    def reset_parameters(self):
-        super().reset_parameters()
-        with torch.no_grad():
-            self.unit_slopes.zero_()
+    def weights(self):
+        return 0 * super().weights()
 
 
 class Castable(Broken):
@@ -102,10 +100,8 @@ class Forgetful(Broken):
         super().__init__()
         self.register_buffer("offset", torch.tensor(0.5), persistent=False)
 
-    def evaluate(self, head, query_position, key_position):
-        return super().evaluate(head, query_position, key_position) + self.offset.double() * (key_position == 1)
-
-    expansions = LogPrior.expansions
+    def weights(self):
+        return super().weights() + self.offset.double()
 
 
 class SharedMemory(Broken):
@@ -114,10 +110,12 @@ class SharedMemory(Broken):
 
 
 class HalfReset(Broken):
-    def reset_parameters(self):
-        nn.init.ones_(self.strength)
-        if self.unit_slopes is None:
-            super().reset_parameters()
+    def __init__(self):
+        super().__init__()
+        self.offset = nn.Parameter(torch.full((3,), 0.5))
+
+    def weights(self):
+        return super().weights() + self.offset[:, None, None]
 
 
 class StillTraining(Broken):
@@ -150,8 +148,7 @@ class BatchBlind(Broken):
         (NotANumber, "dense", "NaN"),
         (WrongShape, "dense", "shape is"),
         (WrongLanes, "lanes", r"error .* in torch\.float64"),
-        (WrongRow, "lanes", r"error .* in torch\.float64"),
-        (WrongLanes, "expansions", r"expansions and factors for torch\.float64 differ"),
+        (BoastingLanes, "lanes", r"error .* in torch"),
         (FloatScores, "score_mod", "score_mod and dense differ"),
         (BatchBlind, "batches", "both batched"),
         (ByCurrentLength, "chunks", "chunk"),

@@ -17,7 +17,7 @@ from eotattn.priors import (
     SharedPrior,
     SinkPrior,
     SumPrior,
-    TablePrior,
+    RelativeBiasPrior,
     alibi_slopes,
     goat_prior,
     grid_positions,
@@ -211,7 +211,7 @@ def test_the_first_token_term_touches_position_zero_alone():
 
 
 def test_table_is_looked_up_by_lag_and_flat_beyond_its_range():
-    prior = off_neutral(TablePrior(HEADS, max_lag=2))
+    prior = off_neutral(RelativeBiasPrior(HEADS, max_lag=2))
     dense, table = exact(prior), prior.table.detach().double()
     for q, query in enumerate(QUERIES.tolist()):
         for k, key in enumerate(KEYS.tolist()):
@@ -315,7 +315,7 @@ NEUTRAL = {
     "fourier": lambda: FourierPrior(HEADS, 5),
     "recency": lambda: RecencyPrior(HEADS, "neutral"),
     "sink": lambda: SinkPrior(HEADS, 3, length_scale=40.0),
-    "table": lambda: TablePrior(HEADS, max_lag=7),
+    "table": lambda: RelativeBiasPrior(HEADS, max_lag=7),
     "grid": lambda: GridPrior(FourierPrior(HEADS, 3, 4.0, 9.0), FourierPrior(HEADS, 3, 4.0, 9.0)),
     "class token": lambda: ClassTokenPrior(HEADS),
     "goat": lambda: goat_prior(HEADS, num_frequencies=3, init="neutral"),
@@ -451,8 +451,8 @@ def test_a_part_of_a_sum_can_be_frozen():
         (lambda: SinkPrior(2, -1), ValueError, "num_frequencies must be at least 0"),
         (lambda: SinkPrior(2, length_scale=0.0), ValueError, "length_scale must be positive"),
         (lambda: SinkPrior(2, length_scale=1.0, min_period=9.0), ValueError, "min_period must be at most 2 pi"),
-        (lambda: TablePrior(2, -1), ValueError, "max_lag must be at least 0"),
-        (lambda: TablePrior(2, 1.5), TypeError, "max_lag must be an integer"),
+        (lambda: RelativeBiasPrior(2, -1), ValueError, "max_lag must be at least 0"),
+        (lambda: RelativeBiasPrior(2, 1.5), TypeError, "max_lag must be an integer"),
         (lambda: DensePrior(torch.zeros(3, 3)), ValueError, r"log_prior must have shape \(H, N, M\)"),
         (lambda: DensePrior(torch.zeros(2, 0, 3)), ValueError, r"log_prior must have shape \(H, N, M\)"),
         (
@@ -476,7 +476,7 @@ def test_a_part_of_a_sum_can_be_frozen():
         (lambda: RecencyPrior(2) * (1.0, math.inf), ValueError, "factor must be a finite number, or 2 of them"),
         (lambda: "2" * RecencyPrior(2), TypeError, None),
         (lambda: grid_positions(0, 3), ValueError, "grid_positions: height must be at least 1"),
-        (lambda: TablePrior(2, 3).lanes(KEYS, KEYS, dtype=torch.float32), NotImplementedError, "TablePrior.*flex"),
+        (lambda: RelativeBiasPrior(2, 3).lanes(KEYS, KEYS, dtype=torch.float32), NotImplementedError, "RelativeBiasPrior.*flex"),
         (lambda: RecencyPrior(2).dense(KEYS[:0], KEYS), ValueError, "query_positions must not be empty"),
         (lambda: RecencyPrior(2).dense(KEYS, KEYS[:0]), ValueError, "key_positions must not be empty"),
         (lambda: RecencyPrior(2).dense(KEYS, range(3)), TypeError, "key_positions must be a tensor"),

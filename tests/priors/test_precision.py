@@ -10,7 +10,7 @@ from priors.cases import CASES, HEADS, off_neutral
 from tolerances import assert_close, centre_rows
 
 from eotattn.attention import prior_attention
-from eotattn.priors import FourierPrior, GridPrior, RecencyPrior, SinkPrior, TablePrior, goat_prior, grid_positions
+from eotattn.priors import FourierPrior, GridPrior, RecencyPrior, SinkPrior, RelativeBiasPrior, goat_prior, grid_positions
 from eotattn.priors.lanes import DIGIT_WEIGHTS, LaneFactors, position_digits
 
 LOW = [torch.bfloat16, torch.float16]
@@ -237,11 +237,11 @@ def test_float64_lanes_are_exact_a_million_tokens_out(make):
 
 
 def test_a_prior_without_lanes_says_so_through_sums_and_grids():
-    table = TablePrior(HEADS, 3)
+    table = RelativeBiasPrior(HEADS, 3)
     for prior in (table, table + RecencyPrior(HEADS), 2.0 * table, GridPrior(table, table)):
         assert not prior.has_lanes
         cells = grid_positions(2, 3) if prior.num_coordinates == 2 else torch.arange(5)
-        with pytest.raises(NotImplementedError, match="TablePrior"):
+        with pytest.raises(NotImplementedError, match="RelativeBiasPrior"):
             prior.lanes(cells, cells, dtype=torch.float32)
 
 

@@ -7,7 +7,7 @@ import torch
 from tolerances import assert_close
 
 from eotattn.attention import prior_attention
-from eotattn.priors import FourierPrior, RecencyPrior, TablePrior
+from eotattn.priors import FourierPrior, RecencyPrior, RelativeBiasPrior
 from eotattn.transport import SinkhornAttention
 
 INF = math.inf
@@ -136,7 +136,7 @@ BAD = [
     (lambda: layer(0.0).train_key_penalty(), ValueError, "key_penalty must be positive"),
     (lambda: SinkhornAttention(10, 3, key_penalty=1.0), ValueError, "embed_dim must be a multiple of num_heads"),
     (lambda: layer(1.0, prior=RecencyPrior(2)), ValueError, "prior must have lanes and 3 heads"),
-    (lambda: layer(1.0, prior=TablePrior), TypeError, "prior must be a LogPrior"),
+    (lambda: layer(1.0, prior=RelativeBiasPrior), TypeError, "prior must be a LogPrior"),
     (lambda: layer(1.0)(tokens(2, 5, 12), is_causal=True), ValueError, "is_causal must be left out under a key"),
     (lambda: layer(1.0)(tokens(2, 5, 11)), ValueError, r"query must have shape \(any, any, 12\)"),
     (

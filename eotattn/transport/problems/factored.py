@@ -11,7 +11,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from eotattn.priors.lanes import LaneFactors, computing_dtype
+from eotattn.priors.base import computing_dtype
+from eotattn.transport.problems.prior_factors import PriorFactors
 from eotattn.transport.problems.affinity import Affinity, Exchange, Rows
 from eotattn.transport.problems.fused import FusedCalls
 
@@ -47,7 +48,7 @@ class FactoredAffinity(Affinity):
     key: Tensor
     query_bias: Tensor | None = None
     key_bias: Tensor | None = None
-    factors: tuple[LaneFactors, ...] = ()
+    factors: tuple[PriorFactors, ...] = ()
     key_padding: Tensor | None = None
     query_padding: Tensor | None = None
     direction: int = 0
@@ -103,9 +104,9 @@ class FactoredAffinity(Affinity):
     def transposed(self) -> FactoredAffinity:
         """Queries and keys exchanged; the constants of rows become factors of their own."""
         sides = {"query": "key", "key": "query", "both": "both", None: None}
-        swapped = [LaneFactors(part.key, part.query, None, sides[part.exact]) for part in self.factors]  # type: ignore[arg-type]
+        swapped = [PriorFactors(part.key, part.query, None, sides[part.exact]) for part in self.factors]  # type: ignore[arg-type]
         rows = [part.row for part in self.factors if part.row is not None]
-        swapped += [LaneFactors(row.new_ones(1, 1, 1), row[..., None], None, "query") for row in rows]
+        swapped += [PriorFactors(row.new_ones(1, 1, 1), row[..., None], None, "query") for row in rows]
         return FactoredAffinity(
             self.key,
             self.query,

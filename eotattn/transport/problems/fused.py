@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from eotattn.kernels.log_sum_exp import attend, biased_log_sum_exp
-from eotattn.priors.lanes import LaneFactors, Lanes, computing_dtype
+from eotattn.priors.base import computing_dtype
+from eotattn.transport.problems.prior_factors import PriorFactors
 
 __all__ = ["FusedCalls"]
 
@@ -50,7 +51,7 @@ class FusedCalls:
         cls,
         query: Tensor,
         key: Tensor,
-        factors: tuple[LaneFactors, ...],
+        factors: tuple[PriorFactors, ...],
         *,
         epsilon: float,
         key_bias: Tensor | None = None,
@@ -60,8 +61,7 @@ class FusedCalls:
         """Lay content and the lanes of ``factors`` side by side, and join what biases keys."""
         pairs = [(query, key)]
         if factors:
-            lanes = Lanes.from_factors(factors, dtype=query.dtype, query_scale=epsilon)
-            pairs.append((lanes.query, lanes.key))
+            pairs += [part.split(query.dtype, query_scale=epsilon) for part in factors]
         left, right = (_beside(side) for side in zip(*pairs, strict=True))
         constant = None if key_bias is None else key_bias / epsilon
         if key_padding is not None:
@@ -115,7 +115,7 @@ class FusedCalls:
         batch = self._batch(bias)
         batch = batch if value is None else torch.broadcast_shapes(batch, value.shape[:-2])
         lane = self.epsilon * bias.clamp(min=_FAR)  # the kernel divides by epsilon
-        carrier = LaneFactors(lane.new_ones(1, 1), lane[..., None], exact="query").split(self.query.dtype)
+        carrier = PriorFactors(lane.new_ones(1, 1), lane[..., None], exact="query").split(self.query.dtype)
         query, key = (_beside(pair) for pair in ((self.query, carrier[0]), (self.key, carrier[1])))
         operands = [query, key] if value is None else [query, key, value.to(query.dtype)]
         operands = [one.expand(*batch, *one.shape[-2:]).reshape(-1, 1, *one.shape[-2:]) for one in operands]

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from eotattn.checks import check_floating, check_no_nan, check_same_device, require
 from eotattn.priors import LogPrior
-from eotattn.priors.lanes import computing_dtype
+from eotattn.priors.base import computing_dtype
 from eotattn.transport.problems.admissibility import check_broadcast
 from eotattn.transport.problems.factored import FactoredAffinity
+from eotattn.transport.problems.prior_factors import prior_factors
 
 __all__ = ["factored_affinity", "point_affinity"]
 
@@ -69,7 +70,7 @@ def factored_affinity(
         for given, side in zip(positions, (query, key), strict=True)
     )
     prior.check_positions(query_positions, key_positions)
-    factors = prior.factors(query_positions, key_positions, dtype=query.dtype)
+    factors = prior_factors(prior, query_positions, key_positions, dtype=query.dtype)
     affinity = FactoredAffinity(query, key, factors=factors, key_padding=key_padding, direction=int(is_causal))
     _check_batch(affinity, prior)
     return affinity

@@ -18,7 +18,7 @@ class DensePrior(LogPrior):
         log_prior: (H, N, M), nats; -inf where a key is inadmissible. Copied, in float32 or float64.
 
     Attributes:
-        log_prior: The matrix, a buffer that travels in the state dict.
+        matrix: The matrix, a buffer that travels in the state dict.
 
     Example:
         >>> prior = DensePrior(torch.eye(3)[None])
@@ -26,7 +26,7 @@ class DensePrior(LogPrior):
         tensor([[[0., 1.]]])
     """
 
-    log_prior: Tensor
+    matrix: Tensor
 
     def __init__(self, log_prior: Tensor) -> None:
         check_floating("DensePrior", "log_prior", log_prior)
@@ -35,12 +35,12 @@ class DensePrior(LogPrior):
         check_no_nan("DensePrior", "log_prior", log_prior, allow_negative_inf=True)
         super().__init__(log_prior.shape[0])
         wide = log_prior if log_prior.dtype == torch.float64 else log_prior.float()
-        self.register_buffer("log_prior", wide.detach().clone())
+        self.register_buffer("matrix", wide.detach().clone())
 
     def check_positions(self, query_positions: Tensor | None, key_positions: Tensor | None) -> None:
         """Raise unless both are positions that lie in the matrix; a negative one would silently count from its end."""
         super().check_positions(query_positions, key_positions)
-        _, queries, keys = self.log_prior.shape
+        _, queries, keys = self.matrix.shape
         given = (("query_positions", query_positions, queries), ("key_positions", key_positions, keys))
         for name, positions, size in given:
             if positions is not None:
@@ -48,7 +48,7 @@ class DensePrior(LogPrior):
                 span = f"{positions.min().item()} to {positions.max().item()}"
                 require(inside, "DensePrior", name, f"lie in 0 to {size - 1}", span, "Give a larger matrix")
 
-    def evaluate(self, head: Tensor, query_position: Tensor, key_position: Tensor) -> Tensor:
+    def log_prior(self, head: Tensor, query_position: Tensor, key_position: Tensor) -> Tensor:
         """The matrix's entry, in nats."""
-        entry = self.log_prior[head, query_position.to(torch.int64), key_position.to(torch.int64)]
+        entry = self.matrix[head, query_position.to(torch.int64), key_position.to(torch.int64)]
         return entry.to(query_position.dtype)

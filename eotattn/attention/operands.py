@@ -1,0 +1,132 @@
+"""From a call to the operands of one fused call: content with the lanes of the log-prior and of masks beside it.
+
+Legend: B batch, H query heads, Hk key heads, Q queries, K keys, L tokens, C columns of a table, W kernel width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from eotattn.attention.call import AttentionCall
+from eotattn.attention.positions import Positions
+from eotattn.kernels import append, sdpa
+from eotattn.priors.bilinear import KeyTerm, Term, same_for_all_queries
+from eotattn.priors.lane_plan import LanePlan, Side, Span, bits_of, plan_lanes
+from eotattn.priors.lanes import Lanes, middle, span_of
+from eotattn.priors.tables import remembered
+
+__all__ = ["call_terms", "lanes_of", "operands", "plan_of"]
+
+#: Shortest run of positions that a table is made for; longer ones are powers of two.
+SHORTEST_RUN = 64
+
+
+#: Nats that a mask may add to a key: nothing is known of them, so they take all pieces.
+MASK_RANGE = 1e9
+
+
+def call_terms(call: AttentionCall) -> tuple[Term | KeyTerm, ...]:
+    """The terms of the log-prior, and of a mask that depends on the key alone."""
+    terms = () if call.prior is None else call.prior.terms()
+    bias = call.masks.key_bias
+    if bias is None:
+        return terms
+    features = same_for_all_queries(1 if call.prior is None else call.prior.num_coordinates, MASK_RANGE)
+    floor = sdpa.lowest_bias(call.query.dtype, scale=call.scale)
+    return (*terms, KeyTerm(features, lambda positions: bias.clamp(min=floor)))
+
+
+def operands(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Query (B, H, Q, W) and key (B, Hk, K, W) with lanes beside their content, and values as wide as V or wider."""
+    if call.cache is not None:
+        stored = call.cache.operands(call)
+        if stored is not None:
+            return stored
+    terms = call_terms(call)
+    padding = call.masks.padding if call.masks.dense is None else None
+    if not terms and padding is None:
+        return call.query, call.key, call.value
+    far = None if padding is None else sdpa.padding_lane(padding, call.query.dtype, scale=call.scale)
+    sides = _sides(call, terms) if terms else (None, None)
+    query, key = append.append(call.query, call.key, sides[0], sides[1], far)
+    return query, key, call.value
+
+
+def lanes_of(call: AttentionCall) -> Lanes | None:
+    """The lanes of the call's log-prior and key masks, as a fused kernel would read them."""
+    terms = call_terms(call)
+    if not terms:
+        return None
+    plan, _ = plan_of(call, terms)
+    query, key = _sides(call, terms)
+    dtype, heads = call.query.dtype, call.query.shape[1]
+    query_lanes = query.lanes(dtype)
+    return Lanes(query_lanes.expand(*query_lanes.shape[:-3], heads, -1, -1), key.lanes(dtype), plan, (query, key))
+
+
+def plan_of(call: AttentionCall, terms: tuple[Term | KeyTerm, ...]) -> tuple[LanePlan, Tensor | int]:
+    """Which lane of the call holds what, and the origin that relative terms count from."""
+    query_at, key_at = call.query_positions, call.key_positions
+    origin: Tensor | int = 0
+    if query_at.first is not None and key_at.first is not None:
+        first, length = _run(query_at, key_at)
+        origin = first + length // 2
+        span = Span(bits_of(max(first + length, -first)), bits_of(length // 2))
+    elif key_at.on_grid:
+        span = span_of(query_at.tensor, key_at.tensor, 0)
+    elif query_at.largest is not None and query_at is key_at:
+        origin = query_at.largest // 2
+        span = Span(bits_of(query_at.largest), bits_of(query_at.largest))
+    else:
+        origin = middle(key_at.tensor)
+        span = span_of(query_at.tensor, key_at.tensor, origin)
+    plan = plan_lanes(
+        terms,
+        num_heads=call.query.shape[1],
+        num_kv_heads=call.key.shape[1],
+        dtype=call.query.dtype,
+        num_coordinates=1 if call.prior is None else call.prior.num_coordinates,
+        span=span,
+        tolerance=call.tolerance,
+        query_scale=1 / call.scale,
+    )
+    return plan, origin
+
+
+def _sides(call: AttentionCall, terms: tuple[Term | KeyTerm, ...]) -> tuple[Side, Side]:
+    """What the lanes of both sides are made of."""
+    plan, origin = plan_of(call, terms)
+    query_matrix, key_matrix = plan.matrices(terms)
+    key_at = call.key_positions
+    more = plan.more_of_keys(terms, key_at.tensor.double()) if plan.looked_up else None
+    tables = [_table(plan, side, call, origin) for side in ("query", "key")]
+    return plan.side("query", tables[0], query_matrix), plan.side("key", tables[1], key_matrix, more)
+
+
+def _run(query_at: Positions, key_at: Positions) -> tuple[int, int]:
+    """First position and length of a run, a power of two long, that holds consecutive queries and keys."""
+    assert query_at.first is not None and key_at.first is not None
+    first = min(query_at.first, key_at.first)
+    end = max(query_at.first + query_at.length, key_at.first + key_at.length)
+    length = SHORTEST_RUN
+    while length < end - first:
+        length *= 2
+    return first, length
+
+
+def _table(plan: LanePlan, side: str, call: AttentionCall, origin: Tensor | int) -> Tensor:
+    """Features of one side, (L, C) or (B, L, C): a slice of the table of a run where positions are consecutive."""
+    at = call.query_positions if side == "query" else call.key_positions
+    device = call.query.device
+    if call.query_positions.first is None or call.key_positions.first is None:
+        make = lambda: plan.table(side, at.tensor, origin)  # noqa: E731
+        documents = call.masks.documents
+        return make() if documents is None else documents.remembered((plan, side), device, make)
+    first, length = _run(call.query_positions, call.key_positions)
+    if torch.compiler.is_compiling():
+        table = getattr(plan, plan.prepare(side, first, length, device.type, device.index))
+    else:
+        table = remembered((plan, side, first, length), device, lambda: plan.run_table(side, first, length, device))
+    assert at.first is not None
+    return table[at.first - first : at.first - first + at.length]

@@ -1,0 +1,278 @@
+"""Bilinear log-priors: fixed features of positions, and weights linear in what is learned.
+
+Legend: H heads, L positions, Q queries, K keys, F query features, G key features, C coordinates.
+
+    log_prior[h, i, j] = query_features(i) . weights[h] . key_features(j)
+
+That sentence is the whole contract of a prior that fused kernels can carry. Dense form, lanes of every dtype,
+gradients and the FlexAttention form follow from it.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eotattn.priors.base import LogPrior, ScoreMod, computing_dtype
+from eotattn.priors.positions import table_lookup
+
+__all__ = ["FEATURES", "PREPARED", "BilinearPrior", "Features", "KeyTerm", "Term", "on_grid", "same_for_all_queries"]
+
+
+class Features:
+    """The fixed side of a bilinear term: two pure functions of positions, and what is known of them.
+
+    Args:
+        name: Tells features apart: equal names, equal functions.
+        query: (..., L) or (..., L, C) positions -> (..., L, F) float64.
+        key: The same for keys, (..., L, G).
+        is_relative: Whether positions may count from anywhere: the term sees differences of positions only.
+        typical_range: Nats that the term commonly spans where it matters.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        query: Callable[[Tensor], Tensor],
+        key: Callable[[Tensor], Tensor],
+        *,
+        is_relative: bool = False,
+        typical_range: float = 8.0,
+    ) -> None:
+        self.name, self.query, self.key = name, query, key
+        self.is_relative, self.typical_range = is_relative, typical_range
+
+    @torch.compiler.assume_constant_result
+    def prepare(self, make: str, *constants: Any) -> str:
+        """Compute something from constants while a graph is traced; returns the attribute that holds it."""
+        name = f"{make}_{abs(hash(constants))}"
+        if name not in vars(self):
+            vars(self)[name] = PREPARED[make](*constants)
+        return name
+
+
+#: Features by name, so that a compiled graph can make a table of them by naming constants alone.
+FEATURES: dict[str, Features] = {}
+#: What :meth:`Features.prepare` can compute, by name.
+PREPARED: dict[str, Callable[..., Any]] = {}
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """One bilinear term of a log-prior.
+
+    Args:
+        features: Its fixed features.
+        weights: (H, F, G), nats: linear in learned numbers.
+    """
+
+    features: Features
+    weights: Tensor
+
+    def weighted(self, change: Callable[[Tensor], Tensor]) -> Term:
+        """The same features with other weights."""
+        return replace(self, weights=change(self.weights))
+
+    def on_axis(self, axis: int) -> Term:
+        """The term of one coordinate of a grid, zero where either position is a class token (negative)."""
+        return replace(self, features=_features_on_axis(self.features, axis))
+
+
+@dataclass(frozen=True, eq=False)
+class KeyTerm:
+    """A log-prior of keys that is looked up rather than multiplied out; queries see it times one fixed feature.
+
+    Args:
+        features: The query's one feature, (..., L, 1); keys have none.
+        bias: Positions (..., K) or (..., K, C) -> (..., H, K), nats.
+    """
+
+    features: Features
+    bias: Callable[[Tensor], Tensor]
+
+    def weighted(self, change: Callable[[Tensor], Tensor]) -> KeyTerm:
+        """The same with ``change`` applied to the numbers, (..., H, K, 1)."""
+        return replace(self, bias=lambda positions: change(self.bias(positions).unsqueeze(-1)).squeeze(-1))
+
+    def on_axis(self, axis: int) -> KeyTerm:
+        """The term of one coordinate of a grid, zero where either position is a class token (negative)."""
+
+        def bias(positions: Tensor) -> Tensor:
+            return self.bias(positions[..., axis].clamp(min=0)) * on_grid(positions).unsqueeze(-2)
+
+        return KeyTerm(_features_on_axis(self.features, axis), bias)
+
+
+class _NamesFeatures(type):
+    """Names the features of a prior when its constructor has set all constants."""
+
+    def __call__(cls, *arguments: Any, **keywords: Any) -> Any:
+        prior = super().__call__(*arguments, **keywords)
+        prior._name_features()
+        return prior
+
+
+class BilinearPrior(LogPrior, metaclass=_NamesFeatures):
+    """A log-prior query_features(i) . weights[h] . key_features(j), which any fused kernel carries in lanes.
+
+    A subclass writes :meth:`query_features`, :meth:`key_features`, :meth:`weights` and :meth:`reset_parameters`.
+    Features are fixed: they may read constants that the constructor set (numbers, strings, tuples of them) but no
+    parameter, and are computed once for equal constants. Weights are linear in the learned numbers.
+
+    Args:
+        num_heads: Number of query heads H.
+
+    Example:
+        >>> class FirstToken(BilinearPrior):
+        ...     def __init__(self, num_heads: int) -> None:
+        ...         super().__init__(num_heads)
+        ...         self.height = nn.Parameter(torch.ones(num_heads))
+        ...     def query_features(self, positions: Tensor) -> Tensor:
+        ...         return torch.ones_like(positions).unsqueeze(-1)
+        ...     def key_features(self, positions: Tensor) -> Tensor:
+        ...         return (positions == 0).unsqueeze(-1)
+        ...     def weights(self) -> Tensor:
+        ...         return self.height[:, None, None]
+        >>> FirstToken(2).dense(torch.arange(2), torch.arange(3))[0].tolist()
+        [[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]
+    """
+
+    #: Whether the log-prior depends on differences of positions only.
+    is_relative: bool = False
+    #: Nats that the log-prior commonly spans where it matters: what a tolerance is compared with.
+    typical_range: float = 8.0
+
+    @abstractmethod
+    def query_features(self, positions: Tensor) -> Tensor:
+        """Features of queries at positions (..., L), float64, on grids (..., L, C): (..., L, F)."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def key_features(self, positions: Tensor) -> Tensor:
+        """Features of keys at positions (..., L), float64, on grids (..., L, C): (..., L, G)."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def weights(self) -> Tensor:
+        """(H, F, G), nats, with gradients to the learned numbers."""
+        raise NotImplementedError
+
+    def terms(self) -> tuple[Term | KeyTerm, ...]:
+        """One term."""
+        return (Term(FEATURES[self._features_name], self.weights()),)
+
+    def log_prior(self, head: Tensor, query_position: Tensor, key_position: Tensor) -> Tensor:
+        """The bilinear form, elementwise, in nats."""
+        query, key = self.query_features(query_position), self.key_features(key_position)
+        weights = self.weights()[head].to(query_position.dtype)
+        factors = (query.to(weights.dtype).unsqueeze(-2) @ weights).squeeze(-2)
+        return (factors * key.to(weights.dtype)).sum(-1)
+
+    def dense(self, query_positions: Tensor, key_positions: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+        """As in :class:`LogPrior`; one product of matrices."""
+        self.check_positions(query_positions, key_positions)
+        factors, features = self._sides(query_positions, key_positions)
+        return (factors @ _with_heads(features).mT).to(computing_dtype(dtype))
+
+    def score_mod(self, query_positions: Tensor | None = None, key_positions: Tensor | None = None) -> ScoreMod:
+        """As in :class:`LogPrior`; with positions given, features are looked up, exact at any length."""
+        if query_positions is None or key_positions is None:
+            return super().score_mod(query_positions, key_positions)
+        self.check_positions(query_positions, key_positions)
+        factors, features = self._sides(query_positions, key_positions)
+        query_at = table_lookup(factors.movedim(-3, -2).float(), has_batch=factors.dim() == 4)
+        key_at = table_lookup(features.float(), has_batch=features.dim() == 3)
+
+        def modified(score: Tensor, batch: Tensor, head: Tensor, query_index: Tensor, key_index: Tensor) -> Tensor:
+            for g in range(factors.shape[-1]):
+                score = score + query_at(batch, query_index, head, g) * key_at(batch, key_index, g)
+            return score
+
+        return modified
+
+    def _sides(self, query_positions: Tensor, key_positions: Tensor) -> tuple[Tensor, Tensor]:
+        """([B,] H, Q, G) query features times weights, and ([B,] K, G) key features, float64."""
+        query, key = (positions.double() for positions in (query_positions, key_positions))
+        if self.is_relative:  # smaller numbers, the same differences
+            first = key.flatten()[0]
+            query, key = query - first, key - first
+        factors = _with_heads(self.query_features(query).double()) @ self.weights().double()
+        return factors, self.key_features(key).double()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Keep the features of a prior in step with its constants, also with those set after construction."""
+        super().__setattr__(name, value)
+        if "_features_name" in self.__dict__ and name in self.__dict__ and name not in _OF_MODULES:
+            self._name_features()
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        self._name_features()
+
+    def _name_features(self) -> None:
+        constants = {name: value for name, value in vars(self).items() if name not in _OF_MODULES}
+        told = ", ".join(f"{name}={_tell(value)}" for name, value in constants.items())
+        cls = type(self)
+        name = f"{cls.__qualname__}@{id(cls)}({told})"
+        if name not in FEATURES:
+            fixed = cls.__new__(cls)  # without what is learned: features that read it fail instead of becoming stale
+            vars(fixed).update(vars(nn.Module()), **constants)
+            sides = fixed.query_features, fixed.key_features
+            known = {"is_relative": self.is_relative, "typical_range": self.typical_range}
+            FEATURES[name] = Features(name, *sides, **known)
+        vars(self)["_features_name"] = name
+
+
+#: What every module holds, and what has no part in features.
+_OF_MODULES = {*vars(nn.Module()), "_features_name"}
+
+
+def _tell(value: object) -> str:
+    """A constant in full, so that equal texts are equal constants; other objects by identity."""
+    if isinstance(value, (int, float, str, bytes, type(None), torch.dtype)):
+        return repr(value)
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(map(_tell, value))})"
+    return f"{type(value).__name__}@{id(value)}"
+
+
+def _with_heads(features: Tensor) -> Tensor:
+    """(L, F) or (B, L, F) as (1, L, F) or (B, 1, L, F)."""
+    return features.unsqueeze(-3)
+
+
+def _features_on_axis(features: Features, axis: int) -> Features:
+    """Features of one coordinate, zero at class tokens."""
+    name = f"{features.name}[axis {axis}]"
+    if name not in FEATURES:
+
+        def on_axis(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+            def of_grid(positions: Tensor) -> Tensor:
+                values = function(positions[..., axis].clamp(min=0))
+                return torch.where(on_grid(positions).unsqueeze(-1), values.to(torch.float64), 0.0)
+
+            return of_grid
+
+        sides = on_axis(features.query), on_axis(features.key)
+        FEATURES[name] = Features(name, *sides, typical_range=features.typical_range)
+    return FEATURES[name]
+
+
+def on_grid(positions: Tensor) -> Tensor:
+    """Which positions (..., C) are points of a grid; a class token has the coordinates -1 and no others."""
+    return (positions > -1).all(-1)
+
+
+def same_for_all_queries(num_coordinates: int, typical_range: float = 8.0) -> Features:
+    """The query's one feature in a prior of keys that spans ``typical_range`` nats: one, whatever its position."""
+
+    def one(positions: Tensor) -> Tensor:
+        return torch.ones_like(positions).unsqueeze(-1) if num_coordinates == 1 else torch.ones_like(positions[..., :1])
+
+    name = f"one ({num_coordinates} coordinates, {typical_range} nats)"
+    return FEATURES.setdefault(name, Features(name, one, one, typical_range=typical_range))

@@ -1,0 +1,72 @@
+"""What is computed once and kept: tables of features at consecutive positions, and constants on a device.
+
+Only values that their key determines are kept, so nothing can become stale. Nothing is kept while a graph is compiled,
+transformed or captured; there tables are constants of the graph.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from threading import RLock
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from eotattn.compat import is_intercepted, raw_stream
+
+__all__ = ["constants", "is_plain", "may_remember", "remembered"]
+
+#: Values kept; the least recently used one goes first.
+MAX_VALUES = 128
+
+Value = TypeVar("Value")
+_VALUES: OrderedDict[Hashable, object] = OrderedDict()
+_LOCK = RLock()
+
+
+def is_plain() -> bool:
+    """Whether tensors are what they seem: nothing is compiled, transformed or dispatched to a mode."""
+    return not torch.compiler.is_compiling() and not is_intercepted()
+
+
+def may_remember(device: torch.device) -> bool:
+    """Whether tensors made now can be kept for later calls."""
+    if device.type not in ("cpu", "cuda") or not is_plain():
+        return False
+    return device.type == "cpu" or not torch.cuda.is_current_stream_capturing()
+
+
+def remembered(key: Hashable, device: torch.device, make: Callable[[], Value]) -> Value:
+    """``make()``, kept for later calls with an equal ``key`` on the same device and stream.
+
+    Args:
+        key: Determines the value.
+        device: Where its tensors are.
+        make: Computes it; gradients are not recorded.
+    """
+    if not may_remember(device):
+        return make()
+    place = (key, device, raw_stream(device) if device.type == "cuda" else 0)  # what another stream computes may not be there yet
+    with _LOCK:
+        if place in _VALUES:
+            _VALUES.move_to_end(place)
+            return _VALUES[place]  # type: ignore[return-value]
+    with torch.inference_mode(False), torch.no_grad():
+        value = make()
+    with _LOCK:
+        _VALUES[place] = value
+        while len(_VALUES) > MAX_VALUES:
+            _VALUES.popitem(last=False)
+    return value
+
+
+def constants(numbers: tuple[float, ...], device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
+    """``numbers`` as (n,) on ``device``, put there once; not to be written to."""
+    if may_remember(device):
+        return remembered(("constants", numbers, dtype), device, lambda: torch.tensor(numbers, dtype=dtype).to(device))
+    if not numbers:
+        return torch.empty(0, dtype=dtype, device=device)
+    # filled in on the device: a copy from the host would keep CUDA graphs from being captured
+    return torch.stack([torch.full((), number, dtype=dtype, device=device) for number in numbers])
