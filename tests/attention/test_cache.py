@@ -212,7 +212,9 @@ def test_weights_from_a_cache():
 
 def test_a_layer_in_bfloat16():
     """The stored path is as exact as the call without a cache: the same lanes, another order of sums."""
-    layer = PriorAttention(32, H, num_kv_heads=HK, prior=PRIORS["goat"](), rotary=Rotary(8), dtype=torch.bfloat16)
+    layer = PriorAttention(
+        32, H, num_kv_heads=HK, prior=PRIORS["goat"](), rotary=Rotary(8), dtype=torch.bfloat16, batch_first=True
+    )
     x = normal(B, 200, 32, dtype=torch.bfloat16)
     with torch.no_grad():
         full, _ = layer(x, is_causal=True, need_weights=False)

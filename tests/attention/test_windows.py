@@ -136,7 +136,7 @@ def test_a_prior_without_lanes_takes_the_reference():
 
 @pytest.mark.parametrize("chunks", [[1] * 40, [25, 1, 1, 13], [7, 33]])
 def test_a_layer_with_a_window_and_a_cache(chunks):
-    layer = PriorAttention(24, H, num_kv_heads=HK, prior=goat(), window=9, dtype=torch.float64).eval()
+    layer = PriorAttention(24, H, num_kv_heads=HK, prior=goat(), window=9, dtype=torch.float64, batch_first=True).eval()
     x = normal(B, 40, 24)
     expected = layer(x, is_causal=True)[0]  # with weights: the dense path
     assert_close(layer(x, is_causal=True, need_weights=False)[0], expected)

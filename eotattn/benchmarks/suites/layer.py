@@ -48,7 +48,8 @@ def layer_makers(config: Configuration, width: int, heads: int) -> dict[str, Cal
     def ours(prior: LogPrior | None, **keywords: Any) -> Callable[[], Any]:
         if keywords.get("lanes") == "reserved":
             keywords["lane_dtype"] = dtype
-        return lambda: _Ours(PriorAttention(width, heads, prior=prior, bias=False, **keywords).to(**config.place))
+        keywords = {"bias": False, "batch_first": True, **keywords}
+        return lambda: _Ours(PriorAttention(width, heads, prior=prior, **keywords).to(**config.place))
 
     made: dict[str, Callable[[], Any]] = {
         "bare": lambda: peers.BareLayer(width, heads).to(**config.place),
