@@ -18,7 +18,8 @@ from eotattn.kernels import sdpa
 from eotattn.kernels.sdpa import WIDTH_STEP
 from eotattn.priors import LogPrior
 from eotattn.priors.base import check_prior
-from eotattn.priors.lane_plan import LanePlan, Span, bits_of, plan_lanes
+from eotattn.priors.lane_plan import LanePlan, LaneRequest, plan_lanes
+from eotattn.priors.probing import Span, bits_of
 
 __all__ = ["CacheView", "KeyValueCache"]
 
@@ -268,15 +269,15 @@ class KeyValueCache:
         if prior is None or not prior.has_lanes or prior.num_coordinates > 1:
             return None
         last = self.first_position + self.max_length
-        plan = plan_lanes(
-            prior.terms(),
+        request = LaneRequest(
             num_heads=prior.num_heads,
             num_kv_heads=self._keys.shape[1],
             dtype=self._keys.dtype,
             span=Span(bits_of(max(last, -self.first_position)), bits_of(self.max_length // 2)),
             query_scale=1 / self.scale,
-            learned="query",
+            has_fixed_keys=True,
         )
+        plan = plan_lanes(prior.terms(), request)
         return None if plan.looked_up else plan
 
     def _serves(self, call: Any) -> bool:
@@ -308,7 +309,7 @@ class KeyValueCache:
         if self._plan is not None:
             plan, positions = self._plan, self._slot_positions()[..., start:]
             table = plan.table("key", positions, self._origin)
-            matrix = plan.key.matrix(None, (plan, "key"), table.dtype)
+            matrix = plan.key.matrix(None, table.dtype, table.device)
             lanes = plan.side("key", table, matrix.to(table.device)).lanes(dtype)
             self._keys[:, :, start:, width : width + lanes.shape[-1]] = lanes
             width += lanes.shape[-1]
@@ -324,7 +325,7 @@ class KeyValueCache:
             if self._query_table is None:
                 self._query_table = plan.table("query", self._slot_positions(), self._origin)
             rows = self._query_table[..., start : start + query.shape[2], :]
-            lanes = plan.side("query", rows, plan.matrices(self.prior.terms())[0]).lanes(query.dtype)
+            lanes = plan.side("query", rows, plan.matrices(self.prior.terms(), query.device)[0]).lanes(query.dtype)
             parts.append(lanes.expand(*query.shape[:3], -1))
             spare -= plan.num_lanes
         if self._has_padding:

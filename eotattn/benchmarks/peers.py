@@ -16,7 +16,7 @@ from torch.nn import functional
 from eotattn.attention import Rotary
 from eotattn.priors import LogPrior
 
-__all__ = ["BareLayer", "GoatLayer", "KeyBias", "PlainRotary", "Rotated", "dense_bias", "flashbias", "flex"]
+__all__ = ["BareLayer", "GoatLayer", "KeyBias", "Rotated", "TableRotary", "dense_bias", "flashbias", "flex"]
 
 
 class Rotated:
@@ -39,37 +39,40 @@ class Rotated:
             positions = torch.arange(query.shape[2], device=query.device)
             return self.rotary(query, positions), self.rotary(key, positions)
         if self.tables is None:
-            cos, sin = _tables(query.shape[2], query.shape[3])
-            self.tables = cos.to(query.device), sin.to(query.device)
+            self.tables = _tables(query)
         return self.turn(query, key, *self.tables)
 
 
-class PlainRotary(nn.Module):
-    """Rotary positions 0, 1, 2, ... in plain PyTorch, as most training code has them: tables are buffers.
+class TableRotary(Rotary):
+    """Rotary content as training code writes it: float32 tables in buffers, positions 0, 1, 2, ... unchecked.
 
     Args:
         width: Head width D.
-        length: Tokens L of every call.
+        max_length: Tokens L at most.
     """
 
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, width: int, length: int) -> None:
-        super().__init__()
-        for name, table in zip(("cos", "sin"), _tables(length, width), strict=True):
-            self.register_buffer(name, table, persistent=False)
+    def __init__(self, width: int, max_length: int) -> None:
+        super().__init__(width)
+        cos, sin = _tables(torch.empty(max_length, width))
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
 
-    def forward(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Turn both, (B, H, L, D), in their dtype."""
-        return _turn(query, key, self.cos, self.sin)
+    def forward(self, content: Tensor, positions: object = None, *, argument: str = "positions") -> Tensor:
+        """Turn (B, H, L, D) content."""
+        length = content.shape[2]
+        cos, sin = self.cos[:length].float(), self.sin[:length].float()
+        first, second = content.float().chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(content.dtype)
 
 
-def _tables(length: int, width: int) -> tuple[Tensor, Tensor]:
+def _tables(query: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines of every position and pair, (L, D / 2), float32."""
-    half = width // 2
-    steps = torch.arange(half, dtype=torch.float64) / half
-    angle = torch.arange(length, dtype=torch.float64)[:, None] * 10_000.0**-steps
+    half, length = query.shape[-1] // 2, query.shape[-2]
+    steps = torch.arange(half, dtype=torch.float64, device=query.device) / half
+    angle = torch.arange(length, dtype=torch.float64, device=query.device)[:, None] * 10_000.0**-steps
     return angle.cos().float(), angle.sin().float()
 
 
@@ -88,19 +91,17 @@ class BareLayer(nn.Module):
     Args:
         embed_dim: Model width E.
         num_heads: Heads H.
-        rotary: Turns queries and keys, e.g. a :class:`Rotated`; ``None`` leaves them.
+        rotary: How queries and keys are turned, see :class:`Rotated`; ``None`` leaves them.
     """
 
-    def __init__(
-        self, embed_dim: int, num_heads: int, *, rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
-    ) -> None:
+    def __init__(self, embed_dim: int, num_heads: int, *, rotary: Literal["eager", "fused"] | None = None) -> None:
         super().__init__()
         self.qkv, self.out = (
             nn.Linear(embed_dim, 3 * embed_dim, bias=False),
             nn.Linear(embed_dim, embed_dim, bias=False),
         )
         self.num_heads = num_heads
-        self.rotary = rotary
+        self.rotary = None if rotary is None else Rotated(embed_dim // num_heads, kind=rotary)
 
     def forward(self, x: Tensor, *, padding: Tensor | None = None) -> Tensor:
         """Attend over (B, L, E); ``padding`` (B, L) is true where a key is padding."""

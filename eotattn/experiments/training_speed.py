@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,7 +89,8 @@ class SpeedVariant:
             if self.lanes == "reserved":
                 prior = block.attention.prior
                 sizes_of_layer = (config.embed_dim, config.num_heads)
-                block.attention = PriorAttention(*sizes_of_layer, prior=prior, lanes="reserved", lane_dtype=lane_dtype)
+                options: dict[str, Any] = {"lanes": "reserved", "lane_dtype": lane_dtype, "batch_first": True}
+                block.attention = PriorAttention(*sizes_of_layer, prior=prior, **options)
             if self.rotary == "fused":
                 fuse = device.type == "cuda" and not self.compiled  # a compiled block fuses the turn by itself
                 block.attention.rotary = FusedRotary(config.head_dim, max_length=config.train_length, fuse=fuse)

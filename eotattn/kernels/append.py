@@ -2,7 +2,7 @@
 
 Legend: B batch, H heads of a side, L tokens, D content width, C columns of a table, P lanes, W kernel width.
 
-The lanes of a side are pieces of (table @ matrix), see :mod:`eotattn.priors.lane_plan`; what is learned enters by the
+The lanes of a side are pieces of (table @ matrix), see :mod:`eotattn.priors.lane_sides`; what is learned enters by the
 matrix alone, so the backward pass is one weighted sum over tokens, taken while the gradient of the content is copied
 out. In compiled graphs the plain form is fused by the compiler.
 """
@@ -29,7 +29,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 class LaneSide(Protocol):
-    """What the lanes of one side are made of: :class:`eotattn.priors.lane_plan.Side`."""
+    """What the lanes of one side are made of: :class:`eotattn.priors.lane_sides.Side`."""
 
     @property
     def table(self) -> Tensor:

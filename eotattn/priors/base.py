@@ -15,16 +15,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from eotattn.checks import check_positive_int, require
+from eotattn.checks import check_positive, check_positive_int, require
 from eotattn.priors.positions import check_positions, pair_positions, position_lookup
 
 if TYPE_CHECKING:
     from eotattn.priors.bilinear import KeyTerm, Term
+    from eotattn.priors.lane_plan import LaneRequest
     from eotattn.priors.lanes import Lanes
 
-__all__ = ["LogPrior", "ScoreMod", "check_prior", "computing_dtype"]
+__all__ = ["KERNEL_DTYPES", "LogPrior", "ScoreMod", "check_prior", "computing_dtype"]
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+#: Number formats that lanes can be written in.
+KERNEL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def computing_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -138,9 +142,7 @@ class LogPrior(nn.Module):
         """
         from eotattn.priors.lane_plan import plan_lanes  # that file reads terms, which are stated here
 
-        heads = (self.num_heads, self.num_heads if num_kv_heads is None else num_kv_heads)
-        sizes = {"num_heads": heads[0], "num_kv_heads": heads[1], "num_coordinates": self.num_coordinates}
-        return plan_lanes(self.terms(), **sizes, dtype=dtype, tolerance=tolerance).num_lanes
+        return plan_lanes(self.terms(), self._lane_request(dtype, num_kv_heads, tolerance)).num_lanes
 
     def lanes(
         self,
@@ -169,15 +171,39 @@ class LogPrior(nn.Module):
 
         Raises:
             NotImplementedError: If the prior has no lanes.
+            ValueError: For positions, heads, tolerances or scales that do not fit.
+            TypeError: For a dtype that no kernel has.
         """
         from eotattn.priors.lanes import make_lanes
 
         self.check_positions(query_positions, key_positions)
+        request = self._lane_request(dtype, num_kv_heads, tolerance, query_scale)
+        return make_lanes(self, query_positions, key_positions, request)
+
+    def _lane_request(
+        self, dtype: torch.dtype, num_kv_heads: int | None, tolerance: float | None, query_scale: float = 1.0
+    ) -> LaneRequest:
+        """What lanes are made for; raises unless they can be."""
+        from eotattn.priors.lane_plan import LaneRequest
+
+        owner = type(self).__name__
+        known, remedy = dtype in KERNEL_DTYPES, "Pass one of them"
+        require(known, owner, "dtype", f"be one of {KERNEL_DTYPES}", dtype, remedy, error=TypeError)
         heads = self.num_heads if num_kv_heads is None else num_kv_heads
-        return make_lanes(
-            self, query_positions, key_positions, dtype=dtype, num_kv_heads=heads, tolerance=tolerance,
-            query_scale=query_scale,
-        )  # fmt: skip
+        check_positive_int(owner, "num_kv_heads", heads)
+        remedy = "Pass the number of key heads"
+        require(self.num_heads % heads == 0, owner, "num_kv_heads", f"divide {self.num_heads}", heads, remedy)
+        if tolerance is not None:
+            check_positive(owner, "tolerance", tolerance)
+        check_positive(owner, "query_scale", query_scale)
+        return LaneRequest(
+            self.num_heads,
+            heads,
+            dtype,
+            num_coordinates=self.num_coordinates,
+            tolerance=tolerance,
+            query_scale=float(query_scale),
+        )
 
     def reset_parameters(self) -> None:
         """Put parameters back to their start (also after ``to_empty`` on a meta-device module)."""

@@ -222,9 +222,13 @@ class BilinearPrior(LogPrior, metaclass=_NamesFeatures):
         if name not in FEATURES:
             fixed = cls.__new__(cls)  # without what is learned: features that read it fail instead of becoming stale
             vars(fixed).update(vars(nn.Module()), **constants)
-            sides = fixed.query_features, fixed.key_features
-            known = {"is_relative": self.is_relative, "typical_range": self.typical_range}
-            FEATURES[name] = Features(name, *sides, **known)
+            FEATURES[name] = Features(
+                name,
+                fixed.query_features,
+                fixed.key_features,
+                is_relative=self.is_relative,
+                typical_range=self.typical_range,
+            )
         vars(self)["_features_name"] = name
 
 

@@ -3,7 +3,7 @@
 Legend: B batch, H heads, Hk key heads, L positions, Q queries, K keys, P lanes, C columns of a table.
 
 The lanes of both sides are one linear map of a table of features: lanes = pieces(table @ matrix). Which lane holds what
-is planned in :mod:`eotattn.priors.lane_plan`.
+is planned in :mod:`eotattn.priors.lane_plan`, what a table is made of in :mod:`eotattn.priors.lane_sides`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from eotattn.priors.base import LogPrior, computing_dtype
-from eotattn.priors.lane_plan import LanePlan, Side, Span, bits_of, plan_lanes
+from eotattn.priors.lane_plan import LanePlan, LaneRequest, plan_lanes
+from eotattn.priors.lane_sides import Side
+from eotattn.priors.probing import Span, bits_of
 from eotattn.priors.tables import is_plain
 
 __all__ = ["Lanes", "make_lanes", "middle", "span_of"]
@@ -79,38 +81,17 @@ def _sizes(side: Side) -> Tensor:
     return sizes
 
 
-def make_lanes(
-    prior: LogPrior,
-    query_positions: Tensor,
-    key_positions: Tensor,
-    *,
-    dtype: torch.dtype,
-    num_kv_heads: int,
-    tolerance: float | None = None,
-    query_scale: float = 1.0,
-) -> Lanes:
+def make_lanes(prior: LogPrior, query_positions: Tensor, key_positions: Tensor, request: LaneRequest) -> Lanes:
     """Lanes at checked positions; see :meth:`LogPrior.lanes`."""
     terms = prior.terms()
-    origin = middle(key_positions) if prior.num_coordinates == 1 else 0.0
-    span = span_of(query_positions, key_positions, origin)
-    plan = plan_lanes(
-        terms,
-        num_heads=prior.num_heads,
-        num_kv_heads=num_kv_heads,
-        dtype=dtype,
-        num_coordinates=prior.num_coordinates,
-        span=span,
-        tolerance=tolerance,
-        query_scale=query_scale,
-    )
-    matrices = plan.matrices(terms)
-    more = (None, plan.more_of_keys(terms, key_positions.double()))
-    sides = []
-    for n, (name, positions) in enumerate((("query", query_positions), ("key", key_positions))):
-        table = plan.table(name, positions, origin)
-        sides.append(plan.side(name, table, matrices[n], more[n]))
-    query, key = (side.lanes(dtype) for side in sides)
-    return Lanes(query.expand(*query.shape[:-3], prior.num_heads, -1, -1), key, plan, (sides[0], sides[1]))
+    origin = middle(query_positions) if prior.num_coordinates == 1 else 0.0
+    plan = plan_lanes(terms, request._replace(span=span_of(query_positions, key_positions, origin)))
+    query_matrix, key_matrix = plan.matrices(terms, key_positions.device)
+    query_side = plan.side("query", plan.table("query", query_positions, origin), query_matrix)
+    more = plan.more_of_keys(terms, key_positions.double())
+    key_side = plan.side("key", plan.table("key", key_positions, origin), key_matrix, more)
+    query, key = query_side.lanes(request.dtype), key_side.lanes(request.dtype)
+    return Lanes(query.expand(*query.shape[:-3], prior.num_heads, -1, -1), key, plan, (query_side, key_side))
 
 
 def middle(positions: Tensor) -> Tensor:

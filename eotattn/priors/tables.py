@@ -48,7 +48,8 @@ def remembered(key: Hashable, device: torch.device, make: Callable[[], Value]) -
     """
     if not may_remember(device):
         return make()
-    place = (key, device, raw_stream(device) if device.type == "cuda" else 0)  # what another stream computes may not be there yet
+    # what another stream computes may not be there yet
+    place = (key, device, raw_stream(device) if device.type == "cuda" else 0)
     with _LOCK:
         if place in _VALUES:
             _VALUES.move_to_end(place)

@@ -11,13 +11,13 @@ from eotattn.priors import (
     GridKeyPrior,
     GridPrior,
     GridTablePrior,
-    KeyTablePrior,
-    RecencyPrior,
     HeadsPrior,
     JoinedPrior,
+    KeyTablePrior,
+    RecencyPrior,
+    RelativeBiasPrior,
     ScaledPrior,
     SinkPrior,
-    RelativeBiasPrior,
     goat_prior,
 )
 
@@ -88,10 +88,16 @@ CASES = {
     "joined": (lambda: JoinedPrior(off_neutral(RecencyPrior(1)), off_neutral(goat_prior(2, num_frequencies=2))), ()),
     "joined with a table": (lambda: JoinedPrior(off_neutral(RelativeBiasPrior(2, 3)), off_neutral(SinkPrior(1))), ()),
     "three axes": (
-        lambda: GridPrior(recency(), fourier(5), off_neutral(KeyTablePrior(HEADS, 4))) + off_neutral(ClassTokenPrior(HEADS, 3)),
+        lambda: (
+            GridPrior(recency(), fourier(5), off_neutral(KeyTablePrior(HEADS, 4)))
+            + off_neutral(ClassTokenPrior(HEADS, 3))
+        ),
         (),
     ),
-    "learnable multiple": (lambda: off_neutral(ScaledPrior(off_neutral(FourierPrior(HEADS, 3)), 0.6, learnable=True)), ("start",)),
+    "learnable multiple": (
+        lambda: off_neutral(ScaledPrior(off_neutral(FourierPrior(HEADS, 3)), 0.6, learnable=True)),
+        ("start",),
+    ),
     "multiple a head": (lambda: off_neutral(goat_prior(HEADS, num_frequencies=2)) * (0.7, -1.1, 0.4), ()),
     "multiple": (lambda: 1.7 * off_neutral(goat_prior(HEADS, num_frequencies=2)), ()),
     "sum with a table": (lambda: recency() + off_neutral(RelativeBiasPrior(HEADS, 4)), ()),

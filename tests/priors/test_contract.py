@@ -7,7 +7,7 @@ import torch
 from priors.cases import CASES, matrix, off_neutral
 from torch import nn
 
-from eotattn.priors import BilinearPrior, DensePrior, FourierPrior, GridPrior, RecencyPrior, grid_positions
+from eotattn.priors import DensePrior, FourierPrior, GridPrior, RecencyPrior, grid_positions
 from eotattn.testing import CHECKS, Case, _default_positions, check_prior
 
 
@@ -53,13 +53,27 @@ class WrongLanes(Broken):
         return super().dense(query_positions, key_positions, dtype=dtype) * (1 + 1e-4)
 
 
-class BoastingLanes(Broken):
+class RoughWeights(Broken):
+    def lanes(self, query_positions, key_positions, *, dtype, **options):
+        """Writes a slope as one 16-bit number, and states the bound of two."""
+        lanes = super().lanes(query_positions, key_positions, dtype=dtype, **options)
+        return dataclasses.replace(lanes, query=torch.where(lanes.plan.query.piece > 0, 0, lanes.query))
+
+
+class RoughPositions(Broken):
     def lanes(self, query_positions, key_positions, *, dtype, **options):
         """Writes a position as one 16-bit number, and states the bound of exact ones."""
         lanes = super().lanes(query_positions, key_positions, dtype=dtype, **options)
-        pieces = lanes.plan.key.columns
-        rest = torch.tensor([bool(pieces[c].piece) for c in lanes.sides[1].matrix[0].argmax(0)])
-        return dataclasses.replace(lanes, key=torch.where(rest, 0, lanes.key))
+        is_rest = torch.tensor([bool(column.piece) for column in lanes.plan.key.columns])
+        reads_rest = (lanes.plan.key.fixed[0] * is_rest[:, None]).any(0)
+        return dataclasses.replace(lanes, key=torch.where(reads_rest, 0, lanes.key))
+
+
+class Unshiftable(Broken):
+    """Calls itself relative, so that positions may count from anywhere, and is not."""
+
+    def key_features(self, positions):
+        return super().key_features(positions.clamp(max=4))
 
 
 class NotANumber(Broken):
@@ -148,7 +162,8 @@ class BatchBlind(Broken):
         (NotANumber, "dense", "NaN"),
         (WrongShape, "dense", "shape is"),
         (WrongLanes, "lanes", r"error .* in torch\.float64"),
-        (BoastingLanes, "lanes", r"error .* in torch"),
+        (RoughWeights, "lanes", r"error .* in torch\.bfloat16 exceeds the stated bound"),
+        (Unshiftable, "lanes", r"error .* in torch\.float64"),
         (FloatScores, "score_mod", "score_mod and dense differ"),
         (BatchBlind, "batches", "both batched"),
         (ByCurrentLength, "chunks", "chunk"),
@@ -170,8 +185,10 @@ def test_the_contract_notices(broken, check, message):
 
 
 def test_the_contract_notices_an_exactness_that_does_not_hold():
-    case = Case(BoastingLanes, torch.arange(1001, 1006), torch.arange(997, 1004))
-    with pytest.raises(AssertionError, match="exceeds the stated bound"):
+    """Positions count from the middle of the keys; bfloat16 has no 699."""
+    CHECKS["lanes"](Case(RoughPositions, torch.arange(4), torch.arange(8)))
+    case = Case(RoughPositions, torch.arange(4), torch.tensor([0, 299, 1399]))
+    with pytest.raises(AssertionError, match=r"error .* in torch\.bfloat16 exceeds the stated bound"):
         CHECKS["lanes"](case)
 
 

@@ -10,7 +10,15 @@ from priors.cases import CASES, HEADS, off_neutral
 from tolerances import assert_close, centre_rows
 
 from eotattn.attention import prior_attention
-from eotattn.priors import FourierPrior, GridPrior, RecencyPrior, SinkPrior, RelativeBiasPrior, goat_prior, grid_positions
+from eotattn.priors import (
+    FourierPrior,
+    GridPrior,
+    RecencyPrior,
+    SinkPrior,
+    RelativeBiasPrior,
+    goat_prior,
+    grid_positions,
+)
 from eotattn.priors.lanes import DIGIT_WEIGHTS, LaneFactors, position_digits
 
 LOW = [torch.bfloat16, torch.float16]

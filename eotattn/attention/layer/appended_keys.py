@@ -11,14 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["AppendedKeys"]
+from eotattn.checks import require
+from eotattn.priors import LogPrior
+from eotattn.priors.lanes import LaneFactors
+from eotattn.priors.positions import is_plain
+
+__all__ = ["AppendedKeys", "TokenPrior"]
 
 
 class AppendedKeys(nn.Module):
     """A learned key and value, a key and value of zeros, or both: something to attend to instead of any token.
 
-    They stand before the first token, at positions -N to -1. So every causal query sees them, a prior has a value for
-    them like for any key, and a window leaves them behind.
+    They stand before the first token, at positions -N to -1, so that every causal query sees them and a window leaves
+    them behind. A :class:`TokenPrior` is zero there: their mass is up to the content.
 
     Args:
         num_kv_heads: Key heads Hk.
@@ -64,15 +69,23 @@ class AppendedKeys(nn.Module):
             parts.insert(0, learned.to(side.dtype).expand(side.shape[0], -1, -1, -1))
         return torch.cat(parts, dim=2)
 
-    def positions(self, keys: Tensor | range | None, length: int, device: torch.device) -> Tensor | range:
-        """Positions of all keys, given those of the ``length`` keys of tokens."""
+    def positions(self, owner: str, keys: Tensor | range | None, length: int, device: torch.device) -> Tensor | range:
+        """Positions of all keys, given those of the ``length`` keys of tokens, which count from 0.
+
+        Raises:
+            ValueError: If tokens lie where the appended keys do; on a GPU only ranges are looked at.
+        """
         if keys is None and torch.compiler.is_compiling():  # a range would hold a graph to this length
             return torch.arange(-self.count, length, device=device)
         keys = range(length) if keys is None else keys
+        rule, remedy = "count from 0 beside appended keys", "Shift the positions of both sides"
         if isinstance(keys, range):
+            require(keys.start >= 0, owner, "key_positions", rule, keys, remedy)
             if keys.start == 0:
                 return range(-self.count, keys.stop)
             keys = torch.arange(keys.start, keys.stop, device=device)
+        elif keys.device.type == "cpu" and is_plain():
+            require(not bool((keys < 0).any()), owner, "key_positions", rule, keys, remedy)
         before = torch.arange(-self.count, 0, device=device)
         return torch.cat([before.expand(*keys.shape[:-1], -1), keys], dim=-1)
 
@@ -93,3 +106,50 @@ class AppendedKeys(nn.Module):
     def last(self, weights: Tensor) -> Tensor:
         """Weights (B, H, Q, K) with the appended keys last, as ``nn.MultiheadAttention`` returns them."""
         return weights.roll(-self.count, dims=-1)
+
+
+class TokenPrior(LogPrior):
+    """A prior of the tokens, zero at keys before the first token: sinks that it does not touch.
+
+    Args:
+        prior: Prior on a sequence; stays trainable.
+
+    Example:
+        >>> from eotattn.priors import RecencyPrior
+        >>> TokenPrior(RecencyPrior(1)).dense(torch.tensor([9]), torch.tensor([-1, 9])).abs().max().item()
+        0.0
+    """
+
+    def __init__(self, prior: LogPrior) -> None:
+        super().__init__(prior.num_heads)
+        self.prior = prior
+
+    @property
+    def has_lanes(self) -> bool:
+        """Whether the prior of the tokens has lanes."""
+        return self.prior.has_lanes
+
+    def evaluate(self, head: Tensor, query_position: Tensor, key_position: Tensor) -> Tensor:
+        """The log-prior, in nats; zero before the first token."""
+        value = self.prior.evaluate(head, query_position, key_position.clamp(min=0))
+        return torch.where(key_position < 0, 0.0, value)
+
+    def factors(self, query_positions: Tensor, key_positions: Tensor, *, dtype: torch.dtype) -> tuple[LaneFactors, ...]:
+        """The factors without the keys before the first token; constants of rows become lanes, since these lack them.
+
+        The lane that would only carry a row constant's gradient ("both" sides exact) is then needless.
+        """
+        of_tokens = (key_positions >= 0)[..., None, :, None]
+        parts = self.prior.factors(query_positions, key_positions.clamp(min=0), dtype=dtype)
+        kept = [part for part in parts if part.exact != "both"]
+        columns = [LaneFactors(part.query, part.key * of_tokens, exact=part.exact) for part in kept]
+        rows = [part.row.unsqueeze(-1) for part in kept if part.row is not None]
+        return (*columns, *(LaneFactors(row, of_tokens.to(row.dtype), exact="key") for row in rows))
+
+    def check_positions(self, query_positions: Tensor | None, key_positions: Tensor | None) -> None:
+        """Raise unless the prior understands both positions."""
+        self.prior.check_positions(query_positions, key_positions)
+
+    def reset_parameters(self) -> None:
+        """Reset the prior."""
+        self.prior.reset_parameters()

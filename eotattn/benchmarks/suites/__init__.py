@@ -13,6 +13,7 @@ from eotattn.benchmarks.suites.overview import overview
 from eotattn.benchmarks.suites.padding import padding
 from eotattn.benchmarks.suites.patterns import patterns
 from eotattn.benchmarks.suites.precision import precision
+from eotattn.benchmarks.suites.rotary_decoder import rotary
 from eotattn.benchmarks.suites.statistics import statistics
 from eotattn.benchmarks.suites.training import training
 from eotattn.benchmarks.suites.transport import transport
@@ -20,7 +21,10 @@ from eotattn.benchmarks.timing import Row
 
 __all__ = ["SUITES", "Configuration", "configure"]
 
-_ALL = (attention, layer, decode, padding, patterns, precision, gradients, transport, statistics, training, overview)
+_ALL = (
+    *(overview, attention, layer, training, rotary, decode, padding, patterns),
+    *(precision, gradients, transport, statistics),
+)
 
 #: Every suite by name.
 SUITES: dict[str, Callable[[Configuration], list[Row]]] = {suite.__name__: suite for suite in _ALL}

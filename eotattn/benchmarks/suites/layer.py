@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,11 +48,8 @@ def layer_makers(config: Configuration, width: int, heads: int) -> dict[str, Cal
     def ours(prior: LogPrior | None, **keywords: Any) -> Callable[[], Any]:
         if keywords.get("lanes") == "reserved":
             keywords["lane_dtype"] = dtype
-        return lambda: CausalLayer(PriorAttention(width, heads, prior=prior, bias=False, **keywords).to(**config.place))
-
-    def rotated(kind: Literal["eager", "fused"]) -> Any:
-        rotary = peers.Rotated(width // heads, kind=kind)
-        return peers.BareLayer(width, heads, rotary=rotary).to(**config.place)
+        keywords = {"bias": False, "batch_first": True, **keywords}
+        return lambda: CausalLayer(PriorAttention(width, heads, prior=prior, **keywords).to(**config.place))
 
     made: dict[str, Callable[[], Any]] = {
         "bare": lambda: peers.BareLayer(width, heads).to(**config.place),
@@ -60,11 +57,11 @@ def layer_makers(config: Configuration, width: int, heads: int) -> dict[str, Cal
         "eotattn, recency + sink, reserved": ours(gpt_prior(heads), lanes="reserved"),
         "eotattn, GOAT, 4 frequencies, reserved": ours(goat_prior(heads, num_frequencies=4), lanes="reserved"),
         "eotattn, GOAT, 4 frequencies, appended": ours(goat_prior(heads, num_frequencies=4)),
-        "RoPE, eager": lambda: rotated("eager"),
+        "RoPE, eager": lambda: peers.BareLayer(width, heads, rotary="eager").to(**config.place),
         "goat-attention": lambda: peers.GoatLayer(width, heads, dtype).to(device),
     }
     if config.device != "cpu":
-        made["RoPE, fused"] = lambda: rotated("fused")
+        made["RoPE, fused"] = lambda: peers.BareLayer(width, heads, rotary="fused").to(**config.place)
     return made
 
 

@@ -54,16 +54,13 @@ def _layers(sizes: _Sizes) -> dict[str, Callable[[], nn.Module]]:
     width, heads = sizes.width, sizes.heads
 
     def ours(**keywords: Any) -> nn.Module:
-        return CausalLayer(PriorAttention(width, heads, bias=False, **keywords))
+        return CausalLayer(PriorAttention(width, heads, bias=False, batch_first=True, **keywords))
 
     def goat(**keywords: Any) -> nn.Module:
         return ours(prior=goat_prior(heads, num_frequencies=4, length_scale=float(sizes.length)), **keywords)
 
-    def plain() -> nn.Module:
-        return peers.BareLayer(width, heads, rotary=peers.PlainRotary(width // heads, sizes.length))
-
     return {
-        "RoPE in plain PyTorch": plain,
+        "RoPE in plain PyTorch": lambda: ours(rotary=peers.TableRotary(width // heads, sizes.length)),
         "no position": lambda: peers.BareLayer(width, heads),
         "eotattn, Rotary": lambda: ours(rotary=Rotary(width // heads)),
         "eotattn, GOAT, reserved": lambda: goat(lanes="reserved", lane_dtype=torch.bfloat16),

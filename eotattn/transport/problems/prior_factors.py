@@ -13,7 +13,8 @@ from torch import Tensor
 
 from eotattn.priors import KeyTerm, LogPrior
 from eotattn.priors.base import computing_dtype
-from eotattn.priors.lane_plan import constant_key_features, split_numbers
+from eotattn.priors.probing import constant_key_features
+from eotattn.priors.splitting import split_numbers
 
 __all__ = ["PriorFactors", "prior_factors"]
 

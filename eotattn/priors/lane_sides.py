@@ -1,0 +1,204 @@
+"""The two sides of a lane plan: how the table and the matrix of queries, or of keys, are made.
+
+Legend: B batch, H heads, M query heads a key head, L positions, P lanes, C columns of a table, N weights of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from eotattn.priors.base import computing_dtype
+from eotattn.priors.bilinear import FEATURES
+from eotattn.priors.splitting import MOST_PIECES, multiply, split_numbers, write_pieces
+from eotattn.priors.tables import remembered
+
+__all__ = ["Column", "Lane", "Shape", "Side", "SideLayout", "SidePlan"]
+
+
+class Side(NamedTuple):
+    """What the lanes of one side are made of: pieces of (table @ matrix), and numbers that are lanes as they are.
+
+    Args:
+        table: (L, C) or (B, L, C), float32 or float64.
+        matrix: (1 or heads, C, P), in the dtype of the table.
+        piece: (P,) int8: which piece of its product a lane is.
+        depth: Pieces of a product at most.
+        more: (..., heads, L, P') further lanes behind them, in the kernel's dtype, or ``None``.
+    """
+
+    table: Tensor
+    matrix: Tensor
+    piece: Tensor
+    depth: int
+    more: Tensor | None = None
+
+    def lanes(self, dtype: torch.dtype) -> Tensor:
+        """(heads, L, P + P') or (B, heads, L, P + P') in ``dtype``."""
+        lanes = write_pieces(multiply(self.table, self.matrix), self.piece, self.depth, dtype)
+        if self.more is None:
+            return lanes
+        lead = torch.broadcast_shapes(lanes.shape[:-1], self.more.shape[:-1])
+        return torch.cat([side.expand(*lead, side.shape[-1]) for side in (lanes, self.more)], dim=-1)
+
+
+class Shape(NamedTuple):
+    """What decides the lanes of one term."""
+
+    features: str
+    num_query: int
+    num_key: int  # 0: a term of keys that is looked up
+
+
+class Column(NamedTuple):
+    """A column of a table: a feature, or a piece of it divided by a power of two."""
+
+    term: int
+    feature: int
+    piece: int | None = None
+    divisor: float = 1.0
+
+
+class Lane(NamedTuple):
+    """One lane: a piece of a fixed feature against a piece of what is learned.
+
+    Args:
+        learned: ``"query"`` or ``"key"``.
+        fixed: The fixed column.
+        piece: Which piece of the learned factor.
+        member: The one of the query heads that share a key head; ``None`` for all of them.
+        is_constant: Whether its key feature is one everywhere: a constant of each row, that softmax does not see.
+        truncation: Relative error of the product that this lane leads; zero for the others.
+    """
+
+    learned: str
+    fixed: Column
+    piece: int
+    member: int | None
+    is_constant: bool
+    truncation: float
+
+
+@dataclass(frozen=True, eq=False)
+class SidePlan:
+    """How the table and the matrix of one side are made.
+
+    Args:
+        columns: C columns of the table.
+        selection: (N or M N, C * P) float64: from the weights of a head (key head) to its matrix.
+        fixed: (1 or heads, C, P) float64: what is in the matrix besides.
+        has_fixed: Whether any of that is not zero.
+        piece: (P,) int8.
+        is_constant: (P,) boolean, true where the weights only have a gradient; ``None`` if they are nowhere.
+        depth: Pieces of a product at most.
+    """
+
+    columns: tuple[Column, ...]
+    selection: Tensor | None
+    fixed: Tensor
+    has_fixed: bool
+    piece: Tensor
+    is_constant: Tensor | None
+    depth: int
+
+    def table(self, names: Sequence[str], side: str, positions: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """(..., L, C) in the dtype in which lanes of ``dtype`` are computed; ``positions`` term by term, float64."""
+        computing = computing_dtype(dtype)
+        made: list[Tensor] = []
+        for term in dict.fromkeys(column.term for column in self.columns):
+            own = [column for column in self.columns if column.term == term]
+            features = getattr(FEATURES[names[term]], side)(positions[term]).double()
+            chosen = torch.stack([features[..., column.feature] / column.divisor for column in own], dim=-1)
+            if any(column.piece is not None for column in own) and dtype != computing:
+                pieces = [chosen, *(piece.double() for piece in split_numbers(chosen, dtype, MOST_PIECES))]
+                order = [0 if column.piece is None else 1 + column.piece for column in own]
+                chosen = torch.stack([pieces[n][..., c] for c, n in enumerate(order)], dim=-1)
+            made.append(chosen.to(computing))
+        if not made:
+            return getattr(FEATURES[names[0]], side)(positions[0])[..., :0].to(computing)
+        lead = torch.broadcast_shapes(*(part.shape[:-1] for part in made))  # samples may differ in some terms alone
+        return torch.cat([part.expand(*lead, part.shape[-1]) for part in made], dim=-1)
+
+    def matrix(self, weights: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """(1 or heads, C, P) in ``dtype``, from the weights of the heads, float64."""
+        selection = self.selection
+        if weights is None or selection is None:
+            return remembered((self, "fixed", dtype), device, lambda: self.fixed.to(device, dtype))
+        chosen = remembered((self, "selection"), device, lambda: selection.to(device))
+        matrix = (weights @ chosen).unflatten(-1, self.fixed.shape[1:])
+        if self.is_constant is not None:
+            is_constant = self.is_constant
+            mask = remembered((self, "constant"), device, lambda: is_constant.double().to(device))
+            matrix = matrix - (matrix * mask).detach()
+        if not self.has_fixed:
+            return matrix.to(dtype)
+        return matrix.to(dtype) + remembered((self, "fixed", dtype), device, lambda: self.fixed.to(device, dtype))
+
+
+@dataclass(frozen=True)
+class SideLayout:
+    """From lanes to the plan of each side.
+
+    Args:
+        shapes: One a term.
+        num_heads: H.
+        group: M.
+        query_scale: Factor on what is learned.
+        lift: The query's share of it where the key's number is looked up.
+    """
+
+    shapes: Sequence[Shape]
+    num_heads: int
+    group: int
+    query_scale: float
+    lift: float
+
+    def side(self, side: str, lanes: Sequence[Lane]) -> SidePlan:
+        """The plan of one side."""
+        columns = list(dict.fromkeys(column for lane in lanes for column in self._columns(side, lane)))
+        at = {column: c for c, column in enumerate(columns)}
+        num_weights = self._first_weight(len(self.shapes))
+        share = self.group if side == "key" else 1
+        apart = side == "query" and any(lane.member is not None for lane in lanes)
+        selection = torch.zeros(share * num_weights, len(columns), len(lanes), dtype=torch.float64)
+        fixed = torch.zeros(self.num_heads if apart else 1, len(columns), len(lanes), dtype=torch.float64)
+        for p, lane in enumerate(lanes):
+            if lane.learned != side:
+                owners = slice(None) if lane.member is None else slice(lane.member, None, self.group)
+                fixed[owners, at[lane.fixed], p] = 1.0 if self.shapes[lane.fixed.term].num_key else self.lift
+                continue
+            for column in self._columns(side, lane):
+                weight = self._weight(lane, column.feature) + (lane.member or 0) * num_weights
+                selection[weight, at[column], p] = self.query_scale * lane.fixed.divisor
+        pieces = [lane.piece if lane.learned == side else 0 for lane in lanes]
+        is_constant = torch.tensor([lane.is_constant and lane.learned == side for lane in lanes], dtype=torch.bool)
+        return SidePlan(
+            columns=tuple(columns),
+            selection=selection.flatten(1) if any(lane.learned == side for lane in lanes) else None,
+            fixed=fixed,
+            has_fixed=bool(fixed.any()),
+            piece=torch.tensor(pieces, dtype=torch.int8),
+            is_constant=is_constant if bool(is_constant.any()) else None,
+            depth=max(pieces, default=0) + 1,
+        )
+
+    def _columns(self, side: str, lane: Lane) -> list[Column]:
+        """Columns of the table that a lane reads on one side."""
+        if lane.learned != side:
+            return [lane.fixed]
+        shape = self.shapes[lane.fixed.term]
+        count = shape.num_query if side == "query" else shape.num_key
+        return [Column(lane.fixed.term, feature) for feature in range(count)]
+
+    def _weight(self, lane: Lane, feature: int) -> int:
+        """Where the weight of a learned feature against the lane's fixed feature stands among all of a head."""
+        term, other = lane.fixed.term, lane.fixed.feature
+        query, key = (feature, other) if lane.learned == "query" else (other, feature)
+        return self._first_weight(term) + query * self.shapes[term].num_key + key
+
+    def _first_weight(self, term: int) -> int:
+        return sum(shape.num_query * shape.num_key for shape in self.shapes[:term])
