@@ -85,7 +85,7 @@ def test_bench_on_the_command_line(capsys):
     assert main(["bench", "decode", "--rounds", "1"]) == 0
     assert "SDPA, no prior" in capsys.readouterr().out
     assert main(["bench", "speed"]) == 2
-    assert "bench: suite must be one of 'attention'" in capsys.readouterr().err
+    assert "bench: suite must be one of 'overview', 'attention'" in capsys.readouterr().err
     assert main(["bench", "decode", "--sizes", "huge"]) == 2
     assert "bench: sizes must be one of 'small', 'full'" in capsys.readouterr().err
     assert main(["bench", "decode", "--rounds", "0"]) == 2
