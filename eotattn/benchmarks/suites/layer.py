@@ -16,7 +16,7 @@ from eotattn.benchmarks.suites.inputs import content, gpt_prior, measured
 from eotattn.benchmarks.timing import Candidate, Row
 from eotattn.priors import LogPrior, goat_prior
 
-__all__ = ["layer", "layer_makers", "step"]
+__all__ = ["COMPILED", "CausalLayer", "compiled", "layer", "layer_makers", "step"]
 
 #: Modes of ``torch.compile`` by how the table calls them; the second replays CUDA graphs, where no host counts.
 COMPILED = {"compiled": "default", "compiled into graphs": "reduce-overhead"}
@@ -34,8 +34,8 @@ def layer(config: Configuration) -> list[Row]:
         if config.device != "cpu":
             for name in ("bare", "eotattn, recency + sink, reserved"):
                 for suffix, mode in COMPILED.items():
-                    compiled = partial(_compiled, makers[name], mode)
-                    candidates.append(Candidate(f"{name}, {suffix}", partial(step, compiled, x)))
+                    make = partial(compiled, makers[name], mode)
+                    candidates.append(Candidate(f"{name}, {suffix}", partial(step, make, x)))
         size = {"batch": batch, "length": length, "width": width, "heads": heads, "pass": "forward+backward"}
         rows += [{**size, **row} for row in measured(candidates, config)]
     return rows
@@ -49,7 +49,7 @@ def layer_makers(config: Configuration, width: int, heads: int) -> dict[str, Cal
         if keywords.get("lanes") == "reserved":
             keywords["lane_dtype"] = dtype
         keywords = {"bias": False, "batch_first": True, **keywords}
-        return lambda: _Ours(PriorAttention(width, heads, prior=prior, **keywords).to(**config.place))
+        return lambda: CausalLayer(PriorAttention(width, heads, prior=prior, **keywords).to(**config.place))
 
     made: dict[str, Callable[[], Any]] = {
         "bare": lambda: peers.BareLayer(width, heads).to(**config.place),
@@ -65,22 +65,24 @@ def layer_makers(config: Configuration, width: int, heads: int) -> dict[str, Cal
     return made
 
 
-class _Ours(torch.nn.Module):
-    """A :class:`PriorAttention` called like the other layers here."""
+class CausalLayer(torch.nn.Module):
+    """A :class:`PriorAttention` that is causal and called like the other layers here."""
 
     def __init__(self, layer: PriorAttention) -> None:
         super().__init__()
         self.layer = layer
 
     def forward(self, x: Tensor, *, padding: Tensor | None = None) -> Tensor:
+        """Attend over (B, L, E); ``padding`` (B, L) is true where a key is padding."""
         return self.layer(x, key_padding_mask=padding, is_causal=True, need_weights=False)[0]
 
 
-def _compiled(make: Callable[[], Any], mode: str) -> Any:
+def compiled(make: Callable[[], Any], mode: str) -> Any:
+    """The layer that ``make`` builds, compiled as one graph."""
     module = make()
-    compiled: Any = torch.compile(module, fullgraph=True, mode=mode)
-    compiled.parameters = module.parameters
-    return compiled
+    graph: Any = torch.compile(module, fullgraph=True, mode=mode)
+    graph.parameters = module.parameters
+    return graph
 
 
 def step(make: Callable[[], Any], x: Tensor, mask: Tensor | None = None) -> Callable[[], Any]:

@@ -95,7 +95,7 @@ def _errors(
     """
     query, key = _inputs(config, 2, heads, length, width)
     lanes = _lanes(config, heads, length) if with_prior else None
-    exact = None if lanes is None else Lanes(lanes.query.double(), lanes.key.double(), lanes.num_shared)
+    exact = None if lanes is None else replace(lanes, query=lanes.query.double(), key=lanes.key.double())
     found = row_statistics(query, key, log_prior=lanes, is_causal=True, keys=CHOSEN)
     truth = row_statistics(query.double(), key.double(), log_prior=exact, is_causal=True, keys=CHOSEN, backend="blocks")
     for field in FIELDS:
