@@ -471,7 +471,7 @@ def _probe(features: str, side: str, num_coordinates: int, span: Span) -> Tensor
     stated = FEATURES[features]
     reach = 2 ** (span.relative_bits if stated.is_relative else span.bits) - 1
     numbers = [0, 1, 2, 3, 5, 10, reach // 3, reach // 2, reach - 1, reach]
-    numbers += [-number for number in numbers] if stated.is_relative else []
+    numbers += [-number for number in numbers] if stated.is_relative else [-1]  # before the first token
     positions = torch.tensor(numbers, dtype=torch.float64)
     if not span.whole:
         positions = torch.cat([positions, positions * 0.7501])

@@ -5,6 +5,7 @@ Legend: B batch, Hk key heads, Q queries, K keys, N appended keys, D key width, 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from torch.nn import functional
 
 from eotattn.checks import require
 from eotattn.priors import LogPrior
-from eotattn.priors.lanes import LaneFactors
-from eotattn.priors.positions import is_plain
+from eotattn.priors.bilinear import FEATURES, Features, KeyTerm, Term
+from eotattn.priors.tables import is_plain
 
 __all__ = ["AppendedKeys", "TokenPrior"]
 
@@ -129,22 +130,14 @@ class TokenPrior(LogPrior):
         """Whether the prior of the tokens has lanes."""
         return self.prior.has_lanes
 
-    def evaluate(self, head: Tensor, query_position: Tensor, key_position: Tensor) -> Tensor:
+    def log_prior(self, head: Tensor, query_position: Tensor, key_position: Tensor) -> Tensor:
         """The log-prior, in nats; zero before the first token."""
-        value = self.prior.evaluate(head, query_position, key_position.clamp(min=0))
+        value = self.prior.log_prior(head, query_position, key_position.clamp(min=0))
         return torch.where(key_position < 0, 0.0, value)
 
-    def factors(self, query_positions: Tensor, key_positions: Tensor, *, dtype: torch.dtype) -> tuple[LaneFactors, ...]:
-        """The factors without the keys before the first token; constants of rows become lanes, since these lack them.
-
-        The lane that would only carry a row constant's gradient ("both" sides exact) is then needless.
-        """
-        of_tokens = (key_positions >= 0)[..., None, :, None]
-        parts = self.prior.factors(query_positions, key_positions.clamp(min=0), dtype=dtype)
-        kept = [part for part in parts if part.exact != "both"]
-        columns = [LaneFactors(part.query, part.key * of_tokens, exact=part.exact) for part in kept]
-        rows = [part.row.unsqueeze(-1) for part in kept if part.row is not None]
-        return (*columns, *(LaneFactors(row, of_tokens.to(row.dtype), exact="key") for row in rows))
+    def terms(self) -> tuple[Term | KeyTerm, ...]:
+        """The terms of the prior with key features blank before the first token."""
+        return tuple([_of_tokens(term) for term in self.prior.terms()])
 
     def check_positions(self, query_positions: Tensor | None, key_positions: Tensor | None) -> None:
         """Raise unless the prior understands both positions."""
@@ -153,3 +146,18 @@ class TokenPrior(LogPrior):
     def reset_parameters(self) -> None:
         """Reset the prior."""
         self.prior.reset_parameters()
+
+
+def _of_tokens(term: Term | KeyTerm) -> Term | KeyTerm:
+    """A term that is zero at keys before the first token."""
+    if isinstance(term, KeyTerm):
+        bias = term.bias
+        return replace(term, bias=lambda positions: bias(positions.clamp(min=0)) * (positions >= 0).unsqueeze(-2))
+    features, name = term.features, f"{term.features.name}[tokens]"
+    if name not in FEATURES:
+
+        def key(positions: Tensor) -> Tensor:
+            return features.key(positions.clamp(min=0)) * (positions >= 0).unsqueeze(-1)
+
+        FEATURES[name] = Features(name, features.query, key, typical_range=features.typical_range)
+    return replace(term, features=FEATURES[name])
