@@ -33,11 +33,16 @@ class TokenPrior(CombinedPrior):
         if self.has_lanes:
             self.terms()  # names its features before a graph is traced
 
+    @property
+    def prior(self) -> LogPrior:
+        """The prior of the tokens."""
+        return self.parts[0]
+
     def log_prior(self, head: Tensor, query_position: Tensor, key_position: Tensor) -> Tensor:
         """The log-prior, in nats; zero before the first token."""
-        value = self.parts[0].log_prior(head, query_position, key_position.clamp(min=0))
+        value = self.prior.log_prior(head, query_position, key_position.clamp(min=0))
         return torch.where(key_position < 0, 0.0, value)
 
     def terms(self) -> tuple[Term | KeyTerm, ...]:
         """The terms without the keys before the first token."""
-        return tuple([term.of_tokens() for term in self.parts[0].terms()])
+        return tuple([term.of_tokens() for term in self.prior.terms()])
