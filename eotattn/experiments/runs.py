@@ -48,6 +48,7 @@ from typing import Any
 import torch
 
 from eotattn.checks import check_positive_int
+from eotattn.experiments.device import training_device
 from eotattn.experiments.records import Measurement, Record, Records, Run, RunFolder, make
 from eotattn.experiments.results import ResultFolder
 
@@ -96,7 +97,7 @@ class UnknownRunsError(ValueError):
 
 def default_jobs() -> int:
     """One run at a time on a GPU, as many as torch has threads on a CPU."""
-    return 1 if torch.cuda.is_available() else torch.get_num_threads()
+    return 1 if training_device().type == "cuda" else torch.get_num_threads()
 
 
 def perform(
@@ -226,7 +227,7 @@ def _work(pipe: connection.Connection, store: RunFolder, threads: int, device: i
     """Make the runs that come through ``pipe`` until it closes; Ctrl-C is the parent's affair."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
-    if torch.cuda.is_available():
+    if training_device().type == "cuda":
         torch.cuda.set_device(device)
     try:
         while True:
