@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -20,9 +20,8 @@ from eotattn.priors import LogPrior
 __all__ = ["decode"]
 
 
-def decode(config: Configuration) -> list[Row]:
+def decode(config: Configuration) -> Iterator[Row]:
     """One new token against a cache, grouped queries: the attention of a decoding step."""
-    rows: list[Row] = []
     for batch, heads, kv_heads, length, width in config.pick(
         [(1, 4, 2, 64, 32)], [(8, 32, 8, 2048, 128), (8, 32, 8, 32768, 128), (8, 32, 8, 32768, 64)]
     ):
@@ -41,8 +40,7 @@ def decode(config: Configuration) -> list[Row]:
         with torch.inference_mode():
             found = measured(candidates, config)
         names = ("batch", "heads", "kv_heads", "length", "width")
-        rows += [{**dict(zip(names, shape, strict=True)), "pass": "decode", **row} for row in found]
-    return rows
+        yield from ({**dict(zip(names, shape, strict=True)), "pass": "decode", **row} for row in found)
 
 
 Shape = tuple[int, int, int, int, int]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -17,13 +18,12 @@ from eotattn.priors import RecencyPrior
 __all__ = ["gradients"]
 
 
-def gradients(config: Configuration) -> list[Row]:
+def gradients(config: Configuration) -> Iterator[Row]:
     """Slope gradients against float64: the norm of the error over that of the signal, over heads.
 
     ``of_strengths`` is the same for the parameter, in which a head counts by its ALiBi slope; ``worst_head`` is the
     largest error of a head over the root mean square of all heads' signals.
     """
-    rows: list[Row] = []
     heads, width = 12, 64
     for length in config.pick([128], [2048, 8192, 32768]):
         query, key, value, upstream = (
@@ -44,5 +44,4 @@ def gradients(config: Configuration) -> list[Row]:
             row: Row = {"quantity": "slope gradient", "length": length, "name": f"slopes {slope}"}
             row["value"], row["worst_head"] = relative_error(found, exact), float(error.max())
             row["of_strengths"] = relative_error(found * prior.unit_slopes, exact * prior.unit_slopes)
-            rows.append(row)
-    return rows
+            yield row
