@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "called",
     "check_choice",
     "check_device",
     "check_floating",
@@ -53,6 +54,11 @@ def speaking_as(owner: str) -> Iterator[None]:
         yield
     finally:
         _CALLED.reset(token)
+
+
+def called(owner: str) -> str:
+    """What the user called: ``owner`` unless another function speaks for it."""
+    return _CALLED.get() or owner
 
 
 def require(
@@ -100,7 +106,7 @@ def fail(
         ...
         ValueError: solve: epsilon must be positive; got -1.0. Pass a temperature above zero.
     """
-    raise error(f"{_CALLED.get() or owner}: {argument} must {rule}; got {describe(got)}. {remedy}.")
+    raise error(f"{called(owner)}: {argument} must {rule}; got {describe(got)}. {remedy}.")
 
 
 def describe(value: Any) -> str:
@@ -222,7 +228,7 @@ def check_installed(owner: str, extra: str, *libraries: str) -> None:
     absent = [library for library in libraries if importlib.util.find_spec(library) is None]
     if absent:
         message = f"{' and '.join(absent)} must be installed; got none. Run pip install 'eotattn[{extra}]'."
-        raise ModuleNotFoundError(f"{_CALLED.get() or owner}: {message}")
+        raise ModuleNotFoundError(f"{called(owner)}: {message}")
 
 
 def check_no_nan(owner: str, argument: str, value: Tensor, *, allow_negative_inf: bool = False) -> None:

@@ -34,7 +34,7 @@ def check_folder(owner: str, folder: Path) -> Path:
         return folder
     fixed = folder.is_mount() or folder in (Path.cwd(), *Path.cwd().parents)
     remedy = "Name a folder inside it"
-    require(not fixed, owner, "out", "be neither the current folder nor a mount", str(folder), remedy)
+    require(not fixed, owner, "out", "be neither the current folder nor a mount", str(given), remedy)
     there = {path.name for path in folder.iterdir()}
     foreign = sorted(there - _files_of_report(folder))
     remedy = "Choose another folder"
