@@ -181,6 +181,9 @@ def _filled(values: Array) -> Array:
 
 
 def _check(statistics: SequenceStatistics) -> None:
+    remedy = "Capture a model, or pass SequenceStatistics.of(...)"
+    known = isinstance(statistics, SequenceStatistics)
+    require(known, "fit_prior", "statistics", "be SequenceStatistics", statistics, remedy, error=TypeError)
     queries = statistics.num_queries
     full = bool((queries >= 1).all())
     require(full, OWNER, "statistics", "have a query in every sequence", queries.tolist(), "Drop the empty ones")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from eotattn.attention.statistics import weight_statistics
 from eotattn.attention.statistics.running import SequenceStatistics
-from eotattn.checks import check_indices, check_no_nan, require
+from eotattn.checks import check_indices, check_installed, check_no_nan, fail, require
 
 __all__ = ["map_statistics", "read_maps"]
 
@@ -27,11 +27,11 @@ ROW_BOUND = 1e-2
 Maps = Mapping[str, Tensor]
 
 
-def read_maps(source: Tensor | NDArray[np.floating] | Mapping[str, object] | str | Path) -> dict[str, Tensor]:
+def read_maps(attention: Tensor | NDArray[np.floating] | Mapping[str, object] | str | Path) -> dict[str, Tensor]:
     """Bring attention maps from anywhere into one form.
 
     Args:
-        source: Weights (H, Q, K) or (layers, H, Q, K) as a tensor or array, such arrays by layer name, or a file of
+        attention: Weights (H, Q, K) or (layers, H, Q, K) as a tensor or array, such arrays by layer name, or a file of
             them: ``.npy``, ``.npz`` or ``.safetensors``; pickles are refused. Rows sum to one, or to zero where no key
             is admissible.
 
@@ -46,21 +46,23 @@ def read_maps(source: Tensor | NDArray[np.floating] | Mapping[str, object] | str
         >>> {name: tuple(p.shape) for name, p in read_maps(torch.full((2, 1, 4, 4), 0.25)).items()}
         {'0': (1, 4, 4), '1': (1, 4, 4)}
     """
-    arrays = _load(Path(source)) if isinstance(source, (str, Path)) else source
+    arrays = _load(Path(attention)) if isinstance(attention, (str, Path)) else attention
     entries = dict(arrays) if isinstance(arrays, Mapping) else {"": arrays}
-    require(len(entries) > 0, OWNER, "source", "hold at least one map", source, "Check the file")
+    require(len(entries) > 0, OWNER, "attention", "hold at least one map", attention, "Check the file")
     maps: dict[str, Tensor] = {}
     for name, array in entries.items():
         is_array = isinstance(array, (Tensor, np.ndarray))
         require(
             is_array,
             OWNER,
-            f"source{name and f'[{name!r}]'}",
+            f"attention{name and f'[{name!r}]'}",
             "be an array",
             type(array),
             "Convert it",
             error=TypeError,
         )
+        numbers = isinstance(array, Tensor) or np.asarray(array).dtype.kind in "biufc"
+        require(numbers, OWNER, "the maps", "be numbers", array, "Pass the weights", error=TypeError)
         weights = array if isinstance(array, Tensor) else torch.from_numpy(np.asarray(array))
         is_real = not weights.is_complex()
         require(is_real, OWNER, "the maps", "be real numbers", weights, "Pass the weights")
@@ -91,6 +93,8 @@ def map_statistics(
         >>> stats["0"].sums["entropy"] / stats["0"].num_queries
         tensor([[1.3863, 1.3863]], dtype=torch.float64)
     """
+    remedy = "Pass what read_maps returns"
+    require(isinstance(maps, Mapping), "map_statistics", "maps", "map names to maps", maps, remedy, error=TypeError)
     statistics = {}
     for name, weights in maps.items():
         count = weights.shape[0]
@@ -120,19 +124,19 @@ def _checked(layer: str, weights: Tensor) -> Tensor:
 
 
 def _load(path: Path) -> object:
-    require(path.is_file(), OWNER, "source", "be an existing file", path.name, "Check the path")
+    require(path.is_file(), OWNER, "attention", "be an existing file", str(path), "Check the path")
     known = path.suffix in (".npy", ".npz", ".safetensors")
-    require(known, OWNER, "source", "end in .npy, .npz or .safetensors", path.name, "Convert it")
+    require(known, OWNER, "attention", "end in .npy, .npz or .safetensors", path.name, "Convert it")
     unreadable: tuple[type[Exception], ...] = (ValueError, OSError, EOFError, BadZipFile)
     if path.suffix == ".safetensors":
+        check_installed(OWNER, "analysis", "safetensors")
         from safetensors import SafetensorError
 
         unreadable = (*unreadable, SafetensorError)
     try:
         return _arrays(path)
-    except unreadable as error:
-        rule = f"source must be a {path.suffix} file of numbers, without pickles"
-        raise ValueError(f"{OWNER}: {rule}; got {path.name!r}, which cannot be read. Save it again.") from error
+    except unreadable:
+        fail(OWNER, "attention", f"be a {path.suffix} file of numbers, without pickles", str(path), "Save it again")
 
 
 def _arrays(path: Path) -> object:

@@ -35,7 +35,10 @@ def test_outputs_under_capture_equal_eager(family, padding, row_blocks):
     expected = result(model(**inputs))
     with capture(model) as captured:
         actual = result(model(**inputs))
-    assert_close(actual, expected, tolerance=1e-6)
+    if row_blocks == "whole":
+        assert torch.equal(actual, expected)
+    else:  # matrix products of other shapes add in another order: 1.1e-6 measured
+        assert_close(actual, expected)
     assert len(captured.layers) == family.layers
     assert model.config._attn_implementation == "eager"
 
@@ -157,7 +160,7 @@ def test_caches_of_fixed_size_are_read_in_chunks(name, implementation):
     expected = run()
     with capture(model) as captured:
         actual = run()
-    assert_close(actual, expected, tolerance=1e-6)
+    assert_close(actual, expected)
     with capture(model) as whole:
         model(tokens)
     for parts, once in zip(captured.layers.values(), whole.layers.values(), strict=True):
