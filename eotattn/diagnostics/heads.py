@@ -99,7 +99,7 @@ def head_report(
     *,
     values: Mapping[str, ValueStatistics] | None = None,
     certificates: Mapping[str, Tensor] | None = None,
-    keys: Sequence[int] = (0,),
+    sink_positions: Sequence[int] = (0,),
     thresholds: Sequence[float] = (0.3,),
     local_width: int = 4,
     num_bootstraps: int = 500,
@@ -111,7 +111,7 @@ def head_report(
         layers: Name -> statistics, from a capture or from maps; they may differ in heads and sequences.
         values: Name -> what values do, from a capture; layers may be missing.
         certificates: Name -> (N, H) gaps, from a capture that certifies; layers may be missing.
-        keys: Keys whose sink mass is reported, counted from the first token; the first one has the sink rate.
+        sink_positions: Keys whose sink mass is reported, counted from the first token; the first one has the sink rate.
         thresholds: Sink masses above which a head counts as having a sink, in (0, 1).
         local_width: Reach of the local mass, tokens.
         num_bootstraps: Resamples B of the sequences.
@@ -132,8 +132,8 @@ def head_report(
         >>> head_report({"first": stats}).mean["sink mass of key 0"]
         array([[0.25, 0.25, 0.25]])
     """
-    _check(layers, keys, local_width)
-    of_rows = (*key_quantities(tuple(keys)), *QUANTITIES, local_mass_quantity(local_width))
+    _check(layers, sink_positions, local_width)
+    of_rows = (*key_quantities(tuple(sink_positions)), *QUANTITIES, local_mass_quantity(local_width))
     sources: Sources = [
         (of_rows, {name: stats.sequences(stats.num_queries > 0) for name, stats in layers.items()}),
         (VALUE_QUANTITIES if values else (), values or {}),
@@ -209,9 +209,9 @@ def _mean_interval(values: Tensor, drawn: Tensor) -> tuple[float, float, float]:
 
 def _check(layers: Mapping[str, SequenceStatistics], keys: Sequence[int], local_width: int) -> None:
     require(len(layers) > 0, "head_report", "layers", "hold at least one layer", dict(layers), "Run the model first")
-    require(len(keys) > 0, "head_report", "keys", "name at least one key", keys, "Pass keys=(0,)")
+    require(len(keys) > 0, "head_report", "sink_positions", "name at least one key", keys, "Pass (0,)")
     for key in keys:
-        check_positive_int("head_report", "keys", key, minimum=0)
+        check_positive_int("head_report", "sink_positions", key, minimum=0)
     check_positive_int("head_report", "local_width", local_width, minimum=0)
 
 

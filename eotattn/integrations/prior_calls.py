@@ -33,7 +33,7 @@ def listen(recorder: Recorder) -> Iterator[None]:
             return run(name, call)
         with recorder.muted():
             output, weights = run(name, call)
-        layer = recorder.layer_name(recorder.stack[-1])
+        layer = recorder.frames.layer_name(recorder.frames.stack[-1].name, call.query, call.key)
         if recorder.keeps(layer):
             recorder.priors[layer] = call.prior
             captured = replace(_as_call(call), attend=lambda value: run(name, replace(call, value=value))[0])

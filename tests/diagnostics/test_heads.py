@@ -30,7 +30,7 @@ def calls(request):
 
 def test_streamed_quantities_equal_dense_ones(calls):
     stats, weights, is_causal = calls
-    report = head_report({"a": stats}, keys=(0, 4), local_width=2)
+    report = head_report({"a": stats}, sink_positions=(0, 4), local_width=2)
     count = torch.arange(1.0, L + 1).double() if is_causal else torch.full((L,), float(L)).double()
     normalised = dense.entropy(weights) / count.clamp(min=2).log()
     expected = {
@@ -118,8 +118,8 @@ def test_sink_rates_are_those_of_sequences_that_have_the_key():
         return SequenceStatistics.of(weight_statistics(weights))
 
     both = {"first": maps(3) + maps(6)}
-    assert head_report(both, keys=(5,)).sink_rate[0.3].tolist() == [1.0]
-    assert np.isnan(head_report(both, keys=(6,)).sink_rate[0.3]).all()
+    assert head_report(both, sink_positions=(5,)).sink_rate[0.3].tolist() == [1.0]
+    assert np.isnan(head_report(both, sink_positions=(6,)).sink_rate[0.3]).all()
 
 
 def test_layers_may_differ_in_heads_and_one_sequence_has_no_interval(calls):
@@ -138,8 +138,8 @@ def test_bad_arguments_are_named(calls):
     stats, weights, _ = calls
     with pytest.raises(ValueError, match=r"head_report: layers must hold at least one layer"):
         head_report({})
-    with pytest.raises(ValueError, match=r"head_report: keys must be at least 0"):
-        head_report({"a": stats}, keys=(-1,))
+    with pytest.raises(ValueError, match=r"head_report: sink_positions must be at least 0"):
+        head_report({"a": stats}, sink_positions=(-1,))
     with pytest.raises(ValueError, match=r"local_mass: weights must be square"):
         dense.local_mass(weights[..., :-1], 1)
     with pytest.raises(ValueError, match=r"entropy: weights must be non-negative"):
