@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from eotattn.attention.statistics import AttentionStatistics
 from eotattn.attention.statistics.running import SequenceStatistics
 from eotattn.checks import check_positive_int, require
+from eotattn.compat import uncompiled
 from eotattn.diagnostics.grid_statistics import GridStatistics
 from eotattn.diagnostics.token_statistics import TokenStatistics
 from eotattn.diagnostics.value_statistics import ValueStatistics
@@ -165,7 +166,7 @@ def capture(  # noqa: PLR0913  (one argument an option of the watch)
         certify=certify,
         grid=grid,
     )
-    captured, model = Capture(recorder), getattr(model, "_orig_mod", model)
+    captured, model = Capture(recorder), uncompiled(model)
     with ExitStack() as stack:
         if "flex_attention" not in hugging_face.implementations(model):  # which is a table of L x L unless compiled
             stack.enter_context(torch.compiler.set_stance("force_eager"))

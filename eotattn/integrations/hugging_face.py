@@ -18,6 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from eotattn.attention.statistics.score_rows import RowSource, TensorRows
+from eotattn.compat import (
+    attention_implementation,
+    forget_attention_implementation,
+    names_attention_implementation,
+    set_attention_implementation,
+)
 from eotattn.integrations.captured_call import CapturedCall
 from eotattn.integrations.frames import is_cross_attention
 from eotattn.integrations.lazy_mask import LazyMask
@@ -42,14 +48,14 @@ def configurations(model: nn.Module) -> list[Any]:
     found: dict[int, Any] = {}
     for module in model.modules():
         config = getattr(module, "config", None)
-        if hasattr(config, "_attn_implementation_internal") and _calls_interface(type(module)):
+        if names_attention_implementation(config) and _calls_interface(type(module)):
             found.setdefault(id(config), config)
     return list(found.values())
 
 
 def implementations(model: nn.Module) -> set[str]:
     """Names of the attention functions that the model's configurations name."""
-    return {config._attn_implementation_internal or "eager" for config in configurations(model)}
+    return {attention_implementation(config) or "eager" for config in configurations(model)}
 
 
 def _calls_interface(kind: type) -> bool:
@@ -66,16 +72,16 @@ def listen(model: nn.Module, recorder: Recorder) -> Iterator[None]:
         yield
         return
     names = {id(module): name for name, module in model.named_modules()}
-    before = [config._attn_implementation_internal for config in configs]
+    before = [attention_implementation(config) for config in configs]
     prefix = f"eotattn_{id(recorder):x}_"
     try:
         with _registered({prefix + (own or "eager"): own or "eager" for own in before}, recorder, names):
             for config, own in zip(configs, before, strict=True):
-                config._attn_implementation_internal = prefix + (own or "eager")
+                set_attention_implementation(config, prefix + (own or "eager"))
             yield
     finally:
         for config, own in zip(configs, before, strict=True):
-            config._attn_implementation_internal = own
+            set_attention_implementation(config, own)
 
 
 @contextmanager
@@ -103,8 +109,7 @@ def _registered(implementations: dict[str, str], recorder: Recorder, names: dict
         if find is not None:
             interface.get_interface = find
         for ours in implementations:
-            AttentionInterface._global_mapping.pop(ours, None)
-            AttentionMaskInterface._global_mapping.pop(ours, None)
+            forget_attention_implementation(ours)
 
 
 def _mask_function(implementation: str) -> Callable[..., Tensor | None]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from eotattn.attention.statistics import AttentionStatistics, weight_statistics
 from eotattn.attention.statistics.running import SequenceStatistics
 from eotattn.checks import check_indices, require
+from eotattn.compat import in_backward_pass
 from eotattn.diagnostics.grid_statistics import GridStatistics
 from eotattn.diagnostics.token_statistics import TokenStatistics
 from eotattn.integrations.captured_call import CapturedCall
@@ -135,7 +136,7 @@ class Recorder:
         What runs within a backward pass is recomputed from a checkpoint, and was recorded before.
         """
         self.frames.arrived()
-        if torch._C._current_graph_task_id() != -1:
+        if in_backward_pass():
             return False
         index = self.seen.setdefault(name, len(self.seen))
         return self.wanted is None or not {name, base_name(name), index}.isdisjoint(self.wanted)
