@@ -47,7 +47,6 @@ class HeadReport:
         sink_rate: Threshold -> (A,) share of heads and sequences whose sink mass of the first chosen key exceeds it,
             among those that have the key; NaN where none has.
         sink_rate_interval: Threshold -> (A, 2) its quantiles over a bootstrap of the sequences.
-        column_share: A arrays (H, L): mean of p_ik over the queries that admit key k.
         lag_profile: A arrays (H, 2 M + 1): weight by lag, from -M to M; sums to one less the explicit sink's.
         num_sequences: N.
         heads: H numbers that the heads have in the model.
@@ -62,7 +61,6 @@ class HeadReport:
     layer_interval: dict[str, Array]
     sink_rate: dict[float, Array]
     sink_rate_interval: dict[float, Array]
-    column_share: tuple[Array, ...]
     lag_profile: tuple[Array, ...]
     num_sequences: int
     heads: tuple[int, ...]
@@ -154,7 +152,6 @@ def head_report(
         layer_interval=whole,
         sink_rate={threshold: found[:, 0] for threshold, found in rates.items()},
         sink_rate_interval={threshold: found[:, 1:] for threshold, found in rates.items()},
-        column_share=tuple(_column_share(stats) for stats in layers.values()),
         lag_profile=tuple(_lag_profile(stats) for stats in layers.values()),
         num_sequences=max(stats.num_sequences for stats in layers.values()),
         heads=tuple(range(heads)),
@@ -227,10 +224,6 @@ def _with_interval(values: Tensor, drawn: Tensor) -> tuple[Array, Array, Array]:
     resampled = (times @ torch.where(known, values, 0.0)) / (times @ known.to(values.dtype))
     low, high = torch.nanquantile(resampled, torch.tensor([0.025, 0.975], dtype=values.dtype), dim=0)
     return mean.numpy(), low.numpy(), high.numpy()
-
-
-def _column_share(stats: SequenceStatistics) -> Array:
-    return (stats.column_mass.sum(0) / stats.column_count.sum(0).clamp(min=1)).numpy()
 
 
 def _lag_profile(stats: SequenceStatistics) -> Array:

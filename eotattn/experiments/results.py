@@ -59,12 +59,6 @@ class ResultFolder:
         """``<out>/<scale>``."""
         return Path(self.out) / self.scale
 
-    def checkpoints(self) -> Path:
-        """Folder of the figure's unfinished training, made if it is missing; a finished study empties it."""
-        folder = self.path / ".checkpoints" / self.figure
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-
     def write_table(self, rows: Sequence[dict[str, Any]]) -> Path:
         """Write a tidy table, one row a measurement; columns come in order of first appearance."""
         return self._write(".csv", table_bytes(rows))
