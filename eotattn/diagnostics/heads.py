@@ -19,11 +19,13 @@ from eotattn.checks import check_positive, check_positive_int, require
 from eotattn.diagnostics.quantities import (
     CERTIFICATE,
     QUANTITIES,
+    TOKEN_QUANTITIES,
     VALUE_QUANTITIES,
     Quantity,
     key_quantities,
     local_mass_quantity,
 )
+from eotattn.diagnostics.token_statistics import TokenStatistics
 from eotattn.diagnostics.value_statistics import ValueStatistics
 
 __all__ = ["HeadReport", "head_report"]
@@ -92,11 +94,12 @@ class HeadReport:
         return "\n".join(lines)
 
 
-def head_report(
+def head_report(  # noqa: PLR0913  (one argument a source or an option of the table)
     layers: Mapping[str, SequenceStatistics],
     *,
     values: Mapping[str, ValueStatistics] | None = None,
     certificates: Mapping[str, Tensor] | None = None,
+    token_scores: Mapping[str, TokenStatistics] | None = None,
     sink_positions: Sequence[int] = (0,),
     thresholds: Sequence[float] = (0.3,),
     local_width: int = 4,
@@ -109,7 +112,9 @@ def head_report(
         layers: Name -> statistics, from a capture or from maps; they may differ in heads and sequences.
         values: Name -> what values do, from a capture; layers may be missing.
         certificates: Name -> (N, H) gaps, from a capture that certifies; layers may be missing.
+        token_scores: Name -> weights on keys whose token repeats, from a capture; layers may be missing.
         sink_positions: Keys whose sink mass is reported, counted from the first token; the first one has the sink rate.
+            For sinks wherever they are see :func:`eotattn.diagnostics.strongest_keys`.
         thresholds: Sink masses above which a head counts as having a sink, in (0, 1).
         local_width: Reach of the local mass, tokens.
         num_bootstraps: Resamples B of the sequences.
@@ -134,6 +139,7 @@ def head_report(
     of_rows = (*key_quantities(tuple(sink_positions)), *QUANTITIES, local_mass_quantity(local_width))
     sources: Sources = [
         (of_rows, {name: stats.sequences(stats.num_queries > 0) for name, stats in layers.items()}),
+        (TOKEN_QUANTITIES if token_scores else (), token_scores or {}),
         (VALUE_QUANTITIES if values else (), values or {}),
         ((CERTIFICATE,) if certificates else (), certificates or {}),
     ]

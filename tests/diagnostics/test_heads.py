@@ -28,6 +28,16 @@ def calls(request):
     return stats, torch.softmax(score, -1), request.param
 
 
+def strongest_mass(weights, is_causal):
+    """Key by key, in loops."""
+    mass = torch.zeros(N, H, dtype=weights.dtype)
+    for n in range(N):
+        for h in range(H):
+            k = max(range(L), key=lambda j: float(weights[n, h, :, j].sum()))
+            mass[n, h] = weights[n, h, k if is_causal else 0 :, k].mean()
+    return mass
+
+
 def test_streamed_quantities_equal_dense_ones(calls):
     stats, weights, is_causal = calls
     report = head_report({"a": stats}, sink_positions=(0, 4), local_width=2)
@@ -36,13 +46,15 @@ def test_streamed_quantities_equal_dense_ones(calls):
     expected = {
         "entropy": dense.entropy(weights).mean(-1),
         "normalised entropy": normalised.mean(-1),
-        "participation": dense.participation(weights).mean(-1),
+        "inverse participation ratio": dense.participation(weights).mean(-1),
         "column concentration": dense.column_concentration(weights),
         "doubly stochastic distance": dense.doubly_stochastic_distance(weights),
         "mass within 2 tokens": dense.local_mass(weights, 2),
         "context sensitivity": dense.context_sensitivity(weights).mean(-1),
         "sink mass of key 0": sink_mass(weights).mean(-1),
         "sink mass of key 4": sink_mass(weights, 4)[..., 4 if is_causal else 0 :].mean(-1),
+        "previous-token score": weights.diagonal(-1, -2, -1).mean(-1),
+        "mass of the strongest key": strongest_mass(weights, is_causal),
         "distance to prior": (count.log() - dense.entropy(weights)).mean(-1),
     }
     for name, values in expected.items():
