@@ -20,11 +20,13 @@ from eotattn.diagnostics.bootstrap import mean_interval, resamples
 from eotattn.diagnostics.quantities import (
     CERTIFICATE,
     QUANTITIES,
+    TOKEN_QUANTITIES,
     VALUE_QUANTITIES,
     Quantity,
     key_quantities,
     local_mass_quantity,
 )
+from eotattn.diagnostics.token_statistics import TokenStatistics
 from eotattn.diagnostics.value_statistics import ValueStatistics
 
 __all__ = ["HeadReport", "head_report"]
@@ -93,12 +95,13 @@ class HeadReport:
         return "\n".join(lines)
 
 
-def head_report(
+def head_report(  # noqa: PLR0913  (one argument a source or an option of the table)
     layers: Mapping[str, SequenceStatistics],
     *,
     values: Mapping[str, ValueStatistics] | None = None,
     certificates: Mapping[str, Tensor] | None = None,
-    keys: Sequence[int] = (0,),
+    token_scores: Mapping[str, TokenStatistics] | None = None,
+    sink_positions: Sequence[int] = (0,),
     thresholds: Sequence[float] = (0.3,),
     local_width: int = 4,
     num_bootstraps: int = 500,
@@ -110,7 +113,9 @@ def head_report(
         layers: Name -> statistics, from a capture or from maps; they may differ in heads and sequences.
         values: Name -> what values do, from a capture; layers may be missing.
         certificates: Name -> (N, H) gaps, from a capture that certifies; layers may be missing.
-        keys: Keys whose sink mass is reported, counted from the first token; the first one has the sink rate.
+        token_scores: Name -> weights on keys whose token repeats, from a capture; layers may be missing.
+        sink_positions: Keys whose sink mass is reported, counted from the first token; the first one has the sink rate.
+            For sinks wherever they are see :func:`eotattn.diagnostics.strongest_keys`.
         thresholds: Sink masses above which a head counts as having a sink, in (0, 1).
         local_width: Reach of the local mass, tokens.
         num_bootstraps: Resamples B of the sequences.
@@ -131,10 +136,11 @@ def head_report(
         >>> head_report({"first": stats}).mean["sink mass of key 0"]
         array([[0.25, 0.25, 0.25]])
     """
-    _check(layers, keys, local_width)
-    of_rows = (*key_quantities(tuple(keys)), *QUANTITIES, local_mass_quantity(local_width))
+    _check(layers, sink_positions, local_width)
+    of_rows = (*key_quantities(tuple(sink_positions)), *QUANTITIES, local_mass_quantity(local_width))
     sources: Sources = [
         (of_rows, {name: stats.sequences(stats.num_queries > 0) for name, stats in layers.items()}),
+        (TOKEN_QUANTITIES if token_scores else (), token_scores or {}),
         (VALUE_QUANTITIES if values else (), values or {}),
         ((CERTIFICATE,) if certificates else (), certificates or {}),
     ]
@@ -207,9 +213,9 @@ def _mean_over_heads(values: Tensor, drawn: Tensor) -> tuple[float, float, float
 
 def _check(layers: Mapping[str, SequenceStatistics], keys: Sequence[int], local_width: int) -> None:
     require(len(layers) > 0, "head_report", "layers", "hold at least one layer", dict(layers), "Run the model first")
-    require(len(keys) > 0, "head_report", "keys", "name at least one key", keys, "Pass keys=(0,)")
+    require(len(keys) > 0, "head_report", "sink_positions", "name at least one key", keys, "Pass (0,)")
     for key in keys:
-        check_positive_int("head_report", "keys", key, minimum=0)
+        check_positive_int("head_report", "sink_positions", key, minimum=0)
     check_positive_int("head_report", "local_width", local_width, minimum=0)
 
 

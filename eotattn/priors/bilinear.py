@@ -21,7 +21,17 @@ from torch import Tensor, nn
 from eotattn.priors.base import LogPrior, ScoreMod, computing_dtype
 from eotattn.priors.positions import table_lookup
 
-__all__ = ["FEATURES", "PREPARED", "UNKNOWN_RANGE", "BilinearPrior", "Features", "KeyTerm", "Term", "on_grid", "same_for_all_queries"]
+__all__ = [
+    "FEATURES",
+    "PREPARED",
+    "UNKNOWN_RANGE",
+    "BilinearPrior",
+    "Features",
+    "KeyTerm",
+    "Term",
+    "on_grid",
+    "same_for_all_queries",
+]
 
 
 class Features:

@@ -28,7 +28,9 @@ class TokenPrior(CombinedPrior):
     def __init__(self, prior: LogPrior) -> None:
         check_prior("TokenPrior", "prior", prior)
         on_line = prior.num_coordinates == 1
-        require(on_line, "TokenPrior", "prior", "lie on a sequence", type(prior).__name__, "Use ClassTokenPrior on grids")
+        require(
+            on_line, "TokenPrior", "prior", "lie on a sequence", type(prior).__name__, "Use ClassTokenPrior on grids"
+        )
         super().__init__([prior], prior.num_heads)
         if self.has_lanes:
             self.terms()  # names its features before a graph is traced
