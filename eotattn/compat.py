@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "raw_stream",
     "set_attention_implementation",
     "tensor_version",
+    "uncompiled",
     "without_fake_tensors",
     "wrapper_tensor",
 ]
@@ -66,6 +67,11 @@ def allows_tf32() -> bool:
 def in_backward_pass() -> bool:
     """Whether autograd is running a backward pass in this thread."""
     return torch._C._current_graph_task_id() != -1
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module that ``torch.compile`` was given, of the one that it returned; any other module itself."""
+    return getattr(model, "_orig_mod", model)
 
 
 def raw_stream(device: torch.device) -> int:

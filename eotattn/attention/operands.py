@@ -11,7 +11,7 @@ from torch import Tensor
 from eotattn.attention.call import AttentionCall
 from eotattn.attention.positions import Positions
 from eotattn.kernels import append, sdpa
-from eotattn.priors.bilinear import KeyTerm, Term, same_for_all_queries
+from eotattn.priors.bilinear import UNKNOWN_RANGE, KeyTerm, Term, same_for_all_queries
 from eotattn.priors.lane_plan import LanePlan, LaneRequest, plan_lanes
 from eotattn.priors.lane_sides import Side
 from eotattn.priors.lanes import Lanes, middle, span_of
@@ -24,17 +24,13 @@ __all__ = ["call_terms", "lanes_of", "operands", "plan_of"]
 SHORTEST_RUN = 64
 
 
-#: Nats that a mask may add to a key: nothing is known of them, so they take all pieces.
-MASK_RANGE = 1e9
-
-
 def call_terms(call: AttentionCall) -> tuple[Term | KeyTerm, ...]:
     """The terms of the log-prior, and of a mask that depends on the key alone."""
     terms = () if call.prior is None else call.prior.terms()
     bias = call.masks.key_bias
     if bias is None:
         return terms
-    features = same_for_all_queries(1 if call.prior is None else call.prior.num_coordinates, MASK_RANGE)
+    features = same_for_all_queries(1 if call.prior is None else call.prior.num_coordinates, UNKNOWN_RANGE)
     floor = sdpa.lowest_bias(call.query.dtype, scale=call.scale)
     return (*terms, KeyTerm(features, lambda positions: bias.clamp(min=floor)))
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from eotattn.attention import PriorAttention, Rotary
+from eotattn.experiments.device import training_device
 from eotattn.experiments.networks import Decoder, DecoderConfig
 from eotattn.experiments.records import Row
 
@@ -156,7 +157,7 @@ def measure_training_speed(
         Rows ``quantity``, ``unit``, ``value``, ``variant``: median, quartiles of a step's time, tokens a second, and on
         a GPU the peak of memory above what was there before the decoder was built, weights and optimiser included.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = training_device()
     lane_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     shape = (batch_size, sizes.train_length + 1)
     tokens = torch.randint(sizes.vocabulary_size, shape, generator=torch.Generator().manual_seed(0)).to(device)

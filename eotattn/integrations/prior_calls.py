@@ -5,17 +5,16 @@ Legend: B batch, Q queries, K keys.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from eotattn.attention.backends import Backend
 from eotattn.attention.call import AttentionCall
-from eotattn.attention.observers import observe
+from eotattn.attention.observers import Served, observe
 from eotattn.attention.operands import lanes_of
 from eotattn.attention.positions import Positions
 from eotattn.attention.statistics.score_rows import LaneRows, RowSource, TensorRows
@@ -29,14 +28,17 @@ __all__ = ["listen"]
 def listen(recorder: Recorder) -> Iterator[None]:
     """Record every :func:`eotattn.prior_attention` call inside a forward pass of the model."""
 
-    def record(call: AttentionCall, backend: Backend, output: Tensor) -> None:
+    def record(call: AttentionCall, backend: Backend, serve: Callable[[], Served]) -> Served:
         if not recorder.is_listening:
-            return
-        layer = recorder.layer_name(recorder.stack[-1])
+            return serve()
+        with recorder.muted():
+            output, weights = serve()
+        layer = recorder.frames.layer_name(recorder.frames.stack[-1].name, call.query, call.key)
         if recorder.keeps(layer):
             recorder.priors[layer] = call.prior
             captured = replace(_as_call(call), attend=lambda value: backend.run(replace(call, value=value))[0])
             recorder.record(layer, captured, None if call.dropout_p else output)
+        return output, weights
 
     with observe(record):
         yield

@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from eotattn.attention import PriorAttention
-from eotattn.priors import RecencyPrior, TablePrior, goat_prior
+from eotattn.priors import RecencyPrior, RelativeBiasPrior, goat_prior
 
 B, E, H, Q, K = 2, 24, 4, 5, 7
 KINDS = {
@@ -190,7 +190,7 @@ def test_a_layer_with_them_compiles_for_all_lengths():
 
 def test_a_prior_without_lanes_does_not_touch_them_either():
     layer = randomised(
-        PriorAttention(E, H, prior=TablePrior(H, 3), add_zero_attn=True, batch_first=True, dtype=torch.float64)
+        PriorAttention(E, H, prior=RelativeBiasPrior(H, 3), add_zero_attn=True, batch_first=True, dtype=torch.float64)
     )
     with torch.no_grad():
         layer.in_proj.weight.zero_(), layer.in_proj.bias.zero_()

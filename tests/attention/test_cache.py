@@ -12,7 +12,7 @@ from tolerances import assert_close
 from eotattn.attention import KeyValueCache, PriorAttention, Rotary, prior_attention
 from eotattn.attention.observers import observe
 from eotattn.kernels import sdpa
-from eotattn.priors import RecencyPrior, SinkPrior, RelativeBiasPrior, goat_prior
+from eotattn.priors import RecencyPrior, RelativeBiasPrior, SinkPrior, goat_prior
 
 B, H, HK, D, V, LENGTH = 2, 4, 2, 8, 5, 40
 PRIORS = {
@@ -286,12 +286,11 @@ def test_who_listens_sees_every_step():
     prior, inputs, seen = PRIORS["goat"](), content(), []
     cache = cache_for(prior)
     steps(inputs, prior, cache, [8, 1, 1])
-    with observe(lambda call, backend, output: seen.append(call.key.shape[2])):
+    with observe(lambda call, backend, serve: seen.append(call.key.shape[2]) or serve()):
         steps(inputs, prior, cache, [1, 1, 1], start=10)
     assert seen == [11, 12, 13]
     steps(inputs, prior, cache, [1], start=13)
     assert seen == [11, 12, 13]
-
 
 
 def test_a_padded_prompt_needs_no_square_mask(monkeypatch):

@@ -12,7 +12,7 @@ from tolerances import assert_close
 from torch import nn
 
 from eotattn.attention import GoatAttention, PriorAttention, Rotary
-from eotattn.priors import FourierPrior, RecencyPrior, SinkPrior, RelativeBiasPrior, goat_prior
+from eotattn.priors import FourierPrior, RecencyPrior, RelativeBiasPrior, SinkPrior, goat_prior
 
 B, E, H, Q, K = 2, 24, 4, 5, 7
 

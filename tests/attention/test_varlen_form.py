@@ -127,6 +127,10 @@ def test_it_says_why_it_refuses():
     content = [normal(B, h, L, D, seed=h).float() for h in (H, HK, HK)]
     with pytest.raises(NotImplementedError, match="backend 'varlen' cannot serve this call with no prior: it is a GPU"):
         prior_attention(*content, backend="varlen")
+
+
+def test_it_says_that_it_takes_no_mask_of_pairs(stand_in):
+    content = [normal(B, h, L, D, seed=h).float() for h in (H, HK, HK)]
     mask = torch.ones(L, L, dtype=torch.bool)
     assert "no mask of pairs" in explain(*content, attn_mask=mask, backend="varlen").reason
 

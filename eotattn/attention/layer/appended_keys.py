@@ -12,18 +12,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from eotattn.checks import require
-from eotattn.priors import LogPrior
-from eotattn.priors.lanes import LaneFactors
-from eotattn.priors.positions import is_plain
+from eotattn.priors.tables import is_plain
 
-__all__ = ["AppendedKeys", "TokenPrior"]
+__all__ = ["AppendedKeys"]
 
 
 class AppendedKeys(nn.Module):
     """A learned key and value, a key and value of zeros, or both: something to attend to instead of any token.
 
     They stand before the first token, at positions -N to -1, so that every causal query sees them and a window leaves
-    them behind. A :class:`TokenPrior` is zero there: their mass is up to the content.
+    them behind. A :class:`~eotattn.priors.TokenPrior` is zero there: their mass is up to the content.
 
     Args:
         num_kv_heads: Key heads Hk.
@@ -106,50 +104,3 @@ class AppendedKeys(nn.Module):
     def last(self, weights: Tensor) -> Tensor:
         """Weights (B, H, Q, K) with the appended keys last, as ``nn.MultiheadAttention`` returns them."""
         return weights.roll(-self.count, dims=-1)
-
-
-class TokenPrior(LogPrior):
-    """A prior of the tokens, zero at keys before the first token: sinks that it does not touch.
-
-    Args:
-        prior: Prior on a sequence; stays trainable.
-
-    Example:
-        >>> from eotattn.priors import RecencyPrior
-        >>> TokenPrior(RecencyPrior(1)).dense(torch.tensor([9]), torch.tensor([-1, 9])).abs().max().item()
-        0.0
-    """
-
-    def __init__(self, prior: LogPrior) -> None:
-        super().__init__(prior.num_heads)
-        self.prior = prior
-
-    @property
-    def has_lanes(self) -> bool:
-        """Whether the prior of the tokens has lanes."""
-        return self.prior.has_lanes
-
-    def evaluate(self, head: Tensor, query_position: Tensor, key_position: Tensor) -> Tensor:
-        """The log-prior, in nats; zero before the first token."""
-        value = self.prior.evaluate(head, query_position, key_position.clamp(min=0))
-        return torch.where(key_position < 0, 0.0, value)
-
-    def factors(self, query_positions: Tensor, key_positions: Tensor, *, dtype: torch.dtype) -> tuple[LaneFactors, ...]:
-        """The factors without the keys before the first token; constants of rows become lanes, since these lack them.
-
-        The lane that would only carry a row constant's gradient ("both" sides exact) is then needless.
-        """
-        of_tokens = (key_positions >= 0)[..., None, :, None]
-        parts = self.prior.factors(query_positions, key_positions.clamp(min=0), dtype=dtype)
-        kept = [part for part in parts if part.exact != "both"]
-        columns = [LaneFactors(part.query, part.key * of_tokens, exact=part.exact) for part in kept]
-        rows = [part.row.unsqueeze(-1) for part in kept if part.row is not None]
-        return (*columns, *(LaneFactors(row, of_tokens.to(row.dtype), exact="key") for row in rows))
-
-    def check_positions(self, query_positions: Tensor | None, key_positions: Tensor | None) -> None:
-        """Raise unless the prior understands both positions."""
-        self.prior.check_positions(query_positions, key_positions)
-
-    def reset_parameters(self) -> None:
-        """Reset the prior."""
-        self.prior.reset_parameters()

@@ -17,7 +17,7 @@ from eotattn.attention.backends import BACKENDS
 from eotattn.attention.cache import KeyValueCache
 from eotattn.attention.documents import PackedDocuments
 from eotattn.attention.functional import prior_attention
-from eotattn.attention.layer.appended_keys import AppendedKeys, TokenPrior
+from eotattn.attention.layer.appended_keys import AppendedKeys
 from eotattn.attention.layer.conversion import (
     NO_FUSED_ENCODER,
     as_batch,
@@ -30,7 +30,7 @@ from eotattn.attention.layer.rotary import Rotary
 from eotattn.attention.masks import from_multihead_convention
 from eotattn.checks import check_choice, check_floating, check_positive_int, check_probability, fail, require
 from eotattn.kernels.sdpa import WIDTH_STEP
-from eotattn.priors import LogPrior
+from eotattn.priors import LogPrior, TokenPrior
 from eotattn.priors.base import check_prior
 
 __all__ = ["Heads", "PriorAttention", "num_reserved"]

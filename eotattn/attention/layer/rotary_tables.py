@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eotattn.priors.positions import may_remember
+from eotattn.priors.tables import may_remember
 
 __all__ = ["FIRST_LENGTH", "Frequencies", "positions_table", "run_table"]
 

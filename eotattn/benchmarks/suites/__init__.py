@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from eotattn.benchmarks.suites.attention import attention
 from eotattn.benchmarks.suites.configuration import Configuration, configure
@@ -27,4 +27,4 @@ _ALL = (
 )
 
 #: Every suite by name.
-SUITES: dict[str, Callable[[Configuration], list[Row]]] = {suite.__name__: suite for suite in _ALL}
+SUITES: dict[str, Callable[[Configuration], Iterator[Row]]] = {suite.__name__: suite for suite in _ALL}

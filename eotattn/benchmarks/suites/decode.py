@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -23,10 +23,11 @@ __all__ = ["decode", "decode_step"]
 Shape = tuple[int, int, int, int, int]
 
 
-def decode(config: Configuration) -> list[Row]:
+def decode(config: Configuration) -> Iterator[Row]:
     """One new token against a cache, grouped queries: the attention of a decoding step."""
     small, full = [(1, 4, 2, 64, 32)], [(8, 32, 8, 2048, 128), (8, 32, 8, 32768, 128), (8, 32, 8, 32768, 64)]
-    return [row for shape in config.pick(small, full) for row in decode_step(config, shape)]
+    for shape in config.pick(small, full):
+        yield from decode_step(config, shape)
 
 
 def decode_step(config: Configuration, shape: Shape) -> list[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,13 +20,14 @@ from eotattn.priors import RecencyPrior
 __all__ = ["gradients", "slope_errors"]
 
 
-def gradients(config: Configuration) -> list[Row]:
+def gradients(config: Configuration) -> Iterator[Row]:
     """Slope gradients against float64: the norm of the error over that of the signal, over heads.
 
     ``of_strengths`` is the same for the parameter, in which a head counts by its ALiBi slope; ``worst_head`` is the
     largest error of a head over the root mean square of all heads' signals.
     """
-    return [row for length in config.pick([128], [2048, 8192, 32768]) for row in slope_errors(config, length)]
+    for length in config.pick([128], [2048, 8192, 32768]):
+        yield from slope_errors(config, length)
 
 
 def slope_errors(config: Configuration, length: int, heads: int = 12, offsets: tuple[int, ...] = (0,)) -> list[Row]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -22,9 +22,8 @@ __all__ = ["COMPILED", "CausalLayer", "compiled", "layer", "layer_makers", "step
 COMPILED = {"compiled": "default", "compiled into graphs": "reduce-overhead"}
 
 
-def layer(config: Configuration) -> list[Row]:
+def layer(config: Configuration) -> Iterator[Row]:
     """A whole layer, forward and backward, against the bare layer; eager and, on a GPU, compiled."""
-    rows: list[Row] = []
     small, full = [(1, 128, 64, 2), (2, 512, 256, 4)], [(8, 2048, 768, 12), (2, 8192, 1024, 16)]
     for batch, length, width, heads in config.pick(small, full):
         torch.compiler.reset()  # or the second size would be compiled for any size
@@ -37,8 +36,7 @@ def layer(config: Configuration) -> list[Row]:
                     make = partial(compiled, makers[name], mode)
                     candidates.append(Candidate(f"{name}, {suffix}", partial(step, make, x)))
         size = {"batch": batch, "length": length, "width": width, "heads": heads, "pass": "forward+backward"}
-        rows += [{**size, **row} for row in measured(candidates, config)]
-    return rows
+        yield from ({**size, **row} for row in measured(candidates, config))
 
 
 def layer_makers(config: Configuration, width: int, heads: int) -> dict[str, Callable[[], Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,22 +25,20 @@ __all__ = ["overview"]
 LAYERS = ("bare", "eotattn, GOAT, 4 frequencies, reserved", "eotattn, GOAT, 4 frequencies, appended")
 
 
-def overview(config: Configuration) -> list[Row]:
+def overview(config: Configuration) -> Iterator[Row]:
     """Layers, training and decoding steps over bare ones, and errors over plain ones; a part that fails says so.
 
     The first name of every group is what the ratios of the group refer to. Each part ends with the seconds it took.
     """
-    rows: list[Row] = []
     for part in (_precision, _gradients, _decoding, _layers, training):
         start = time.perf_counter()
-        rows += _guarded(part, config)
-        rows.append({"quantity": "seconds", "name": part.__name__.strip("_"), "value": time.perf_counter() - start})
-    return rows
+        yield from _guarded(part, config)
+        yield {"quantity": "seconds", "name": part.__name__.strip("_"), "value": time.perf_counter() - start}
 
 
-def _guarded(part: Callable[[Configuration], list[Row]], config: Configuration) -> list[Row]:
+def _guarded(part: Callable[[Configuration], Iterable[Row]], config: Configuration) -> list[Row]:
     try:
-        return part(config)
+        return list(part(config))
     except Exception as error:  # the other parts are worth their minutes, and the table says what failed
         return [{"quantity": part.__name__.strip("_"), "name": "eotattn", "failure": reason(error)}]
 

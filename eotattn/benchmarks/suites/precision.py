@@ -6,6 +6,7 @@ Legend: H heads, Q queries, K keys, D head width.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -30,13 +31,13 @@ __all__ = ["output_errors", "precision", "total_variation"]
 TIGHT = 1e-3
 
 
-def precision(config: Configuration) -> list[Row]:
+def precision(config: Configuration) -> Iterator[Row]:
     """How exact: total variation of the recency prior, and outputs with the GOAT prior, against float64."""
     lengths = config.pick([256], [2048, 8192, 32768, 131072, 1048576])
-    rows = [row for length in lengths for row in total_variation(config, length)]
+    for length in lengths:
+        yield from total_variation(config, length)
     for length in config.pick([256], [2048, 8192, 32768, 131072]):
-        rows += output_errors(config, length)
-    return rows
+        yield from output_errors(config, length)
 
 
 def total_variation(config: Configuration, length: int, heads: int = 12, num_rows: int = 256) -> list[Row]:
