@@ -1,6 +1,6 @@
 """Lanes beside content are pieces of the products, whoever writes them, and gradients are the sums that follow.
 
-The kernel needs a GPU, or Triton with ``TRITON_INTERPRET=1`` for its interpreter on a CPU; the plain form runs anywhere.
+The kernel needs a GPU, or Triton's interpreter with ``TRITON_INTERPRET=1``; the plain form needs neither.
 """
 
 import os
@@ -59,7 +59,9 @@ def check_lanes(appended, content, side, far, dtype):
             assert ((total - exact).abs() <= bound).all()
         place += side.matrix.shape[-1]
         if side.more is not None:
-            assert torch.equal(appended[..., place : place + side.more.shape[-1]], side.more.expand(*content.shape[:-1], -1))
+            assert torch.equal(
+                appended[..., place : place + side.more.shape[-1]], side.more.expand(*content.shape[:-1], -1)
+            )
             place += side.more.shape[-1]
     if far is not None:
         assert torch.equal(appended[..., place : place + 1], far.expand(*content.shape[:-1], 1))
@@ -81,7 +83,7 @@ def exact_gradients(grad, content, side):
 
 
 #: (B, H, Hk, Q, K, D), columns and lanes of a piece: odd sizes, one token, more than one block of everything.
-SIZES = [((2, 4, 2, 37, 41, 12), 7, 5), ((1, 3, 3, 70, 1, 5), 1, 1), ((3, 2, 1, 33, 65, 48), 70, 23)]
+SIZES = [((2, 4, 2, 37, 41, 12), 7, 5), ((1, 3, 3, 70, 1, 5), 1, 1), ((3, 2, 1, 9, 33, 48), 70, 23)]
 
 
 @needs_kernel
@@ -171,7 +173,9 @@ def test_a_side_may_be_missing():
         for found, grad in zip(torch.autograd.grad(appended, [query, key], grads), grads, strict=True):
             assert torch.equal(found, grad[..., :12])
     side = make_side(4, 9, depth=1, width=4)  # four lanes on one side, four numbers as they are on the other
-    other = Side(numbers(11, 0), numbers(1, 0, 0), torch.zeros(0, dtype=torch.int8, device=DEVICE), 1, numbers(2, 11, 4))
+    other = Side(
+        numbers(11, 0), numbers(1, 0, 0), torch.zeros(0, dtype=torch.int8, device=DEVICE), 1, numbers(2, 11, 4)
+    )
     appended = door.append(query, key, side, other, None)
     check_lanes(appended[0].detach(), query.detach(), side, None, torch.float32)
     assert torch.equal(appended[1][..., 12:16], other.more.expand(2, -1, -1, -1))
@@ -191,8 +195,9 @@ def test_only_what_learns_gets_gradients():
 
 @needs_kernel
 def test_sums_are_the_same_in_every_run():
-    content, side = numbers(2, 4, 700, 8, dtype=torch.bfloat16).requires_grad_(), make_side(4, 700)
-    upstream = numbers(2, 4, 700, door.append_one(content, side).shape[-1], dtype=torch.bfloat16)
+    length = 7000 if DEVICE == "cuda" else 150
+    content, side = numbers(2, 3, length, 8, dtype=torch.bfloat16).requires_grad_(), make_side(3, length)
+    upstream = numbers(2, 3, length, door.append_one(content, side).shape[-1], dtype=torch.bfloat16)
     first, *others = (torch.autograd.grad(door.append_one(content, side), side.matrix, upstream)[0] for _ in range(3))
     assert all(torch.equal(first, other) for other in others)
 
@@ -245,7 +250,7 @@ PRIORS = {
     "goat": lambda heads: goat_prior(heads, num_frequencies=3),
     "recency and sink": lambda heads: RecencyPrior(heads) + SinkPrior(heads),
     "multiple": lambda heads: 0.7 * FourierPrior(heads, 2) + SinkPrior(heads, 0),
-    "table": lambda heads: KeyTablePrior(heads, 37) + RecencyPrior(heads),
+    "table": lambda heads: KeyTablePrior(heads, 19) + RecencyPrior(heads),
 }
 
 
@@ -258,29 +263,29 @@ def trained(name, heads):
 
 
 def own_positions():
-    at = torch.stack([torch.arange(37), torch.arange(5, 42)]).to(DEVICE)
+    at = torch.stack([torch.arange(19), torch.arange(0, 19).flip(0)]).to(DEVICE)
     return {"query_positions": at, "key_positions": at}
 
 
 CALLS = {
     "whole": dict,
-    "padded": lambda: {"key_padding_mask": (torch.arange(37, device=DEVICE) % 7 == 3).expand(2, -1)},
+    "padded": lambda: {"key_padding_mask": (torch.arange(19, device=DEVICE) % 7 == 3).expand(2, -1)},
     "positions of every sample": own_positions,
-    "documents": lambda: {"documents": PackedDocuments([20, 17, 5, 32])},
+    "documents": lambda: {"documents": PackedDocuments([12, 7, 5, 14])},
 }
 
 
 @needs_kernel
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("kv_heads", [4, 1])
+@pytest.mark.parametrize("kv_heads", [2, 1])
 @pytest.mark.parametrize("name", PRIORS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_calls_with_the_kernel_are_those_of_the_definition(name, kv_heads, call, dtype, monkeypatch):
-    prior, calls = trained(name, 4), []
+    prior, calls = trained(name, 2), []
     launches = door._launches()
     monkeypatch.setattr(door, "_launches", lambda: calls.append(1) or launches)
-    content = [numbers(2, heads, 37, 12, seed=heads + n, dtype=dtype) for n, heads in enumerate((4, kv_heads, kv_heads))]
-    weight = numbers(2, 4, 37, 12, seed=7)
+    content = [numbers(2, heads, 19, 12, seed=n, dtype=dtype) for n, heads in enumerate((2, kv_heads, kv_heads))]
+    weight = numbers(2, 2, 19, 12, seed=7)
 
     def run(content, backend):
         leaves = [one.detach().requires_grad_() for one in content]
