@@ -15,6 +15,7 @@ from torch.nn import functional
 from eotattn.attention.masks import check_padding_mask
 from eotattn.checks import check_floating, check_positive_int, check_same_device, check_shape, fail, require
 from eotattn.kernels import sdpa
+from eotattn.kernels.append import append_one
 from eotattn.kernels.sdpa import WIDTH_STEP
 from eotattn.priors import LogPrior
 from eotattn.priors.base import check_prior
@@ -319,22 +320,17 @@ class KeyValueCache:
 
     def _beside(self, query: Tensor, start: int) -> Tensor:
         """Queries (B, H, Q, D) of the slots from ``start`` on with their lanes, (B, H, Q, W)."""
-        parts, spare = [query], self._keys.shape[-1] - self.key_width
+        side = far = None
         if self._plan is not None and self.prior is not None:
             plan = self._plan
             if self._query_table is None:
                 self._query_table = plan.table("query", self._slot_positions(), self._origin)
             rows = self._query_table[..., start : start + query.shape[2], :]
-            lanes = plan.side("query", rows, plan.matrices(self.prior.terms(), query.device)[0]).lanes(query.dtype)
-            parts.append(lanes.expand(*query.shape[:3], -1))
-            spare -= plan.num_lanes
+            side = plan.side("query", rows, plan.matrices(self.prior.terms(), query.device)[0])
         if self._has_padding:
             mark = torch.ones(1, 1, dtype=torch.bool, device=query.device)
-            parts.append(sdpa.padding_lane(mark, query.dtype, scale=self.scale)[0].expand(*query.shape[:3], 1))
-            spare -= 1
-        if spare > 0:
-            parts.append(query.new_zeros(()).expand(*query.shape[:3], spare))
-        return torch.cat(parts, dim=-1)
+            far = sdpa.padding_lane(mark, query.dtype, scale=self.scale)[0]
+        return append_one(query, side, far, width=self._keys.shape[-1])
 
     def _slot_positions(self) -> Tensor:
         return self._positions if self._has_padding else self._positions[0]

@@ -5,7 +5,7 @@ Legend: B batch, L tokens, E model width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -39,14 +39,14 @@ class _Sizes:
 SMALL, FULL = _Sizes(2, 64, 2, 32, 2, 50), _Sizes(12, 768, 12, 2048, 8, 8192)
 
 
-def training(config: Configuration) -> list[Row]:
+def training(config: Configuration) -> Iterator[Row]:
     """Whole steps: forward and backward under bfloat16 autocast, fused AdamW; eager on a CPU, compiled on a GPU."""
     (sizes,) = config.pick([SMALL], [FULL])
     torch.compiler.reset()
     candidates = [Candidate(name, partial(_step, make, sizes, config)) for name, make in _layers(sizes).items()]
     found = measure(candidates, device=torch.device(config.device), rounds=config.rounds, calls=2)
     at = {"quantity": "training step", "length": sizes.length, "batch": sizes.batch, "layers": sizes.layers}
-    return [{**at, "width": sizes.width, "heads": sizes.heads, **row} for row in found]
+    yield from ({**at, "width": sizes.width, "heads": sizes.heads, **row} for row in found)
 
 
 def _layers(sizes: _Sizes) -> dict[str, Callable[[], nn.Module]]:

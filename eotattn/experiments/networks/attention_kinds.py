@@ -21,9 +21,9 @@ from eotattn.experiments.networks.narrow_lanes import NarrowLanesPrior
 from eotattn.experiments.networks.rotations import LeadingHeadsRotary, StretchedRotary
 from eotattn.priors import (
     FourierPrior,
+    HeadsPrior,
     LogPrior,
     RecencyPrior,
-    SharedPrior,
     SinkPrior,
     SumPrior,
     goat_prior,
@@ -185,7 +185,7 @@ def _decaying_waves(config: DecoderConfig) -> LogPrior:
 
 def _shared_waves(config: DecoderConfig) -> LogPrior:
     one = FourierPrior(1, config.num_frequencies, config.min_period, config.max_period)
-    return SharedPrior(one, config.num_heads)
+    return HeadsPrior(one, [0] * config.num_heads)
 
 
 def _sink(config: DecoderConfig) -> LogPrior:
@@ -203,7 +203,7 @@ def _first_token(config: DecoderConfig) -> LogPrior:
 
 
 def _shared_sink(config: DecoderConfig) -> LogPrior:
-    return SharedPrior(SinkPrior(1, length_scale=float(config.train_length)), config.num_heads)
+    return HeadsPrior(SinkPrior(1, length_scale=float(config.train_length)), [0] * config.num_heads)
 
 
 def _sum(*makers: MakePrior) -> MakePrior:

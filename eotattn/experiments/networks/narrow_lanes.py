@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from eotattn.checks import require
 from eotattn.priors import LogPrior
-from eotattn.priors.lanes import LaneFactors
+from eotattn.priors.algebra import CombinedPrior
+from eotattn.priors.bilinear import FEATURES, Features, Term
 
 __all__ = ["NarrowLanesPrior"]
 
 
-class NarrowLanesPrior(LogPrior):
-    """log_prior = <bfloat16(query factors), bfloat16(key factors)> of another prior.
+class NarrowLanesPrior(CombinedPrior):
+    """bfloat16(query features) . bfloat16(weights) . bfloat16(key features) of another prior.
 
     This is what becomes of a prior whose lanes are written in bfloat16 as they are, instead of being split: beyond
     position 256 positions are multiples of two, beyond 512 of four. It is so in every dtype and on every device, so
-    that training and evaluation can be compared with those of the exact prior.
+    that training and evaluation can be compared with those of the exact prior. Weights have the gradients that they
+    have unrounded.
 
     Args:
-        prior: A prior with lanes; stays trainable.
-
-    Source:
-        Original, after the lanes of the package ``goat-attention``, which under bfloat16 are single numbers too.
+        prior: A bilinear prior; stays trainable.
 
     Example:
         >>> from eotattn.priors import RecencyPrior
@@ -33,28 +35,40 @@ class NarrowLanesPrior(LogPrior):
     """
 
     def __init__(self, prior: LogPrior) -> None:
-        super().__init__(prior.num_heads)
-        remedy = "Pass a prior with lanes"
-        require(prior.has_lanes, "NarrowLanesPrior", "prior", "have lanes", type(prior).__name__, remedy)
-        self.num_coordinates = prior.num_coordinates
-        self.prior = prior
+        is_bilinear = prior.has_lanes and all(isinstance(term, Term) for term in prior.terms())
+        remedy = "Pass one without tables"
+        require(is_bilinear, "NarrowLanesPrior", "prior", "be bilinear", type(prior).__name__, remedy)
+        super().__init__([prior], prior.num_heads)
 
-    def evaluate(self, head: Tensor, query_position: Tensor, key_position: Tensor) -> Tensor:
-        """Refuse: roundings belong to factors, and single pairs have none."""
-        raise NotImplementedError("NarrowLanesPrior.evaluate: lanes define it. Use dense, or backend='sdpa'.")
+    def log_prior(self, head: Tensor, query_position: Tensor, key_position: Tensor) -> Tensor:
+        """The sum of the rounded terms, elementwise, in nats."""
+        total = torch.zeros_like(query_position)
+        for term in self.terms():
+            weights = term.weights[head].to(query_position.dtype)
+            query, key = term.features.query(query_position), term.features.key(key_position)
+            factors = (query.to(weights.dtype).unsqueeze(-2) @ weights).squeeze(-2)
+            total = total + (factors * key.to(weights.dtype)).sum(-1)
+        return total
 
-    def dense(self, query_positions: Tensor, key_positions: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The products of the rounded factors, (..., H, Q, K), nats."""
-        self.check_positions(query_positions, key_positions)
-        factors = self.factors(query_positions, key_positions, dtype=dtype)
-        return torch.stack([part.query.to(dtype) @ part.key.to(dtype).mT for part in factors]).sum(0)
+    def terms(self) -> tuple[Term, ...]:
+        """The terms of the other prior with features and weights rounded."""
+        terms = [term.weighted(_rounded) for term in self.parts[0].terms() if isinstance(term, Term)]
+        return tuple([replace(term, features=_narrow(term.features)) for term in terms])
 
-    def factors(self, query_positions: Tensor, key_positions: Tensor, *, dtype: torch.dtype) -> tuple[LaneFactors, ...]:
-        """The factors of the other prior, one a lane, rounded to bfloat16."""
-        parts = self.prior.factors(query_positions, key_positions, dtype=torch.float32)
-        narrow = ((part.query.bfloat16().float(), part.key.bfloat16().float()) for part in parts)
-        return tuple(LaneFactors(query, key, exact="both") for query, key in narrow)
 
-    def reset_parameters(self) -> None:
-        """Reset the other prior."""
-        self.prior.reset_parameters()
+def _rounded(values: Tensor) -> Tensor:
+    """The nearest bfloat16 numbers, with the gradient of what they are rounded from."""
+    return values + (values.bfloat16().to(values.dtype) - values).detach()
+
+
+def _narrow(features: Features) -> Features:
+    """The same features rounded; positions then count from zero, since differences are no longer what they were."""
+    name = f"{features.name} in bfloat16"
+    if name not in FEATURES:
+
+        def rounded(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+            return lambda positions: _rounded(function(positions).double())
+
+        sides = rounded(features.query), rounded(features.key)
+        FEATURES[name] = Features(name, *sides, typical_range=features.typical_range)
+    return FEATURES[name]
