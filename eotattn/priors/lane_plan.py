@@ -20,12 +20,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from eotattn.compat import plain_tensors
 from eotattn.priors.base import computing_dtype
 from eotattn.priors.bilinear import FEATURES, PREPARED, KeyTerm, Term
 from eotattn.priors.lane_sides import Column, Lane, Shape, Side, SideLayout, SidePlan
 from eotattn.priors.probing import FeatureFacts, Span, probe
 from eotattn.priors.splitting import MOST_PIECES, significant_digits, split_numbers, unit_roundoff
-from eotattn.priors.tables import remembered
+from eotattn.priors.tables import placed
 
 __all__ = ["LanePlan", "LaneRequest", "plan_lanes"]
 
@@ -113,8 +114,8 @@ class LanePlan:
         name = f"{side}_{length}_from_{first}_on_{kind}_{index}".replace("-", "minus_")
         device = torch.device(kind) if index is None else torch.device(kind, index)
         if name not in vars(self):
-            make = lambda: self.run_table(side, first, length, device)  # noqa: E731
-            vars(self)[name] = remembered((self, side, first, length), device, make)
+            with plain_tensors():
+                vars(self)[name] = self.run_table(side, first, length, device)
         return name
 
     def matrices(self, terms: Sequence[Term | KeyTerm], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -130,8 +131,7 @@ class LanePlan:
     def side(self, side: str, table: Tensor, matrix: Tensor, more: Tensor | None = None) -> Side:
         """One side of a call."""
         plan = getattr(self, side)
-        piece = remembered((self, side, "piece"), table.device, lambda: plan.piece.to(table.device))
-        return Side(table, matrix, piece, plan.depth, more)
+        return Side(table, matrix, placed((plan, "piece"), plan.piece, table.device), plan.depth, more)
 
     def more_of_keys(self, terms: Sequence[Term | KeyTerm], positions: Tensor) -> Tensor | None:
         """Lanes of what is looked up by key: (..., Hk, K, P')."""
@@ -163,6 +163,7 @@ def _shape(term: Term | KeyTerm) -> Shape:
 
 
 @lru_cache(maxsize=512)
+@plain_tensors()
 def _plan(shapes: tuple[Shape, ...], request: LaneRequest) -> LanePlan:
     """The plan that these constants decide."""
     lanes: list[Lane] = []
