@@ -1,5 +1,31 @@
-"""eotattn: an entropic optimal transport analysis toolkit for attention."""
+"""eotattn: an entropic optimal transport analysis toolkit for attention.
 
+The names below are the front door. The rooms behind it, from the ground up; each imports only from those below it::
+
+    eotattn.checks        argument checks and their wording
+    eotattn.provenance    tables, and where numbers come from
+    eotattn.compat        private names of PyTorch and transformers
+    eotattn.priors        trainable log-priors and the lanes that carry them
+    eotattn.kernels       the fused kernels, tensors in and out
+    eotattn.attention     prior_attention, explain, a cache; layers; statistics without weights
+    eotattn.transport     TransportProblem -> solve -> TransportSolution; certificates, theorems, POT
+    eotattn.diagnostics   heads, sinks, values, implicit priors; the table of equivalences
+    eotattn.integrations  models of other libraries: capture, stored maps
+    eotattn.plotting      arrays in, matplotlib Axes out
+    eotattn.analysis      analyze: a model and texts in; tables, figures and a page out
+    eotattn.experiments   tasks, networks, recipes, training and results behind the figures
+    eotattn.benchmarks    time, memory and error against peers
+    eotattn.cli           the command ``eotattn``
+    eotattn.testing       contract checks for a prior of your own
+
+Example:
+    >>> import torch
+    >>> heads = torch.randn(1, 2, 5, 8)
+    >>> prior_attention(heads, heads, heads, prior=goat_prior(2), is_causal=True).shape
+    torch.Size([1, 2, 5, 8])
+"""
+
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 from eotattn.attention import GoatAttention, PriorAttention, Rotary, prior_attention
@@ -10,8 +36,8 @@ from eotattn.priors import (
     GridPrior,
     LogPrior,
     RecencyPrior,
-    SinkPrior,
     RelativeBiasPrior,
+    SinkPrior,
     goat_prior,
     grid_positions,
     split_parameters,
@@ -19,7 +45,9 @@ from eotattn.priors import (
 from eotattn.transport import TransportProblem, TransportSolution, solve
 
 if TYPE_CHECKING:
-    from eotattn.analysis import analyze as analyze
+    from eotattn.analysis import analyze
+
+    __version__: str
 
 __all__ = [
     "ClassTokenPrior",
@@ -30,11 +58,13 @@ __all__ = [
     "LogPrior",
     "PriorAttention",
     "RecencyPrior",
+    "RelativeBiasPrior",
     "Rotary",
     "SinkPrior",
-    "RelativeBiasPrior",
     "TransportProblem",
     "TransportSolution",
+    "__version__",
+    "analyze",
     "goat_prior",
     "grid_positions",
     "prior_attention",
@@ -44,9 +74,18 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import ``analyze`` when it is first used: it needs matplotlib."""
+    """What is made when it is first asked for: ``analyze`` needs matplotlib, ``__version__`` reads a file."""
     if name == "analyze":
         from eotattn.analysis import analyze
 
         return analyze
+    if name == "__version__":
+        try:
+            return importlib.metadata.version("eotattn")
+        except importlib.metadata.PackageNotFoundError:
+            return "unknown (run from a folder, not installed)"
     raise AttributeError(f"module 'eotattn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -6,17 +6,22 @@ Every error that a user can cause reads
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "called",
     "check_choice",
     "check_device",
     "check_floating",
     "check_indices",
+    "check_installed",
     "check_no_nan",
     "check_positive",
     "check_positive_int",
@@ -26,7 +31,34 @@ __all__ = [
     "describe",
     "fail",
     "require",
+    "speaking_as",
 ]
+
+#: What the user called, where that is not the function that checks.
+_CALLED: ContextVar[str | None] = ContextVar("called", default=None)
+
+
+@contextmanager
+def speaking_as(owner: str) -> Iterator[None]:
+    """Let every check inside name ``owner``, which the user called; the outermost one counts. Also a decorator.
+
+    Example:
+        >>> with speaking_as("analyze"):
+        ...     check_positive_int("read", "count", 0)
+        Traceback (most recent call last):
+        ...
+        ValueError: analyze: count must be at least 1; got 0. Pass a whole number from 1 up.
+    """
+    token = _CALLED.set(_CALLED.get() or owner)
+    try:
+        yield
+    finally:
+        _CALLED.reset(token)
+
+
+def called(owner: str) -> str:
+    """What the user called: ``owner`` unless another function speaks for it."""
+    return _CALLED.get() or owner
 
 
 def require(
@@ -74,7 +106,7 @@ def fail(
         ...
         ValueError: solve: epsilon must be positive; got -1.0. Pass a temperature above zero.
     """
-    raise error(f"{owner}: {argument} must {rule}; got {describe(got)}. {remedy}.")
+    raise error(f"{called(owner)}: {argument} must {rule}; got {describe(got)}. {remedy}.")
 
 
 def describe(value: Any) -> str:
@@ -182,6 +214,21 @@ def check_device(owner: str, argument: str, value: torch.device | str) -> torch.
     except (RuntimeError, AssertionError, NotImplementedError):
         fail(owner, argument, "be a device of this machine", str(value), remedy)
     return device
+
+
+def check_installed(owner: str, extra: str, *libraries: str) -> None:
+    """Raise ModuleNotFoundError, naming the extra, unless all libraries are installed.
+
+    Example:
+        >>> check_installed("analyze", "analysis", "no_such_library")
+        Traceback (most recent call last):
+        ...
+        ModuleNotFoundError: analyze: no_such_library must be installed; got none. Run pip install 'eotattn[analysis]'.
+    """
+    absent = [library for library in libraries if importlib.util.find_spec(library) is None]
+    if absent:
+        message = f"{' and '.join(absent)} must be installed; got none. Run pip install 'eotattn[{extra}]'."
+        raise ModuleNotFoundError(f"{called(owner)}: {message}")
 
 
 def check_no_nan(owner: str, argument: str, value: Tensor, *, allow_negative_inf: bool = False) -> None:

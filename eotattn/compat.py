@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._guards import active_fake_mode
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
@@ -34,6 +34,7 @@ __all__ = [
     "raw_stream",
     "set_attention_implementation",
     "tensor_version",
+    "uncompiled",
     "wrapper_tensor",
 ]
 
@@ -74,6 +75,11 @@ def allows_tf32() -> bool:
 def in_backward_pass() -> bool:
     """Whether autograd is running a backward pass in this thread."""
     return torch._C._current_graph_task_id() != -1
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module that ``torch.compile`` was given, of the one that it returned; any other module itself."""
+    return getattr(model, "_orig_mod", model)
 
 
 def raw_stream(device: torch.device) -> int:

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from eotattn.checks import require
+from eotattn.checks import fail, require
 
-__all__ = ["git_state", "library_versions", "provenance", "table_bytes", "write_atomically"]
+__all__ = ["check_writable", "git_state", "library_versions", "provenance", "table_bytes", "write_atomically"]
 
 #: Libraries whose versions can change a result.
 LIBRARIES = (
@@ -53,6 +53,24 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_writable(owner: str, folder: Path, *, given: str | Path) -> None:
+    """Raise, before any work, unless files can be made in a folder, or in the nearest one above it that exists.
+
+    Args:
+        owner: Who asks.
+        folder: Where files will be.
+        given: What the user wrote.
+    """
+    try:
+        place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        probe = place / f".{uuid.uuid4().hex[:8]}.probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        got = f"{str(given)[:80]} ({error.strerror})"
+        fail(owner, "out", "be a folder that can be written", got, "Choose another folder")
 
 
 def library_versions() -> dict[str, str]:

@@ -371,13 +371,13 @@ def test_the_control_of_the_test_above():
     assert {name.split(".")[0] for name in loaded_by("import matplotlib")} & set(HEAVY)
 
 
-def added_seconds():
-    """Time of ``import eotattn`` without what torch took, which -X importtime reports in its cumulative column."""
-    report = run("-X", "importtime", "-c", "import torch\nimport eotattn").stderr
-    (line,) = [line for line in report.splitlines() if line.split("|")[-1].strip() == "eotattn"]
-    return int(line.split("|")[1]) / 1e6
+def seconds_of_imports():
+    """Processor time of ``import torch``, and of ``import eotattn`` after it."""
+    clock = "from time import process_time as now\nstart = now()\nimport torch\nthere = now()\nimport eotattn\n"
+    return map(float, run("-c", f"{clock}print(there - start, now() - there)").stdout.split())
 
 
-def test_import_adds_less_than_300_milliseconds_to_torch():
-    best = min(added_seconds() for _ in range(3))
-    assert best < 0.3, f"import eotattn took {best:.2f} s beyond torch"
+def test_import_is_light_beside_that_of_torch():
+    """A tenth of it where this was measured."""
+    torch, added = seconds_of_imports()
+    assert added < torch / 2, f"import eotattn took {added:.2f} s after the {torch:.2f} s of torch"

@@ -111,6 +111,13 @@ def test_in_backward_pass():
         assert seen == [False, True]
 
 
+def test_uncompiled():
+    with moved("_orig_mod of compiled modules", "captures of compiled models"):
+        layer = torch.nn.Linear(2, 2)
+        assert compat.uncompiled(torch.compile(layer, backend="eager")) is layer
+        assert compat.uncompiled(layer) is layer
+
+
 @ON_GPU
 @pytest.mark.gpu
 def test_raw_stream():

@@ -2,6 +2,7 @@
 
 from eotattn.analysis.byte_tokens import ByteTokenizer
 from eotattn.analysis.figures import prior_panels
+from eotattn.analysis.findings import findings
 from eotattn.analysis.run import analyze
 from eotattn.analysis.samples import code_samples, prose_samples
 from eotattn.analysis.shards import is_first_process
@@ -13,6 +14,7 @@ __all__ = [
     "ByteTokenizer",
     "analyze",
     "code_samples",
+    "findings",
     "is_first_process",
     "prior_panels",
     "prose_samples",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import uuid
 from pathlib import Path
@@ -15,7 +14,7 @@ from eotattn.analysis.summary import Analysis
 from eotattn.analysis.tables import plain, tables
 from eotattn.checks import require
 from eotattn.plotting.files import to_png
-from eotattn.provenance import library_versions, table_bytes
+from eotattn.provenance import check_writable, library_versions, table_bytes
 
 __all__ = ["check_folder", "write_analysis"]
 
@@ -28,17 +27,14 @@ def check_folder(owner: str, folder: Path) -> Path:
 
     It must be new, empty, or hold an earlier analysis and nothing else; and it is replaced as a whole.
     """
-    folder = folder.resolve()
-    if folder.exists():
-        require(folder.is_dir(), owner, "out", "be a folder", folder.name, "Choose another name")
-    above = next(path for path in folder.parents if path.exists())
-    writable = above.is_dir() and os.access(above, os.W_OK | os.X_OK)
-    require(writable, owner, "out", "lie in a folder that can be written", str(above), "Choose another place")
+    given, folder = folder, folder.resolve()
+    check_writable(owner, folder.parent, given=given)  # it is made there under another name first
+    check_writable(owner, folder, given=given)
     if not folder.exists():
         return folder
     fixed = folder.is_mount() or folder in (Path.cwd(), *Path.cwd().parents)
     remedy = "Name a folder inside it"
-    require(not fixed, owner, "out", "be neither the current folder nor a mount", str(folder), remedy)
+    require(not fixed, owner, "out", "be neither the current folder nor a mount", str(given), remedy)
     there = {path.name for path in folder.iterdir()}
     foreign = sorted(there - _files_of_report(folder))
     remedy = "Choose another folder"

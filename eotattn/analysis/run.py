@@ -13,8 +13,8 @@ from tqdm import tqdm
 from eotattn.analysis.folder import check_folder, write_analysis
 from eotattn.analysis.shards import Shards, shards
 from eotattn.analysis.summary import Analysis, TextFindings, summarize
-from eotattn.analysis.texts import EncodedTexts, encode
-from eotattn.checks import check_positive_int, require
+from eotattn.analysis.texts import EncodedTexts, check_texts, encode
+from eotattn.checks import check_positive_int, require, speaking_as
 from eotattn.integrations.capture import capture
 from eotattn.integrations.loading import load_local_model
 from eotattn.integrations.maps import map_statistics, read_maps
@@ -25,6 +25,7 @@ __all__ = ["analyze"]
 OWNER = "analyze"
 
 
+@speaking_as(OWNER)
 def analyze(  # noqa: PLR0913  (one argument an option of the command)
     model: nn.Module | str | Path | None = None,
     texts: Sequence[str] = (),
@@ -77,6 +78,7 @@ def analyze(  # noqa: PLR0913  (one argument an option of the command)
         return result
     if max_length is not None:
         check_positive_int(OWNER, "max_length", max_length, minimum=2)
+    check_texts(texts)
     with shards() as processes:
         if isinstance(model, (str, Path)):
             _check_idle({"tokenizer": tokenizer}, "with the folder of a model")

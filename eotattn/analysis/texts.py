@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from eotattn.checks import require
+from eotattn.checks import fail, require
 
-__all__ = ["EncodedTexts", "encode", "read_texts"]
+__all__ = ["EncodedTexts", "check_texts", "encode", "read_texts"]
 
 OWNER = "analyze"
 #: Tokenizers without a limit say 10^30.
@@ -44,11 +44,11 @@ def read_texts(text: str | Path | None, texts: str | Path | None) -> list[str]:
         (text is None) != (texts is None), OWNER, "texts", "come from one file", (text, texts), "Pass one of the two"
     )
     path = Path(str(text if text is not None else texts))
-    require(path.is_file(), OWNER, "texts", "be an existing file", path.name, "Check the path")
+    require(path.is_file(), OWNER, "texts", "be an existing file", str(path), "Check the path")
     try:
         content = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{OWNER}: texts must be UTF-8; got {path.name!r}. Convert the file.") from error
+    except UnicodeDecodeError:
+        fail(OWNER, "texts", "be UTF-8", str(path), "Convert the file")
     if text is not None:
         return [content]
     return [_text_of(line, number) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
@@ -58,27 +58,35 @@ def _text_of(line: str, number: int) -> str:
     remedy = 'Write {"text": "..."}'
     try:
         found = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{OWNER}: line {number} must be JSON; got {line[:40]!r}. {remedy}.") from error
+    except json.JSONDecodeError:
+        fail(OWNER, f"line {number} of texts", "be JSON", line[:40], remedy)
     found = found.get("text") if isinstance(found, dict) else found
-    require(isinstance(found, str), OWNER, f"line {number}", "hold a text", found, remedy)
+    require(isinstance(found, str), OWNER, f"line {number} of texts", "hold a text", found, remedy)
     return str(found)
+
+
+def check_texts(texts: Sequence[str]) -> None:
+    """Raise unless there is a text, and none is empty: what can be said before a model is loaded."""
+    remedy = "Pass a list of strings"
+    is_list = isinstance(texts, Sequence) and not isinstance(texts, str)
+    require(is_list, OWNER, "texts", "be a list of texts", type(texts), remedy, error=TypeError)
+    require(len(texts) > 0, OWNER, "texts", "hold at least one text", texts, "Pass a text")
+    for number, text in enumerate(texts):
+        require(isinstance(text, str), OWNER, f"texts[{number}]", "be a text", text, remedy, error=TypeError)
+        require(bool(text.strip()), OWNER, f"texts[{number}]", "not be empty", text[:20], "Drop it")
 
 
 def encode(model: nn.Module, tokenizer: Any, texts: Sequence[str], max_length: int | None) -> EncodedTexts:
     """Turn texts into tokens, whole, or cut to ``max_length``.
 
     Raises:
-        ValueError: If a text is empty, shorter than two tokens, or longer than the model's positions.
+        ValueError: If a text is shorter than two tokens, or longer than the model's positions.
     """
-    require(not isinstance(texts, str), OWNER, "texts", "be a list of texts", type(texts), "Wrap it", error=TypeError)
-    require(len(texts) > 0, OWNER, "texts", "hold at least one text", list(texts), "Pass a text")
     limit = _positions(model, tokenizer)
     rule = f"be at most the model's {limit} positions"
     require(max_length is None or max_length <= limit, OWNER, "max_length", rule, max_length, "Lower it")
     found, num_cut = [], 0
     for number, text in enumerate(texts):
-        require(bool(text.strip()), OWNER, f"texts[{number}]", "not be empty", text[:20], "Drop it")
         ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]
         whole = ids.shape[1]
         if max_length is not None and whole > max_length:

@@ -4,8 +4,8 @@ from eotattn.attention.cache import KeyValueCache
 from eotattn.attention.documents import PackedDocuments
 from eotattn.attention.explanation import Explanation, explain
 from eotattn.attention.functional import prior_attention
-from eotattn.attention.layer.goat import GoatAttention
-from eotattn.attention.layer.module import PriorAttention
+from eotattn.attention.layer.goat_attention import GoatAttention
+from eotattn.attention.layer.prior_attention_layer import PriorAttention
 from eotattn.attention.layer.rotary import Rotary
 
 __all__ = [

@@ -147,7 +147,8 @@ class Flex:
 
 #: Backends by the names that users ask for.
 BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (Sdpa(), Varlen(), Flex(), Reference())  # type: ignore[list-item]
+    backend.name: backend
+    for backend in (Sdpa(), Varlen(), Flex(), Reference())  # type: ignore[list-item]
 }
 NO_WEIGHTS = "fused kernels do not return weights; use backend='reference'"
 

@@ -36,6 +36,12 @@ class PackedDocuments:
         require(are_many, "PackedDocuments", "lengths", "be several numbers", lengths, remedy, error=TypeError)
         self.lengths = tuple(check_positive_int("PackedDocuments", "lengths", length) for length in lengths)
         require(len(self.lengths) > 0, "PackedDocuments", "lengths", "not be empty", self.lengths, "Pass some lengths")
+        counts, numbers = torch.tensor(self.lengths), torch.arange(len(self.lengths))
+        self.total = int(counts.sum())
+        starts = counts.cumsum(0) - counts
+        self._ids = numbers.repeat_interleave(counts)
+        self._positions = torch.arange(self.total) - starts.repeat_interleave(counts)
+        self._offsets = torch.cat([starts, counts.sum(0, keepdim=True)]).to(torch.int32)
         self._made: dict[tuple[Hashable, torch.device], Tensor] = {}
 
     @classmethod
@@ -56,12 +62,11 @@ class PackedDocuments:
 
     def check(self, owner: str, batch: int, length: int) -> None:
         """Raise unless the documents fill ``batch`` rows of ``length`` tokens and respect their ends."""
-        end, ends = 0, {0}
-        for tokens in self.lengths:
-            end += tokens
-            ends.add(end)
-        fits = end == batch * length and all(row * length in ends for row in range(batch))
-        rule, got = f"fill {batch} rows of {length} tokens", f"{len(self.lengths)} documents of {end} tokens"
+        fits = self.total == batch * length
+        if fits and not torch.compiler.is_compiling():  # a graph serves all packings of its shape
+            starts = set(self._offsets.tolist())
+            fits = all(row * length in starts for row in range(batch))
+        rule, got = f"fill {batch} rows of {length} tokens", f"documents of {self.total} tokens"
         require(fits, owner, "documents", rule, got, "End a document with its row; add one for padding")
 
     @property
@@ -71,18 +76,15 @@ class PackedDocuments:
 
     def offsets(self, device: torch.device) -> Tensor:
         """(N + 1,) int32: where each document begins among the T tokens, and where the last one ends."""
-        return self.remembered("offsets", device, lambda: torch.tensor([0, *self.lengths]).cumsum(0).to(torch.int32))
+        return self.remembered("offsets", device, lambda: self._offsets)
 
     def positions(self, batch: int, length: int, device: torch.device) -> Tensor:
         """(B, L) int64: the position of each token in its document."""
-        made = self.remembered("positions", device, lambda: torch.cat([torch.arange(tokens) for tokens in self.lengths]))
-        return made.view(batch, length)
+        return self.remembered("positions", device, lambda: self._positions).view(batch, length)
 
     def ids(self, batch: int, length: int, device: torch.device) -> Tensor:
         """(B, L) int64: which document each token is of."""
-        numbers = torch.arange(len(self.lengths))
-        made = self.remembered("ids", device, lambda: numbers.repeat_interleave(torch.tensor(self.lengths)))
-        return made.view(batch, length)
+        return self.remembered("ids", device, lambda: self._ids).view(batch, length)
 
     def mask(self, batch: int, length: int, device: torch.device) -> Tensor:
         """(B, 1, L, L) boolean: true where query and key are of one document."""

@@ -11,7 +11,7 @@ from eotattn.attention.backends import BACKENDS, choose
 from eotattn.attention.cache import KeyValueCache
 from eotattn.attention.call import AttentionCall, without_autocast
 from eotattn.attention.documents import PackedDocuments
-from eotattn.attention.observers import OBSERVERS
+from eotattn.attention.observers import serve
 from eotattn.attention.positions import GivenPositions
 from eotattn.checks import check_choice, check_floating, fail, require
 from eotattn.priors import LogPrior
@@ -124,9 +124,7 @@ def prior_attention(
         cache.append(*new)
         call = call.with_content(cache.keys, cache.values)
     with without_autocast(call.query.device):
-        output, weights = served_by.run(call)
-        for observer in tuple(OBSERVERS):
-            observer(call, served_by, output)
+        output, weights = serve(call, served_by)
     return (output, weights) if return_weights and weights is not None else output
 
 

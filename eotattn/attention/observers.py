@@ -1,32 +1,34 @@
-"""Observers of attention calls: who listens in is told of every call after it was served."""
+"""Observers of attention calls: who listens in stands around every call while it is served."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from torch import Tensor
 
 from eotattn.attention.backends import Backend
 from eotattn.attention.call import AttentionCall
 
-__all__ = ["OBSERVERS", "Observer", "observe"]
+__all__ = ["OBSERVERS", "Observer", "Served", "observe", "serve"]
 
-#: Told of (call, backend, output) after every call of :func:`prior_attention`.
-Observer = Callable[[AttentionCall, Backend, Tensor], None]
+#: Given (call, backend, serve), it returns what ``serve()`` returned: output, and weights or ``None``.
+Served = tuple[Tensor, Tensor | None]
+Observer = Callable[[AttentionCall, Backend, Callable[[], Served]], Served]
 
 OBSERVERS: list[Observer] = []
 
 
 @contextmanager
 def observe(observer: Observer) -> Iterator[None]:
-    """Tell ``observer`` of every :func:`prior_attention` call inside the ``with`` block.
+    """Let ``observer`` stand around every :func:`prior_attention` call inside the ``with`` block.
 
     Example:
         >>> import torch
         >>> from eotattn import prior_attention
         >>> x, seen = torch.ones(1, 2, 3, 4), []
-        >>> with observe(lambda call, backend, output: seen.append(backend.name)):
+        >>> with observe(lambda call, backend, serve: seen.append(backend.name) or serve()):
         ...     _ = prior_attention(x, x, x)
         >>> seen
         ['sdpa']
@@ -36,3 +38,13 @@ def observe(observer: Observer) -> Iterator[None]:
         yield
     finally:
         OBSERVERS.remove(observer)
+
+
+def serve(call: AttentionCall, backend: Backend) -> Served:
+    """Let ``backend`` serve the call, with every observer around it."""
+    if not OBSERVERS:
+        return backend.run(call)
+    served = partial(backend.run, call)
+    for observer in OBSERVERS:
+        served = partial(observer, call, backend, served)
+    return served()

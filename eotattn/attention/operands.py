@@ -11,21 +11,17 @@ from torch import Tensor
 from eotattn.attention.call import AttentionCall
 from eotattn.attention.positions import Positions
 from eotattn.kernels import append, sdpa
-from eotattn.priors.bilinear import KeyTerm, Term, same_for_all_queries
+from eotattn.priors.bilinear import UNKNOWN_RANGE, KeyTerm, Term, same_for_all_queries
 from eotattn.priors.lane_plan import LanePlan, LaneRequest, plan_lanes
 from eotattn.priors.lane_sides import Side
 from eotattn.priors.lanes import Lanes, middle, span_of
 from eotattn.priors.probing import Span, bits_of
-from eotattn.priors.tables import remembered
+from eotattn.priors.tables import may_remember, remembered
 
 __all__ = ["call_terms", "lanes_of", "operands", "plan_of"]
 
-#: Shortest run of positions that a table is made for; longer ones are powers of two.
+#: Shortest run of positions that a table is made for; longer ones are powers of two, so that tables last.
 SHORTEST_RUN = 64
-
-
-#: Nats that a mask may add to a key: nothing is known of them, so they take all pieces.
-MASK_RANGE = 1e9
 
 
 def call_terms(call: AttentionCall) -> tuple[Term | KeyTerm, ...]:
@@ -34,7 +30,7 @@ def call_terms(call: AttentionCall) -> tuple[Term | KeyTerm, ...]:
     bias = call.masks.key_bias
     if bias is None:
         return terms
-    features = same_for_all_queries(1 if call.prior is None else call.prior.num_coordinates, MASK_RANGE)
+    features = same_for_all_queries(1 if call.prior is None else call.prior.num_coordinates, UNKNOWN_RANGE)
     floor = sdpa.lowest_bias(call.query.dtype, scale=call.scale)
     return (*terms, KeyTerm(features, lambda positions: bias.clamp(min=floor)))
 
@@ -72,16 +68,17 @@ def plan_of(call: AttentionCall, terms: tuple[Term | KeyTerm, ...]) -> tuple[Lan
     query_at, key_at = call.query_positions, call.key_positions
     origin: Tensor | int = 0
     if query_at.first is not None and key_at.first is not None:
-        first, length = _run(query_at, key_at)
-        origin = first + length // 2
-        span = Span(bits_of(max(first + length, -first)), bits_of(length // 2))
-    elif key_at.on_grid:
+        runs = _run(query_at), _run(key_at)
+        origin = runs[0][0] + runs[0][1] // 2
+        ends = [end for first, length in runs for end in (first, first + length)]
+        span = Span(bits_of(max(map(abs, ends))), bits_of(max(abs(end - origin) for end in ends)))
+    elif query_at.on_grid:
         span = span_of(query_at.tensor, key_at.tensor, 0)
     elif query_at.largest is not None and query_at is key_at:
         origin = query_at.largest // 2
         span = Span(bits_of(query_at.largest), bits_of(query_at.largest))
     else:
-        origin = middle(key_at.tensor)
+        origin = middle(query_at.tensor)
         span = span_of(query_at.tensor, key_at.tensor, origin)
     request = LaneRequest(
         num_heads=call.query.shape[1],
@@ -105,29 +102,22 @@ def _sides(call: AttentionCall, terms: tuple[Term | KeyTerm, ...]) -> tuple[Side
     return plan.side("query", tables[0], query_matrix), plan.side("key", tables[1], key_matrix, more)
 
 
-def _run(query_at: Positions, key_at: Positions) -> tuple[int, int]:
-    """First position and length of a run, a power of two long, that holds consecutive queries and keys."""
-    assert query_at.first is not None and key_at.first is not None
-    first = min(query_at.first, key_at.first)
-    end = max(query_at.first + query_at.length, key_at.first + key_at.length)
-    length = SHORTEST_RUN
-    while length < end - first:
+def _run(at: Positions) -> tuple[int, int]:
+    """First position and length of a run that holds consecutive positions; a graph serves all lengths."""
+    assert at.first is not None
+    length = at.length if torch.compiler.is_compiling() else SHORTEST_RUN
+    while length < at.length:
         length *= 2
-    return first, length
+    return at.first, length
 
 
 def _table(plan: LanePlan, side: str, call: AttentionCall, origin: Tensor | int) -> Tensor:
-    """Features of one side, (L, C) or (B, L, C): a slice of the table of a run where positions are consecutive."""
+    """Features of one side, (L, C) or (B, L, C): the head of the table of a run where positions are consecutive."""
     at = call.query_positions if side == "query" else call.key_positions
     device = call.query.device
-    if call.query_positions.first is None or call.key_positions.first is None:
+    if at.first is None or isinstance(origin, Tensor) or not may_remember(device):
         make = lambda: plan.table(side, at.tensor, origin)  # noqa: E731
         documents = call.masks.documents
         return make() if documents is None else documents.remembered((plan, side), device, make)
-    first, length = _run(call.query_positions, call.key_positions)
-    if torch.compiler.is_compiling():
-        table = getattr(plan, plan.prepare(side, first, length, device.type, device.index))
-    else:
-        table = remembered((plan, side, first, length), device, lambda: plan.run_table(side, first, length, device))
-    assert at.first is not None
-    return table[at.first - first : at.first - first + at.length]
+    constants = (side, *_run(at), origin)
+    return remembered((plan, *constants), device, lambda: plan.run_table(*constants, device))[: at.length]

@@ -16,7 +16,7 @@ from torch.nn import functional
 from eotattn.attention import Rotary
 from eotattn.priors import LogPrior
 
-__all__ = ["BareLayer", "GoatLayer", "KeyBias", "Rotated", "dense_bias", "flashbias", "flex"]
+__all__ = ["BareLayer", "GoatLayer", "KeyBias", "Rotated", "TableRotary", "dense_bias", "flashbias", "flex"]
 
 
 class Rotated:
@@ -43,11 +43,36 @@ class Rotated:
         return self.turn(query, key, *self.tables)
 
 
+class TableRotary(Rotary):
+    """Rotary content as training code writes it: float32 tables in buffers, positions 0, 1, 2, ... unchecked.
+
+    Args:
+        width: Head width D.
+        max_length: Tokens L at most.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, width: int, max_length: int) -> None:
+        super().__init__(width)
+        cos, sin = _tables(torch.empty(max_length, width))
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(self, content: Tensor, positions: object = None, *, argument: str = "positions") -> Tensor:
+        """Turn (B, H, L, D) content."""
+        length = content.shape[2]
+        cos, sin = self.cos[:length].float(), self.sin[:length].float()
+        first, second = content.float().chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(content.dtype)
+
+
 def _tables(query: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines of every position and pair, (L, D / 2), float32."""
-    half = query.shape[-1] // 2
+    half, length = query.shape[-1] // 2, query.shape[-2]
     steps = torch.arange(half, dtype=torch.float64, device=query.device) / half
-    angle = torch.arange(query.shape[2], dtype=torch.float64, device=query.device)[:, None] * 10_000.0**-steps
+    angle = torch.arange(length, dtype=torch.float64, device=query.device)[:, None] * 10_000.0**-steps
     return angle.cos().float(), angle.sin().float()
 
 

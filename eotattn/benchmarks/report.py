@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -13,28 +14,62 @@ import torch
 
 from eotattn.benchmarks.suites import SUITES, Configuration
 from eotattn.benchmarks.timing import Row
-from eotattn.checks import check_choice
-from eotattn.provenance import provenance, table_bytes, write_atomically
+from eotattn.checks import check_choice, speaking_as
+from eotattn.provenance import check_writable, provenance, table_bytes, write_atomically
 
-__all__ = ["bench", "combine", "format_table", "write"]
+__all__ = ["BenchTable", "bench", "combine", "format_table", "write"]
 
 
-def bench(suite: str, config: Configuration, *, out: str | None = None) -> str:
-    """Run one suite and return its table; with ``out`` also write ``bench_<suite>`` files there.
+@dataclass(frozen=True)
+class BenchTable:
+    """What a suite measured; prints as a table.
+
+    Args:
+        rows: One a candidate and size.
+        is_complete: Whether the suite was run to its end.
+    """
+
+    rows: tuple[Row, ...]
+    is_complete: bool = True
+
+    def __str__(self) -> str:
+        return format_table(self.rows)
+
+
+@speaking_as("bench")
+def bench(suite: str, config: Configuration, *, out: str | Path | None = None) -> BenchTable:
+    """Run one suite; with ``out`` also write ``bench_<suite>`` files there.
 
     Args:
         suite: A name in :data:`~eotattn.benchmarks.suites.SUITES`.
         config: How to run it.
-        out: Folder for ``.csv`` and ``.json``.
+        out: Folder for ``.csv`` and ``.json``; files of a suite that was run to its end before are replaced by such.
+
+    Returns:
+        The table. An interruption (Ctrl-C) ends the run and keeps the rows that were measured, unwritten.
+
+    Raises:
+        ValueError: Before any work, for an unknown suite, a folder that cannot be written, or a dtype that the suite
+            lacks.
+        KeyboardInterrupt: If no row was measured.
     """
     check_choice("bench", "suite", suite, tuple(SUITES))
+    if out is not None:
+        check_writable("bench", Path(out), given=out)
     torch.manual_seed(config.seed)
     start = datetime.now(timezone.utc)
-    rows = SUITES[suite](config)
+    rows: list[Row] = []
+    try:
+        for row in SUITES[suite](config):
+            rows.append(row)  # noqa: PERF402  (an interruption keeps what is there)
+    except KeyboardInterrupt:
+        if not rows:
+            raise
+        return BenchTable(tuple(rows), is_complete=False)
     seconds = (datetime.now(timezone.utc) - start).total_seconds()
     if out is not None:
         write(Path(out), suite, rows, config, seconds)
-    return format_table(rows)
+    return BenchTable(tuple(rows))
 
 
 def format_table(rows: Sequence[Row]) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Candidate", "Row", "measure"]
+__all__ = ["Candidate", "Row", "measure", "reason"]
 
 Row = dict[str, Any]
 
@@ -81,7 +81,7 @@ def _prepare(candidate: Candidate, device: torch.device, warmup: int) -> _Ready 
     except Exception as error:  # a peer may fail in any way, and the table says how
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        return {"name": candidate.name, "failure": _reason(error)}
+        return {"name": candidate.name, "failure": reason(error)}
     return _Ready(candidate, run, peak, [])
 
 
@@ -124,10 +124,10 @@ def _row(one: _Ready, baseline: _Ready | None) -> Row:
     try:
         row["error"] = None if one.candidate.error is None else one.candidate.error()
     except Exception as error:  # likewise
-        row["failure"] = _reason(error)
+        row["failure"] = reason(error)
     return row
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """The kind of error and the first line of what it says."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"

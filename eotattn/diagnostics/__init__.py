@@ -5,6 +5,8 @@ from eotattn.diagnostics.grid_statistics import GridStatistics
 from eotattn.diagnostics.heads import HeadReport, head_report
 from eotattn.diagnostics.implicit_prior import ImplicitPriorReport, fit_prior
 from eotattn.diagnostics.sinks import SinkMassReport, score_range, sink_mass, sink_mass_by_score_range
+from eotattn.diagnostics.strongest_keys import StrongestKeys, strongest_keys
+from eotattn.diagnostics.token_statistics import TokenStatistics
 from eotattn.diagnostics.value_statistics import ValueStatistics
 
 __all__ = [
@@ -13,6 +15,8 @@ __all__ = [
     "HeadReport",
     "ImplicitPriorReport",
     "SinkMassReport",
+    "StrongestKeys",
+    "TokenStatistics",
     "ValueStatistics",
     "fit_grid_prior",
     "fit_prior",
@@ -20,4 +24,5 @@ __all__ = [
     "score_range",
     "sink_mass",
     "sink_mass_by_score_range",
+    "strongest_keys",
 ]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from eotattn.attention import prior_attention
-from eotattn.checks import check_device
+from eotattn.checks import check_device, check_positive_int, require
 from eotattn.priors import (
     ClassTokenPrior,
     FourierPrior,
@@ -86,21 +86,24 @@ def measure_equivalences(*, seed: int = 0, device: torch.device | str = "cpu") -
     """Measure every equivalence: transport against POT, attention against transport, lanes against dense, gradients.
 
     Args:
-        seed: Seed of the random problems.
+        seed: Seed of the random problems, from 0 to 2^63 - 1.
         device: Where attention runs; POT always runs on the CPU in float64.
 
     Returns:
         A report that prints as a table.
 
     Raises:
-        ValueError: If this machine lacks the device.
+        ValueError: For another seed, or if this machine lacks the device.
 
     Example:
         >>> measure_equivalences().holds
         True
     """
+    owner = "measure_equivalences"
+    check_positive_int(owner, "seed", seed, minimum=0)
+    require(seed < 2**63, owner, "seed", "be below 2^63", seed, "Choose a smaller one")
+    place = check_device(owner, "device", device)
     generator = torch.Generator().manual_seed(seed)
-    place = check_device("measure_equivalences", "device", device)
     parts: tuple[Callable[[torch.Generator, torch.device], Iterator[Equivalence]], ...] = (
         _transport_against_pot,
         _certificates,

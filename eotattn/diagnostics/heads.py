@@ -16,14 +16,17 @@ from torch import Tensor
 
 from eotattn.attention.statistics.running import SequenceStatistics
 from eotattn.checks import check_positive, check_positive_int, require
+from eotattn.diagnostics.bootstrap import mean_interval, resamples
 from eotattn.diagnostics.quantities import (
     CERTIFICATE,
     QUANTITIES,
+    TOKEN_QUANTITIES,
     VALUE_QUANTITIES,
     Quantity,
     key_quantities,
     local_mass_quantity,
 )
+from eotattn.diagnostics.token_statistics import TokenStatistics
 from eotattn.diagnostics.value_statistics import ValueStatistics
 
 __all__ = ["HeadReport", "head_report"]
@@ -47,7 +50,6 @@ class HeadReport:
         sink_rate: Threshold -> (A,) share of heads and sequences whose sink mass of the first chosen key exceeds it,
             among those that have the key; NaN where none has.
         sink_rate_interval: Threshold -> (A, 2) its quantiles over a bootstrap of the sequences.
-        column_share: A arrays (H, L): mean of p_ik over the queries that admit key k.
         lag_profile: A arrays (H, 2 M + 1): weight by lag, from -M to M; sums to one less the explicit sink's.
         num_sequences: N.
         heads: H numbers that the heads have in the model.
@@ -62,7 +64,6 @@ class HeadReport:
     layer_interval: dict[str, Array]
     sink_rate: dict[float, Array]
     sink_rate_interval: dict[float, Array]
-    column_share: tuple[Array, ...]
     lag_profile: tuple[Array, ...]
     num_sequences: int
     heads: tuple[int, ...]
@@ -94,12 +95,13 @@ class HeadReport:
         return "\n".join(lines)
 
 
-def head_report(
+def head_report(  # noqa: PLR0913  (one argument a source or an option of the table)
     layers: Mapping[str, SequenceStatistics],
     *,
     values: Mapping[str, ValueStatistics] | None = None,
     certificates: Mapping[str, Tensor] | None = None,
-    keys: Sequence[int] = (0,),
+    token_scores: Mapping[str, TokenStatistics] | None = None,
+    sink_positions: Sequence[int] = (0,),
     thresholds: Sequence[float] = (0.3,),
     local_width: int = 4,
     num_bootstraps: int = 500,
@@ -111,7 +113,9 @@ def head_report(
         layers: Name -> statistics, from a capture or from maps; they may differ in heads and sequences.
         values: Name -> what values do, from a capture; layers may be missing.
         certificates: Name -> (N, H) gaps, from a capture that certifies; layers may be missing.
-        keys: Keys whose sink mass is reported, counted from the first token; the first one has the sink rate.
+        token_scores: Name -> weights on keys whose token repeats, from a capture; layers may be missing.
+        sink_positions: Keys whose sink mass is reported, counted from the first token; the first one has the sink rate.
+            For sinks wherever they are see :func:`eotattn.diagnostics.strongest_keys`.
         thresholds: Sink masses above which a head counts as having a sink, in (0, 1).
         local_width: Reach of the local mass, tokens.
         num_bootstraps: Resamples B of the sequences.
@@ -132,10 +136,11 @@ def head_report(
         >>> head_report({"first": stats}).mean["sink mass of key 0"]
         array([[0.25, 0.25, 0.25]])
     """
-    _check(layers, keys, local_width)
-    of_rows = (*key_quantities(tuple(keys)), *QUANTITIES, local_mass_quantity(local_width))
+    _check(layers, sink_positions, local_width)
+    of_rows = (*key_quantities(tuple(sink_positions)), *QUANTITIES, local_mass_quantity(local_width))
     sources: Sources = [
         (of_rows, {name: stats.sequences(stats.num_queries > 0) for name, stats in layers.items()}),
+        (TOKEN_QUANTITIES if token_scores else (), token_scores or {}),
         (VALUE_QUANTITIES if values else (), values or {}),
         ((CERTIFICATE,) if certificates else (), certificates or {}),
     ]
@@ -154,7 +159,6 @@ def head_report(
         layer_interval=whole,
         sink_rate={threshold: found[:, 0] for threshold, found in rates.items()},
         sink_rate_interval={threshold: found[:, 1:] for threshold, found in rates.items()},
-        column_share=tuple(_column_share(stats) for stats in layers.values()),
         lag_profile=tuple(_lag_profile(stats) for stats in layers.values()),
         num_sequences=max(stats.num_sequences for stats in layers.values()),
         heads=tuple(range(heads)),
@@ -173,9 +177,9 @@ def _tables(
     for a, layer in enumerate(layers):
         for group, collected in sources:
             for quantity, found, drawn in _computed(group, collected.get(layer), num_bootstraps, generator):
-                for table, numbers in zip(tables.values(), _with_interval(found, drawn), strict=True):
+                for table, numbers in zip(tables.values(), mean_interval(found, drawn), strict=True):
                     table[quantity.name][a, : len(numbers)] = numbers
-                whole[quantity.name][a] = _mean_interval(found, drawn)[1:]
+                whole[quantity.name][a] = _mean_over_heads(found, drawn)[1:]
     return tables, whole
 
 
@@ -186,7 +190,7 @@ def _computed(
     if collected is None or not quantities:
         return
     count = quantities[0].compute(collected).shape[0]
-    drawn = torch.randint(count, (num_bootstraps, count), generator=generator)
+    drawn = resamples(count, num_bootstraps, generator)
     for quantity in quantities:
         yield quantity, quantity.compute(collected), drawn
 
@@ -195,42 +199,24 @@ def _sink_rates(sinks: Sequence[Tensor], threshold: float, num_bootstraps: int, 
     """(A, 3) share of sink masses (N, H) above the threshold, and its interval; NaN where no sequence has the key."""
     generator, found = torch.Generator().manual_seed(seed), []
     for sink in sinks:
-        drawn = torch.randint(len(sink), (num_bootstraps, len(sink)), generator=generator)
+        drawn = resamples(len(sink), num_bootstraps, generator)
         above = torch.where(sink.isnan(), torch.nan, (sink > threshold).double())
-        found.append(_mean_interval(above, drawn))
+        found.append(_mean_over_heads(above, drawn))
     return np.array(found)
 
 
-def _mean_interval(values: Tensor, drawn: Tensor) -> tuple[float, float, float]:
-    """Mean over heads and sequences (N, H), and the quantiles of its bootstrap over sequences."""
-    mean, low, high = _with_interval(values.nanmean(1, keepdim=True), drawn)
+def _mean_over_heads(values: Tensor, drawn: Tensor) -> tuple[float, float, float]:
+    """Mean over heads and sequences (N, H), and the ends of its interval."""
+    mean, low, high = mean_interval(values.nanmean(1, keepdim=True), drawn)
     return float(mean[0]), float(low[0]), float(high[0])
 
 
 def _check(layers: Mapping[str, SequenceStatistics], keys: Sequence[int], local_width: int) -> None:
     require(len(layers) > 0, "head_report", "layers", "hold at least one layer", dict(layers), "Run the model first")
-    require(len(keys) > 0, "head_report", "keys", "name at least one key", keys, "Pass keys=(0,)")
+    require(len(keys) > 0, "head_report", "sink_positions", "name at least one key", keys, "Pass (0,)")
     for key in keys:
-        check_positive_int("head_report", "keys", key, minimum=0)
+        check_positive_int("head_report", "sink_positions", key, minimum=0)
     check_positive_int("head_report", "local_width", local_width, minimum=0)
-
-
-def _with_interval(values: Tensor, drawn: Tensor) -> tuple[Array, Array, Array]:
-    """Mean over sequences (H,) and its bootstrap quantiles."""
-    mean = values.nanmean(0)
-    if values.shape[0] < 2:
-        nan = torch.full_like(mean, torch.nan)
-        return mean.numpy(), nan.numpy(), nan.numpy()
-    times = torch.zeros(drawn.shape[0], values.shape[0], dtype=values.dtype)
-    times.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=values.dtype))  # how often each sequence was drawn
-    known = ~values.isnan()
-    resampled = (times @ torch.where(known, values, 0.0)) / (times @ known.to(values.dtype))
-    low, high = torch.nanquantile(resampled, torch.tensor([0.025, 0.975], dtype=values.dtype), dim=0)
-    return mean.numpy(), low.numpy(), high.numpy()
-
-
-def _column_share(stats: SequenceStatistics) -> Array:
-    return (stats.column_mass.sum(0) / stats.column_count.sum(0).clamp(min=1)).numpy()
 
 
 def _lag_profile(stats: SequenceStatistics) -> Array:

@@ -105,7 +105,7 @@ class ImplicitPriorReport(PriorFit):
     def to_dict(self) -> dict[str, NDArray[np.generic]]:
         """Arrays by name."""
         names = ("lags", "lag", "key", "explained", "interval", "explained_in_sample", "divergence_to_uniform")
-        return {name: np.asarray(getattr(self, name)) for name in (*names, "deviation")}
+        return {name: np.asarray(getattr(self, name)) for name in (*names, "deviation", "reasons")}
 
 
 def fit_prior(
@@ -127,9 +127,9 @@ def fit_prior(
 
     Args:
         statistics: Of one layer; every sequence whole, from its first token (cached decoding is whole).
-        is_causal: Whether only keys up to the query are admissible; by default read off the statistics.
-        window: Keys this many or more tokens before the query are inadmissible; by default read off the statistics, and
-            so is a window ahead of the query. What a mask does is no part of the prior.
+        is_causal: Whether only keys up to the query are admissible. The statistics say so; given, it is checked.
+        window: Keys this many or more tokens before the query are inadmissible; likewise. What a mask does is no part
+            of the prior.
         num_folds: Folds of the cross-validation, at least 2; no more than sequences are used.
         num_bootstraps: Resamples for the interval.
         smoothing: Share of the uniform prior mixed into the targets, so that unseen lags stay finite; in (0, 1).
@@ -140,7 +140,8 @@ def fit_prior(
         :class:`ImplicitPriorReport`; ``deviation`` above ``tolerance`` says that a fit has not converged.
 
     Raises:
-        ValueError: If no query is there, or rows do not sum to one because of an explicit sink.
+        ValueError: If no query is there, rows do not sum to one because of an explicit sink, or the statistics are of
+            another pattern.
 
     Source:
         Original.
@@ -181,6 +182,9 @@ def _filled(values: Array) -> Array:
 
 
 def _check(statistics: SequenceStatistics) -> None:
+    remedy = "Capture a model, or pass SequenceStatistics.of(...)"
+    known = isinstance(statistics, SequenceStatistics)
+    require(known, "fit_prior", "statistics", "be SequenceStatistics", statistics, remedy, error=TypeError)
     queries = statistics.num_queries
     full = bool((queries >= 1).all())
     require(full, OWNER, "statistics", "have a query in every sequence", queries.tolist(), "Drop the empty ones")

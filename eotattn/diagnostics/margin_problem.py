@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from eotattn.attention.statistics.running import SequenceStatistics
-from eotattn.checks import check_positive_int
+from eotattn.checks import check_positive_int, require
 from eotattn.diagnostics.grid_statistics import GridStatistics, grid_line
 from eotattn.diagnostics.lag_key_model import LagKeyModel, RowGroup
 
@@ -59,10 +59,9 @@ class MarginProblem:
         lags = lags[..., centre - size + 1 : centre + size]
         columns = functional.pad(statistics.column_mass, (0, max(0, size - statistics.column_mass.shape[-1])))
         back, ahead = _reach(statistics, lags)
-        is_causal = ahead == 0 if is_causal is None else is_causal
-        at = torch.arange(1 - size, size)
-        back = back if window is None else check_positive_int(OWNER, "window", window) - 1
-        seen = (at <= back) & (at >= (0 if is_causal else -(ahead or size)))
+        _check_pattern(is_causal, window, back, ahead, size)
+        is_causal, at = ahead == 0, torch.arange(1 - size, size)
+        seen = (at <= back) & (at >= -ahead)
         present = lengths[:, None] > torch.arange(size)
         return cls(lags, columns[..., :size], statistics.sums["entropy"], present, seen, is_causal, smoothing)
 
@@ -121,6 +120,18 @@ class MarginProblem:
     def _log_normaliser(self, model: LagKeyModel, seen: Tensor) -> Tensor:
         group = RowGroup(seen, torch.ones_like(seen) if self.is_causal else seen)
         return torch.where(seen > 0, model.normaliser(group).clamp(min=1e-300).log(), 0.0).sum(-1)
+
+
+def _check_pattern(is_causal: bool | None, window: int | None, back: int, ahead: int, size: int) -> None:
+    """Raise if the statistics contradict what the caller says of them."""
+    remedy = "Drop the argument, or say the pattern where the statistics are made"
+    fits = is_causal is None or size == 1 or is_causal == (ahead == 0)
+    rule = f"be {ahead == 0}: queries of these statistics look {ahead} tokens ahead"
+    require(fits, OWNER, "is_causal", rule, is_causal, remedy)
+    if window is not None:
+        fits = min(check_positive_int(OWNER, "window", window), size) == back + 1
+        rule = f"be {back + 1}: queries of these statistics look {back} tokens back"
+        require(fits, OWNER, "window", rule, window, remedy)
 
 
 def _reach(statistics: SequenceStatistics, lags: Tensor) -> tuple[int, int]:

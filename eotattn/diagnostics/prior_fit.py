@@ -24,6 +24,9 @@ OWNER = "fit_prior"
 
 Array = NDArray[np.float64]
 
+#: Divergence to the uniform prior that statistics of float32 resolve, nats: ten roundings of logits of 20 nats.
+RESOLUTION = 1e-5
+
 
 @dataclass(frozen=True)
 class FitOptions:
@@ -56,12 +59,13 @@ class PriorFit:
     """How much of every head's attention a prior explains.
 
     Attributes:
-        explained: (H,) held-out 1 - E KL(p || prior) / E KL(p || uniform), at most one; NaN below two sequences.
+        explained: (H,) held-out 1 - E KL(p || prior) / E KL(p || uniform), at most one; NaN with a reason.
         interval: (H, 2) its 2.5% and 97.5% quantiles over a bootstrap of the sequences.
         explained_in_sample: (H,) the same on the sequences of the fit.
         divergence_to_uniform: (H,) E KL(p || uniform) a query, nats.
         deviation: (H,) deviation of the column mass from its target that was left, relative to the total.
         num_sequences: N.
+        reasons: H words why a head has no explained share; "" where it has.
     """
 
     explained: Array
@@ -70,13 +74,16 @@ class PriorFit:
     divergence_to_uniform: Array
     deviation: Array
     num_sequences: int
+    reasons: tuple[str, ...]
 
     def __str__(self) -> str:
         """One line a head."""
         lines = ["head  explained  95% interval      in sample  KL to uniform (nats)"]
         for h in range(len(self.explained)):
             low, high = self.interval[h]
-            numbers = f"{self.explained_in_sample[h]:9.3f}  {self.divergence_to_uniform[h]:20.3f}"
+            numbers = (
+                f"{self.explained_in_sample[h]:9.3f}  {self.divergence_to_uniform[h]:20.3f}  {self.reasons[h]}".rstrip()
+            )
             lines.append(f"{h:4d}  {self.explained[h]:9.3f}  {low:6.3f} to {high:6.3f}  {numbers}")
         return "\n".join(lines)
 
@@ -100,11 +107,15 @@ def fit_problem(problem: MarginProblem, options: FitOptions) -> tuple[LagKeyMode
     model, deviation = fit(everything)
     uniform, in_sample = problem.divergences(None, everything), problem.divergences(model, everything)
     explained, interval = _held_out(problem, fit, uniform, options)
+    to_uniform = uniform.sum(0) / problem.present.sum()
+    is_uniform, is_alone = to_uniform <= RESOLUTION, len(everything) < 2
+    alone = "one sequence: none is held out" if is_alone else ""
     numbers = {
-        "explained": explained.numpy(),
-        "interval": interval.numpy(),
-        "explained_in_sample": _share(in_sample, uniform).numpy(),
-        "divergence_to_uniform": (uniform.sum(0) / problem.present.sum()).numpy(),
+        "explained": explained.masked_fill(is_uniform, torch.nan).numpy(),
+        "interval": interval.masked_fill(is_uniform[:, None], torch.nan).numpy(),
+        "explained_in_sample": _share(in_sample, uniform).masked_fill(is_uniform, torch.nan).numpy(),
+        "divergence_to_uniform": to_uniform.numpy(),
+        "reasons": tuple("attention is uniform: nothing to explain" if flat else alone for flat in is_uniform),
         "deviation": deviation.numpy(),
         "num_sequences": len(everything),
     }

@@ -13,8 +13,17 @@ import torch
 from torch import Tensor
 
 from eotattn.attention.statistics.running import SequenceStatistics
+from eotattn.diagnostics.strongest_keys import key_share, strongest_positions
 
-__all__ = ["CERTIFICATE", "QUANTITIES", "VALUE_QUANTITIES", "Quantity", "key_quantities", "local_mass_quantity"]
+__all__ = [
+    "CERTIFICATE",
+    "QUANTITIES",
+    "TOKEN_QUANTITIES",
+    "VALUE_QUANTITIES",
+    "Quantity",
+    "key_quantities",
+    "local_mass_quantity",
+]
 
 PAPER = "Litman and Guo 2026 (arXiv 2601.15380)"
 DRAINS = "Gu et al. 2024 (arXiv 2410.10781)"
@@ -66,6 +75,16 @@ def _doubly_stochastic(stats: SequenceStatistics) -> Tensor:
     return (_share(stats) - even).abs().sum(-1) / 2
 
 
+def _previous(stats: SequenceStatistics) -> Tensor:
+    """Over the queries of whole sequences that have a previous token; 0 / 0 is NaN."""
+    lag = min(stats.max_lag, 1)
+    return stats.lag_mass[..., stats.max_lag + lag] * lag / (stats.num_queries - 1).clamp(min=0)[:, None]
+
+
+def _strongest(stats: SequenceStatistics) -> Tensor:
+    return key_share(stats).gather(-1, strongest_positions(stats).unsqueeze(-1)).squeeze(-1)
+
+
 #: Every quantity that needs no parameter.
 QUANTITIES: tuple[Quantity, ...] = (
     Quantity("entropy", "nats", "-sum_j p_ij ln p_ij", "Shannon 1948", _mean("entropy")),
@@ -76,7 +95,7 @@ QUANTITIES: tuple[Quantity, ...] = (
         "original",
         _mean("normalised_entropy"),
     ),
-    Quantity("participation", "1", "sum_j p_ij^2", "original", _mean("participation")),
+    Quantity("inverse participation ratio", "1", "sum_j p_ij^2", "standard", _mean("participation")),
     Quantity("column concentration", "1", "sum_j (mean_i p_ij)^2", "original", _concentration),
     Quantity(
         "doubly stochastic distance",
@@ -109,7 +128,47 @@ QUANTITIES: tuple[Quantity, ...] = (
         _mean("sensitivity_bound"),
     ),
     Quantity(
+        "previous-token score", "1", "mean of p_ik, k = i - 1", "Olsson et al. 2022 (arXiv 2209.11895)", _previous
+    ),
+    Quantity(
+        "mass of the strongest key",
+        "1",
+        "mean of p_ik over queries that admit the key k of the most weight in total",
+        "Gu et al. 2024 (arXiv 2410.10781), there of the first tokens",
+        _strongest,
+    ),
+    Quantity(
+        "previous-token score", "1", "mean of p_ik, k = i - 1", "Olsson et al. 2022 (arXiv 2209.11895)", _previous
+    ),
+    Quantity(
+        "mass of the strongest key",
+        "1",
+        "mean of p_ik over queries that admit k, the key with the most weight in total",
+        "Gu et al. 2024 (arXiv 2410.10781), there of the first tokens",
+        _strongest,
+    ),
+    Quantity(
         "explicit sink mass", "1", "exp(b - lse_i) of a learned logit b", "gpt-oss 2025", _mean("explicit_sink_mass")
+    ),
+)
+
+#: Every quantity of :class:`eotattn.diagnostics.TokenStatistics`.
+TOKEN_QUANTITIES: tuple[Quantity, ...] = (
+    Quantity(
+        "induction score",
+        "1",
+        "sum of p_ij over keys j that follow an earlier key of token i, mean over queries that have one",
+        "Olsson et al. 2022 (arXiv 2209.11895)",
+        lambda scores: scores.induction,
+        "token ids of whole sequences",
+    ),
+    Quantity(
+        "duplicate-token score",
+        "1",
+        "sum of p_ij over earlier keys j of token i, mean over queries that have one",
+        "Wang et al. 2022 (arXiv 2211.00593)",
+        lambda scores: scores.duplicate,
+        "token ids of whole sequences",
     ),
 )
 
@@ -176,7 +235,7 @@ def key_quantities(keys: tuple[int, ...]) -> tuple[Quantity, ...]:
         def compute(stats: SequenceStatistics) -> Tensor:
             if key >= stats.column_mass.shape[-1]:
                 return stats.sums["entropy"] * torch.nan
-            return stats.column_mass[..., key] / stats.column_count[..., key]
+            return key_share(stats)[..., key]
 
         formula = f"mean of p_ik over queries that admit k = {key}"
         return Quantity(f"sink mass of key {key}", "1", formula, "Gu et al. 2024 (arXiv 2410.10781)", compute)

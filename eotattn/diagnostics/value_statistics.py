@@ -11,18 +11,66 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from eotattn.checks import check_shape
-from eotattn.diagnostics.values import BROADCAST_DRAIN, DORMANT, NO_OPERATION_DRAIN, ONE_DIRECTION, SINK_QUERIES
-from eotattn.diagnostics.values import value_drain as drain_of
+from eotattn.checks import check_floating, check_shape, require
 
-__all__ = ["ValueStatistics"]
+__all__ = ["ValueStatistics", "value_drain"]
 
 OWNER = "ValueStatistics"
+
+#: A key is a sink if this share of the queries gives it at least half of their weight.
+SINK_QUERIES = 0.9
+#: A sink whose drain is at most this part of the mean is a no-operation.
+NO_OPERATION_DRAIN = 0.2
+#: A sink whose drain is at least this part of the mean broadcasts, if the head's output has about one direction:
+BROADCAST_DRAIN, ONE_DIRECTION = 0.5, 1.5
+#: A head that adds less than this part of its layer's mean is dormant.
+DORMANT = 0.1
+#: Tokens whose drains are computed at once.
+DRAIN_BLOCK = 8192
+
+
+def value_drain(value: Tensor, output_weight: Tensor) -> Tensor:
+    """Compute ||W_O^h v_j||, the size of what a query that attends key j alone gets from head h.
+
+    Args:
+        value: (B, Hk, K, V).
+        output_weight: (E, H V), the weight of the output projection; Hk divides H.
+
+    Returns:
+        (B, H, K) in units of the residual stream; never materialises W_O v.
+
+    Source:
+        Value drain: Guo et al. 2024 (arXiv 2410.13835); Gu et al. 2024 (arXiv 2410.10781).
+
+    Example:
+        >>> value_drain(torch.ones(1, 1, 1, 2), torch.eye(2))
+        tensor([[[1.4142]]])
+    """
+    check_floating("value_drain", "value", value)
+    require(value.dim() == 4, "value_drain", "value", "have shape (B, heads, K, V)", value, "Split the heads first")
+    width, kv_heads = value.shape[-1], value.shape[1]
+    heads = output_weight.shape[-1] // width
+    fits = output_weight.dim() == 2 and heads * width == output_weight.shape[-1] and heads > 0 and heads % kv_heads == 0
+    rule = f"have shape (E, multiple of {kv_heads * width})"
+    require(fits, "value_drain", "output_weight", rule, output_weight, "Transpose it if it is stored the other way")
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    by_head = output_weight.to(dtype).unflatten(-1, (heads, width)).movedim(1, 0)  # (H, E, V)
+    gram = (by_head.mT @ by_head).unflatten(0, (kv_heads, heads // kv_heads))  # (Hk, G, V, V)
+    parts = []
+    for block in value.split(DRAIN_BLOCK, dim=2):
+        wide = block.to(dtype).unsqueeze(2)
+        parts.append(((wide @ gram) * wide).sum(-1).clamp(min=0).sqrt().flatten(1, 2))
+    return torch.cat(parts, dim=-1)
 
 
 @dataclass(frozen=True, eq=False)
 class ValueStatistics:
     """What each of N sequences says about values, per head, on the CPU in float64; sequences add up like statistics.
+
+    A key is a sink if 90% of the queries give it at least half their weight. A sink is a no-operation if its drain is
+    at most 0.2 of the mean over keys, a broadcast if it is at least 0.5 and the output's stable rank at most 1.5. A
+    head is dormant if it adds less than a tenth of its layer's mean. The words are those of Guo et al. 2024 (arXiv
+    2410.13835), the thresholds conventions.
 
     Attributes:
         drain: (N, H) mean over keys of ||W_O v_j||, units of the residual stream.
@@ -74,11 +122,11 @@ class ValueStatistics:
         check_shape(OWNER, "key_mass", key_mass, (batch, heads, queries), "Pass the weights of one key")
         check_shape(OWNER, "real", real, (batch, value.shape[2]), "One entry a key")
         check_shape(OWNER, "counted", counted, (batch, queries), "One entry a query")
-        drains = drain_of(value, output_weight).double()
+        drains = value_drain(value, output_weight).double()
         at = (real.int().argmax(-1) + key)[:, None, None].expand(-1, heads, 1)
         sink = drains.gather(-1, at.clamp(max=value.shape[2] - 1)).squeeze(-1)
         sink = sink.masked_fill(real.sum(-1, keepdim=True) <= key, torch.nan)
-        written = _mean(drain_of(output, output_weight), counted)
+        written = _mean(value_drain(output, output_weight), counted)
         found = cls(
             drain=_mean(drains, real),
             sink_drain=sink,

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from eotattn.checks import require
+from eotattn.experiments.device import training_device, training_device_name
 from eotattn.experiments.results import ResultFolder
 from eotattn.provenance import provenance, write_atomically
 
@@ -30,7 +31,6 @@ __all__ = [
     "Row",
     "Run",
     "RunFolder",
-    "device_name",
     "make",
     "merged_provenance",
 ]
@@ -136,11 +136,6 @@ class Record:
 Records = Mapping[str, Record]
 
 
-def device_name() -> str:
-    """Name of the device that training uses."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-
-
 @dataclass(frozen=True)
 class RunFolder:
     """The records of a figure's finished runs and the checkpoints of unfinished ones: ``<out>/<scale>/.runs/<figure>``.
@@ -211,7 +206,7 @@ def make(run: Run, store: RunFolder) -> Record:
     """
     checkpoint = store.checkpoint(run)
     started = time.perf_counter()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    devices = [torch.cuda.current_device()] if training_device().type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(run.configuration.seed)
         measurement = run.measure(run.configuration, checkpoint)
@@ -220,7 +215,7 @@ def make(run: Run, store: RunFolder) -> Record:
         command=f"eotattn train --figure {store.results.figure} --scale {store.results.scale} --only {run.name}",
         configuration=run.configuration,
         seeds=(run.configuration.seed,),
-        device=device_name(),
+        device=training_device_name(),
         wall_seconds=seconds,
     )
     del origin["configuration"]  # stands beside it
@@ -232,7 +227,7 @@ def make(run: Run, store: RunFolder) -> Record:
         rows=measurement.rows,
         arrays=measurement.arrays,
         summary=measurement.summary,
-        device=device_name(),
+        device=training_device_name(),
         seconds=seconds,
         provenance=origin,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import sys
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eotattn.checks import check_positive_int, require
+from eotattn.checks import check_installed, check_positive_int, require, speaking_as
 from eotattn.experiments import recipes
 from eotattn.experiments.records import RunFolder
 from eotattn.experiments.results import ResultFolder
@@ -51,7 +50,7 @@ FIGURES = {
 }
 
 #: What the notebooks need beyond the package's own requirements.
-REQUIREMENTS = ("accelerate", "ipykernel", "pandas", "papermill")
+REQUIREMENTS = ("ipykernel", "pandas", "papermill")
 
 
 def find_notebooks(figures: Iterable[Figure]) -> Path:
@@ -79,6 +78,7 @@ def choose_figures(owner: str, figures: Sequence[int | str] | None) -> dict[str,
     return {key: figure for key, figure in FIGURES.items() if key in wanted or figure.name in wanted}
 
 
+@speaking_as("train")
 def make_runs(
     figures: Sequence[int | str] | None = None,
     *,
@@ -127,6 +127,7 @@ def make_runs(
         raise RunsFailedError(failed)
 
 
+@speaking_as("reproduce")
 def reproduce(
     figures: Sequence[int | str] | None = None,
     *,
@@ -136,10 +137,10 @@ def reproduce(
     fresh: bool = False,
     report: Callable[[str], None] = print,
 ) -> list[Path]:
-    """Execute the notebooks of figures; tables, plots, provenance and executed notebooks land in ``<out>/<scale>/``.
+    """Make the missing runs of figures, then execute their notebooks, which draw them.
 
-    Runs whose records are stored there are read, the others are made; so a figure whose runs were made on another
-    machine is drawn on this one.
+    Tables, plots, provenance and executed notebooks land in ``<out>/<scale>/``. Runs whose records are stored there are
+    read; so a figure whose runs were made on another machine is drawn on this one.
 
     Args:
         figures: Keys of :data:`FIGURES` or names of figures; all of them by default.
@@ -147,7 +148,7 @@ def reproduce(
         out: Folder of results, relative to the working directory or absolute.
         jobs: Runs side by side, as in :func:`eotattn.experiments.runs.perform`.
         fresh: Forget stored runs first.
-        report: Receives one line before and after every figure.
+        report: Receives one line before and after every figure, and one a run, with the time left.
 
     Returns:
         The executed notebooks.
@@ -155,22 +156,21 @@ def reproduce(
     Raises:
         ValueError: Before any work, for an unknown figure or scale, no jobs, a folder that cannot be written, or no
             notebooks.
+        RunsFailedError: If a run failed; its figure is not drawn.
     """
     check_scale("reproduce", scale)
     if jobs is not None:
         check_positive_int("reproduce", "jobs", jobs)
     found = choose_figures("reproduce", figures)
-    absent = [name for name in REQUIREMENTS if importlib.util.find_spec(name) is None]
-    remedy = "pip install 'eotattn[experiments]'"
-    got = "without " + ", ".join(absent)
-    require(not absent, "reproduce", "the environment", "have " + ", ".join(REQUIREMENTS), got, remedy)
+    check_installed("reproduce", "experiments", *REQUIREMENTS)
     folder = find_notebooks(found.values())
     targets = {key: ResultFolder(out, scale, figure.name) for key, figure in found.items()}
     executed = []
     for key, target in targets.items():
-        report(f"figure {key}: running {target.figure} at scale {scale}")
+        report(f"figure {key}: {target.figure} at scale {scale}")
         if fresh:
             RunFolder(target).forget()
+        perform(found[key].runs, found[key].recipe(scale), target, jobs=jobs, report=report)
         executed.append(_execute(folder / f"{target.figure}.ipynb", target, jobs))
         report(f"figure {key}: wrote {target.path / target.figure}.{{ipynb,png,pdf,csv,json}}")
     return executed

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eotattn.experiments.scales import check_scale
-from eotattn.provenance import table_bytes, write_atomically
+from eotattn.provenance import check_writable, table_bytes, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,26 +43,13 @@ class ResultFolder:
 
     def __post_init__(self) -> None:
         check_scale("ResultFolder", self.scale)
-        probe = self.path / f".{uuid.uuid4().hex[:8]}.probe"
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            reason = f"{str(self.out)!r} ({error.strerror})"
-            message = f"ResultFolder: out must be a folder that can be written; got {reason}. Choose another folder."
-            raise ValueError(message) from error
+        check_writable("ResultFolder", self.path, given=self.out)
+        self.path.mkdir(parents=True, exist_ok=True)
 
     @property
     def path(self) -> Path:
         """``<out>/<scale>``."""
         return Path(self.out) / self.scale
-
-    def checkpoints(self) -> Path:
-        """Folder of the figure's unfinished training, made if it is missing; a finished study empties it."""
-        folder = self.path / ".checkpoints" / self.figure
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
 
     def write_table(self, rows: Sequence[dict[str, Any]]) -> Path:
         """Write a tidy table, one row a measurement; columns come in order of first appearance."""

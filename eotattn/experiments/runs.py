@@ -37,6 +37,7 @@ One line in :data:`eotattn.experiments.reproduce.FIGURES` then gives the study t
 from __future__ import annotations
 
 import signal
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -47,7 +48,8 @@ from typing import Any
 
 import torch
 
-from eotattn.checks import check_positive_int
+from eotattn.checks import called, check_positive_int
+from eotattn.experiments.device import training_device
 from eotattn.experiments.records import Measurement, Record, Records, Run, RunFolder, make
 from eotattn.experiments.results import ResultFolder
 
@@ -87,16 +89,15 @@ class UnknownRunsError(ValueError):
     """
 
     def __init__(self, patterns: Sequence[str], known: Sequence[str]) -> None:
-        super().__init__(
-            f"perform: only must name runs of the study; got {list(patterns)}. There are {', '.join(known)}; others "
-            f"are named when those that they depend on are stored."
-        )
+        rule = f"only must name runs of the study; got {list(patterns)}"
+        remedy = f"There are {', '.join(known)}; others are named when those that they depend on are stored"
+        super().__init__(f"{called('perform')}: {rule}. {remedy}.")
         self.patterns = tuple(patterns)
 
 
 def default_jobs() -> int:
     """One run at a time on a GPU, as many as torch has threads on a CPU."""
-    return 1 if torch.cuda.is_available() else torch.get_num_threads()
+    return 1 if training_device().type == "cuda" else torch.get_num_threads()
 
 
 def perform(
@@ -144,10 +145,12 @@ def perform(
                 report(f"{run.name}: stored, {record.device}, {record.date}; {record.summary}")
             elif not only or any(fnmatch(run.name, pattern) for pattern in only):
                 missing.append(run)
-        for name, outcome in _made(missing, store, min(jobs, len(missing))):
+        started = time.monotonic()
+        for made, (name, outcome) in enumerate(_made(missing, store, min(jobs, len(missing))), 1):
             if isinstance(outcome, Record):
                 records[name] = outcome
-                done = f"{len(records)} of {len(named)}"
+                left = (time.monotonic() - started) / made * (len(missing) - made)
+                done = f"{len(records)} of {len(named)}" + (f", about {_duration(left)} left" if left else "")
                 report(f"{name}: {outcome.seconds:.0f} s on {outcome.device}; {outcome.summary} ({done})")
             else:
                 failed.append(name)
@@ -158,6 +161,18 @@ def perform(
     if unknown:
         raise UnknownRunsError(unknown, list(named))
     return {name: records[name] for name in named if name in records}
+
+
+def _duration(seconds: float) -> str:
+    """Two digits at most.
+
+    Example:
+        >>> [_duration(seconds) for seconds in (0.2, 89.0, 700.0, 9000.0)]
+        ['1 s', '89 s', '12 min', '2.5 h']
+    """
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.2g} h"
 
 
 def _made(runs: Sequence[Run], store: RunFolder, jobs: int) -> Iterator[tuple[str, Record | str]]:
@@ -226,7 +241,7 @@ def _work(pipe: connection.Connection, store: RunFolder, threads: int, device: i
     """Make the runs that come through ``pipe`` until it closes; Ctrl-C is the parent's affair."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
-    if torch.cuda.is_available():
+    if training_device().type == "cuda":
         torch.cuda.set_device(device)
     try:
         while True:

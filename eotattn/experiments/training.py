@@ -21,6 +21,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from eotattn.checks import require
+from eotattn.experiments.device import training_device
 from eotattn.experiments.optimisation import TrainingConfig, learning_rate_factor, parameter_groups
 from eotattn.experiments.records import Row
 from eotattn.experiments.tasks.batches import IGNORED, Batch
@@ -128,7 +129,7 @@ def _batches(task: Task, config: TrainingConfig, start: int, *, ahead: bool) -> 
 
     def make(step: int) -> Batch:
         batch = task.batch(config.batch_size, seed=config.seed, step=step)
-        return Batch(*(x.pin_memory() for x in batch)) if ahead and torch.cuda.is_available() else batch
+        return Batch(*(x.pin_memory() for x in batch)) if training_device().type == "cuda" else batch
 
     if not ahead:
         yield from (make(step) for step in range(start, config.steps))
@@ -157,9 +158,8 @@ class _Run:
     evaluations: list[Row] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        # Log-priors compute positions in float64, which Apple's GPUs lack: without CUDA, train on the CPU.
-        # Its mixed precision cannot differ between two runs of one process; autocast can.
-        self.accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
+        # Accelerate's mixed precision cannot differ between two runs of one process; autocast can.
+        self.accelerator = Accelerator(mixed_precision="no", cpu=training_device().type == "cpu")
         self.device = self.accelerator.device
         parts = self.accelerator.num_processes * self.config.accumulation
         rule = f"be a multiple of processes times accumulation, {parts}"

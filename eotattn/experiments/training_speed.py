@@ -9,12 +9,14 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from eotattn.attention import PriorAttention, Rotary
+from eotattn.experiments.device import training_device
 from eotattn.experiments.networks import Decoder, DecoderConfig
 from eotattn.experiments.records import Row
 
@@ -88,7 +90,8 @@ class SpeedVariant:
             if self.lanes == "reserved":
                 prior = block.attention.prior
                 sizes_of_layer = (config.embed_dim, config.num_heads)
-                block.attention = PriorAttention(*sizes_of_layer, prior=prior, lanes="reserved", lane_dtype=lane_dtype)
+                options: dict[str, Any] = {"lanes": "reserved", "lane_dtype": lane_dtype, "batch_first": True}
+                block.attention = PriorAttention(*sizes_of_layer, prior=prior, **options)
             if self.rotary == "fused":
                 fuse = device.type == "cuda" and not self.compiled  # a compiled block fuses the turn by itself
                 block.attention.rotary = FusedRotary(config.head_dim, max_length=config.train_length, fuse=fuse)
@@ -154,7 +157,7 @@ def measure_training_speed(
         Rows ``quantity``, ``unit``, ``value``, ``variant``: median, quartiles of a step's time, tokens a second, and on
         a GPU the peak of memory above what was there before the decoder was built, weights and optimiser included.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = training_device()
     lane_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     shape = (batch_size, sizes.train_length + 1)
     tokens = torch.randint(sizes.vocabulary_size, shape, generator=torch.Generator().manual_seed(0)).to(device)

@@ -38,6 +38,7 @@ class CapturedCall:
         key_start: Position of the first key, tokens.
         sequence_start: (B,) position of the first token that is not padding.
         counted: (B, Q) false where a query is padding.
+        crosses: Whether queries and keys belong to different sequences.
         attend: The same call of the model's own function with other values, (B, Hk, K, V) -> (B, H, Q, V).
     """
 
@@ -55,6 +56,7 @@ class CapturedCall:
     key_start: int = 0
     sequence_start: Tensor | None = None
     counted: Tensor | None = None
+    crosses: bool = False
     attend: Callable[[Tensor], Tensor] | None = None
 
     def statistics(self, keys: tuple[int, ...], *, with_output: bool = False) -> AttentionStatistics:

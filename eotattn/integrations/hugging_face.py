@@ -8,7 +8,6 @@ function of the same name. Both are needed: with the first alone, every mask wou
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,11 +25,12 @@ from eotattn.compat import (
     set_attention_implementation,
 )
 from eotattn.integrations.captured_call import CapturedCall
+from eotattn.integrations.frames import is_cross_attention
 from eotattn.integrations.lazy_mask import LazyMask
 from eotattn.integrations.mask_functions import causal_window
 from eotattn.integrations.recorder import Recorder
 
-__all__ = ["configurations", "listen"]
+__all__ = ["configurations", "implementations", "listen"]
 
 #: A model's own attention function: (module, query, key, value, mask, ...) -> (output (B, Q, H, V), weights).
 OwnFunction = Callable[..., "tuple[Tensor, Tensor | None]"]
@@ -38,18 +38,30 @@ Content = tuple[Tensor, Tensor, Tensor]
 
 #: Entries of one block of attention weights where the model's own function would make all of them.
 ROW_BLOCK = 2**20
-#: Attention whose queries and keys belong to different sequences, by the names that models give it.
-CROSS = re.compile(r"cross|encoder_attn|encdecattention", re.IGNORECASE)
 
 
 def configurations(model: nn.Module) -> list[Any]:
-    """Every distinct configuration object of the model that names an attention implementation."""
+    """Every distinct configuration object of a module that calls the attention function which its configuration names.
+
+    Other models compare the name with those that they know, so that ours would change what they compute.
+    """
     found: dict[int, Any] = {}
     for module in model.modules():
         config = getattr(module, "config", None)
-        if config is not None and names_attention_implementation(config):
+        if names_attention_implementation(config) and _calls_interface(type(module)):
             found.setdefault(id(config), config)
     return list(found.values())
+
+
+def implementations(model: nn.Module) -> set[str]:
+    """Names of the attention functions that the model's configurations name."""
+    return {attention_implementation(config) or "eager" for config in configurations(model)}
+
+
+def _calls_interface(kind: type) -> bool:
+    """Whether a class, or one that it inherits from, is written beside a use of the attention interface."""
+    homes = {base.__module__ for base in kind.__mro__} - {"transformers.modeling_utils"}
+    return any("ALL_ATTENTION_FUNCTIONS" in vars(sys.modules[home]) for home in homes)
 
 
 @contextmanager
@@ -136,11 +148,16 @@ def _attention_function(
                 return own(module, query, key, value, mask, **arguments)
 
         output, weights = run(value)
-        name = recorder.layer_name(names.get(id(module), type(module).__name__))
+        if id(module) not in names:  # it shares the configuration of the model, and is not part of it
+            return output, weights
+        name = recorder.frames.layer_name(names[id(module)], query, key)
         if recorder.keeps(name):
-            content, crosses = (query, key, value), bool(CROSS.search(name))
+            content, crosses = (query, key, value), is_cross_attention(name)
             call = _as_call(module, implementation, content, attention_mask, arguments, crosses=crosses)
-            call = replace(call, attend=lambda other: run(other)[0].transpose(1, 2))
+            call = replace(call, crosses=crosses, attend=lambda other: run(other)[0].transpose(1, 2))
+            if not crosses:
+                call = _with_padding(call, attention_mask, recorder)
+                recorder.check_no_return(name, query.shape[0], call.query_start)
             dropped = module.training and bool(arguments.get("dropout"))
             recorder.record(name, call, None if dropped else output.transpose(1, 2))
         return output, weights
@@ -216,7 +233,7 @@ def _as_call(
         sink_logits=None if sink is None else sink.flatten(),
     )
     if isinstance(mask, LazyMask):
-        places = {} if crosses else _places(mask, queries)
+        places: dict[str, Any] = {} if crosses else _places(mask, queries, keys)
         return replace(call, **places, **_pattern(mask, keys))
     if mask is not None and mask.dim() == 2:
         mask = mask.bool()[:, None, None, :]
@@ -230,15 +247,27 @@ def _as_call(
     return replace(call, mask=rows, is_causal=causal, query_start=max(0, shift))
 
 
-def _places(mask: LazyMask, queries: int) -> dict[str, Any]:
-    """Positions, padding and the start of each sequence, from what the model said when it asked for the mask."""
-    start, padding = int(mask.arguments.get("q_offset", 0)), mask.arguments.get("attention_mask")
-    places: dict[str, Any] = {"query_start": start, "key_start": int(mask.arguments.get("kv_offset", 0))}
-    if padding is not None and padding.dim() == 2 and padding.shape[-1] >= start + queries:
-        real = padding.bool()
-        places["counted"] = real[:, start : start + queries]
-        places["sequence_start"] = real.int().argmax(-1)
-    return places
+def _places(mask: LazyMask, queries: int, keys: int) -> dict[str, int]:
+    """Positions, from what the model said when it asked for the mask; where that is not known, queries come last.
+
+    Of a cache whose first layer holds no keys, and of keys that are put before the tokens of an encoder, it is not.
+    """
+    from transformers.masking_utils import bidirectional_mask_function
+
+    start, key_start = (int(mask.arguments.get(name, 0)) for name in ("q_offset", "kv_offset"))
+    unknown = mask.shape[-1] < keys or mask.arguments.get("mask_function") is bidirectional_mask_function
+    return {"query_start": key_start + max(0, keys - queries) if unknown else start, "key_start": key_start}
+
+
+def _with_padding(call: CapturedCall, mask: Tensor | None, recorder: Recorder) -> CapturedCall:
+    """The call with the padding that the mask was asked for with, or else that the running modules were told of."""
+    start, queries = call.query_start, call.query.shape[2]
+    padding = mask.arguments.get("attention_mask") if isinstance(mask, LazyMask) else None
+    padding = recorder.frames.real_tokens(call.query.shape[0]) if padding is None else padding
+    if padding is None or padding.dim() != 2 or padding.shape[-1] < start + queries:
+        return call
+    real = padding.bool()
+    return replace(call, counted=real[:, start : start + queries], sequence_start=real.int().argmax(-1))
 
 
 def _pattern(mask: LazyMask, keys: int) -> dict[str, Any]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from eotattn.checks import check_choice, check_device, require
+from eotattn.checks import check_choice, check_device, check_installed, fail, require
 
 __all__ = ["load_local_model"]
 
@@ -41,31 +44,69 @@ def load_local_model(
     kind = getattr(torch, check_choice(OWNER, "dtype", dtype, DTYPES))
     check_device(OWNER, "device", device)
     _check_files(path)
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config = _read_config(path)
     own_code = "auto_map" in config
     require(not own_code, OWNER, "model", "need no code of its own", config.get("auto_map"), "Use a library class")
+    check_installed(OWNER, "analysis", "transformers", "safetensors")
     import transformers
     from safetensors import SafetensorError
 
+    kind_of_model, remedy = config.get("model_type"), "Save a model of the library"
+    known = kind_of_model in transformers.CONFIG_MAPPING
+    require(known, OWNER, "model", "be of a kind that transformers knows", kind_of_model, remedy)
     names = config.get("architectures") or [""]
     is_causal = names[0].endswith(("ForCausalLM", "LMHeadModel"))
     make = transformers.AutoModelForCausalLM if is_causal else transformers.AutoModel
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    loading = {"use_safetensors": True, "dtype": kind, "output_loading_info": True}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
-        model, info = make.from_pretrained(path, use_safetensors=True, dtype=kind, output_loading_info=True, **options)
-    except (OSError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{OWNER}: model must be readable; got {path.name!r}: {reason}. Save it again.") from error
+        with _bars_on_terminals_only():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
+            _check_tokenizer(path, tokenizer)
+            model, info = make.from_pretrained(path, **loading, **options)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        fail(OWNER, "model", f"be readable ({reason})", str(path), "Save it again")
     unread = sorted(key for key in info["missing_keys"] if "pooler" not in key)  # what comes after attention may lack
     remedy = "Save the whole model; weights that are not there would be random"
     require(not unread, OWNER, "model", "hold every weight of its class", unread[:5], remedy)
     return model.eval().to(device), tokenizer
 
 
+def _read_config(path: Path) -> dict[str, Any]:
+    remedy = "Save the model again"
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except ValueError:  # of JSON or of UTF-8
+        fail(OWNER, "model", "hold a config.json that is JSON", str(path), remedy)
+    require(isinstance(config, dict), OWNER, "model", "hold a config.json of an object", str(path), remedy)
+    return dict(config)
+
+
+def _check_tokenizer(path: Path, tokenizer: Any) -> None:
+    """Without its files a class makes an empty tokenizer, for which every word is unknown."""
+    files = {"tokenizer.json", *type(tokenizer).vocab_files_names.values()}
+    there = not type(tokenizer).vocab_files_names or any((path / name).is_file() for name in files)
+    require(there, OWNER, "model", "hold the files of its tokenizer", str(path), "Save the tokenizer there too")
+
+
+@contextmanager
+def _bars_on_terminals_only() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def _check_files(path: Path) -> None:
-    require(path.is_dir(), OWNER, "model", "be a local folder", path.name, "Download the model first")
+    require(path.is_dir(), OWNER, "model", "be a local folder", str(path), "Download the model first")
     has_config = (path / "config.json").is_file()
-    require(has_config, OWNER, "model", "hold config.json", path.name, "Point at the folder of the model")
+    require(has_config, OWNER, "model", "hold config.json", str(path), "Point at the folder of the model")
     has_weights = any(path.glob("*.safetensors"))
-    require(has_weights, OWNER, "model", "hold safetensors", path.name, "Convert the weights; pickles are refused")
+    require(has_weights, OWNER, "model", "hold safetensors", str(path), "Convert the weights; pickles are refused")

@@ -5,16 +5,17 @@ Legend: B batch, Q queries, K keys.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from eotattn.attention import functional
+from eotattn.attention.backends import Backend
 from eotattn.attention.call import AttentionCall
+from eotattn.attention.observers import Served, observe
+from eotattn.attention.operands import lanes_of
 from eotattn.attention.positions import Positions
 from eotattn.attention.statistics.score_rows import LaneRows, RowSource, TensorRows
 from eotattn.integrations.captured_call import CapturedCall
@@ -26,25 +27,21 @@ __all__ = ["listen"]
 @contextmanager
 def listen(recorder: Recorder) -> Iterator[None]:
     """Record every :func:`eotattn.prior_attention` call inside a forward pass of the model."""
-    run = functional.run
 
-    def run_and_record(name: str, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+    def record(call: AttentionCall, backend: Backend, serve: Callable[[], Served]) -> Served:
         if not recorder.is_listening:
-            return run(name, call)
+            return serve()
         with recorder.muted():
-            output, weights = run(name, call)
-        layer = recorder.layer_name(recorder.stack[-1])
+            output, weights = serve()
+        layer = recorder.frames.layer_name(recorder.frames.stack[-1].name, call.query, call.key)
         if recorder.keeps(layer):
             recorder.priors[layer] = call.prior
-            captured = replace(_as_call(call), attend=lambda value: run(name, replace(call, value=value))[0])
+            captured = replace(_as_call(call), attend=lambda value: backend.run(replace(call, value=value))[0])
             recorder.record(layer, captured, None if call.dropout_p else output)
         return output, weights
 
-    functional.run = run_and_record
-    try:
+    with observe(record):
         yield
-    finally:
-        functional.run = run
 
 
 def _as_call(call: AttentionCall) -> CapturedCall:
@@ -87,7 +84,8 @@ def _prior_rows(call: AttentionCall) -> RowSource | None:
     dtype = torch.promote_types(call.query.dtype, torch.float32)
     positions, keys = call.query_positions.tensor, call.key_positions.tensor
     if prior.has_lanes and call.query.is_cuda:  # the kernel of statistics reads lanes, as that of the output did
-        return LaneRows(prior.lanes(positions, keys, dtype=call.query.dtype))
+        lanes = lanes_of(replace(call, scale=1.0))
+        return None if lanes is None else LaneRows(lanes)
     axis = -1 if prior.num_coordinates == 1 else -2
     return lambda start, stop: prior.dense(positions.narrow(axis, start, stop - start), keys, dtype=dtype)
 

@@ -61,7 +61,7 @@ class Residuals:
         """Name -> share of sequences with a massive activation: |x| above ``size`` and ``ratio`` times the median.
 
         Source:
-            Sun et al. 2024 (arXiv 2402.17762); see :func:`eotattn.diagnostics.values.massive_activations`.
+            Sun et al. 2024 (arXiv 2402.17762).
         """
         shares = {}
         for name in self.blocks:
@@ -85,7 +85,7 @@ class Residuals:
 def residuals(model: nn.Module) -> Iterator[Residuals]:
     """Record norms after every block: every member of an ``nn.ModuleList`` whose output is (N, L, E), L at least two.
 
-    Spikes of the first token accompany sinks; see :func:`eotattn.diagnostics.values.massive_activations`.
+    Spikes of the first token accompany sinks; see :meth:`Residuals.massive_share`.
 
     Args:
         model: Any module; outputs do not change. Pass whole sequences without left padding.

@@ -59,7 +59,8 @@ class TorchCalls(TorchFunctionMode):
         def attend(value: Tensor) -> Tensor:
             return _with_heads(func(**{**call, "value": value.view(call["value"].shape)}))
 
-        captured, name = replace(_as_call(call), attend=attend), self.recorder.layer_name(self.recorder.stack[-1])
+        captured, frames = replace(_as_call(call), attend=attend), self.recorder.frames
+        name = frames.layer_name(frames.stack[-1].name, call["query"], call["key"])
         earlier = captured.key.shape[2] - captured.query.shape[2]
         if not captured.is_causal and self.recorder.continues(name, captured.query.shape[0], earlier):
             captured = replace(captured, query_start=earlier)  # a cache holds the keys of before
@@ -81,7 +82,8 @@ class TorchCalls(TorchFunctionMode):
         else:
             with self._within(real):
                 result = func(*args, **kwargs)
-        self.recorder.value_probe.projected(lambda: given.arguments["out_proj_weight"])
+        if self.recorder.value_probe is not None:
+            self.recorder.value_probe.projected(given.arguments["out_proj_weight"].detach())
         return result
 
     @contextmanager

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +31,7 @@ class TrainingProbe:
         every: Steps between records; multiples of it are recorded, zero included.
         layers: Names or indices of layers; all by default.
         heads: Indices of heads; all by default.
-        keys: Keys whose sink mass is recorded; the first one is the sink of margins.
+        sink_positions: Keys whose sink mass is recorded; the first one is the sink of margins.
 
     Attributes:
         reports: Step -> table of all heads on the batch of that step.
@@ -53,11 +54,11 @@ class TrainingProbe:
         every: int = 100,
         layers: Sequence[str | int] | None = None,
         heads: Sequence[int] | None = None,
-        keys: Sequence[int] = (0,),
+        sink_positions: Sequence[int] = (0,),
     ) -> None:
         self.model = model
         self.every = check_positive_int("TrainingProbe", "every", every)
-        self.layers, self.heads, self.keys = layers, heads, tuple(keys)
+        self.layers, self.heads, self.sink_positions = layers, heads, tuple(sink_positions)
         self.reports: dict[int, HeadReport] = {}
 
     @contextmanager
@@ -67,10 +68,11 @@ class TrainingProbe:
         if step % self.every:
             yield
             return
-        with capture(self.model, self.layers, self.heads, keys=self.keys) as captured:
+        chosen: dict[str, Any] = {"sink_positions": self.sink_positions}
+        with capture(self.model, self.layers, self.heads, **chosen, values=False) as captured:
             yield
         if captured.layers:
-            self.reports[step] = head_report(captured.layers, keys=self.keys, num_bootstraps=1)
+            self.reports[step] = head_report(captured.layers, **chosen, num_bootstraps=1)
 
     def to_dict(self) -> dict[str, NDArray[np.generic]]:
         """``step`` (S,), and every quantity by name, (S, A, H); and ``sink rate`` (S, A)."""

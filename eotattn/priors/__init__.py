@@ -14,6 +14,7 @@ from eotattn.priors.parameters import split_parameters
 from eotattn.priors.recency import RecencyPrior, alibi_slopes
 from eotattn.priors.relative_bias import RelativeBiasPrior
 from eotattn.priors.sink import SinkPrior
+from eotattn.priors.token_prior import TokenPrior
 
 __all__ = [
     "BilinearPrior",
@@ -37,6 +38,7 @@ __all__ = [
     "SinkPrior",
     "SumPrior",
     "Term",
+    "TokenPrior",
     "alibi_slopes",
     "goat_prior",
     "grid_positions",

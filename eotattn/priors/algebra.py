@@ -19,10 +19,10 @@ from eotattn.priors.base import LogPrior, ScoreMod, check_prior, computing_dtype
 from eotattn.priors.bilinear import KeyTerm, Term
 from eotattn.priors.tables import constants
 
-__all__ = ["HeadsPrior", "JoinedPrior", "ScaledPrior", "SumPrior"]
+__all__ = ["CombinedPrior", "HeadsPrior", "JoinedPrior", "ScaledPrior", "SumPrior"]
 
 
-class _Combined(LogPrior):
+class CombinedPrior(LogPrior):
     """A prior made of others: it checks positions and resets as they do, and has lanes where they have them."""
 
     def __init__(self, parts: Sequence[LogPrior], num_heads: int) -> None:
@@ -59,7 +59,7 @@ def _checked(owner: str, parts: Iterable[object]) -> list[LogPrior]:
     return priors
 
 
-class SumPrior(_Combined):
+class SumPrior(CombinedPrior):
     """The sum of log-priors, i.e. the product of priors. Written ``a + b``; nested sums are flattened.
 
     Args:
@@ -106,7 +106,7 @@ class SumPrior(_Combined):
         return modified
 
 
-class ScaledPrior(_Combined):
+class ScaledPrior(CombinedPrior):
     """A prior times a number, or one a head. Written ``0.5 * prior``.
 
     Heads whose factor is zero are without the prior: ``prior * (1.0, 1.0, 0.0)`` leaves the third head uniform. A key
@@ -170,7 +170,7 @@ class ScaledPrior(_Combined):
         return self._factors(weights)[:, None, None] * weights
 
 
-class HeadsPrior(_Combined):
+class HeadsPrior(CombinedPrior):
     """Some heads of a prior, in any order, also several times: one log-prior for eight heads is ``[0] * 8`` of it.
 
     Args:
@@ -206,7 +206,7 @@ class HeadsPrior(_Combined):
         return weights.index_select(-3, constants(self.chosen, weights.device, torch.int64))
 
 
-class JoinedPrior(_Combined):
+class JoinedPrior(CombinedPrior):
     """The heads of several priors side by side, as one prior: the first part's heads come first.
 
     Args:

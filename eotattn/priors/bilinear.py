@@ -11,7 +11,7 @@ gradients and the FlexAttention form follow from it.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Number
 from types import FunctionType
@@ -24,7 +24,17 @@ from eotattn.checks import fail
 from eotattn.priors.base import LogPrior, ScoreMod, computing_dtype
 from eotattn.priors.positions import table_lookup
 
-__all__ = ["FEATURES", "PREPARED", "BilinearPrior", "Features", "KeyTerm", "Term", "on_grid", "same_for_all_queries"]
+__all__ = [
+    "FEATURES",
+    "PREPARED",
+    "UNKNOWN_RANGE",
+    "BilinearPrior",
+    "Features",
+    "KeyTerm",
+    "Term",
+    "on_grid",
+    "same_for_all_queries",
+]
 
 
 class Features:
@@ -59,6 +69,8 @@ class Features:
         return name
 
 
+#: Nats that a term may span of which nothing is known: its factors take all pieces.
+UNKNOWN_RANGE = 1e9
 #: Features by name, so that a compiled graph can make a table of them by naming constants alone.
 FEATURES: dict[str, Features] = {}
 #: What :meth:`Features.prepare` can compute, by name.
@@ -83,7 +95,12 @@ class Term:
 
     def on_axis(self, axis: int) -> Term:
         """The term of one coordinate of a grid, zero where either position is a class token (negative)."""
-        return replace(self, features=_features_on_axis(self.features, axis))
+        return replace(self, features=_on_axis(self.features, axis))
+
+    def of_tokens(self) -> Term:
+        """The term without keys before the first token. What was a constant of each row counts then, in full."""
+        gate, at = (lambda positions: positions >= 0), (lambda positions: positions.clamp(min=0))
+        return replace(self, features=_gated(self.features, "tokens", gate, at, ("key",), UNKNOWN_RANGE))
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +125,11 @@ class KeyTerm:
         def bias(positions: Tensor) -> Tensor:
             return self.bias(positions[..., axis].clamp(min=0)) * on_grid(positions).unsqueeze(-2)
 
-        return KeyTerm(_features_on_axis(self.features, axis), bias)
+        return KeyTerm(_on_axis(self.features, axis), bias)
+
+    def of_tokens(self) -> KeyTerm:
+        """The term without keys before the first token."""
+        return replace(self, bias=lambda at: self.bias(at.clamp(min=0)) * (at >= 0).unsqueeze(-2))
 
 
 class _NamesFeatures(type):
@@ -270,21 +291,34 @@ def _with_heads(features: Tensor) -> Tensor:
     return features.unsqueeze(-3)
 
 
-def _features_on_axis(features: Features, axis: int) -> Features:
-    """Features of one coordinate, zero at class tokens."""
-    name = f"{features.name}[axis {axis}]"
+def _gated(
+    features: Features,
+    label: str,
+    gate: Callable[[Tensor], Tensor],
+    at: Callable[[Tensor], Tensor],
+    sides: Sequence[str],
+    typical_range: float,
+) -> Features:
+    """Features that are zero where ``gate`` of a position is false, on the sides named, taken ``at`` the position."""
+    name = f"{features.name}[{label}]"
     if name not in FEATURES:
 
-        def on_axis(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-            def of_grid(positions: Tensor) -> Tensor:
-                values = function(positions[..., axis].clamp(min=0))
-                return torch.where(on_grid(positions).unsqueeze(-1), values.to(torch.float64), 0.0)
+        def gated(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+            def values(positions: Tensor) -> Tensor:
+                return torch.where(gate(positions).unsqueeze(-1), function(at(positions)).to(torch.float64), 0.0)
 
-            return of_grid
+            return values
 
-        sides = on_axis(features.query), on_axis(features.key)
-        FEATURES[name] = Features(name, *sides, typical_range=features.typical_range)
+        functions = {side: getattr(features, side) for side in ("query", "key")}
+        functions |= {side: gated(functions[side]) for side in sides}
+        FEATURES[name] = Features(name, functions["query"], functions["key"], typical_range=typical_range)
     return FEATURES[name]
+
+
+def _on_axis(features: Features, axis: int) -> Features:
+    """Features of one coordinate, zero at class tokens."""
+    at = lambda positions: positions[..., axis].clamp(min=0)  # noqa: E731
+    return _gated(features, f"axis {axis}", on_grid, at, ("query", "key"), features.typical_range)
 
 
 def on_grid(positions: Tensor) -> Tensor:
@@ -299,4 +333,11 @@ def same_for_all_queries(num_coordinates: int, typical_range: float = 8.0) -> Fe
         return torch.ones_like(positions).unsqueeze(-1) if num_coordinates == 1 else torch.ones_like(positions[..., :1])
 
     name = f"one ({num_coordinates} coordinates, {typical_range} nats)"
-    return FEATURES.setdefault(name, Features(name, one, one, typical_range=typical_range))
+    if name not in FEATURES:
+        FEATURES[name] = Features(name, one, one, typical_range=typical_range)
+    return FEATURES[name]
+
+
+for _count in range(1, 5):  # before any graph is traced
+    same_for_all_queries(_count)
+    same_for_all_queries(_count, UNKNOWN_RANGE)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from eotattn.checks import check_positive_int, require
-from eotattn.priors.algebra import _Combined
+from eotattn.priors.algebra import CombinedPrior
 from eotattn.priors.base import LogPrior, check_prior
 from eotattn.priors.bilinear import BilinearPrior, KeyTerm, Term, on_grid
 
@@ -38,7 +38,7 @@ def grid_positions(
     return torch.cat([nowhere, cells]) if class_token else cells
 
 
-class GridPrior(_Combined):
+class GridPrior(CombinedPrior):
     """A sum of priors, one of each coordinate; zero where the query or the key is a class token.
 
     Each axis has its own prior, so all can have the full range of frequencies. A class token is a position whose
@@ -69,6 +69,8 @@ class GridPrior(_Combined):
         require(len(set(heads)) == 1, "GridPrior", "axes", "agree in num_heads", heads, "Rebuild one of them")
         super().__init__(axes, heads[0])
         self.num_coordinates = len(axes)
+        if self.has_lanes:
+            self.terms()  # names its features before a graph is traced
 
     @property
     def axes(self) -> Sequence[LogPrior]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -77,6 +77,7 @@ class LanePlan:
         key: The key's side, without the lanes of terms that are looked up.
         looked_up: Those lanes, behind the others.
         truncation: P relative errors.
+        is_relative: Which terms may count positions from anywhere.
     """
 
     names: tuple[str, ...]
@@ -85,16 +86,12 @@ class LanePlan:
     key: SidePlan
     looked_up: tuple[Lane, ...]
     truncation: tuple[float, ...]
+    is_relative: tuple[bool, ...]
 
     @property
     def num_lanes(self) -> int:
         """Prior width P."""
         return len(self.truncation)
-
-    @cached_property
-    def is_relative(self) -> tuple[bool, ...]:
-        """Which terms may count positions from anywhere."""
-        return tuple(FEATURES[name].is_relative for name in self.names)
 
     def table(self, side: str, positions: Tensor, origin: Tensor | float) -> Tensor:
         """The table of one side at (L,) or (B, L) positions (with coordinates last on grids)."""
@@ -103,20 +100,9 @@ class LanePlan:
         each = [shifted if relative else at for relative in self.is_relative]
         return getattr(self, side).table(self.names, side, each, self.request.dtype)
 
-    def run_table(self, side: str, first: int, length: int, device: torch.device) -> Tensor:
-        """The table at ``length`` consecutive positions; relative terms count from the middle."""
-        positions = torch.arange(first, first + length, device=device)
-        return self.table(side, positions, first + length // 2)
-
-    @torch.compiler.assume_constant_result
-    def prepare(self, side: str, first: int, length: int, kind: str, index: int | None) -> str:
-        """Make :meth:`run_table` while a graph is traced, an input of the graph; returns the attribute holding it."""
-        name = f"{side}_{length}_from_{first}_on_{kind}_{index}".replace("-", "minus_")
-        device = torch.device(kind) if index is None else torch.device(kind, index)
-        if name not in vars(self):
-            with plain_tensors():
-                vars(self)[name] = self.run_table(side, first, length, device)
-        return name
+    def run_table(self, side: str, first: int, length: int, origin: int, device: torch.device) -> Tensor:
+        """The table at ``length`` consecutive positions."""
+        return self.table(side, torch.arange(first, first + length, device=device), origin)
 
     def matrices(self, terms: Sequence[Term | KeyTerm], device: torch.device) -> tuple[Tensor, Tensor]:
         """Matrices of query and key on ``device``, with gradients to the weights."""
@@ -187,6 +173,7 @@ def _plan(shapes: tuple[Shape, ...], request: LaneRequest) -> LanePlan:
         query=layout.side("query", [*lanes, *looked_up]),
         key=layout.side("key", lanes),
         looked_up=tuple(looked_up),
+        is_relative=tuple(FEATURES[shape.features].is_relative for shape in shapes),
         truncation=tuple(lane.truncation for lane in (*lanes, *looked_up)),
     )
 

@@ -84,7 +84,7 @@ def _sizes(side: Side) -> Tensor:
 def make_lanes(prior: LogPrior, query_positions: Tensor, key_positions: Tensor, request: LaneRequest) -> Lanes:
     """Lanes at checked positions; see :meth:`LogPrior.lanes`."""
     terms = prior.terms()
-    origin = middle(key_positions) if prior.num_coordinates == 1 else 0.0
+    origin = middle(query_positions) if prior.num_coordinates == 1 else 0.0
     plan = plan_lanes(terms, request._replace(span=span_of(query_positions, key_positions, origin)))
     query_matrix, key_matrix = plan.matrices(terms, key_positions.device)
     query_side = plan.side("query", plan.table("query", query_positions, origin), query_matrix)

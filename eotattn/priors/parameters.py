@@ -23,8 +23,9 @@ def split_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Par
 
     Example:
         >>> from eotattn import PriorAttention, goat_prior
-        >>> content, priors = split_parameters(PriorAttention(16, num_heads=4, prior=goat_prior(4)))
-        >>> len(content) + len(priors) == len(list(PriorAttention(16, num_heads=4, prior=goat_prior(4)).parameters()))
+        >>> layer = PriorAttention(16, num_heads=4, prior=goat_prior(4), batch_first=True)
+        >>> content, priors = split_parameters(layer)
+        >>> len(content) + len(priors) == len(list(layer.parameters()))
         True
 
     Source: original; the ablations measured the rate.

@@ -55,8 +55,10 @@ class FeatureFacts(NamedTuple):
 
 def bits_of(largest: float) -> int:
     """Bits of a position, in the steps that are planned for."""
-    needed = max(FEWEST_BITS, int(abs(largest)).bit_length())
-    return -(-needed // REACH_STEP) * REACH_STEP
+    bits = FEWEST_BITS
+    while 2**bits <= abs(largest):  # comparisons alone, so that a length may be a symbol of a graph
+        bits += REACH_STEP
+    return bits
 
 
 @lru_cache(maxsize=512)

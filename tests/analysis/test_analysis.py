@@ -18,7 +18,7 @@ from eotattn import cli
 from eotattn.analysis import analyze, read_texts, run
 from eotattn.analysis import folder as folder_module
 from eotattn.diagnostics import fit_prior
-from eotattn.diagnostics.values import value_drain
+from eotattn.diagnostics.value_statistics import value_drain
 from eotattn.integrations import capture
 from eotattn.integrations.loading import load_local_model
 from eotattn.provenance import write_atomically

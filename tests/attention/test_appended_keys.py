@@ -1,4 +1,4 @@
-"""Appended keys: those of nn.MultiheadAttention, before the first token where there is a prior."""
+"""Appended keys: those of nn.MultiheadAttention, sinks that a prior of the tokens does not touch."""
 
 import math
 
@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from eotattn.attention import PriorAttention
-from eotattn.priors import goat_prior
+from eotattn.priors import RecencyPrior, RelativeBiasPrior, goat_prior
 
 B, E, H, Q, K = 2, 24, 4, 5, 7
 KINDS = {
@@ -73,9 +73,9 @@ def test_causal_queries_see_them(kind):
 @pytest.mark.parametrize("lanes", ["appended", "reserved"])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_prior_sees_them_before_the_first_token(kind, kv_heads, lanes):
+def test_a_prior_does_not_touch_them(kind, kv_heads, lanes):
     make = {"num_kv_heads": kv_heads, "lanes": lanes, "dtype": torch.float64}
-    layer = randomised(PriorAttention(E, H, prior=goat(), **make, **KINDS[kind]))
+    layer = randomised(PriorAttention(E, H, prior=goat(), **make, **KINDS[kind], batch_first=True))
     off_neutral(layer.prior)
     x, count = normal(B, Q, E), layer.appended.count
     query, key, value = layer.project(x)
@@ -88,7 +88,8 @@ def test_a_prior_sees_them_before_the_first_token(kind, kv_heads, lanes):
         values.append(torch.zeros(B, kv_heads, 1, value.shape[-1], dtype=torch.float64))
     key, value = torch.cat([*keys, key], dim=2), torch.cat([*values, value], dim=2)
     positions = torch.arange(-count, Q)
-    log_prior = layer.prior.dense(torch.arange(Q), positions, dtype=torch.float64)
+    of_tokens = layer.prior.prior.dense(torch.arange(Q), torch.arange(Q), dtype=torch.float64)
+    log_prior = torch.cat([torch.zeros(H, Q, count, dtype=torch.float64), of_tokens], dim=-1)
     seen = positions <= torch.arange(Q)[:, None]
     heads, weights = attention(query, key, value, log_prior=log_prior, allowed=seen)
     expected = layer.out_proj(heads.transpose(1, 2).flatten(2))
@@ -104,10 +105,36 @@ def test_a_prior_sees_them_before_the_first_token(kind, kv_heads, lanes):
         assert_close(parameter.grad, exact[name])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_far_query_gives_them_what_content_says(kind, backend, dtype):
+    """Without content, a sink weighs as much as the query's own token, and each token before it its recency."""
+    length, mean_lags = 2048, (2.0, 20.0, 200.0, 5000.0)
+    layer = PriorAttention(E, H, prior=RecencyPrior(H, mean_lags=mean_lags), batch_first=True, **KINDS[kind])
+    with torch.no_grad():
+        for parameter in (*layer.in_proj.parameters(), *layer.appended.parameters()):
+            parameter.zero_()
+        layer.in_proj.bias[-E:] = 1.0
+        layer.out_proj.weight.copy_(torch.eye(E))
+    layer.backend = backend
+    x = torch.ones(1, length, E, dtype=dtype)
+    output = layer.to(dtype)(x, is_causal=True, need_weights=False)[0]
+    # lag by lag: exp(-lag * log(1 + 1 / mean_lag)) beside exp(0) of every appended key
+    decay = torch.tensor([lag / (1 + lag) for lag in mean_lags], dtype=torch.float64)
+    tokens = (1 - decay ** torch.arange(1, length + 1)[:, None]) / (1 - decay)
+    expected = tokens / (tokens + layer.appended.count)
+    # lanes in float32 carry up to 0.41 nats a token, each rounded by 2^-24 of itself
+    tolerance = 4 * 0.41 * length * 2**-24 if dtype == torch.float32 else None
+    assert_close(output[0].unflatten(-1, (H, -1)), expected[..., None].expand(-1, -1, E // H), tolerance=tolerance)
+
+
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_cache_holds_them_once(kind, padded):
-    layer = randomised(PriorAttention(E, H, num_kv_heads=2, prior=goat(), dtype=torch.float64, **KINDS[kind]))
+    layer = randomised(
+        PriorAttention(E, H, num_kv_heads=2, prior=goat(), dtype=torch.float64, **KINDS[kind], batch_first=True)
+    )
     x, cache = normal(B, 9, E), layer.make_cache(B, 9)
     padding = torch.zeros(B, 5, dtype=torch.bool)
     padding[1, :2] = padded
@@ -124,7 +151,7 @@ def test_they_are_initialised_as_in_multihead_attention():
     """Xavier-normal over (1, 1, E): the standard deviation is 1 / sqrt(E)."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        layer = PriorAttention(512, 8, add_bias_kv=True)
+        layer = PriorAttention(512, 8, add_bias_kv=True, batch_first=True)
         theirs = nn.MultiheadAttention(512, 8, add_bias_kv=True)
     spread = float(theirs.bias_k.detach().std())
     assert math.isclose(float(layer.appended.key.detach().std()), spread, rel_tol=0.15)
@@ -135,7 +162,10 @@ def test_they_are_initialised_as_in_multihead_attention():
 
 
 def test_they_stand_before_positions_of_any_dtype():
-    layer, x = randomised(PriorAttention(E, H, prior=goat(), add_bias_kv=True, dtype=torch.float64)), normal(B, Q, E)
+    layer, x = (
+        randomised(PriorAttention(E, H, prior=goat(), add_bias_kv=True, dtype=torch.float64, batch_first=True)),
+        normal(B, Q, E),
+    )
     expected, _ = layer(x, is_causal=True, need_weights=False)
     for dtype in (torch.uint8, torch.int16, torch.float32):
         positions = torch.arange(Q, dtype=dtype)
@@ -144,7 +174,7 @@ def test_they_stand_before_positions_of_any_dtype():
 
 def test_a_layer_with_them_compiles_for_all_lengths():
     torch._dynamo.reset()
-    layer, counter = randomised(PriorAttention(E, H, prior=goat(), **KINDS["both"])), CompileCounter()
+    layer, counter = randomised(PriorAttention(E, H, prior=goat(), **KINDS["both"], batch_first=True)), CompileCounter()
     compiled = torch.compile(
         lambda x, padding: layer(x, is_causal=True, key_padding_mask=padding, need_weights=False)[0],
         fullgraph=True,
@@ -156,3 +186,27 @@ def test_a_layer_with_them_compiles_for_all_lengths():
         expected, _ = layer(x, is_causal=True, key_padding_mask=padding, need_weights=False)
         assert_close(compiled(x, padding), expected)
     assert counter.frame_count <= 2
+
+
+def test_a_prior_without_lanes_does_not_touch_them_either():
+    layer = randomised(
+        PriorAttention(E, H, prior=RelativeBiasPrior(H, 3), add_zero_attn=True, batch_first=True, dtype=torch.float64)
+    )
+    with torch.no_grad():
+        layer.in_proj.weight.zero_(), layer.in_proj.bias.zero_()
+    _, weights = layer(normal(B, Q, E), is_causal=True, average_attn_weights=False)
+    table = layer.prior.prior.dense(torch.arange(Q), torch.arange(Q), dtype=torch.float64).exp().tril()
+    assert_close(weights[0, ..., -1], 1 / (1 + table.sum(-1)))
+
+
+@pytest.mark.parametrize("lanes", ["appended", "reserved"])
+def test_state_moves_between_layers_with_them(lanes):
+    make = {"lanes": lanes, "batch_first": True, **KINDS["both"]}
+    layer, x = randomised(PriorAttention(E, H, prior=goat(), **make)), normal(B, Q, E).float()
+    other = PriorAttention(
+        E, H, prior=goat_prior(H, num_frequencies=1, num_key_frequencies=2, length_scale=20.0), **make
+    )
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x)[0], layer(x)[0])
+    other.reset_parameters()
+    assert not torch.equal(other(x)[0], layer(x)[0])

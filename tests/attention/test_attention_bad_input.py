@@ -47,7 +47,7 @@ FUNCTIONAL = {
     "five axes": (call(value=VALUE[None]), ValueError, "value must have shape"),
     "no queries": (call(query=QUERY[:, :, :0]), ValueError, "query must not be empty"),
     "no keys": (call(key=KEY[:, :, :0], value=VALUE[:, :, :0]), ValueError, "key must not be empty"),
-    "no samples": (call(query=QUERY[:0]), ValueError, "query must not be empty"),
+    "no samples beside some": (call(query=QUERY[:0]), ValueError, r"key must have shape \(0, any, any, 8\)"),
     "mixed dtypes": (call(key=KEY.double()), ValueError, "key must have the query's dtype torch.float32"),
     "key elsewhere": (call(key=KEY.to("meta")), ValueError, r"key must be on the device of query \(cpu\)"),
     "value elsewhere": (call(value=VALUE.to("meta")), ValueError, "value must be on the device of query"),
@@ -288,13 +288,13 @@ def test_functional(name):
         build()
 
 
-LAYER = PriorAttention(24, 4, prior=RecencyPrior(4))
-APART = PriorAttention(24, 4, kdim=10, vdim=13)
+LAYER = PriorAttention(24, 4, prior=RecencyPrior(4), batch_first=True)
+APART = PriorAttention(24, 4, kdim=10, vdim=13, batch_first=True)
 X = normal(B, Q, 24).float()
 
 
 def layer(*arguments, **named):
-    return lambda: PriorAttention(*arguments, **named)
+    return lambda: PriorAttention(*arguments, **{"batch_first": True, **named})
 
 
 MODULE = {
@@ -367,7 +367,11 @@ MODULE = {
         ValueError,
         "rotary must have width 5; got 6",
     ),
-    "goat in a narrow head": (lambda: GoatAttention(32, 4), ValueError, "GoatAttention: prior must leave content"),
+    "goat in a narrow head": (
+        lambda: GoatAttention(16, 4, batch_first=True),
+        ValueError,
+        "GoatAttention: prior must leave content",
+    ),
     "input of another width": (lambda: LAYER(X[..., :23]), ValueError, "query must have width 24 in its last axis"),
     "key of another width": (lambda: APART(X, X, X), ValueError, "key must have width 10"),
     "four axes": (lambda: LAYER(X[None]), ValueError, "query must have two or three axes"),
@@ -390,9 +394,35 @@ MODULE = {
         TypeError,
         "key_padding_mask must be a boolean tensor",
     ),
+    "positions that are words": (
+        lambda: LAYER(X, query_positions=["first"] * Q),
+        TypeError,
+        "PriorAttention: query_positions must be numbers: a tensor, an array",
+    ),
+    "positions of another length": (
+        lambda: LAYER(X, query_positions=[0, 1]),
+        ValueError,
+        r"query_positions must have shape \(5,\)",
+    ),
+    "tokens where appended keys are": (
+        lambda: PriorAttention(24, 4, add_zero_attn=True, batch_first=True)(X, query_positions=-1),
+        ValueError,
+        r"PriorAttention: key_positions must count from 0 beside appended keys; got range\(-1, 4\)",
+    ),
+    "tokens of a sample where appended keys are": (
+        lambda: PriorAttention(24, 4, add_zero_attn=True, batch_first=True)(X, query_positions=[0, 1, -2, 3, 4]),
+        ValueError,
+        "PriorAttention: key_positions must count from 0 beside appended keys",
+    ),
+    "layout unsaid": (layer(24, 4, batch_first=None), TypeError, "PriorAttention: batch_first must be said; got None"),
+    "nested input": (
+        lambda: LAYER(torch.nested.nested_tensor([X[0], X[1, :2]], layout=torch.jagged)),
+        TypeError,
+        "PriorAttention: query must be padded; got 'a nested tensor'",
+    ),
     "empty sequence": (lambda: LAYER(X[:, :0]), ValueError, "query must not be empty"),
     "weights from sdpa": (
-        lambda: PriorAttention(24, 4, backend="sdpa")(X),
+        lambda: PriorAttention(24, 4, backend="sdpa", batch_first=True)(X, need_weights=True),
         NotImplementedError,
         "backend 'sdpa' cannot serve",
     ),
@@ -413,7 +443,7 @@ MODULE = {
     ),
     "empty cache": (lambda: KeyValueCache(1, 2, 0, 4, 4), ValueError, "max_length must be at least 1"),
     "appended keys beside documents": (
-        lambda: PriorAttention(24, 4, add_zero_attn=True)(X, documents=PackedDocuments([Q] * B)),
+        lambda: PriorAttention(24, 4, add_zero_attn=True, batch_first=True)(X, documents=PackedDocuments([Q] * B)),
         ValueError,
         "documents must be left out with appended keys",
     ),
@@ -423,7 +453,7 @@ MODULE = {
         "query_positions must be left to documents",
     ),
     "a window without causality": (
-        lambda: PriorAttention(24, 4, window=3)(X),
+        lambda: PriorAttention(24, 4, window=3, batch_first=True)(X),
         ValueError,
         "window must be left out without is_causal; got 3",
     ),

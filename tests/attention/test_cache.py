@@ -9,10 +9,10 @@ from attention.oracles import normal
 from priors.cases import off_neutral
 from tolerances import assert_close
 
-from eotattn.attention import KeyValueCache, PriorAttention, Rotary, functional, prior_attention
-from eotattn.attention.key_storage import AHEAD
+from eotattn.attention import KeyValueCache, PriorAttention, Rotary, prior_attention
+from eotattn.attention.observers import observe
 from eotattn.kernels import sdpa
-from eotattn.priors import RecencyPrior, SinkPrior, RelativeBiasPrior, goat_prior
+from eotattn.priors import RecencyPrior, RelativeBiasPrior, SinkPrior, goat_prior
 
 B, H, HK, D, V, LENGTH = 2, 4, 2, 8, 5, 40
 PRIORS = {
@@ -85,10 +85,10 @@ def test_a_step_makes_no_lanes(lanes_made):
 
 
 def test_lanes_beyond_those_made_ahead():
-    length, prior = 2 * AHEAD + 9, PRIORS["goat"]()
+    length, prior = 2 * 256 + 9, PRIORS["goat"]()
     inputs = content(length, batch=1)
     expected = prior_attention(*inputs, prior=prior, is_causal=True)
-    chunks = [5, *[1] * (AHEAD + 30), 2, AHEAD - 28]
+    chunks = [5, *[1] * (256 + 30), 2, 256 - 28]
     assert sum(chunks) == length
     assert_close(steps(inputs, prior, cache_for(prior, length=length, batch=1), chunks), expected)
 
@@ -212,7 +212,9 @@ def test_weights_from_a_cache():
 
 def test_a_layer_in_bfloat16():
     """The stored path is as exact as the call without a cache: the same lanes, another order of sums."""
-    layer = PriorAttention(32, H, num_kv_heads=HK, prior=PRIORS["goat"](), rotary=Rotary(8), dtype=torch.bfloat16)
+    layer = PriorAttention(
+        32, H, num_kv_heads=HK, prior=PRIORS["goat"](), rotary=Rotary(8), dtype=torch.bfloat16, batch_first=True
+    )
     x = normal(B, 200, 32, dtype=torch.bfloat16)
     with torch.no_grad():
         full, _ = layer(x, is_causal=True, need_weights=False)
@@ -251,7 +253,6 @@ def test_a_step_unlike_the_one_before_is_checked_again():
     prior, inputs = PRIORS["goat"](), content()
     cache = cache_for(prior)
     steps(inputs, prior, cache, [8, 1, 1])
-    assert cache.step is not None
     query, key, value = part(inputs, 10, 11)
     with torch.no_grad():
         for wrong, error in (
@@ -281,13 +282,14 @@ def test_a_full_cache_takes_no_more_steps():
     assert cache.length == 10
 
 
-def test_who_listens_sees_every_step(monkeypatch):
-    """Capture stands in for ``functional.run``; a step that needs no checks must not pass it by."""
+def test_who_listens_sees_every_step():
     prior, inputs, seen = PRIORS["goat"](), content(), []
-    cache, run = cache_for(prior), functional.run
+    cache = cache_for(prior)
     steps(inputs, prior, cache, [8, 1, 1])
-    monkeypatch.setattr(functional, "run", lambda name, call: seen.append(call.key.shape[2]) or run(name, call))
-    steps(inputs, prior, cache, [1, 1, 1], start=10)
+    with observe(lambda call, backend, serve: seen.append(call.key.shape[2]) or serve()):
+        steps(inputs, prior, cache, [1, 1, 1], start=10)
+    assert seen == [11, 12, 13]
+    steps(inputs, prior, cache, [1], start=13)
     assert seen == [11, 12, 13]
 
 

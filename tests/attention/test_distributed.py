@@ -18,7 +18,9 @@ WORLD, LENGTH, WIDTH, H = 2, 14, 32, 4
 
 def make_layer():
     generator = torch.Generator().manual_seed(0)
-    layer = PriorAttention(WIDTH, H, num_kv_heads=2, prior=goat_prior(H, num_frequencies=2, length_scale=16.0))
+    layer = PriorAttention(
+        WIDTH, H, num_kv_heads=2, prior=goat_prior(H, num_frequencies=2, length_scale=16.0), batch_first=True
+    )
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
@@ -54,9 +56,16 @@ def fully_sharded(rank):
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     layer, mesh = make_layer(), init_device_mesh("cpu", (WORLD,))
-    fully_shard(layer, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
-    loss_of(layer, make_input(WORLD)[rank : rank + 1]).backward()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    fully_shard(layer.prior, mesh=mesh)  # its numbers are exact or they are nothing
+    fully_shard(layer, mesh=mesh, mp_policy=policy)
+    for _ in range(2):
+        layer.zero_grad()
+        loss_of(layer, make_input(WORLD)[rank : rank + 1]).backward()
     expected = gradients_alone(WORLD)
+    cast = fully_shard(make_layer(), mesh=mesh, mp_policy=policy)
+    with pytest.raises(TypeError, match=r"PriorAttention: prior must keep its 32-bit .*fully_shard\(layer.prior\)"):
+        loss_of(cast, make_input(WORLD)[rank : rank + 1])
     for name, parameter in layer.named_parameters():
         assert parameter.dtype == torch.float32
         gradient = parameter.grad.full_tensor()

@@ -76,7 +76,9 @@ def test_a_mask_beside_documents():
 @pytest.mark.parametrize("need_weights", [True, False])
 def test_a_layer_with_rotary_content(need_weights):
     """Positions start again for the rotation too."""
-    layer = PriorAttention(24, H, num_kv_heads=HK, prior=goat(), rotary=Rotary(4), dtype=torch.float64)
+    layer = PriorAttention(
+        24, H, num_kv_heads=HK, prior=goat(), rotary=Rotary(4), dtype=torch.float64, batch_first=True
+    )
     x = normal(B, L, 24)
     output, weights = layer(x, is_causal=True, need_weights=need_weights, documents=PackedDocuments(LENGTHS))
     for sample, _, tokens in one_by_one():

@@ -166,7 +166,7 @@ def test_calls_take_the_order_and_the_times_of_their_own_pattern(part, prior, mo
     arguments = PARTS[part] | {"prior": prior, "is_causal": True}
     explanation = explain(*content(), **arguments)
     assert explanation.times == times[explanation.backend]
-    call = AttentionCall.check(*content(), **arguments)
+    call = AttentionCall.from_arguments(*content(), **arguments)
     monkeypatch.setattr(backends, "refusal", lambda name, call: None)
     assert backends.choose(call) == next(iter(times))
 

@@ -9,7 +9,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from eotattn.attention import PackedDocuments, explain, prior_attention
 from eotattn.kernels import flex
-from eotattn.priors import GridPrior, RecencyPrior, SinkPrior, RelativeBiasPrior, goat_prior, grid_positions
+from eotattn.priors import GridPrior, RecencyPrior, RelativeBiasPrior, SinkPrior, goat_prior, grid_positions
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 H, LENGTH = 4, 12
@@ -37,7 +37,10 @@ CALLS = {
     "documents": {"prior": randomise(RelativeBiasPrior(H, 3)), "documents": PackedDocuments([5, 7, 12])},
     "causal documents": {"is_causal": True, "window": 4, "documents": PackedDocuments([5, 7, 12])},
     "chunk": {"is_causal": True, "query_positions": range(3, 15), "key_positions": range(1, 13)},
-    "mask": {"prior": randomise(RelativeBiasPrior(H, 3)), "attn_mask": torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu()},
+    "mask": {
+        "prior": randomise(RelativeBiasPrior(H, 3)),
+        "attn_mask": torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(),
+    },
     "positions": {
         "prior": randomise(RelativeBiasPrior(H, 5)),
         "query_positions": torch.arange(LENGTH).flip(0),

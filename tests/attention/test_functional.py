@@ -14,8 +14,8 @@ from eotattn.priors import (
     FourierPrior,
     GridPrior,
     RecencyPrior,
-    SinkPrior,
     RelativeBiasPrior,
+    SinkPrior,
     goat_prior,
     grid_positions,
 )

@@ -33,7 +33,7 @@ def content(*shape, seed=1, dtype=torch.float32):
 
 def goat_layer(**arguments):
     prior = goat_prior(H, form="paper", num_frequencies=2, length_scale=32.0)
-    return randomise(PriorAttention(WIDTH, H, prior=prior, **arguments)).eval()
+    return randomise(PriorAttention(WIDTH, H, prior=prior, **arguments, batch_first=True)).eval()
 
 
 def run(layer, x, **arguments):
@@ -111,7 +111,7 @@ def test_07_a_causal_mask_as_a_tensor_keeps_the_recency_prior():
 
 
 def test_08_every_parameter_is_used():
-    for layer in (goat_layer(), GoatAttention(64, H, num_frequencies=2)):
+    for layer in (goat_layer(), GoatAttention(64, H, num_frequencies=2, batch_first=True)):
         run(layer, content(2, 7, layer.embed_dim)).square().sum().backward()
         unused = [name for name, parameter in layer.named_parameters() if parameter.grad is None]
         assert not unused
@@ -287,7 +287,7 @@ def test_20_conversion_is_equivalent_at_a_neutral_prior(widths):
 
 
 def test_21_reserved_lanes_leave_no_dead_projection_row():
-    layer = randomise(GoatAttention(64, H, num_frequencies=2))
+    layer = randomise(GoatAttention(64, H, num_frequencies=2, batch_first=True))
     run(layer, content(2, 9, 64)).square().sum().backward()
     assert (layer.in_proj.weight.grad.abs().sum(dim=1) > 0).all()
     assert layer.in_proj.weight.shape[0] == H * (2 * layer.content_dim + layer.head_dim)
@@ -323,7 +323,7 @@ def test_23_a_scale_is_saved_and_scales_everything():
     other.load_state_dict(scaled.state_dict())
     assert_close(other.dense(positions, positions), scaled.dense(positions, positions))
     with torch.device("meta"):
-        layer = PriorAttention(WIDTH, H, prior=0.5 * goat_prior(H, num_frequencies=2))
+        layer = PriorAttention(WIDTH, H, prior=0.5 * goat_prior(H, num_frequencies=2), batch_first=True)
     layer.to_empty(device="cpu").reset_parameters()
     fresh = 0.5 * goat_prior(H, num_frequencies=2)
     assert torch.equal(layer.prior.dense(positions, positions), fresh.dense(positions, positions))
@@ -333,7 +333,7 @@ def test_24_every_head_has_its_own_parts_and_a_neutral_start_can_learn():
     prior = goat_prior(H, form="paper", num_frequencies=2, max_period=16.0, length_scale=16.0, init="neutral")
     assert [type(part) for part in prior.parts] == [FourierPrior, RecencyPrior, SinkPrior]
     assert all(parameter.shape[0] == H for parameter in prior.parameters())
-    layer = PriorAttention(WIDTH, H, prior=prior)
+    layer = PriorAttention(WIDTH, H, prior=prior, batch_first=True)
     run(layer, content(2, 9, WIDTH)).square().sum().backward()
     for name, parameter in prior.named_parameters():
         assert (parameter.grad.abs() > 1e-6).all(), name

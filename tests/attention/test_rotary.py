@@ -1,11 +1,18 @@
 """Rotary content against an independent rewrite with complex numbers in float64."""
 
+from collections import Counter
+
 import pytest
 import torch
 from attention.oracles import attention, causal, normal
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from tolerances import assert_close
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from eotattn.attention import Rotary, prior_attention
+from eotattn.attention import PriorAttention, Rotary, prior_attention
+from eotattn.attention.layer import rotary_tables
 
 B, H, L = 2, 3, 7
 
@@ -86,6 +93,166 @@ def test_attention_with_rotary_content():
     )
     output = prior_attention(rotary(query, positions), rotary(key, positions), value, is_causal=True)
     assert_close(output, expected)
+
+
+# Tables ---------------------------------------------------------------------------------------------------------------
+
+
+class Profile:
+    """Counts operators that ran, without being a mode that tables could see."""
+
+    def __enter__(self):
+        self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+        self.profiler.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.profiler.__exit__(*error)
+        self.cosines = sum(event.count for event in self.profiler.key_averages() if event.key == "aten::cos")
+
+
+POSITIONS = {
+    "none": lambda: None,
+    "range": lambda: range(100, 100 + L),
+    "row": lambda: torch.tensor([4, 0, 9, 2, 7, 1_000_000, 3]),
+    "samples": lambda: torch.stack([torch.arange(L), torch.arange(L) + 40]),
+    "half": lambda: torch.arange(L) / 2,
+}
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_no_layer_and_no_call_computes_phases_again(name):
+    layers, positions = [Rotary(10, base=123.0) for _ in range(4)], POSITIONS[name]()
+    content = normal(B, H, L, 10).float()
+    layers[0](content, positions)
+    with Profile() as profile:
+        outputs = [layer(content, positions) for layer in layers]
+    assert profile.cosines == 0
+    at = torch.arange(L) if positions is None else torch.as_tensor(positions)
+    for output in outputs:
+        assert_close(output, turned(content, at, base=123.0))
+
+
+@pytest.mark.parametrize("write", ["tensor", "numpy"])
+def test_positions_that_were_written_to_are_read_again(write):
+    rotary, content = Rotary(10), normal(B, H, L, 10)
+    array = torch.arange(L).numpy()
+    positions = torch.from_numpy(array)
+    rotary(content, positions)
+    if write == "numpy":
+        array += 5
+    else:
+        positions += 5
+    assert_close(rotary(content, positions), turned(content, torch.arange(L) + 5))
+
+
+def test_inference_mode_leaves_tables_that_training_can_use():
+    rotary, positions, content = Rotary(10, base=77.0), torch.arange(L) * 2, normal(B, H, L, 10).requires_grad_()
+    with torch.inference_mode():
+        rotary(content, positions), rotary(content)
+    (rotary(content, positions) + rotary(content)).sum().backward()
+    assert content.grad.isfinite().all()
+
+
+def test_tables_go_with_the_positions():
+    rotary, before = Rotary(10), len(rotary_tables._GIVEN)
+    positions = torch.arange(L) * 3
+    rotary(normal(B, H, L, 10), positions)
+    assert len(rotary_tables._GIVEN) == before + 1
+    del positions
+    assert len(rotary_tables._GIVEN) == before
+
+
+@pytest.mark.parametrize("first", [0, 8_190, 1_048_576, -3])
+def test_consecutive_positions_are_exact_wherever_they_start(first):
+    content = normal(1, 1, L, 10).float()
+    expected = turned(content, torch.arange(first, first + L))
+    assert_close(Rotary(10)(content, range(first, first + L)), expected, tolerance=5e-7)
+    assert_close(Rotary(10)(content, torch.arange(first, first + L)), expected, tolerance=5e-7)
+
+
+def graphs_of(function, *inputs):
+    """What the compiler is given to lower, forward and backward, once it has cleaned up."""
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return make_boxed_func(graph)
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
+    output = torch.compile(function, fullgraph=True, backend=backend)(*inputs)
+    assert_close(output, function(*inputs))
+    output.sum().backward()
+    assert len(graphs) == 2
+    return [Counter(str(node.target) for node in graph.graph.nodes) for graph in graphs]
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_compiled_graphs_compute_no_phase_in_a_rotation(name):
+    """Consecutive positions are an input; others are one operator for all layers that a compiler cannot repeat."""
+    layers = [PriorAttention(24, 2, rotary=Rotary(12), batch_first=True) for _ in range(3)]
+    positions = POSITIONS[name]()
+
+    def decoder(x):
+        for layer in layers:
+            x = x + layer(x, is_causal=True, need_weights=False, query_positions=positions)[0]
+        return x
+
+    for graph in graphs_of(decoder, normal(B, L, 24).float()):
+        assert not [target for target in graph if "cos" in target or "sin" in target]
+        known = name in ("none", "range")
+        assert graph["eotattn.rotary_table.default"] <= (0 if known else 1)
+
+
+def test_a_graph_serves_every_length_of_a_table():
+    torch._dynamo.reset()
+    rotary, counter = Rotary(10), CompileCounter()
+    compiled = torch.compile(rotary, fullgraph=True, backend=counter)
+    for length in (5, 7, 12, 33):
+        content = normal(B, H, length, 10).float()
+        assert_close(compiled(content), turned(content, torch.arange(length)))
+    assert counter.frame_count <= 2
+    content = normal(1, 1, 9_000, 10).float()  # longer than the table so far
+    assert_close(compiled(content), turned(content, torch.arange(9_000)))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("given", [False, True])
+def test_export_for_lengths_beyond_any_table(given, strict):
+    class Turn(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rotary = Rotary(10)
+
+        def forward(self, content, positions):
+            return self.rotary(content, positions if given else None)
+
+    length = torch.export.Dim("length", min=2, max=100_000)
+    inputs = (normal(B, H, L, 10).float(), torch.arange(L))
+    shapes = {"content": {2: length}, "positions": {0: length}}
+    program = torch.export.export(Turn(), inputs, dynamic_shapes=shapes, strict=strict)
+    assert "eotattn" not in str(program.graph), "a stored program needs no package"
+    content = normal(1, H, 9_000, 10).float()[:, :, :9_000].expand(B, -1, -1, -1)
+    assert_close(program.module()(content, torch.arange(9_000)), turned(content, torch.arange(9_000)))
+
+
+def test_transforms_and_fake_tensors_leave_the_tables_alone():
+    rotary, content, positions = Rotary(10), normal(B, H, L, 10), torch.arange(L)
+    expected = rotary(content, positions)
+    assert_close(torch.func.vmap(lambda x: rotary(x[None], positions)[0])(content), expected)
+    shifted = torch.func.vmap(lambda p: rotary(content, p))(torch.stack([positions, positions + 4]))
+    assert_close(shifted[1], rotary(content, positions + 4))
+    with FakeTensorMode():
+        assert rotary(torch.empty(B, H, L, 10)).shape == (B, H, L, 10)
+    assert_close(rotary(content), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_casts_do_not_touch_the_phases(dtype):
+    layer = torch.nn.Sequential(Rotary(10)).to(dtype)
+    content, positions = normal(B, H, L, 10).float(), torch.arange(L) + 100_000
+    assert_close(layer[0](content, positions), turned(content, positions))
 
 
 @pytest.mark.parametrize(

@@ -68,16 +68,17 @@ def call(*, prior=False, padded=False, sink=False, queries=K, device="cpu", dtyp
     return (query, key), options
 
 
-@pytest.fixture
-def kernel(monkeypatch):
-    """The kernel, or dense sums in its place; the device that it runs on."""
-    if torch.cuda.is_available():
-        return "cuda"
-    if not INTERPRETED:
+ON_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=ON_GPU)])
+def kernel(request, monkeypatch):
+    """The device that the kernel runs on; on the CPU it is interpreted, or dense sums stand in its place."""
+    if request.param == "cpu" and not INTERPRETED:
         monkeypatch.setattr(tile_statistics, "row_sums", lambda tiles, chosen: in_single(dense_row_sums(tiles, chosen)))
         monkeypatch.setattr(tile_statistics, "column_sums", dense_column_sums)
         monkeypatch.setattr(streaming, "refusal", lambda tiles: None)
-    return "cpu"
+    return request.param
 
 
 def in_single(sums):

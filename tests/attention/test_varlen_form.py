@@ -110,7 +110,7 @@ def test_chunked_prefill_with_a_cache(stand_in):
 def test_it_is_asked_for_the_width_that_it_gets(stand_in, kv_heads, value_width, padded, monkeypatch):
     """Shared key heads and padding take lanes too: a call that is let through must fit the kernel."""
     asked, given, attend = [], [], varlen.attend
-    monkeypatch.setattr(varlen, "refusal", lambda query, *, width, dropout_p: asked.append(width))
+    monkeypatch.setattr(varlen, "width_refusal", asked.append)
 
     def watched(query, key, value, **named):
         given.append(max(query.shape[-1], value.shape[-1]))
@@ -127,6 +127,10 @@ def test_it_says_why_it_refuses():
     content = [normal(B, h, L, D, seed=h).float() for h in (H, HK, HK)]
     with pytest.raises(NotImplementedError, match="backend 'varlen' cannot serve this call with no prior: it is a GPU"):
         prior_attention(*content, backend="varlen")
+
+
+def test_it_says_that_it_takes_no_mask_of_pairs(stand_in):
+    content = [normal(B, h, L, D, seed=h).float() for h in (H, HK, HK)]
     mask = torch.ones(L, L, dtype=torch.bool)
     assert "no mask of pairs" in explain(*content, attn_mask=mask, backend="varlen").reason
 

@@ -11,7 +11,7 @@ SMALL = configure("cpu", "float32", "small", rounds=1)
 
 
 def test_times_and_errors_of_every_field():
-    rows = suite.statistics(SMALL)
+    rows = list(suite.statistics(SMALL))
     times = [row for row in rows if row["quantity"] == "time"]
     assert [row["name"] for row in times] == [
         "SDPA, forward",

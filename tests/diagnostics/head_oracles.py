@@ -32,3 +32,25 @@ def local_mass(weights, width):
 def context_sensitivity(weights, key=0):
     """(..., Q) weight on all keys but one (Litman and Guo 2026, arXiv 2601.15380, definition 5.3)."""
     return weights.sum(-1) - weights[..., key]
+
+
+def stable_rank(output):
+    """(...,) squared Frobenius norm over the squared largest singular value, of (..., Q, V)."""
+    singular = torch.linalg.svdvals(output)
+    return singular.square().sum(-1) / singular[..., 0].square()
+
+
+def sink_kind(weights, drain, output):
+    """What the sink at key 0 is, of (Q, K) weights, (K,) drains and (Q, V) output of one head."""
+    if (weights[:, 0] >= 0.5).double().mean() < 0.9:
+        return "none"
+    relative = drain[0] / drain.mean()
+    if relative <= 0.2:
+        return "no-operation"
+    return "broadcast" if relative >= 0.5 and stable_rank(output) <= 1.5 else "other"
+
+
+def is_dormant(written):
+    """(B, H) whether a head adds less than a tenth of its layer's mean, of (B, H, Q, E) what heads add."""
+    norm = written.norm(dim=-1).mean(-1)
+    return norm < 0.1 * norm.mean(-1, keepdim=True)

@@ -28,21 +28,33 @@ def calls(request):
     return stats, torch.softmax(score, -1), request.param
 
 
+def strongest_mass(weights, is_causal):
+    """Key by key, in loops."""
+    mass = torch.zeros(N, H, dtype=weights.dtype)
+    for n in range(N):
+        for h in range(H):
+            k = max(range(L), key=lambda j: float(weights[n, h, :, j].sum()))
+            mass[n, h] = weights[n, h, k if is_causal else 0 :, k].mean()
+    return mass
+
+
 def test_streamed_quantities_equal_dense_ones(calls):
     stats, weights, is_causal = calls
-    report = head_report({"a": stats}, keys=(0, 4), local_width=2)
+    report = head_report({"a": stats}, sink_positions=(0, 4), local_width=2)
     count = torch.arange(1.0, L + 1).double() if is_causal else torch.full((L,), float(L)).double()
     normalised = dense.entropy(weights) / count.clamp(min=2).log()
     expected = {
         "entropy": dense.entropy(weights).mean(-1),
         "normalised entropy": normalised.mean(-1),
-        "participation": dense.participation(weights).mean(-1),
+        "inverse participation ratio": dense.participation(weights).mean(-1),
         "column concentration": dense.column_concentration(weights),
         "doubly stochastic distance": dense.doubly_stochastic_distance(weights),
         "mass within 2 tokens": dense.local_mass(weights, 2),
         "context sensitivity": dense.context_sensitivity(weights).mean(-1),
         "sink mass of key 0": sink_mass(weights).mean(-1),
         "sink mass of key 4": sink_mass(weights, 4)[..., 4 if is_causal else 0 :].mean(-1),
+        "previous-token score": weights.diagonal(-1, -2, -1).mean(-1),
+        "mass of the strongest key": strongest_mass(weights, is_causal),
         "distance to prior": (count.log() - dense.entropy(weights)).mean(-1),
     }
     for name, values in expected.items():
@@ -86,8 +98,8 @@ def test_sink_rates_are_those_of_sequences_that_have_the_key():
         return SequenceStatistics.of(weight_statistics(weights))
 
     both = {"first": maps(3) + maps(6)}
-    assert head_report(both, keys=(5,)).sink_rate[0.3].tolist() == [1.0]
-    assert np.isnan(head_report(both, keys=(6,)).sink_rate[0.3]).all()
+    assert head_report(both, sink_positions=(5,)).sink_rate[0.3].tolist() == [1.0]
+    assert np.isnan(head_report(both, sink_positions=(6,)).sink_rate[0.3]).all()
 
 
 def test_layers_may_differ_in_heads_and_one_sequence_has_no_interval(calls):
@@ -106,5 +118,5 @@ def test_bad_arguments_are_named(calls):
     stats, _, _ = calls
     with pytest.raises(ValueError, match=r"head_report: layers must hold at least one layer"):
         head_report({})
-    with pytest.raises(ValueError, match=r"head_report: keys must be at least 0"):
-        head_report({"a": stats}, keys=(-1,))
+    with pytest.raises(ValueError, match=r"head_report: sink_positions must be at least 0"):
+        head_report({"a": stats}, sink_positions=(-1,))

@@ -260,6 +260,46 @@ def test_bad_arguments_are_named(options, message):
         fit_prior(statistics(weights), **options)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "options", "message"),
+    [
+        (
+            {},
+            {"is_causal": True},
+            r"fit_prior: is_causal must be False: queries of these statistics look 7 tokens ahead",
+        ),
+        ({"is_causal": True}, {"is_causal": False}, r"fit_prior: is_causal must be True: .* look 0 tokens ahead"),
+        ({"is_causal": True}, {"window": 3}, r"fit_prior: window must be 8: queries of these statistics look 7 tokens"),
+        (
+            {"is_causal": True, "window": 3},
+            {"window": 5},
+            r"fit_prior: window must be 3: queries .* look 2 tokens back",
+        ),
+    ],
+)
+def test_what_the_statistics_contradict_is_refused(pattern, options, message):
+    query, key = torch.randn(2, 3, 2, 8, 4, generator=torch.Generator().manual_seed(0))
+    stats = SequenceStatistics.of(row_statistics(query, key, **pattern))
+    with pytest.raises(ValueError, match=message):
+        fit_prior(stats, **options)
+    said = {"is_causal": False, "window": 8} | pattern
+    np.testing.assert_array_equal(fit_prior(stats, **said).explained, fit_prior(stats).explained)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_a_uniform_head_has_no_explained_share_and_says_why(is_causal, dtype):
+    query = torch.randn(6, 2, 40, 4, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    query[:, 0] = 1.0  # all scores of a row alike, not zero: rounding is there
+    key = query.clone()
+    key[:, 0] = 7.3
+    report = fit_prior(SequenceStatistics.of(row_statistics(query, key, is_causal=is_causal)))
+    for values in (report.explained, report.explained_in_sample, report.interval[:, 0]):
+        assert np.isnan(values).tolist() == [True, False]
+    assert report.reasons == ("attention is uniform: nothing to explain", "")
+    assert "uniform: nothing to explain" in str(report)
+
+
 def test_explicit_sinks_are_refused():
     query = torch.randn(2, 2, 8, 4, generator=torch.Generator().manual_seed(0))
     rows = row_statistics(query, query, sink_logits=torch.zeros(2))

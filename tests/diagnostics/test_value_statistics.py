@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from head_oracles import is_dormant, sink_kind, stable_rank
 from tolerances import assert_close
 
-from eotattn.diagnostics.value_statistics import ValueStatistics
-from eotattn.diagnostics.values import is_dormant, sink_kind, stable_rank, value_drain
+from eotattn.diagnostics.value_statistics import ValueStatistics, value_drain
 
 B, H, L, V, E = 3, 4, 12, 3, 7
 
@@ -27,6 +27,18 @@ def call():
     return value, weight, weights, output, streamed
 
 
+def test_value_drain_is_the_norm_of_the_projected_value():
+    generator = torch.Generator().manual_seed(0)
+    value = torch.randn(2, 2, 5, 3, generator=generator, dtype=torch.float64)
+    weight = torch.randn(7, 4 * 3, generator=generator, dtype=torch.float64)
+    drain = value_drain(value, weight)
+    for h in range(4):
+        projected = value[:, h // 2] @ weight[:, 3 * h : 3 * h + 3].mT
+        assert_close(drain[:, h], projected.norm(dim=-1), tolerance=1e-10)
+    with pytest.raises(ValueError, match=r"value_drain: output_weight must have shape \(E, multiple of 6\)"):
+        value_drain(value, weight[:, :7])
+
+
 def test_means_are_those_of_loops(call):
     value, weight, _, output, streamed = call
     for b in range(B):
@@ -42,7 +54,8 @@ def test_means_are_those_of_loops(call):
 
 def test_classes_are_those_of_the_dense_forms(call):
     value, weight, weights, output, streamed = call
-    kinds = sink_kind(weights, value_drain(value, weight), output)
+    drain = value_drain(value, weight)
+    kinds = [[sink_kind(weights[b, h], drain[b, h], output[b, h]) for h in range(H)] for b in range(B)]
     for b in range(B):
         for h in range(H):
             assert bool(streamed.is_sink[b, h]) == (kinds[b][h] != "none")

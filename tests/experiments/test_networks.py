@@ -150,8 +150,8 @@ def test_leading_heads_turn_and_the_others_stay():
 
 def test_growing_scores_multiply_the_score_by_the_log_of_the_position():
     torch.manual_seed(0)
-    layer = GrowingScoreAttention(12, num_heads=3, train_length=4, prior=RecencyPrior(3)).double()
-    plain = PriorAttention(12, num_heads=3, prior=RecencyPrior(3)).double()
+    layer = GrowingScoreAttention(12, num_heads=3, train_length=4, prior=RecencyPrior(3), batch_first=True).double()
+    plain = PriorAttention(12, num_heads=3, prior=RecencyPrior(3), batch_first=True).double()
     plain.load_state_dict(layer.state_dict())
     hidden = torch.randn(2, 9, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     grown, _ = layer(hidden, need_weights=False, is_causal=True)
@@ -167,7 +167,7 @@ def test_growing_scores_multiply_the_score_by_the_log_of_the_position():
 
 def test_growing_scores_belong_to_positions_and_not_to_lengths():
     torch.manual_seed(0)
-    layer = GrowingScoreAttention(12, num_heads=3, train_length=4)
+    layer = GrowingScoreAttention(12, num_heads=3, train_length=4, batch_first=True)
     hidden = torch.randn(2, 9, 12, generator=torch.Generator().manual_seed(1))
     whole = layer.project(hidden).query
     part = layer.project(hidden[:, 6:], query_positions=torch.arange(6, 9), key_positions=torch.arange(6, 9)).query

@@ -273,8 +273,8 @@ def test_passes_of_shared_weights_are_layers(tokens):
     [
         ({"layers": [0, 7]}, ValueError, r"capture: layers must be among \{0: layers.0, 1: layers.1\}; got \[7\]"),
         ({"heads": [3]}, ValueError, r"capture: heads must name heads from 0 to 2 of layer 'layers.0'; got \[3\]"),
-        ({"keys": ()}, ValueError, r"capture: keys must name at least one key"),
-        ({"keys": (-1,)}, ValueError, r"capture: keys must be at least 0"),
+        ({"sink_positions": ()}, ValueError, r"capture: sink_positions must name at least one key"),
+        ({"sink_positions": (-1,)}, ValueError, r"capture: sink_positions must be at least 0"),
     ],
 )
 def test_unknown_layers_heads_and_keys_are_named(tokens, options, error, message):
@@ -334,7 +334,7 @@ def test_an_exception_leaves_nothing_behind(tokens):
     assert functional.scaled_dot_product_attention is fused
     assert len(model.layers[0]._forward_hooks) == 0
     assert seen[0].layers["layers.0"].num_sequences == 4  # finished calls are kept
-    assert seen[0].recorder.stack == []
+    assert seen[0].recorder.frames.stack == []
 
 
 def test_nested_captures_see_the_same_calls_and_leave_nothing_behind(tokens):

@@ -35,7 +35,10 @@ def test_outputs_under_capture_equal_eager(family, padding, row_blocks):
     expected = result(model(**inputs))
     with capture(model) as captured:
         actual = result(model(**inputs))
-    assert_close(actual, expected, tolerance=1e-6)
+    if row_blocks == "whole":
+        assert torch.equal(actual, expected)
+    else:  # products of other sizes round otherwise; float32 through two layers and 1e-6 an operation
+        assert_close(actual, expected, tolerance=1e-5)
     assert len(captured.layers) == family.layers
     assert model.config._attn_implementation == "eager"
 
@@ -47,7 +50,7 @@ def test_statistics_are_those_of_the_models_own_maps(family, padding):
     maps = model(**inputs, output_attentions=True)
     names = ("encoder_attentions", "decoder_attentions", "cross_attentions")
     groups = [maps.get(name) for name in names] if family.kind == "seq2seq" else [maps.attentions]
-    with capture(model, keys=(1,)) as captured:
+    with capture(model, sink_positions=(1,)) as captured:
         model(**inputs)
     if family.kind == "seq2seq":  # captured in the order of calls: the decoder alternates self and cross attention
         layers = list(captured.layers.values())
@@ -157,7 +160,7 @@ def test_caches_of_fixed_size_are_read_in_chunks(name, implementation):
     expected = run()
     with capture(model) as captured:
         actual = run()
-    assert_close(actual, expected, tolerance=1e-6)
+    assert_close(actual, expected)
     with capture(model) as whole:
         model(tokens)
     for parts, once in zip(captured.layers.values(), whole.layers.values(), strict=True):

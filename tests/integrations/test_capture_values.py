@@ -8,7 +8,7 @@ from torch import nn
 
 from eotattn import PriorAttention, RecencyPrior, grid_positions
 from eotattn.diagnostics import fit_grid_prior
-from eotattn.diagnostics.values import value_drain
+from eotattn.diagnostics.value_statistics import value_drain
 from eotattn.integrations import capture
 
 L, E, H = 9, 12, 3

@@ -1,13 +1,17 @@
 """Attention maps as arrays and files."""
 
+import functools
 import importlib
+import operator
 
 import numpy as np
 import pytest
 import torch
+from families import BY_NAME
 from tolerances import assert_close
 
-from eotattn.integrations import map_statistics, read_maps
+from eotattn.diagnostics import fit_prior
+from eotattn.integrations import capture, map_statistics, read_maps
 
 H, L = 3, 7
 
@@ -42,7 +46,7 @@ def test_every_form_gives_the_same_statistics(maps, form, tmp_path):
         pytest.importorskip("safetensors.torch")
     read = read_maps(stored(maps, form, tmp_path))
     assert list(read) == ["0", "1"]
-    for layer, stats in map_statistics(read, keys=(0, 2)).items():
+    for layer, stats in map_statistics(read, sink_positions=(0, 2)).items():
         p = maps[int(layer)]
         assert_close(stats.column_mass[0], p.sum(-2), tolerance=1e-10)
         assert_close(stats.sums["entropy"][0], -torch.special.xlogy(p, p).sum((-1, -2)), tolerance=1e-10)
@@ -104,3 +108,70 @@ def test_bad_files_are_named(tmp_path):
         read_maps(torch.full((1, 2, 2), 0.5, dtype=torch.complex64))
     with pytest.raises(TypeError, match=r"read_maps: source\['a'\] must be an array"):
         read_maps({"a": [0.5, 0.5]})
+
+
+def far_apart(length, sequences=6, heads=2):
+    """Causal maps whose far keys round to zero in 16 bits, in float64."""
+    generator = torch.Generator().manual_seed(1)
+    lag = torch.arange(length)[:, None] - torch.arange(length)
+    score = torch.randn(sequences, heads, length, length, generator=generator, dtype=torch.float64)
+    score = score - torch.tensor([0.7, 0.9], dtype=torch.float64)[:heads, None, None] * lag
+    return torch.softmax(score.masked_fill(lag < 0, -torch.inf), -1)
+
+
+def added(maps, **options):
+    statistics = [map_statistics(read_maps(p), **options)["0"] for p in maps]
+    return functools.reduce(operator.add, statistics)
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_that_round_to_zero_stay_admissible(dtype, options):
+    exact, half = far_apart(48), far_apart(48).to(dtype)
+    assert dtype != torch.float16 or (half == 0).sum() > (exact == 0).sum()
+    expected, found = added(exact), added(half, **options)
+    assert torch.equal(found.column_count, expected.column_count)
+    ours, theirs = fit_prior(found), fit_prior(expected)
+    assert ours.is_causal
+    assert_close(torch.tensor(ours.explained), torch.tensor(theirs.explained), tolerance=1e-2)
+    sums = [stats.sums["prior_divergence"] / stats.num_queries[:, None] for stats in (found, expected)]
+    assert_close(*sums, tolerance=1e-2)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_identity_maps_are_far_from_uniform(window):
+    stats = map_statistics(read_maps(torch.eye(L).half()[None]), is_causal=True, window=window)["0"]
+    seen = torch.arange(1, L + 1, dtype=torch.float64).clamp(max=window or L)
+    assert_close(stats.column_count[0, 0].sum(), seen.sum(), tolerance=1e-12)
+    assert_close(stats.sums["prior_divergence"][0, 0], seen.log().sum(), tolerance=1e-4)
+    assert stats.sums["entropy"].max() < 1e-3
+
+
+def test_maps_beside_an_explicit_sink():
+    """The maps of gpt-oss leave the sink out; statistics are those of the running model."""
+    pytest.importorskip("transformers")
+    model, inputs = BY_NAME["gpt-oss"].build(), BY_NAME["gpt-oss"].inputs()
+    with torch.no_grad(), capture(model) as captured:
+        maps = model(**inputs, output_attentions=True).attentions
+    with pytest.raises(ValueError, match=r"rows that sum to one .* or sink=True for rows"):
+        read_maps(maps[0][0])
+    for layer, stats in enumerate(captured.layers.values()):
+        window = 4 if layer == 0 else None
+        for text in range(3):
+            read = read_maps(maps[layer][text], sink=True)
+            found = map_statistics(read, is_causal=True, window=window, sink=True)["0"]
+            expected = stats.sequences(torch.tensor([text]))
+            for name in ("entropy", "normalised_entropy", "explicit_sink_mass", "sensitivity"):
+                assert_close(found.sums[name], expected.sums[name], tolerance=1e-4)
+            assert_close(found.margin_sums["margin"], expected.margin_sums["margin"], tolerance=1e-3)
+            assert torch.equal(found.column_count, expected.column_count)
+
+
+def test_patterns_that_do_not_fit_are_refused(maps):
+    read = read_maps(maps)
+    with pytest.raises(ValueError, match=r"map_statistics: the map '0' must have weight only where is_causal=True and"):
+        map_statistics(read, is_causal=True, window=2)
+    with pytest.raises(ValueError, match=r"map_statistics: window must come with is_causal; got 2"):
+        map_statistics(read, window=2)
+    with pytest.raises(ValueError, match=r"map_statistics: window must be at least 1"):
+        map_statistics(read, is_causal=True, window=0)

@@ -102,7 +102,7 @@ def test_whole_layer(lanes, kv_heads, is_causal):
     fourier, recency, sink = matched_parts(theirs, weights)
     prior = fourier + recency + sink if is_causal else fourier + sink  # the package has recency under causality alone
     matched = copy.deepcopy(prior.state_dict())
-    ours = PriorAttention(EMBED_DIM, HEADS, num_kv_heads=kv_heads, lanes=lanes, prior=prior)
+    ours = PriorAttention(EMBED_DIM, HEADS, num_kv_heads=kv_heads, lanes=lanes, prior=prior, batch_first=True)
     prior.load_state_dict(matched)  # the layer's constructor puts its prior back to its start
     copy_projections(theirs, ours)
     inputs = torch.randn(2, 23, EMBED_DIM, generator=torch.Generator().manual_seed(2))

@@ -8,7 +8,8 @@ from eotattn.priors import HeadsPrior, RecencyPrior, SinkPrior
 
 def test_every_trainable_parameter_is_on_one_side():
     shared = RecencyPrior(4)
-    layers = [PriorAttention(16, num_heads=4, prior=prior) for prior in (shared, shared + SinkPrior(4), goat_prior(4))]
+    priors = (shared, shared + SinkPrior(4), goat_prior(4))
+    layers = [PriorAttention(16, num_heads=4, prior=prior, batch_first=True) for prior in priors]
     model = nn.Sequential(nn.Linear(16, 16), *layers)
     content, priors = split_parameters(model)
     assert {id(p) for p in content} | {id(p) for p in priors} == {id(p) for p in model.parameters()}
@@ -18,7 +19,7 @@ def test_every_trainable_parameter_is_on_one_side():
 
 
 def test_frozen_parameters_are_on_neither_side():
-    layer = PriorAttention(16, num_heads=4, prior=HeadsPrior(SinkPrior(1), [0] * 4).freeze())
+    layer = PriorAttention(16, num_heads=4, prior=HeadsPrior(SinkPrior(1), [0] * 4).freeze(), batch_first=True)
     content, priors = split_parameters(layer)
     assert priors == []
     assert content == [p for p in layer.parameters() if p.requires_grad]

@@ -228,8 +228,8 @@ def test_numbers_changed_in_place_are_solved_as_they_are(stated, follows):
     solve(problem, method="streaming")
     with torch.no_grad():
         tensor.copy_(size * content)
-    found = solve(problem, method="streaming", max_iterations=300)
-    expected = solve(state(tensor.detach().clone()), method="streaming", max_iterations=300)
+    found = solve(problem, method="streaming", max_iterations=3000)
+    expected = solve(state(tensor.detach().clone()), method="streaming", max_iterations=3000)
     assert bool(found.converged)
     assert int(found.num_iterations) == int(expected.num_iterations)
     assert_close(found.coupling, expected.coupling)

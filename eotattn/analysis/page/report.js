@@ -89,17 +89,18 @@ function drawHead() {
   const kind = data.kinds[layer][head];
   caption.textContent = headName(layer, head) + (kind ? `, sink: ${kind}` : "");
   table.append(caption);
-  const line = (cells, tag) => {
+  const addRow = (cells, tag) => {
     const row = document.createElement("tr");
     for (const text of cells) { const cell = document.createElement(tag); cell.textContent = text; row.append(cell); }
     table.append(row);
   };
-  line(["quantity", "mean", "95% interval"], "th");
+  addRow(["quantity", "mean", "95% interval"], "th");
   for (const {name} of data.quantities) {
     const value = data.mean[name][layer][head];
     if (value === null) continue;
     const low = data.low[name][layer][head];
-    line([name, number(value), low === null ? "" : `${number(low)} to ${number(data.high[name][layer][head])}`], "td");
+    const interval = low === null ? "" : `${number(low)} to ${number(data.high[name][layer][head])}`;
+    addRow([name, number(value), interval], "td");
   }
   byId("head").replaceChildren(table);
 }

@@ -11,14 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from eotattn.checks import require
+from eotattn.priors.tables import is_plain
+
 __all__ = ["AppendedKeys"]
 
 
 class AppendedKeys(nn.Module):
     """A learned key and value, a key and value of zeros, or both: something to attend to instead of any token.
 
-    They stand before the first token, at positions -N to -1. So every causal query sees them, a prior has a value for
-    them like for any key, and a window leaves them behind.
+    They stand before the first token, at positions -N to -1, so that every causal query sees them and a window leaves
+    them behind. A :class:`~eotattn.priors.TokenPrior` is zero there: their mass is up to the content.
 
     Args:
         num_kv_heads: Key heads Hk.
@@ -64,15 +67,23 @@ class AppendedKeys(nn.Module):
             parts.insert(0, learned.to(side.dtype).expand(side.shape[0], -1, -1, -1))
         return torch.cat(parts, dim=2)
 
-    def positions(self, keys: Tensor | range | None, length: int, device: torch.device) -> Tensor | range:
-        """Positions of all keys, given those of the ``length`` keys of tokens."""
+    def positions(self, owner: str, keys: Tensor | range | None, length: int, device: torch.device) -> Tensor | range:
+        """Positions of all keys, given those of the ``length`` keys of tokens, which count from 0.
+
+        Raises:
+            ValueError: If tokens lie where the appended keys do; on a GPU only ranges are looked at.
+        """
         if keys is None and torch.compiler.is_compiling():  # a range would hold a graph to this length
             return torch.arange(-self.count, length, device=device)
         keys = range(length) if keys is None else keys
+        rule, remedy = "count from 0 beside appended keys", "Shift the positions of both sides"
         if isinstance(keys, range):
+            require(keys.start >= 0, owner, "key_positions", rule, keys, remedy)
             if keys.start == 0:
                 return range(-self.count, keys.stop)
             keys = torch.arange(keys.start, keys.stop, device=device)
+        elif keys.device.type == "cpu" and is_plain():
+            require(not bool((keys < 0).any()), owner, "key_positions", rule, keys, remedy)
         before = torch.arange(-self.count, 0, device=device)
         return torch.cat([before.expand(*keys.shape[:-1], -1), keys], dim=-1)
 

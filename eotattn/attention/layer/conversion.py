@@ -5,16 +5,19 @@ Legend: B batch, E model width, H heads, D head width.
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["as_batch", "copy_weights", "multihead_arguments"]
+from eotattn.checks import fail
+
+__all__ = ["NO_FUSED_ENCODER", "as_batch", "as_positions", "multihead_arguments", "multihead_state"]
 
 
 def multihead_arguments(attention: nn.MultiheadAttention) -> dict[str, Any]:
-    """Arguments with which :class:`~eotattn.attention.PriorAttention` has the same parameters."""
+    """Arguments with which :class:`~eotattn.attention.PriorAttention` has the same parameters and layout."""
     packed, weight = attention._qkv_same_embed_dim, attention.out_proj.weight
     return {
         "embed_dim": attention.embed_dim,
@@ -31,15 +34,40 @@ def multihead_arguments(attention: nn.MultiheadAttention) -> dict[str, Any]:
     }
 
 
-def copy_weights(attention: nn.MultiheadAttention, layer: Any) -> None:
-    """Copy the weights of ``attention`` into a ``PriorAttention`` made with :func:`multihead_arguments`."""
-    state = attention.state_dict()
-    layer.in_proj.load_multihead(state)
-    layer.out_proj.load_state_dict({k[9:]: v for k, v in state.items() if k.startswith("out_proj.")}, strict=False)
-    if attention.bias_k is not None and attention.bias_v is not None:
-        with torch.no_grad():
-            for ours, theirs in ((layer.appended.key, attention.bias_k), (layer.appended.value, attention.bias_v)):
-                ours.copy_(theirs.view(attention.num_heads, 1, -1))
+def multihead_state(attention: nn.MultiheadAttention) -> dict[str, Tensor]:
+    """The weights of ``attention`` under the names of a ``PriorAttention`` made with :func:`multihead_arguments`."""
+    state = dict(attention.state_dict())
+    bias = state.pop("in_proj_bias", None)
+    named = {name: tensor for name, tensor in state.items() if name.startswith("out_proj.")}
+    if attention._qkv_same_embed_dim:
+        named["in_proj.weight"] = state["in_proj_weight"]
+        return _with_appended(attention, named if bias is None else {**named, "in_proj.bias": bias})
+    for k, side in enumerate(("query", "key", "value")):
+        named[f"in_proj.{side}.weight"] = state[f"{side[0]}_proj_weight"]
+        if bias is not None:
+            named[f"in_proj.{side}.bias"] = bias.chunk(3)[k]
+    return _with_appended(attention, named)
+
+
+def _with_appended(attention: nn.MultiheadAttention, named: dict[str, Tensor]) -> dict[str, Tensor]:
+    if attention.bias_k is None or attention.bias_v is None:
+        return named
+    shape = (attention.num_heads, 1, -1)
+    return {**named, "appended.key": attention.bias_k.view(shape), "appended.value": attention.bias_v.view(shape)}
+
+
+class _NoFusedEncoder:
+    """Stands where ``nn.TransformerEncoder`` reads a packed weight, and turns it to the layer's own forward.
+
+    The encoder takes its fused path only where no argument overrides PyTorch's functions; this one does.
+    """
+
+    @classmethod
+    def __torch_function__(cls, *arguments: Any, **keywords: Any) -> Any:
+        return NotImplemented
+
+
+NO_FUSED_ENCODER = _NoFusedEncoder()
 
 
 def as_batch(
@@ -55,3 +83,16 @@ def as_batch(
     first = arranged(query)
     second = first if key is query else arranged(key)
     return first, second, second if value is key else arranged(value)
+
+
+def as_positions(owner: str, argument: str, positions: Any, tokens: Tensor) -> Any:
+    """Positions of (B, L, width) tokens as a tensor, a ``range`` or ``None``; a number is that of the first token."""
+    if positions is None or isinstance(positions, (Tensor, range)):
+        return positions
+    if isinstance(positions, Integral) and not isinstance(positions, bool):
+        return range(int(positions), int(positions) + tokens.shape[1])
+    rule, remedy = "be numbers: a tensor, an array, a list, a range, or that of the first token", "One position a token"
+    try:
+        return torch.as_tensor(positions, device=tokens.device)
+    except (TypeError, ValueError, RuntimeError):
+        fail(owner, argument, rule, positions, remedy, error=TypeError)

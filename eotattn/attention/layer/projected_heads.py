@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from eotattn.attention.layer.projections import PackedProjection, SeparateProjections
+from eotattn.attention.layer.projections import SeparateProjections, project_packed, reset_projection
 from eotattn.attention.layer.rotary import Rotary
 from eotattn.checks import check_positive_int, require
 
@@ -74,19 +74,20 @@ class ProjectedHeads(nn.Module):
             rule = f"have width {self.content_dim}"
             require(rotary.width == self.content_dim, owner, "rotary", rule, rotary.width, "Rebuild it for the content")
         self.rotary = rotary
-        content_widths = (num_heads * self.content_dim, self.num_kv_heads * self.content_dim)
-        widths = (*content_widths, self.num_kv_heads * self.head_dim)
-        self.in_proj: PackedProjection | SeparateProjections
-        if kdim is None and vdim is None:
-            self.in_proj = PackedProjection(embed_dim, widths, bias=bias, **make)
+        of_keys = self.num_kv_heads * self.content_dim
+        self._widths = (num_heads * self.content_dim, of_keys, self.num_kv_heads * self.head_dim)
+        self._is_packed = kdim is None and vdim is None
+        if self._is_packed:  # a plain layer, so that adapters and quantisers take it for what it is
+            self.in_proj: nn.Module = nn.Linear(embed_dim, sum(self._widths), bias=bias, **make)
         else:
-            self.in_proj = SeparateProjections((embed_dim, self.kdim, self.vdim), widths, bias=bias, **make)
+            input_widths = (embed_dim, self.kdim, self.vdim)
+            self.in_proj = SeparateProjections(input_widths, self._widths, bias=bias, **make)
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **make)
         self.reset_projections()
 
     def reset_projections(self) -> None:
         """Xavier weights and zero biases, as in ``nn.MultiheadAttention``."""
-        self.in_proj.reset_parameters()
+        reset_projection(self.in_proj)
         self.out_proj.reset_parameters()
         if self.out_proj.bias is not None:
             nn.init.zeros_(self.out_proj.bias)
@@ -101,7 +102,12 @@ class ProjectedHeads(nn.Module):
         key_positions: Tensor | range | None = None,
     ) -> Heads:
         """Project (B, length, E) inputs to heads, rotary applied: what :func:`prior_attention` receives."""
-        flat = self.in_proj(query, key, value)
+        key = query if key is None else key
+        value = key if value is None else value
+        if self._is_packed:
+            flat = project_packed(self.in_proj, self._widths, query, key, value)
+        else:
+            flat = self.in_proj(query, key, value)
         counts = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         heads = [part.unflatten(-1, (count, -1)).transpose(1, 2) for part, count in zip(flat, counts, strict=True)]
         if self.rotary is not None:

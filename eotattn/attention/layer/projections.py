@@ -1,6 +1,6 @@
 """From inputs to the flat query, key and value of all heads.
 
-Legend: B batch, L tokens, E model width, W width of all heads together.
+Legend: B batch, L tokens, W width of all heads together.
 """
 
 from __future__ import annotations
@@ -9,46 +9,39 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-__all__ = ["PackedProjection", "SeparateProjections"]
+__all__ = ["SeparateProjections", "project_packed", "reset_projection"]
 
 
-class PackedProjection(nn.Linear):
-    """One matrix for query, key and value: a single product in self-attention, its rows apart otherwise.
+def project_packed(
+    linear: nn.Module, widths: tuple[int, int, int], query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, ...]:
+    """Query, key and value (B, L, W) out of the one matrix of ``linear``, whose output is ``widths`` side by side.
 
-    Args:
-        embed_dim: Width E of all three inputs.
-        widths: Output widths of query, key and value.
-        make: ``bias``, ``device`` and ``dtype`` of the linear layer.
+    Self-attention, told by identity, is a single product. Otherwise each input meets its own rows; where something
+    else than the weight makes the output (an adapter, quantised or sharded weights, a hook that loads them), it is
+    called as it is and the columns wanted are taken.
     """
 
-    def __init__(self, embed_dim: int, widths: tuple[int, int, int], **make: Any) -> None:
-        super().__init__(embed_dim, sum(widths), **make)
-        self.widths = widths
+    def whole(x: Tensor) -> tuple[Tensor, ...]:
+        flat: Tensor = linear(x)
+        return flat.split(widths, dim=-1)
 
-    def forward(  # type: ignore[override]
-        self, query: Tensor, key: Tensor | None = None, value: Tensor | None = None
-    ) -> tuple[Tensor, ...]:
-        """Project (B, L, E) inputs to (B, L, W) each. Self-attention is told by identity, not by content."""
-        if (key is None or key is query) and (value is None or value is query):
-            return super().forward(query).split(self.widths, dim=-1)
-        key = query if key is None else key
-        value = key if value is None else value
-        weights = self.weight.split(list(self.widths))
-        biases = (None,) * 3 if self.bias is None else self.bias.split(list(self.widths))
-        inputs = (query, key, value)
-        return tuple(nn.functional.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True))
+    if key is query and value is query:
+        return whole(query)
+    if _is_its_weight(linear):
+        weights, inputs = linear.get_parameter("weight").split(widths), (query, key, value)
+        biases = (None,) * 3 if linear.bias is None else linear.get_parameter("bias").split(widths)
+        return tuple(functional.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True))
+    of_key = whole(key)
+    return whole(query)[0], of_key[1], (of_key if value is key else whole(value))[2]
 
-    def reset_parameters(self) -> None:
-        """Xavier weights and zero biases, as in ``nn.MultiheadAttention``."""
-        _reset(self)
 
-    def load_multihead(self, state: dict[str, Tensor]) -> None:
-        """Copy the input projections out of the state dict of an ``nn.MultiheadAttention``."""
-        with torch.no_grad():
-            self.weight.copy_(state["in_proj_weight"])
-            if self.bias is not None:
-                self.bias.copy_(state["in_proj_bias"])
+def _is_its_weight(linear: nn.Module) -> bool:
+    """Whether calling a layer is multiplying with its weight, and nothing else."""
+    hooked = linear._forward_hooks or linear._forward_pre_hooks or "forward" in linear.__dict__
+    return type(linear) is nn.Linear and not hooked and not hasattr(linear.weight, "__tensor_flatten__")
 
 
 class SeparateProjections(nn.Module):
@@ -56,36 +49,24 @@ class SeparateProjections(nn.Module):
 
     Args:
         embed_dims: Widths of the query, key and value inputs.
-        widths: Output widths of query, key and value.
+        widths: Output widths W of query, key and value.
         make: ``bias``, ``device`` and ``dtype`` of the linear layers.
     """
 
     def __init__(self, embed_dims: tuple[int, int, int], widths: tuple[int, int, int], **make: Any) -> None:
         super().__init__()
         self.query, self.key, self.value = (nn.Linear(e, w, **make) for e, w in zip(embed_dims, widths, strict=True))
-        self.reset_parameters()
 
-    def forward(self, query: Tensor, key: Tensor | None = None, value: Tensor | None = None) -> tuple[Tensor, ...]:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """Project (B, L, own width) inputs to (B, L, W) each."""
-        key = query if key is None else key
-        value = key if value is None else value
         return self.query(query), self.key(key), self.value(value)
 
-    def reset_parameters(self) -> None:
-        """Xavier weights and zero biases."""
-        for linear in (self.query, self.key, self.value):
-            _reset(linear)
 
-    def load_multihead(self, state: dict[str, Tensor]) -> None:
-        """Copy the input projections out of the state dict of an ``nn.MultiheadAttention``."""
-        with torch.no_grad():
-            for side, (name, linear) in enumerate((("q", self.query), ("k", self.key), ("v", self.value))):
-                linear.weight.copy_(state[f"{name}_proj_weight"])
-                if linear.bias is not None:
-                    linear.bias.copy_(state["in_proj_bias"].chunk(3)[side])
-
-
-def _reset(linear: nn.Linear) -> None:
-    nn.init.xavier_uniform_(linear.weight)
-    if linear.bias is not None:
-        nn.init.zeros_(linear.bias)
+def reset_projection(projection: nn.Module) -> None:
+    """Xavier weights and zero biases, as in ``nn.MultiheadAttention``."""
+    with torch.no_grad():
+        for parameter in projection.parameters():
+            if parameter.dim() == 2:
+                nn.init.xavier_uniform_(parameter)
+            else:
+                nn.init.zeros_(parameter)

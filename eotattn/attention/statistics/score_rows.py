@@ -9,6 +9,7 @@ that is added to it (log-priors, position biases, floating masks). Masks decide 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -209,19 +210,24 @@ class ScoreRows:
 
 @dataclass(frozen=True)
 class WeightRows:
-    """Logits of a stored attention map: the logarithm of the weights; zero weights are inadmissible keys.
+    """Logits of a stored attention map: the logarithm of the weights.
 
-    A softmax gives back the weights; margins are exact, content and prior cannot be told apart.
+    A softmax gives back the weights; margins are exact, content and prior cannot be told apart. A weight of zero at an
+    admissible key counts as the largest number that its dtype rounds to zero.
 
     Args:
         weights: (B, H, Q, K), rows sum to one (or to zero where no key is admissible).
         query_start: Position of the first query, tokens.
         key_start: Position of the first key, tokens.
+        admissible: Boolean, broadcastable to the weights; by default, keys of weight zero are inadmissible.
+        has_sink: Whether rows sum to less than one, and the rest is an explicit sink's, of logit zero.
     """
 
     weights: Tensor
     query_start: int = 0
     key_start: int = 0
+    admissible: Tensor | None = None
+    has_sink: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -242,8 +248,15 @@ class WeightRows:
     def block(self, start: int, stop: int) -> ScoreBlock:
         """Logarithms of rows ``start`` to ``stop``."""
         weights = self.weights[:, :, start:stop].to(self.dtype)
-        seen = weights > 0
-        return ScoreBlock(start, stop, 0, torch.where(seen, weights, 1.0).log(), None, seen)
+        seen, total = weights > 0, weights.sum(-1, keepdim=True)
+        info = torch.finfo(self.weights.dtype)
+        floor = math.log(info.tiny) + math.log(info.eps) - math.log(2)  # half of the smallest number
+        content = torch.where(seen, weights, 1.0).log().masked_fill(~seen, floor)
+        if self.has_sink:  # softmax of these and of zero
+            content = content - (1 - total).clamp(min=torch.finfo(self.dtype).tiny).log()
+        if self.admissible is not None:
+            seen = TensorRows(self.admissible)(start, stop) & (total > 0)
+        return ScoreBlock(start, stop, 0, content, None, seen)
 
 
 def _columns(rows: Tensor, first: int, last: int) -> Tensor:

@@ -144,6 +144,8 @@ def row_statistics(
 def weight_statistics(
     weights: Tensor,
     *,
+    admissible: Tensor | None = None,
+    has_sink: bool = False,
     query_start: int = 0,
     key_start: int = 0,
     sequence_start: Tensor | None = None,
@@ -153,10 +155,13 @@ def weight_statistics(
     """Compute the same statistics from stored attention maps: logits are ln p, so that lse is zero.
 
     Entropy, masses, profiles and margins are those of the model. A map does not tell content from prior: omega and the
-    content margin are those of the whole logit, against a uniform prior; keys of weight zero count as inadmissible.
+    content margin are those of the whole logit, against a uniform prior. Where an admissible key has weight zero, omega
+    is no more than a lower bound, by the smallest number that the dtype of the map can hold.
 
     Args:
         weights: (B, H, Q, K), rows sum to one, or to zero where no key is admissible.
+        admissible: Boolean, broadcastable to the weights, true where a query may attend; by default, where it does.
+        has_sink: Whether rows sum to less than one, because an explicit sink has the rest.
         query_start: Position of the first query, tokens.
         key_start: Position of the first key, tokens.
         sequence_start: (B,) position of the first token that is not padding.
@@ -173,9 +178,10 @@ def weight_statistics(
     check_floating("weight_statistics", "weights", weights)
     remedy = "Add batch and head axes"
     require(weights.dim() == 4, "weight_statistics", "weights", "have shape (B, H, Q, K)", weights, remedy)
-    source = WeightRows(weights, query_start, key_start)
+    source = WeightRows(weights, query_start, key_start, admissible, has_sink)
     places = _places(source, sequence_start, counted, keys)
-    return _statistics(source, places, "blocks", *_by_blocks(source, places))
+    sink = torch.zeros(weights.shape[1], dtype=source.dtype, device=source.device) if has_sink else None
+    return _statistics(source, places, "blocks", *_by_blocks(source, places, None, sink))
 
 
 @dataclass(frozen=True, eq=False)

@@ -155,7 +155,11 @@ def _lanes(rows: ScoreRows) -> tuple[Tensor, Tensor] | str | None:
         return None
     if not isinstance(rows.log_prior, LaneRows):
         return "the log-prior is a table or a function of rows; lanes would do"
-    lanes = rows.log_prior.lanes.grouped(rows.key.shape[1])
+    lanes = rows.log_prior.lanes
+    if lanes.key.shape[-3] not in (1, rows.key.shape[1]):
+        return (
+            f"the lanes are those of {lanes.key.shape[-3]} key heads; make them with num_kv_heads={rows.key.shape[1]}"
+        )
     if lanes.query.dtype != rows.query.dtype:
         return f"the lanes are {lanes.query.dtype} and the queries {rows.query.dtype}"
     batch, heads, queries, keys = rows.shape

@@ -29,19 +29,17 @@ __all__ = ["attention"]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def attention(config: Configuration) -> list[Row]:
+def attention(config: Configuration) -> Iterator[Row]:
     """The fused call with a prior against other ways to have one: forward, and forward and backward.
 
     Errors are those of the last 64 rows, each against its own problem in float64.
     """
-    rows: list[Row] = []
     for shape in config.pick([(1, 2, 64, 32)], [(2, 16, 8192, 64), (2, 8, 8192, 128)]):
         size = dict(zip(("batch", "heads", "length", "width"), shape, strict=True))
         for direction in ("forward", "forward+backward"):
             torch.compiler.reset()  # every score modification is a program of its own, and their number is limited
             subject = _Subject(config=config, direction=direction, **size)
-            rows += [{**size, "pass": direction, **row} for row in measured(list(_candidates(subject)), config)]
-    return rows
+            yield from ({**size, "pass": direction, **row} for row in measured(list(_candidates(subject)), config))
 
 
 @dataclass(frozen=True)

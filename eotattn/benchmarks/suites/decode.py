@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -14,38 +14,41 @@ from eotattn.attention import KeyValueCache, prior_attention
 from eotattn.benchmarks.suites.configuration import Configuration
 from eotattn.benchmarks.suites.inputs import gpt_prior, measured, trained
 from eotattn.benchmarks.timing import Candidate, Row
-from eotattn.kernels.sdpa import kernel_width
+from eotattn.kernels.sdpa import WIDTH_STEP, kernel_width
 from eotattn.priors import LogPrior
 
-__all__ = ["decode"]
-
-
-def decode(config: Configuration) -> list[Row]:
-    """One new token against a cache, grouped queries: the attention of a decoding step."""
-    rows: list[Row] = []
-    for batch, heads, kv_heads, length, width in config.pick(
-        [(1, 4, 2, 64, 32)], [(8, 32, 8, 2048, 128), (8, 32, 8, 32768, 128), (8, 32, 8, 32768, 64)]
-    ):
-        shape, prior = (batch, heads, kv_heads, length, width), trained(gpt_prior(heads), config)
-        zero = torch.zeros(1, dtype=torch.int64, device=torch.device(config.device))
-        lanes = prior.lanes(zero, zero, dtype=config.place["dtype"]).grouped(kv_heads).num_lanes
-        wide = kernel_width(width + lanes, zero.device)
-        candidates = [
-            Candidate("SDPA, no prior", partial(_bare, config, shape, 0, False)),
-            Candidate("SDPA, no prior, appending to a cache", partial(_bare, config, shape, 0, True)),
-            Candidate("eotattn, no prior", partial(_cached, config, shape, 0, None)),
-            Candidate("eotattn, recency + sink, reserved", partial(_cached, config, shape, -lanes, prior)),
-            Candidate("eotattn, recency + sink, appended", partial(_cached, config, shape, 0, prior)),
-            Candidate(f"SDPA alone, {wide - width} columns more", partial(_bare, config, shape, wide - width, False)),
-        ]
-        with torch.inference_mode():
-            found = measured(candidates, config)
-        names = ("batch", "heads", "kv_heads", "length", "width")
-        rows += [{**dict(zip(names, shape, strict=True)), "pass": "decode", **row} for row in found]
-    return rows
+__all__ = ["decode", "decode_step"]
 
 
 Shape = tuple[int, int, int, int, int]
+
+
+def decode(config: Configuration) -> Iterator[Row]:
+    """One new token against a cache, grouped queries: the attention of a decoding step."""
+    small, full = [(1, 4, 2, 64, 32)], [(8, 32, 8, 2048, 128), (8, 32, 8, 32768, 128), (8, 32, 8, 32768, 64)]
+    for shape in config.pick(small, full):
+        yield from decode_step(config, shape)
+
+
+def decode_step(config: Configuration, shape: Shape) -> list[Row]:
+    """The step at one shape: B, H, Hk, tokens in the cache, head width D."""
+    _, heads, kv_heads, _, width = shape
+    prior = trained(gpt_prior(heads), config)
+    lanes = prior.num_lanes(config.place["dtype"], kv_heads)
+    lanes = -(-lanes // WIDTH_STEP) * WIDTH_STEP
+    wide = kernel_width(width + lanes, config.place["device"])
+    candidates = [
+        Candidate("SDPA, no prior, appending to a cache", partial(_bare, config, shape, 0, True)),
+        Candidate("SDPA, no prior", partial(_bare, config, shape, 0, False)),
+        Candidate("eotattn, no prior", partial(_cached, config, shape, 0, None)),
+        Candidate("eotattn, recency + sink, reserved", partial(_cached, config, shape, -lanes, prior)),
+        Candidate("eotattn, recency + sink, appended", partial(_cached, config, shape, 0, prior)),
+        Candidate(f"SDPA alone, {wide - width} columns more", partial(_bare, config, shape, wide - width, False)),
+    ]
+    with torch.inference_mode():
+        found = measured(candidates, config)
+    names = ("batch", "heads", "kv_heads", "length", "width")
+    return [{**dict(zip(names, shape, strict=True)), "pass": "decode", **row} for row in found]
 
 
 def _sides(config: Configuration, shape: Shape, more: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -16,15 +16,14 @@ from eotattn.benchmarks.suites.inputs import content, gpt_prior, measured
 from eotattn.benchmarks.timing import Candidate, Row
 from eotattn.priors import LogPrior, goat_prior
 
-__all__ = ["layer", "layer_makers", "step"]
+__all__ = ["COMPILED", "CausalLayer", "compiled", "layer", "layer_makers", "step"]
 
 #: Modes of ``torch.compile`` by how the table calls them; the second replays CUDA graphs, where no host counts.
 COMPILED = {"compiled": "default", "compiled into graphs": "reduce-overhead"}
 
 
-def layer(config: Configuration) -> list[Row]:
+def layer(config: Configuration) -> Iterator[Row]:
     """A whole layer, forward and backward, against the bare layer; eager and, on a GPU, compiled."""
-    rows: list[Row] = []
     small, full = [(1, 128, 64, 2), (2, 512, 256, 4)], [(8, 2048, 768, 12), (2, 8192, 1024, 16)]
     for batch, length, width, heads in config.pick(small, full):
         torch.compiler.reset()  # or the second size would be compiled for any size
@@ -34,11 +33,10 @@ def layer(config: Configuration) -> list[Row]:
         if config.device != "cpu":
             for name in ("bare", "eotattn, recency + sink, reserved"):
                 for suffix, mode in COMPILED.items():
-                    compiled = partial(_compiled, makers[name], mode)
-                    candidates.append(Candidate(f"{name}, {suffix}", partial(step, compiled, x)))
+                    make = partial(compiled, makers[name], mode)
+                    candidates.append(Candidate(f"{name}, {suffix}", partial(step, make, x)))
         size = {"batch": batch, "length": length, "width": width, "heads": heads, "pass": "forward+backward"}
-        rows += [{**size, **row} for row in measured(candidates, config)]
-    return rows
+        yield from ({**size, **row} for row in measured(candidates, config))
 
 
 def layer_makers(config: Configuration, width: int, heads: int) -> dict[str, Callable[[], Any]]:
@@ -48,7 +46,8 @@ def layer_makers(config: Configuration, width: int, heads: int) -> dict[str, Cal
     def ours(prior: LogPrior | None, **keywords: Any) -> Callable[[], Any]:
         if keywords.get("lanes") == "reserved":
             keywords["lane_dtype"] = dtype
-        return lambda: _Ours(PriorAttention(width, heads, prior=prior, bias=False, **keywords).to(**config.place))
+        keywords = {"bias": False, "batch_first": True, **keywords}
+        return lambda: CausalLayer(PriorAttention(width, heads, prior=prior, **keywords).to(**config.place))
 
     made: dict[str, Callable[[], Any]] = {
         "bare": lambda: peers.BareLayer(width, heads).to(**config.place),
@@ -64,22 +63,24 @@ def layer_makers(config: Configuration, width: int, heads: int) -> dict[str, Cal
     return made
 
 
-class _Ours(torch.nn.Module):
-    """A :class:`PriorAttention` called like the other layers here."""
+class CausalLayer(torch.nn.Module):
+    """A :class:`PriorAttention` that is causal and called like the other layers here."""
 
     def __init__(self, layer: PriorAttention) -> None:
         super().__init__()
         self.layer = layer
 
     def forward(self, x: Tensor, *, padding: Tensor | None = None) -> Tensor:
+        """Attend over (B, L, E); ``padding`` (B, L) is true where a key is padding."""
         return self.layer(x, key_padding_mask=padding, is_causal=True, need_weights=False)[0]
 
 
-def _compiled(make: Callable[[], Any], mode: str) -> Any:
+def compiled(make: Callable[[], Any], mode: str) -> Any:
+    """The layer that ``make`` builds, compiled as one graph."""
     module = make()
-    compiled: Any = torch.compile(module, fullgraph=True, mode=mode)
-    compiled.parameters = module.parameters
-    return compiled
+    graph: Any = torch.compile(module, fullgraph=True, mode=mode)
+    graph.parameters = module.parameters
+    return graph
 
 
 def step(make: Callable[[], Any], x: Tensor, mask: Tensor | None = None) -> Callable[[], Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -14,9 +15,8 @@ from eotattn.benchmarks.timing import Candidate, Row
 __all__ = ["padding"]
 
 
-def padding(config: Configuration) -> list[Row]:
+def padding(config: Configuration) -> Iterator[Row]:
     """The same layers with and without a padding mask; the baseline is the same layer without."""
-    rows: list[Row] = []
     for batch, length, width, heads in config.pick([(2, 64, 64, 2)], [(8, 2048, 768, 12), (2, 8192, 1024, 16)]):
         x = content(config, batch, length, width)
         mask = torch.zeros(batch, length, dtype=torch.bool, device=x.device)
@@ -28,5 +28,4 @@ def padding(config: Configuration) -> list[Row]:
                 Candidate(f"{name}{suffix}", partial(step, makers[name], x, given))
                 for suffix, given in ((", unpadded", None), (", padded", mask))
             ]
-            rows += [{**size, **row} for row in measured(candidates, config)]
-    return rows
+            yield from ({**size, **row} for row in measured(candidates, config))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,9 +21,8 @@ from eotattn.priors import LogPrior
 __all__ = ["patterns"]
 
 
-def patterns(config: Configuration) -> list[Row]:
+def patterns(config: Configuration) -> Iterator[Row]:
     """Windows and documents against the whole causal triangle: forward, and forward and backward."""
-    rows: list[Row] = []
     batch, heads, length, width = config.pick([(1, 2, 256, 32)], [(2, 16, 8192, 64)])[0]
     small = length // 32
     lengths = [small, 3 * small, small, 11 * small, length - 16 * small] * batch
@@ -46,8 +45,7 @@ def patterns(config: Configuration) -> list[Row]:
                     candidates.append(Candidate(f"eotattn, {name}, {backend}", make, error))
             size = {"batch": batch, "heads": heads, "length": length, "width": width, "pattern": pattern}
             found = measured(candidates, config)
-            rows += [{**size, "pass": "forward+backward" if learns else "forward", **row} for row in found]
-    return rows
+            yield from ({**size, "pass": "forward+backward" if learns else "forward", **row} for row in found)
 
 
 Attend = Callable[..., Tensor]

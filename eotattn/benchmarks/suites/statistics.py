@@ -43,18 +43,16 @@ FIELDS = (
 )
 
 
-def statistics(config: Configuration) -> list[Row]:
+def statistics(config: Configuration) -> Iterator[Row]:
     """Every statistic of one causal layer against one bare SDPA forward call; errors against float64."""
-    rows: list[Row] = []
     heads, width = config.pick([(2, 16)], [(12, 64)])[0]
     for length in config.pick([64], [8192, 32768, 131072]):
         found = measured(list(_candidates(config, heads, length, width)), config)
         size = {"quantity": "time", "batch": 1, "heads": heads, "length": length, "width": width}
-        rows += [{**size, **row} for row in found]
+        yield from ({**size, **row} for row in found)
     for length in config.pick([64], [2048]):
         for name, with_prior in (("eotattn, no prior", False), ("eotattn, recency + sink", True)):
-            rows += _errors(config, name, heads, length, width, with_prior=with_prior)
-    return rows
+            yield from _errors(config, name, heads, length, width, with_prior=with_prior)
 
 
 def _candidates(config: Configuration, heads: int, length: int, width: int) -> Iterator[Candidate]:
@@ -95,7 +93,7 @@ def _errors(
     """
     query, key = _inputs(config, 2, heads, length, width)
     lanes = _lanes(config, heads, length) if with_prior else None
-    exact = None if lanes is None else Lanes(lanes.query.double(), lanes.key.double(), lanes.num_shared)
+    exact = None if lanes is None else replace(lanes, query=lanes.query.double(), key=lanes.key.double())
     found = row_statistics(query, key, log_prior=lanes, is_causal=True, keys=CHOSEN)
     truth = row_statistics(query.double(), key.double(), log_prior=exact, is_causal=True, keys=CHOSEN, backend="blocks")
     for field in FIELDS:

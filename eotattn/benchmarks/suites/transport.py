@@ -18,6 +18,7 @@ from torch.nn import functional
 from eotattn.benchmarks import transport_peers
 from eotattn.benchmarks.suites.configuration import Configuration
 from eotattn.benchmarks.timing import Candidate, Row, measure
+from eotattn.checks import check_choice
 from eotattn.transport import TransportProblem, TransportSolution, certify, solve
 
 __all__ = ["transport"]
@@ -33,14 +34,16 @@ KERNELS = {
 }
 
 
-def transport(config: Configuration) -> list[Row]:
+def transport(config: Configuration) -> Iterator[Row]:
     """Every number that is asked of the solver; errors are in float64, relative to the total mass.
 
     ``error`` is the summed distance of the key masses from their marginal after the exact answer of the queries. Points
     and content are normal numbers rounded to bfloat16, so that every kernel solves the same problem.
     """
+    check_choice("bench", "dtype", config.dtype, ("float32", "bfloat16"))
     parts = (_iteration, _memory, _equal_iterations, _equal_errors, _precisions, _closed_form)
-    return [row for part in parts for row in part(config)]
+    for part in parts:
+        yield from part(config)
 
 
 def _points(config: Configuration, length: int, seed: int, width: int = 64) -> Tensor:

@@ -114,6 +114,7 @@ class AttentionKind:
         parts: dict[str, Any] = {
             "prior": None if self.prior is None else self.prior(config),
             "rotary": None if self.rotary is None else self.rotary(config),
+            "batch_first": True,
         }
         sizes = (config.embed_dim, config.num_heads)
         if self.scores_grow:

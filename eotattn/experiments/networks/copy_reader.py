@@ -71,7 +71,7 @@ class CopyReader(nn.Module):
             length_scale=config.length_scale,
             init="neutral",
         )
-        self.attention = PriorAttention(config.embed_dim, config.num_heads, prior=prior)
+        self.attention = PriorAttention(config.embed_dim, config.num_heads, prior=prior, batch_first=True)
         self.norm = nn.LayerNorm(config.embed_dim)
         self.readout = nn.Linear(config.embed_dim, config.vocabulary_size)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from eotattn.attention import PriorAttention
-from eotattn.attention.layer.module import Heads
+from eotattn.attention.layer.prior_attention_layer import Heads
 from eotattn.attention.positions import resolve_positions
 from eotattn.checks import check_positive_int
 
@@ -33,7 +33,7 @@ class GrowingScoreAttention(PriorAttention):
         Chiang and Cholak 2022 (arXiv 2202.12172) for ln n; without change inside the training length: original.
 
     Example:
-        >>> layer = GrowingScoreAttention(8, num_heads=2, train_length=16)
+        >>> layer = GrowingScoreAttention(8, num_heads=2, train_length=16, batch_first=True)
         >>> [round(factor, 3) for factor in layer.factors(torch.tensor([0, 14, 254])).tolist()]
         [1.0, 1.0, 2.0]
     """

@@ -102,7 +102,7 @@ class EncoderBlock(nn.Module):
         width = config.embed_dim
         prior = _grid_prior(config) if config.positions == "goat" else None
         self.attention_norm = nn.LayerNorm(width)
-        self.attention = PriorAttention(width, config.num_heads, prior=prior)
+        self.attention = PriorAttention(width, config.num_heads, prior=prior, batch_first=True)
         self.mlp_norm = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 

@@ -7,7 +7,6 @@ and in being held out.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from eotattn.checks import require
+from eotattn.checks import check_installed, require
 
 __all__ = ["C4Bytes", "read_c4", "to_bytes"]
 
@@ -80,9 +79,7 @@ def read_c4(corpus: str) -> C4Bytes:
 
 def _texts(folder: str, split: str) -> Iterator[str]:
     """Documents of a split; opened at once, so that what is missing is said before anything is computed."""
-    if importlib.util.find_spec("datasets") is None:
-        message = "read_c4: the library 'datasets' is missing. Install it with pip install 'eotattn[data]'."
-        raise ModuleNotFoundError(message)
+    check_installed("read_c4", "data", "datasets")
     import datasets
 
     if folder:

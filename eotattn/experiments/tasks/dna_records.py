@@ -6,7 +6,6 @@ A token is a base: 0 A, 1 C, 2 G, 3 T, 4 anything else (N). Case, which marks re
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from eotattn.checks import fail, require
+from eotattn.checks import check_installed, fail, require
 
 __all__ = ["BASES", "DnaRecord", "decode_bases", "encode_bases", "read_fasta", "read_hub"]
 
@@ -163,9 +162,7 @@ def read_hub(name: str) -> Iterator[DnaRecord]:
         ValueError: At once, if the Hub or the data set cannot be reached, or has no such column.
         ModuleNotFoundError: Without the library ``datasets``.
     """
-    if importlib.util.find_spec("datasets") is None:
-        message = "read_hub: the library 'datasets' is missing. Install it with pip install 'eotattn[data]'."
-        raise ModuleNotFoundError(message)
+    check_installed("read_hub", "data", "datasets")
     import datasets
 
     if not Path(name).is_dir():

@@ -5,7 +5,6 @@ Legend: B batch, N images, H rows, W columns of pixels, Ch channels.
 
 from __future__ import annotations
 
-import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from eotattn.checks import check_choice, check_positive_int, require
+from eotattn.checks import check_choice, check_installed, check_positive_int, require
 from eotattn.experiments.tasks.batches import Batch, step_generator
 
 __all__ = ["DIGITS", "FolderImages", "ImageSource", "ImageTask", "StoredImages", "load_digits", "open_images"]
@@ -96,9 +95,7 @@ class FolderImages(ImageSource):
             ValueError: If there are no two classes with images.
             ModuleNotFoundError: Without Pillow.
         """
-        if importlib.util.find_spec("PIL") is None:
-            message = "FolderImages: the library 'pillow' is missing. Install it with pip install 'eotattn[data]'."
-            raise ModuleNotFoundError(message)
+        check_installed("FolderImages", "data", "PIL")
         root, remedy = Path(folder), "Pass a folder with one folder of images a class"
         require(root.is_dir(), "FolderImages", "folder", "be a folder that exists", str(folder), remedy)
         classes = sorted(path for path in root.iterdir() if path.is_dir())
@@ -139,11 +136,6 @@ def load_digits() -> StoredImages:
     Source:
         Alpaydin and Kaynak 1998, the test set of *Optical Recognition of Handwritten Digits* (UCI).
     """
-    if importlib.util.find_spec("sklearn") is None:
-        message = (
-            "load_digits: the library 'scikit-learn' is missing. Install it with pip install 'eotattn[experiments]'."
-        )
-        raise ModuleNotFoundError(message)
     from sklearn import datasets
 
     digits = datasets.load_digits()

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from eotattn.priors.base import computing_dtype
-from eotattn.transport.problems.prior_factors import PriorFactors
 from eotattn.transport.problems.affinity import Affinity, Exchange, Rows
 from eotattn.transport.problems.fused import FusedCalls
+from eotattn.transport.problems.prior_factors import PriorFactors
 
 __all__ = ["FactoredAffinity"]
 

@@ -46,7 +46,9 @@ class PriorFactors:
         query_pieces = split_numbers(query, dtype, 1 if self.exact == "query" else count)
         key_pieces = split_numbers(key, dtype, 1 if self.exact == "key" else count)
         kept = [(a, b) for a in range(len(query_pieces)) for b in range(len(key_pieces)) if a + b < count]
-        return torch.cat([query_pieces[a] for a, _ in kept], dim=-1), torch.cat([key_pieces[b] for _, b in kept], dim=-1)
+        return torch.cat([query_pieces[a] for a, _ in kept], dim=-1), torch.cat(
+            [key_pieces[b] for _, b in kept], dim=-1
+        )
 
 
 def prior_factors(

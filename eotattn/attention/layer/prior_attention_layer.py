@@ -6,9 +6,11 @@ Legend: B batch, E model width, H query heads, Hk key heads, Q queries, K keys, 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from eotattn.attention.backends import BACKENDS
@@ -16,24 +18,38 @@ from eotattn.attention.cache import KeyValueCache
 from eotattn.attention.documents import PackedDocuments
 from eotattn.attention.functional import prior_attention
 from eotattn.attention.layer.appended_keys import AppendedKeys
-from eotattn.attention.layer.conversion import as_batch, copy_weights, multihead_arguments
+from eotattn.attention.layer.conversion import (
+    NO_FUSED_ENCODER,
+    as_batch,
+    as_positions,
+    multihead_arguments,
+    multihead_state,
+)
 from eotattn.attention.layer.projected_heads import Heads, ProjectedHeads
 from eotattn.attention.layer.rotary import Rotary
 from eotattn.attention.masks import from_multihead_convention
 from eotattn.checks import check_choice, check_floating, check_positive_int, check_probability, fail, require
 from eotattn.kernels.sdpa import WIDTH_STEP
-from eotattn.priors import LogPrior
+from eotattn.priors import LogPrior, TokenPrior
 from eotattn.priors.base import check_prior
 
-__all__ = ["Heads", "PriorAttention"]
+__all__ = ["Heads", "PriorAttention", "num_reserved"]
+
+#: Backends of a layer that returns weights where the caller does not say.
+WITH_WEIGHTS = ("auto", "reference")
 
 
 class PriorAttention(ProjectedHeads):
     """Multi-head attention with a log-prior: MHA, GQA or MQA, self- or cross-attention.
 
     It is called like ``nn.MultiheadAttention`` and returns the same pair, so ``nn.TransformerEncoderLayer`` can hold it
-    as ``self_attn``. Differences: ``key`` and ``value`` default to ``query``, ``batch_first`` defaults to true,
+    as ``self_attn``. Differences: the layout is always said (below), ``key`` and ``value`` default to ``query``,
     ``is_causal`` needs no mask beside it, and a query without admissible keys gets zeros instead of NaN.
+
+    Layout: ``batch_first`` has no default. With true, inputs are (B, length, E); with false they are (length, B, E), as
+    ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` read them unless told otherwise. Shapes do not tell the
+    two apart, and the wrong one attends over the batch. :meth:`from_multihead_attention` takes over what the other
+    layer was told.
 
     Args:
         embed_dim: Model width E.
@@ -54,23 +70,25 @@ class PriorAttention(ProjectedHeads):
         window: Keys that a query sees at most, itself included; calls are then causal ones.
         dropout: Probability of dropping a weight in training.
         bias: Whether the projections have biases.
-        add_bias_kv: Whether there is a learned key and value beside those of tokens (:class:`AppendedKeys`).
-        add_zero_attn: Whether there is a key and value of zeros beside them.
-        batch_first: Whether inputs are (B, length, E) rather than (length, B, E).
+        add_bias_kv: Whether there is a learned key and value beside those of tokens (:class:`AppendedKeys`): a sink
+            that the prior does not touch. Positions of tokens then count from 0.
+        add_zero_attn: Whether there is a key and value of zeros beside them, likewise.
+        batch_first: Whether inputs are (B, length, E) rather than (length, B, E); to be given.
         backend: As in :func:`prior_attention`.
-        device: Device of the parameters.
+        device: Device of the parameters, those of the prior too.
         dtype: Dtype of the projections; the prior keeps its own.
 
     Example:
         >>> from eotattn.priors import RecencyPrior
-        >>> layer = PriorAttention(16, num_heads=4, prior=RecencyPrior(4))
+        >>> layer = PriorAttention(16, num_heads=4, prior=RecencyPrior(4), batch_first=True)
         >>> output, weights = layer(torch.ones(2, 5, 16), is_causal=True, need_weights=False)
         >>> output.shape
         torch.Size([2, 5, 16])
     """
 
-    # nn.TransformerEncoderLayer reads these to decide that its own fused path does not apply.
+    # nn.TransformerEncoder and its layers read these to decide that their own fused path does not apply.
     in_proj_bias = None
+    in_proj_weight = NO_FUSED_ENCODER
     _qkv_same_embed_dim = False
 
     def __init__(
@@ -90,29 +108,30 @@ class PriorAttention(ProjectedHeads):
         bias: bool = True,
         add_bias_kv: bool = False,
         add_zero_attn: bool = False,
-        batch_first: bool = True,
+        batch_first: bool | None = None,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         owner, make = type(self).__name__, dict[str, Any](device=device, dtype=dtype)
+        remedy = "Pass True for (B, length, E), or False for (length, B, E), which nn.MultiheadAttention has by default"
+        require(isinstance(batch_first, bool), owner, "batch_first", "be said", batch_first, remedy, error=TypeError)
+        has_appended = add_bias_kv or add_zero_attn
         if prior is not None:
-            check_prior(owner, "prior", prior)
-            have = prior.num_heads
-            require(have == num_heads, owner, "prior", f"have {num_heads} heads", have, "Build it for query heads")
+            prior = _checked_prior(owner, prior, num_heads, has_appended=has_appended)
+            prior = prior if device is None else prior.to(device=device)
         widths: dict[str, Any] = {"num_kv_heads": num_kv_heads, "kdim": kdim, "vdim": vdim}
-        reserved = _num_reserved(owner, prior, lanes, lane_dtype)
+        reserved = num_reserved(owner, prior, lanes, lane_dtype)
         super().__init__(embed_dim, num_heads, **widths, reserved=reserved, rotary=rotary, bias=bias, **make)
         self.backend = check_choice(owner, "backend", backend, ("auto", *BACKENDS))
         self.window = None if window is None else check_positive_int(owner, "window", window)
         self.lanes, self.dropout, self.batch_first = lanes, check_probability(owner, "dropout", dropout), batch_first
         self.scale = 1 / math.sqrt(self.content_dim)
         self.prior = prior  # not reset: it may come trained
-        on_line, rule = prior is None or prior.num_coordinates == 1, "lie on a sequence with appended keys"
-        remedy = "Drop add_bias_kv and add_zero_attn, or add a ClassTokenPrior"
-        require(on_line or not (add_bias_kv or add_zero_attn), owner, "prior", rule, type(prior).__name__, remedy)
-        sizes, kinds = (self.num_kv_heads, self.content_dim, self.head_dim), (add_bias_kv, add_zero_attn)
-        self.appended = AppendedKeys(*sizes, learned=kinds[0], zero=kinds[1], **make) if any(kinds) else None
+        self.appended: AppendedKeys | None = None
+        if has_appended:
+            sizes = (self.num_kv_heads, self.content_dim, self.head_dim)
+            self.appended = AppendedKeys(*sizes, learned=add_bias_kv, zero=add_zero_attn, **make)
 
     def reset_parameters(self) -> None:
         """Initialise the projections as ``nn.MultiheadAttention`` does (Xavier, zero biases); reset the prior."""
@@ -128,13 +147,13 @@ class PriorAttention(ProjectedHeads):
         key: Tensor | None = None,
         value: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
-        need_weights: bool = True,
+        need_weights: bool | None = None,
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
         *,
-        query_positions: Tensor | range | None = None,
-        key_positions: Tensor | range | None = None,
+        query_positions: Tensor | ArrayLike | range | None = None,
+        key_positions: Tensor | ArrayLike | range | None = None,
         documents: PackedDocuments | None = None,
         cache: KeyValueCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
@@ -146,12 +165,14 @@ class PriorAttention(ProjectedHeads):
             value: Likewise with K and ``vdim``; by default ``key``.
             key_padding_mask: (B, K), true where a key is padding; floating ones are added to the score (not with a
                 cache, which has to know what is padding).
-            need_weights: Return the weights; this takes the dense path. Pass false for speed.
+            need_weights: Return the weights; this takes the dense path. Pass false for speed. By default true, as in
+                ``nn.MultiheadAttention``, unless the layer was given a backend that has no weights.
             attn_mask: (Q, K), (B * H, Q, K) or (B, H, Q, K); boolean with true where a query may *not* attend, or
                 floating and added to the score, nats.
             average_attn_weights: Return weights averaged over the heads.
             is_causal: Keys at later positions than the query are inadmissible.
-            query_positions: (Q,) or (B, Q), tokens, or a ``range``; by default 0, 1, 2, ...
+            query_positions: (Q,) or (B, Q), tokens: a tensor, an array, a list, a ``range``, or the position of the
+                first token; by default 0, 1, 2, ...
             key_positions: (K,) or (B, K), likewise; by default those of the query where ``key`` is left out or is the
                 same object, else 0, 1, 2, ...
             documents: Documents packed into the batch; each attends to itself alone, at positions from 0 on.
@@ -165,21 +186,15 @@ class PriorAttention(ProjectedHeads):
         owner = type(self).__name__
         key = query if key is None else key
         value = key if value is None else value
-        for name, side in (("query", query), ("key", key), ("value", value)):
-            check_floating(owner, name, side)
-        is_batched = query.dim() == 3
-        require(query.dim() in (2, 3), owner, "query", "have two or three axes", query, "Add or drop the batch axis")
-        if key is query and key_positions is None:
-            key_positions = query_positions
-        inputs = as_batch(query, key, value, is_batched=is_batched, batch_first=self.batch_first)
-        self.check_widths(*inputs)
+        inputs = self._inputs(query, key, value)
         if cache is not None and isinstance(key_padding_mask, Tensor) and key_padding_mask.is_floating_point():
             rule, remedy = "be boolean with a cache, which keeps it for later calls", "Compare it with zero"
             fail(owner, "key_padding_mask", rule, key_padding_mask, remedy, error=TypeError)
         mask, padding = from_multihead_convention(
             owner, attn_mask, key_padding_mask, batch=inputs[0].shape[0], num_heads=self.num_heads
         )
-        at = self._positions(inputs[0], query_positions, key_positions, padding, documents, cache)
+        key_positions = query_positions if key is query and key_positions is None else key_positions
+        at = self._positions(inputs, query_positions, key_positions, padding, documents, cache)
         content = self.project(*inputs, query_positions=at[0], key_positions=at[1])
         if documents is not None or cache is not None:
             at = (None, None)  # they say it themselves
@@ -189,7 +204,7 @@ class PriorAttention(ProjectedHeads):
             mask = self.appended.widen(mask, length, visible=True)
         if self.appended is not None and cache is None:  # a cache has them since it was made
             padding = self.appended.widen(padding, length, visible=False)
-            at = (at[0], self.appended.positions(at[1], length, query.device))
+            at = (at[0], self.appended.positions(owner, at[1], length, query.device))
             content = Heads(content.query, *self.appended(content.key, content.value))
         result = prior_attention(
             *content,
@@ -204,53 +219,89 @@ class PriorAttention(ProjectedHeads):
             cache=cache,
             scale=self.scale,
             dropout_p=self.dropout if self.training else 0.0,
-            return_weights=need_weights,
+            return_weights=self.backend in WITH_WEIGHTS if need_weights is None else need_weights,
             backend=self.backend,
         )
         heads, weights = result if isinstance(result, tuple) else (result, None)
-        output = self.out_proj(heads.transpose(1, 2).flatten(2))
+        output: Tensor = self.out_proj(heads.transpose(1, 2).flatten(2))
         if weights is not None:
             weights = weights if self.appended is None else self.appended.last(weights)
             weights = weights.mean(dim=1) if average_attn_weights else weights
-        if not is_batched:
+        if query.dim() == 2:
             return output.squeeze(0), None if weights is None else weights.squeeze(0)
         return output if self.batch_first else output.transpose(0, 1), weights
 
+    def _inputs(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Checked inputs as (B, length, width)."""
+        owner = type(self).__name__
+        for name, side in (("query", query), ("key", key), ("value", value)):
+            check_floating(owner, name, side)
+            if side.is_nested:
+                rule, remedy = "be padded", "Pad it, in nn.TransformerEncoder by enable_nested_tensor=False"
+                fail(owner, name, rule, "a nested tensor", remedy, error=TypeError)
+        is_batched = query.dim() == 3
+        require(query.dim() in (2, 3), owner, "query", "have two or three axes", query, "Add or drop the batch axis")
+        inputs = as_batch(query, key, value, is_batched=is_batched, batch_first=bool(self.batch_first))
+        self.check_widths(*inputs)
+        if self.prior is not None:
+            _make_ready(owner, self.prior, query.device)
+        return inputs
+
     def _positions(
         self,
-        query: Tensor,
-        query_positions: Tensor | range | None,
-        key_positions: Tensor | range | None,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        query_positions: Any,
+        key_positions: Any,
         padding: Tensor | None,
         documents: PackedDocuments | None,
         cache: KeyValueCache | None,
     ) -> tuple[Tensor | range | None, Tensor | range | None]:
         """Positions of the tokens of both sides."""
+        owner, (batch, length, _) = type(self).__name__, inputs[0].shape
         if documents is None and cache is None:
-            return query_positions, key_positions
-        owner, place = type(self).__name__, "documents" if cache is None else "the cache"
+            of_query = as_positions(owner, "query_positions", query_positions, inputs[0])
+            if key_positions is query_positions and inputs[1] is inputs[0]:
+                return of_query, of_query
+            return of_query, as_positions(owner, "key_positions", key_positions, inputs[1])
+        place = "documents" if cache is None else "the cache"
         for name, given in (("query_positions", query_positions), ("key_positions", key_positions)):
             require(given is None, owner, name, f"be left to {place}", given, "Drop the positions")
-        batch, length, _ = query.shape
         if cache is not None:
             positions: Tensor | range = cache.next_positions(length, padding)
         elif documents is not None:
             documents.check(owner, batch, length)
-            positions = documents.positions(batch, length, query.device)
+            positions = documents.positions(batch, length, inputs[0].device)
         return positions, positions
 
-    def make_cache(self, batch_size: int, max_length: int) -> KeyValueCache:
+    def make_cache(
+        self,
+        batch_size: int,
+        max_length: int,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> KeyValueCache:
         """An empty :class:`KeyValueCache` for this layer and its prior, ``max_length`` tokens long.
 
         Appended keys take its first slots.
+
+        Args:
+            batch_size: Samples B.
+            max_length: Tokens to allocate.
+            dtype: Dtype of keys and values; by default that of the output projection.
+            device: Device of the storage, likewise; to be given where weights are loaded call by call.
         """
         weight, appended = self.out_proj.weight, self.appended
+        dtype, device = dtype or weight.dtype, torch.device(device or weight.device)
+        rule, remedy, owner = "be where the layer computes", "Pass the device of the input", type(self).__name__
+        require(device.type != "meta", owner, "device", rule, str(device), remedy)
+        if self.prior is not None:
+            _make_ready(owner, self.prior, device)
         count = 0 if appended is None else appended.count
         sizes = (batch_size, self.num_kv_heads, max_length + count, self.content_dim, self.head_dim)
-        cache = KeyValueCache(*sizes, prior=self.prior, first_position=-count, dtype=weight.dtype, device=weight.device)
+        cache = KeyValueCache(*sizes, prior=self.prior, first_position=-count, dtype=dtype, device=device)
         if appended is not None:
-            nothing = [weight.new_zeros(*sizes[:2], 0, width) for width in sizes[3:]]
-            cache.append(*appended(*nothing))
+            cache.append(*appended(cache.keys, cache.values))
         return cache
 
     @classmethod
@@ -268,7 +319,7 @@ class PriorAttention(ProjectedHeads):
         rule = "be an nn.MultiheadAttention"
         require(is_known, cls.__name__, "attention", rule, type(attention).__name__, remedy, error=TypeError)
         layer = PriorAttention(**multihead_arguments(attention), prior=prior, backend=backend)
-        copy_weights(attention, layer)
+        layer.load_state_dict(multihead_state(attention), strict=False)
         return layer.train(attention.training)
 
     def extra_repr(self) -> str:
@@ -276,7 +327,39 @@ class PriorAttention(ProjectedHeads):
         return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}"
 
 
-def _num_reserved(owner: str, prior: LogPrior | None, lanes: str, lane_dtype: torch.dtype) -> int:
+def _checked_prior(owner: str, prior: LogPrior, num_heads: int, *, has_appended: bool) -> LogPrior:
+    """The prior of a layer, once it fits; beside appended keys it is one of the tokens alone."""
+    check_prior(owner, "prior", prior)
+    have = prior.num_heads
+    require(have == num_heads, owner, "prior", f"have {num_heads} heads", have, "Build it for query heads")
+    rule, remedy = (
+        "lie on a sequence with appended keys",
+        "Drop add_bias_kv and add_zero_attn, or add a ClassTokenPrior",
+    )
+    require(prior.num_coordinates == 1 or not has_appended, owner, "prior", rule, type(prior).__name__, remedy)
+    return TokenPrior(prior) if has_appended else prior
+
+
+def _make_ready(owner: str, prior: nn.Module, device: torch.device) -> None:
+    """Gather a prior that was sharded by itself; raise if who moved or cast the layer left its numbers unfit.
+
+    Priors are read, not called, so that no hook of a sharding or offloading library would do it.
+    """
+    unshard: Callable[[], Any] | None = getattr(prior, "unshard", None)
+    if unshard is not None:
+        unshard()
+    while not prior._parameters and prior._modules:
+        prior = next(module for module in prior._modules.values() if module is not None)
+    for parameter in prior._parameters.values():  # those of the first part: all are treated alike
+        if parameter is not None and parameter.device != device:
+            remedy = f"Move the layer, or have offloading load it whole: preload_module_classes=[{owner!r}]"
+            fail(owner, "prior", f"be on {device}", parameter, remedy)
+        if parameter is not None and parameter.dtype.itemsize < 4:
+            remedy = "Shard it alone, with fully_shard(layer.prior), before a policy is given to what holds it"
+            fail(owner, "prior", "keep its 32-bit parameters", parameter, remedy, error=TypeError)
+
+
+def num_reserved(owner: str, prior: LogPrior | None, lanes: str, lane_dtype: torch.dtype) -> int:
     """Columns of a head that the prior takes."""
     check_choice(owner, "lanes", lanes, ("appended", "reserved"))
     if lanes == "appended" or prior is None:

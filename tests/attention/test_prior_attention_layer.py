@@ -12,7 +12,7 @@ from tolerances import assert_close
 from torch import nn
 
 from eotattn.attention import GoatAttention, PriorAttention, Rotary
-from eotattn.priors import FourierPrior, RecencyPrior, SinkPrior, RelativeBiasPrior, goat_prior
+from eotattn.priors import FourierPrior, RecencyPrior, RelativeBiasPrior, SinkPrior, goat_prior
 
 B, E, H, Q, K = 2, 24, 4, 5, 7
 
@@ -48,7 +48,9 @@ def split_heads(flat, heads):
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("need_weights", [False, True])
 def test_self_attention(kv_heads, lanes, dtype, need_weights):
-    layer = randomised(PriorAttention(E, H, num_kv_heads=kv_heads, prior=goat(), lanes=lanes)).to(dtype)
+    layer = randomised(PriorAttention(E, H, num_kv_heads=kv_heads, prior=goat(), lanes=lanes, batch_first=True)).to(
+        dtype
+    )
     x, positions = inputs(dtype=dtype), torch.arange(Q)
     width = E // H - (layer.prior.num_lanes() if lanes == "reserved" else 0)
     assert layer.content_dim == width
@@ -71,7 +73,7 @@ def test_self_attention(kv_heads, lanes, dtype, need_weights):
 def test_goat_attention_is_the_papers_equations():
     """Rewritten from the paper: frequencies base^(-r/(R-1)), kappa, u(j), slopes; content at 1 / sqrt(d_c)."""
     frequencies, key_waves, scale = 3, 4, 50.0
-    layer = GoatAttention(64, H, num_frequencies=frequencies, length_scale=scale)
+    layer = GoatAttention(64, H, num_frequencies=frequencies, length_scale=scale, batch_first=True)
     randomised(layer).double()
     fourier, recency, sink = copy.deepcopy(layer.prior).freeze().parts
     x = inputs(9, 64)
@@ -112,7 +114,9 @@ def test_goat_attention_is_the_papers_equations():
 @pytest.mark.parametrize(("kdim", "vdim"), [(None, None), (10, 13), (10, None), (None, 13)])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_cross_attention(kv_heads, kdim, vdim):
-    layer = randomised(PriorAttention(E, H, num_kv_heads=kv_heads, kdim=kdim, vdim=vdim, prior=goat())).double()
+    layer = randomised(
+        PriorAttention(E, H, num_kv_heads=kv_heads, kdim=kdim, vdim=vdim, prior=goat(), batch_first=True)
+    ).double()
     query, key, value = inputs(), inputs(K, kdim or E, seed=1), inputs(K, vdim or E, seed=2)
     content = layer.project(query, key, value)
     assert [tuple(x.shape) for x in content] == [(B, H, Q, 6), (B, kv_heads, K, 6), (B, kv_heads, K, 6)]
@@ -124,7 +128,7 @@ def test_cross_attention(kv_heads, kdim, vdim):
 
 
 def test_key_and_value_default_to_the_query():
-    layer, x, y = randomised(PriorAttention(E, H, prior=goat())).double(), inputs(), inputs(K, seed=1)
+    layer, x, y = randomised(PriorAttention(E, H, prior=goat(), batch_first=True)).double(), inputs(), inputs(K, seed=1)
     assert torch.equal(layer(x)[0], layer(x, x, x)[0])
     assert_close(layer(x)[0], layer(x, x.clone(), x.clone())[0])
     assert_close(layer(x, y)[0], layer(x, y, y.clone())[0])
@@ -134,7 +138,7 @@ def test_key_and_value_default_to_the_query():
 @pytest.mark.parametrize("lanes", ["appended", "reserved"])
 def test_strided_views_of_one_storage_are_different_inputs(lanes):
     """Overlapping views share a data pointer and are not the same tensor."""
-    layer = randomised(PriorAttention(E, H, prior=goat(), lanes=lanes)).double()
+    layer = randomised(PriorAttention(E, H, prior=goat(), lanes=lanes, batch_first=True)).double()
     storage = inputs(9)
     query, key, value = storage[:, :4], storage[:, ::2][:, :4], storage[:, : 4 * 2 : 2].flip(1)
     assert query.data_ptr() == key.data_ptr()
@@ -149,7 +153,9 @@ def test_strided_views_of_one_storage_are_different_inputs(lanes):
 
 @pytest.mark.parametrize("need_weights", [False, True])
 def test_positions_reach_prior_and_rotary(need_weights):
-    layer = PriorAttention(E, H, prior=off_neutral(SinkPrior(H, 2, length_scale=9.0)), rotary=Rotary(E // H)).double()
+    layer = PriorAttention(
+        E, H, prior=off_neutral(SinkPrior(H, 2, length_scale=9.0)), rotary=Rotary(E // H), batch_first=True
+    ).double()
     x, positions = inputs(), torch.tensor([4, 0, 9, 2, 7])
     shuffled, _ = layer(x, query_positions=positions, is_causal=True, need_weights=need_weights)
     order = positions.argsort()
@@ -165,7 +171,11 @@ def test_positions_reach_prior_and_rotary(need_weights):
 @pytest.mark.parametrize("prior", [goat, lambda: off_neutral(RelativeBiasPrior(H, 3)), lambda: None])
 @pytest.mark.parametrize("chunks", [[1] * 9, [5, 1, 3], [4, 4, 1]])
 def test_a_cache_gives_the_full_pass(prior, chunks):
-    layer = randomised(PriorAttention(E, H, num_kv_heads=2, prior=prior(), rotary=Rotary(E // H))).double().eval()
+    layer = (
+        randomised(PriorAttention(E, H, num_kv_heads=2, prior=prior(), rotary=Rotary(E // H), batch_first=True))
+        .double()
+        .eval()
+    )
     x = inputs(9)
     expected, _ = layer(x, is_causal=True, need_weights=False)
     cache = layer.make_cache(B, 9)
@@ -176,7 +186,7 @@ def test_a_cache_gives_the_full_pass(prior, chunks):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_cache_remembers_padding(side):
     """A sample with padding continues as it would alone, at its own positions."""
-    layer = randomised(PriorAttention(E, H, prior=goat())).double().eval()
+    layer = randomised(PriorAttention(E, H, prior=goat(), batch_first=True)).double().eval()
     prompt, following = inputs(5), inputs(3, seed=1)
     padding = torch.zeros(B, 5, dtype=torch.bool)
     real = slice(2, None) if side == "left" else slice(0, 3)
@@ -266,7 +276,7 @@ def test_causal_without_a_mask_beside_it():
 
 
 def test_boolean_masks_of_four_axes():
-    layer, x = randomised(PriorAttention(E, H, prior=goat())).double(), inputs()
+    layer, x = randomised(PriorAttention(E, H, prior=goat(), batch_first=True)).double(), inputs()
     mask = normal(B, H, Q, Q, seed=5) > 0.5
     mask[..., 0] = False
     assert_close(layer(x, attn_mask=mask)[0], layer(x, attn_mask=mask.flatten(0, 1))[0])
@@ -317,7 +327,7 @@ def test_inside_a_transformer_encoder_layer(masks, training, batch_first, norm_f
 
 def test_inside_a_transformer_encoder_with_a_causal_hint():
     layer = nn.TransformerEncoderLayer(E, H, 32, dropout=0.0, batch_first=True, dtype=torch.float64)
-    layer.self_attn = randomised(PriorAttention(E, H, prior=goat(), dtype=torch.float64))
+    layer.self_attn = randomised(PriorAttention(E, H, prior=goat(), dtype=torch.float64, batch_first=True))
     mask = nn.Transformer.generate_square_subsequent_mask(Q, dtype=torch.float64)
     x = inputs()
     with_hint, without = layer(x, src_mask=mask, is_causal=True), layer(x, src_mask=mask)
@@ -332,7 +342,7 @@ def test_inside_a_transformer_encoder_with_a_causal_hint():
 
 @pytest.mark.parametrize("need_weights", [True, False])
 def test_a_sample_of_padding_gives_the_output_bias(need_weights):
-    layer, x = randomised(PriorAttention(E, H, prior=goat())).double(), inputs().requires_grad_()
+    layer, x = randomised(PriorAttention(E, H, prior=goat(), batch_first=True)).double(), inputs().requires_grad_()
     padding = torch.tensor([[False] * Q, [True] * Q])
     output, weights = layer(x, key_padding_mask=padding, need_weights=need_weights)
     torch.testing.assert_close(output[1], layer.out_proj.bias.expand(Q, E))
@@ -349,7 +359,7 @@ def test_a_sample_of_padding_gives_the_output_bias(need_weights):
 @pytest.mark.parametrize("lanes", ["appended", "reserved"])
 @pytest.mark.parametrize("need_weights", [True, False])
 def test_no_row_of_a_projection_is_dead(lanes, need_weights):
-    layer = randomised(PriorAttention(E, H, prior=goat(), lanes=lanes)).double()
+    layer = randomised(PriorAttention(E, H, prior=goat(), lanes=lanes, batch_first=True)).double()
     output, _ = layer(inputs(), is_causal=True, need_weights=need_weights)
     (output * normal(B, Q, E, seed=8)).sum().backward()
     for projection in (layer.in_proj, layer.out_proj):
@@ -361,7 +371,7 @@ def test_no_row_of_a_projection_is_dead(lanes, need_weights):
 @pytest.mark.parametrize("need_weights", [True, False])
 def test_every_parameter_takes_part_from_the_start(need_weights):
     """Without this, distributed training complains of unused parameters. A key bias alone cannot matter to softmax."""
-    layer = GoatAttention(64, H, num_frequencies=3, init="neutral").double()
+    layer = GoatAttention(64, H, num_frequencies=3, init="neutral", batch_first=True).double()
     (layer(inputs(9, 64), is_causal=True, need_weights=need_weights)[0] * normal(B, 9, 64, seed=8)).sum().backward()
     for name, parameter in layer.named_parameters():
         assert parameter.grad is not None, name
@@ -369,9 +379,9 @@ def test_every_parameter_takes_part_from_the_start(need_weights):
 
 
 def test_dropout_only_in_training():
-    layer = randomised(PriorAttention(E, H, prior=goat(), dropout=0.5)).double()
+    layer = randomised(PriorAttention(E, H, prior=goat(), dropout=0.5, batch_first=True)).double()
     x = inputs()
-    expected, _ = randomised(PriorAttention(E, H, prior=goat())).double()(x)
+    expected, _ = randomised(PriorAttention(E, H, prior=goat(), batch_first=True)).double()(x)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for need_weights in (True, False):
@@ -380,7 +390,7 @@ def test_dropout_only_in_training():
 
 
 def test_inference_mode_and_then_training():
-    layer, x = randomised(GoatAttention(64, H, num_frequencies=3)), inputs(9, 64, dtype=torch.float32)
+    layer, x = randomised(GoatAttention(64, H, num_frequencies=3, batch_first=True)), inputs(9, 64, dtype=torch.float32)
     with torch.inference_mode():
         expected, _ = layer(x, is_causal=True, need_weights=False)
     output, _ = layer(x, is_causal=True, need_weights=False)
@@ -394,7 +404,7 @@ def test_inference_mode_and_then_training():
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "double", "to"])
 @pytest.mark.parametrize("need_weights", [True, False])
 def test_casts_touch_the_projections_alone(cast, need_weights):
-    layer = randomised(GoatAttention(64, H, num_frequencies=3))
+    layer = randomised(GoatAttention(64, H, num_frequencies=3, batch_first=True))
     x = inputs(9, 64)
     exact = copy.deepcopy(layer).double()(x, is_causal=True)[0]
     dtype = {"half": torch.float16, "double": torch.float64}.get(cast, torch.bfloat16)
@@ -413,7 +423,7 @@ def test_autocast(need_weights):
     length, x = 700, normal(1, 700, E, dtype=torch.float32)
     error = {}
     for name, prior in (("plain", None), ("prior", RecencyPrior(H))):
-        layer = randomised(PriorAttention(E, H, prior=prior))
+        layer = randomised(PriorAttention(E, H, prior=prior, batch_first=True))
         exact, _ = copy.deepcopy(layer).double()(x.double(), is_causal=True)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             output, _ = layer(x, is_causal=True, need_weights=need_weights)
@@ -423,9 +433,12 @@ def test_autocast(need_weights):
 
 
 def test_deepcopy_pickle_and_state_dict():
-    layer, x = randomised(GoatAttention(64, H, num_kv_heads=2, num_frequencies=3)).double(), inputs(9, 64)
+    layer, x = (
+        randomised(GoatAttention(64, H, num_kv_heads=2, num_frequencies=3, batch_first=True)).double(),
+        inputs(9, 64),
+    )
     expected, _ = layer(x, is_causal=True)
-    other = GoatAttention(64, H, num_kv_heads=2, num_frequencies=3).double()
+    other = GoatAttention(64, H, num_kv_heads=2, num_frequencies=3, batch_first=True).double()
     other.load_state_dict(layer.state_dict())
     for again in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), other):
         assert torch.equal(again(x, is_causal=True)[0], expected)
@@ -436,7 +449,7 @@ def test_deepcopy_pickle_and_state_dict():
 
 def test_meta_device():
     with torch.device("meta"):
-        layer = GoatAttention(64, H, num_frequencies=3)
+        layer = GoatAttention(64, H, num_frequencies=3, batch_first=True)
     assert {p.device.type for p in (*layer.parameters(), *layer.buffers())} == {"meta"}
     layer.to_empty(device="cpu")
     with torch.no_grad():
@@ -444,7 +457,7 @@ def test_meta_device():
             tensor.fill_(math.nan)
     layer.reset_parameters()
     assert all(tensor.isfinite().all() for tensor in layer.state_dict().values())
-    fresh = GoatAttention(64, H, num_frequencies=3)
+    fresh = GoatAttention(64, H, num_frequencies=3, batch_first=True)
     assert all(torch.equal(a, b) for a, b in zip(layer.prior.buffers(), fresh.prior.buffers(), strict=True))
 
 
@@ -452,7 +465,7 @@ def test_a_prior_that_is_passed_in_keeps_its_values():
     """It may come trained or loaded; only an explicit reset puts it back."""
     prior = off_neutral(goat_prior(H, form="paper"))
     before = {name: value.clone() for name, value in prior.state_dict().items()}
-    layer = PriorAttention(E, H, prior=prior)
+    layer = PriorAttention(E, H, prior=prior, batch_first=True)
     converted = PriorAttention.from_multihead_attention(nn.MultiheadAttention(E, H), prior=prior)
     assert converted.prior is prior is layer.prior
     assert all(torch.equal(before[name], value) for name, value in prior.state_dict().items())
@@ -464,7 +477,7 @@ def test_initialisation_is_that_of_multihead_attention():
     """Xavier-uniform over the packed matrix, zero biases."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        layer = PriorAttention(E, H)
+        layer = PriorAttention(E, H, batch_first=True)
         bound = math.sqrt(6 / (E + 3 * E))
         assert not layer.in_proj.bias.any()
         assert not layer.out_proj.bias.any()
@@ -473,7 +486,10 @@ def test_initialisation_is_that_of_multihead_attention():
 
 def test_compile():
     """One graph of the layer, forward and backward, equal to eager execution."""
-    layer, x = randomised(PriorAttention(E, H, prior=goat())), inputs(dtype=torch.float32).requires_grad_()
+    layer, x = (
+        randomised(PriorAttention(E, H, prior=goat(), batch_first=True)),
+        inputs(dtype=torch.float32).requires_grad_(),
+    )
     expected, _ = layer(x, is_causal=True, need_weights=False)
     (gradient,) = torch.autograd.grad(expected.square().sum(), x)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -483,14 +499,14 @@ def test_compile():
 
 
 def test_a_fourier_prior_in_reserved_lanes_leaves_the_rest():
-    layer = PriorAttention(E, H, prior=FourierPrior(H, 2), lanes="reserved")
+    layer = PriorAttention(E, H, prior=FourierPrior(H, 2), lanes="reserved", batch_first=True)
     assert (layer.content_dim, layer.head_dim) == (2, 6)
     assert layer.in_proj.weight.shape == (2 * H * 2 + E, E)
 
 
 def test_export_with_positions_of_every_sample():
     """A length that equals the batch is a length like any other."""
-    layer, x = PriorAttention(E, H, prior=goat()), normal(3, 7, E).float()
+    layer, x = PriorAttention(E, H, prior=goat(), batch_first=True), normal(3, 7, E).float()
 
     class Causal(nn.Module):
         def __init__(self):

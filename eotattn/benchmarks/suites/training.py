@@ -1,0 +1,107 @@
+"""A training step of a decoder of 125 M parameters, compiled block by block, against RoPE in plain PyTorch.
+
+Legend: B batch, L tokens, E model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from eotattn.attention import PriorAttention, Rotary
+from eotattn.benchmarks import peers
+from eotattn.benchmarks.suites.configuration import Configuration
+from eotattn.benchmarks.suites.layer import CausalLayer
+from eotattn.benchmarks.timing import Candidate, Row, measure
+from eotattn.priors import goat_prior
+
+__all__ = ["training"]
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Sizes of a decoder and of its batches."""
+
+    layers: int
+    width: int
+    heads: int
+    length: int
+    batch: int
+    vocabulary: int
+
+
+SMALL, FULL = _Sizes(2, 64, 2, 32, 2, 50), _Sizes(12, 768, 12, 2048, 8, 8192)
+
+
+def training(config: Configuration) -> list[Row]:
+    """Whole steps: forward and backward under bfloat16 autocast, fused AdamW; eager on a CPU, compiled on a GPU."""
+    (sizes,) = config.pick([SMALL], [FULL])
+    torch.compiler.reset()
+    candidates = [Candidate(name, partial(_step, make, sizes, config)) for name, make in _layers(sizes).items()]
+    found = measure(candidates, device=torch.device(config.device), rounds=config.rounds, calls=2)
+    at = {"quantity": "training step", "length": sizes.length, "batch": sizes.batch, "layers": sizes.layers}
+    return [{**at, "width": sizes.width, "heads": sizes.heads, **row} for row in found]
+
+
+def _layers(sizes: _Sizes) -> dict[str, Callable[[], nn.Module]]:
+    """Attention layers by name; the first is the baseline."""
+    width, heads = sizes.width, sizes.heads
+
+    def ours(**keywords: Any) -> nn.Module:
+        return CausalLayer(PriorAttention(width, heads, bias=False, batch_first=True, **keywords))
+
+    def goat(**keywords: Any) -> nn.Module:
+        return ours(prior=goat_prior(heads, num_frequencies=4, length_scale=float(sizes.length)), **keywords)
+
+    return {
+        "RoPE in plain PyTorch": lambda: ours(rotary=peers.TableRotary(width // heads, sizes.length)),
+        "no position": lambda: peers.BareLayer(width, heads),
+        "eotattn, Rotary": lambda: ours(rotary=Rotary(width // heads)),
+        "eotattn, GOAT, reserved": lambda: goat(lanes="reserved", lane_dtype=torch.bfloat16),
+        "eotattn, GOAT, appended": goat,
+    }
+
+
+class _Block(nn.Module):
+    """One pre-norm block."""
+
+    def __init__(self, attention: nn.Module, width: int) -> None:
+        super().__init__()
+        self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = attention
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = hidden + self.attention(self.attention_norm(hidden))
+        return hidden + self.mlp(self.mlp_norm(hidden))
+
+
+def _step(make: Callable[[], nn.Module], sizes: _Sizes, config: Configuration) -> Callable[[], Tensor]:
+    """A decoder with such layers, and the function that trains it by one step on a fixed batch."""
+    device = torch.device(config.device)
+    torch.manual_seed(config.seed)
+    blocks = [_Block(make(), sizes.width) for _ in range(sizes.layers)]
+    ends = nn.LayerNorm(sizes.width), nn.Linear(sizes.width, sizes.vocabulary, bias=False)
+    decoder = nn.Sequential(nn.Embedding(sizes.vocabulary, sizes.width), *blocks, *ends).to(device)
+    if device.type != "cpu":
+        for block in blocks:
+            block.compile(fullgraph=True)
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-4, fused=True)
+    tokens = torch.randint(sizes.vocabulary, (sizes.batch, sizes.length + 1)).to(device)
+
+    def step() -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            logits = decoder(tokens[:, :-1])
+            loss = functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
