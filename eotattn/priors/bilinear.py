@@ -13,11 +13,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Number
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from eotattn.checks import fail
 from eotattn.priors.base import LogPrior, ScoreMod, computing_dtype
 from eotattn.priors.positions import table_lookup
 
@@ -163,6 +166,7 @@ class BilinearPrior(LogPrior, metaclass=_NamesFeatures):
         [[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]
     """
 
+    _features_name: str
     #: Whether the log-prior depends on differences of positions only.
     is_relative: bool = False
     #: Nats that the log-prior commonly spans where it matters: what a tolerance is compared with.
@@ -222,8 +226,9 @@ class BilinearPrior(LogPrior, metaclass=_NamesFeatures):
         if self.is_relative:  # smaller numbers, the same differences
             first = key.flatten()[0]
             query, key = query - first, key - first
-        factors = _with_heads(self.query_features(query).double()) @ self.weights().double()
-        return factors, self.key_features(key).double()
+        features = FEATURES[self._features_name]
+        factors = _with_heads(features.query(query).double()) @ self.weights().double()
+        return factors, features.key(key).double()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Keep the features of a prior in step with its constants, also with those set after construction."""
@@ -235,14 +240,26 @@ class BilinearPrior(LogPrior, metaclass=_NamesFeatures):
         super().__setstate__(state)
         self._name_features()
 
+    def __getattr__(self, name: str) -> Any:
+        """Also say, where features read what they may not, what that is."""
+        hidden = vars(self).get("_hidden", {})
+        if name in hidden:
+            rule = "read nothing but numbers, strings and tuples of them that the constructor set"
+            remedy = "Let weights() read what is learned"
+            fail(type(self).__name__, "features", rule, f"{name}, a {hidden[name]}", remedy, error=TypeError)
+        return super().__getattr__(name)
+
     def _name_features(self) -> None:
-        constants = {name: value for name, value in vars(self).items() if name not in _OF_MODULES}
-        told = ", ".join(f"{name}={_tell(value)}" for name, value in constants.items())
+        values = {name: value for name, value in vars(self).items() if name not in _OF_MODULES}
+        told = {name: text for name, value in values.items() if (text := _tell(value))}
+        others = {name: value for name, value in values.items() if name not in told}
+        others.update(self._parameters, **self._buffers, **self._modules)
+        hidden = {name: type(value).__name__ for name, value in others.items()}
         cls = type(self)
-        name = f"{cls.__qualname__}@{id(cls)}({told})"
+        name = f"{cls.__qualname__}@{id(cls)}({', '.join(f'{key}={text}' for key, text in told.items())}) not {hidden}"
         if name not in FEATURES:
-            fixed = cls.__new__(cls)  # without what is learned: features that read it fail instead of becoming stale
-            vars(fixed).update(vars(nn.Module()), **constants)
+            fixed = cls.__new__(cls)  # without what may change: features that read it fail instead of becoming stale
+            vars(fixed).update(vars(nn.Module()), **{key: values[key] for key in told}, _hidden=hidden)
             FEATURES[name] = Features(
                 name,
                 fixed.query_features,
@@ -258,12 +275,15 @@ _OF_MODULES = {*vars(nn.Module()), "_features_name"}
 
 
 def _tell(value: object) -> str:
-    """A constant in full, so that equal texts are equal constants; other objects by identity."""
-    if isinstance(value, (int, float, str, bytes, type(None), torch.dtype)):
+    """A constant in full, so that equal texts are equal constants; nothing for what may change unseen."""
+    if isinstance(value, (Number, str, bytes, type(None), torch.dtype)):
         return repr(value)
-    if isinstance(value, (tuple, list)):
-        return f"({', '.join(map(_tell, value))})"
-    return f"{type(value).__name__}@{id(value)}"
+    if isinstance(value, FunctionType):
+        return f"{value.__qualname__}@{id(value)}"
+    if isinstance(value, tuple):
+        told = [_tell(entry) for entry in value]
+        return f"({', '.join(told)},)" if all(told) else ""
+    return ""
 
 
 def _with_heads(features: Tensor) -> Tensor:

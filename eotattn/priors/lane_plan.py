@@ -20,12 +20,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from eotattn.compat import plain_tensors
 from eotattn.priors.base import computing_dtype
 from eotattn.priors.bilinear import FEATURES, PREPARED, KeyTerm, Term
 from eotattn.priors.lane_sides import Column, Lane, Shape, Side, SideLayout, SidePlan
 from eotattn.priors.probing import FeatureFacts, Span, probe
 from eotattn.priors.splitting import MOST_PIECES, significant_digits, split_numbers, unit_roundoff
-from eotattn.priors.tables import remembered
+from eotattn.priors.tables import placed
 
 __all__ = ["LanePlan", "LaneRequest", "plan_lanes"]
 
@@ -116,8 +117,7 @@ class LanePlan:
     def side(self, side: str, table: Tensor, matrix: Tensor, more: Tensor | None = None) -> Side:
         """One side of a call."""
         plan = getattr(self, side)
-        piece = remembered((self, side, "piece"), table.device, lambda: plan.piece.to(table.device))
-        return Side(table, matrix, piece, plan.depth, more)
+        return Side(table, matrix, placed((plan, "piece"), plan.piece, table.device), plan.depth, more)
 
     def more_of_keys(self, terms: Sequence[Term | KeyTerm], positions: Tensor) -> Tensor | None:
         """Lanes of what is looked up by key: (..., Hk, K, P')."""
@@ -149,8 +149,7 @@ def _shape(term: Term | KeyTerm) -> Shape:
 
 
 @lru_cache(maxsize=512)
-@torch.inference_mode(False)
-@torch.no_grad()
+@plain_tensors()
 def _plan(shapes: tuple[Shape, ...], request: LaneRequest) -> LanePlan:
     """The plan that these constants decide."""
     lanes: list[Lane] = []

@@ -15,7 +15,7 @@ from torch import Tensor
 from eotattn.priors.base import computing_dtype
 from eotattn.priors.bilinear import FEATURES
 from eotattn.priors.splitting import MOST_PIECES, multiply, split_numbers, write_pieces
-from eotattn.priors.tables import remembered
+from eotattn.priors.tables import placed
 
 __all__ = ["Column", "Lane", "Shape", "Side", "SideLayout", "SidePlan"]
 
@@ -127,16 +127,15 @@ class SidePlan:
         """(1 or heads, C, P) in ``dtype``, from the weights of the heads, float64."""
         selection = self.selection
         if weights is None or selection is None:
-            return remembered((self, "fixed", dtype), device, lambda: self.fixed.to(device, dtype))
-        chosen = remembered((self, "selection"), device, lambda: selection.to(device))
+            return placed((self, "fixed"), self.fixed, device, dtype)
+        chosen = placed((self, "selection"), selection, device)
         matrix = (weights @ chosen).unflatten(-1, self.fixed.shape[1:])
         if self.is_constant is not None:
-            is_constant = self.is_constant
-            mask = remembered((self, "constant"), device, lambda: is_constant.double().to(device))
+            mask = placed((self, "is_constant"), self.is_constant, device, torch.float64)
             matrix = matrix - (matrix * mask).detach()
         if not self.has_fixed:
             return matrix.to(dtype)
-        return matrix.to(dtype) + remembered((self, "fixed", dtype), device, lambda: self.fixed.to(device, dtype))
+        return matrix.to(dtype) + placed((self, "fixed"), self.fixed, device, dtype)
 
 
 @dataclass(frozen=True)
