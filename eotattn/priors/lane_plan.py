@@ -107,12 +107,12 @@ class LanePlan:
     def matrices(self, terms: Sequence[Term | KeyTerm], device: torch.device) -> tuple[Tensor, Tensor]:
         """Matrices of query and key on ``device``, with gradients to the weights."""
         computing = computing_dtype(self.request.dtype)
-        flat = [term.weights.flatten(1) for term in terms if isinstance(term, Term)]
-        if not flat:
+        each = [term.coefficients for term in terms if isinstance(term, Term)]
+        if not each:
             return self.query.matrix(None, computing, device), self.key.matrix(None, computing, device)
-        weights = (flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)).double()
-        by_key_head = weights.view(self.request.num_kv_heads, -1)
-        return self.query.matrix(weights, computing, device), self.key.matrix(by_key_head, computing, device)
+        numbers = (each[0] if len(each) == 1 else torch.cat(each, dim=1)).squeeze(-1).double()
+        by_key_head = numbers if self.request.group == 1 else numbers.view(self.request.num_kv_heads, -1)
+        return self.query.matrix(numbers, computing, device), self.key.matrix(by_key_head, computing, device)
 
     def side(self, side: str, table: Tensor, matrix: Tensor, more: Tensor | None = None) -> Side:
         """One side of a call."""
@@ -145,7 +145,7 @@ def plan_lanes(terms: Sequence[Term | KeyTerm], request: LaneRequest) -> LanePla
 def _shape(term: Term | KeyTerm) -> Shape:
     if isinstance(term, KeyTerm):
         return Shape(term.features.name, 1, 0)
-    return Shape(term.features.name, int(term.weights.shape[1]), int(term.weights.shape[2]))
+    return Shape(term.features.name, *term.features.num_features)
 
 
 @lru_cache(maxsize=512)
