@@ -19,8 +19,10 @@ __all__ = [
     "cudnn_attention",
     "efficient_attention",
     "efficient_attention_backward",
+    "first_parameter",
     "forget_attention_implementation",
     "fused_attention_choice",
+    "has_forward_hooks",
     "in_backward_pass",
     "is_intercepted",
     "map_tensors",
@@ -61,6 +63,23 @@ def without_fake_tensors() -> AbstractContextManager[Any]:
 def in_backward_pass() -> bool:
     """Whether autograd is running a backward pass in this thread."""
     return torch._C._current_graph_task_id() != -1
+
+
+def first_parameter(module: torch.nn.Module) -> torch.nn.Parameter | None:
+    """The first of ``module.parameters()``, in one step: what every call asks must cost nothing."""
+    stack = [module]
+    while stack:
+        module = stack.pop()
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                return parameter
+        stack += [child for child in reversed(module._modules.values()) if child is not None]
+    return None
+
+
+def has_forward_hooks(module: torch.nn.Module) -> bool:
+    """Whether calling the module does more than its own ``forward``."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def raw_stream(device: torch.device) -> int:

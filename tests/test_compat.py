@@ -98,6 +98,25 @@ def test_in_backward_pass():
 
 @ON_GPU
 @pytest.mark.gpu
+def test_first_parameter():
+    with moved("torch.nn.Module._parameters and _modules", "layers that check where their prior is"):
+        deep = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Sequential(torch.nn.Identity(), torch.nn.Linear(2, 2)))
+        assert compat.first_parameter(deep) is next(deep.parameters())
+        assert compat.first_parameter(torch.nn.Sequential(torch.nn.Linear(1, 1), deep)) is not next(deep.parameters())
+        assert compat.first_parameter(torch.nn.ReLU()) is None
+
+
+def test_forward_hooks():
+    with moved("torch.nn.Module._forward_hooks and _forward_pre_hooks", "packed projections under adapters"):
+        module = torch.nn.Linear(2, 2)
+        assert not compat.has_forward_hooks(module)
+        for register in (module.register_forward_hook, module.register_forward_pre_hook):
+            handle = register(lambda *arguments: None)
+            assert compat.has_forward_hooks(module)
+            handle.remove()
+            assert not compat.has_forward_hooks(module)
+
+
 def test_raw_stream():
     device = torch.device("cuda", torch.cuda.current_device())
     with (
