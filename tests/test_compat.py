@@ -96,8 +96,6 @@ def test_in_backward_pass():
         assert seen == [False, True]
 
 
-@ON_GPU
-@pytest.mark.gpu
 def test_first_parameter():
     with moved("torch.nn.Module._parameters and _modules", "layers that check where their prior is"):
         deep = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Sequential(torch.nn.Identity(), torch.nn.Linear(2, 2)))
@@ -117,6 +115,8 @@ def test_forward_hooks():
             assert not compat.has_forward_hooks(module)
 
 
+@ON_GPU
+@pytest.mark.gpu
 def test_raw_stream():
     device = torch.device("cuda", torch.cuda.current_device())
     with (
