@@ -35,8 +35,8 @@ class GoatAttention(PriorAttention):
 
     Example:
         >>> layer = GoatAttention(embed_dim=64, num_heads=4, batch_first=True)
-        >>> layer.content_dim, layer.head_dim
-        (8, 16)
+        >>> layer(torch.ones(1, 5, 64), is_causal=True, need_weights=False)[0].shape
+        torch.Size([1, 5, 64])
     """
 
     def __init__(
