@@ -64,9 +64,10 @@ class StrongestKeys:
     def common(self, layer: int) -> tuple[str, int]:
         """The token, or else the position, that is a sink in most texts of a layer, and in how many."""
         sinks = self.mass[layer] > self.threshold
-        named = [repr(str(t)) if t else f"key {at}" for t, at in zip(self.token[layer].flat, self.position[layer].flat)]
+        pairs = zip(self.token[layer].flat, self.position[layer].flat, strict=True)
+        named = [repr(str(token)) if token else f"key {at}" for token, at in pairs]
         seen = np.reshape(np.array(named, dtype=object), sinks.shape)
-        counts = Counter(name for text, here in zip(seen, sinks, strict=True) for name in set(text[here]))
+        counts = Counter(name for text, here in zip(seen, sinks, strict=True) for name in sorted(set(text[here])))
         return counts.most_common(1)[0] if counts else ("", 0)
 
     def to_dict(self) -> dict[str, NDArray[np.generic]]:
@@ -76,8 +77,8 @@ class StrongestKeys:
             text, head = np.indices(position.shape)
             names = np.full(position.size, layer)
             parts.append((names, text.ravel(), head.ravel(), position.ravel(), mass.ravel(), token.ravel()))
-        names = ("layer", "text", "head", "position", "mass", "token")
-        return {name: np.concatenate(values) for name, values in zip(names, zip(*parts, strict=True), strict=True)}
+        columns = ("layer", "text", "head", "position", "mass", "token")
+        return {name: np.concatenate(values) for name, values in zip(columns, zip(*parts, strict=True), strict=True)}
 
     def __str__(self) -> str:
         """One line a layer."""
