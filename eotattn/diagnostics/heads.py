@@ -130,7 +130,7 @@ def head_report(
         >>> head_report({"first": stats}).mean["sink mass of key 0"]
         array([[0.25, 0.25, 0.25]])
     """
-    _check(layers, keys, local_width)
+    _check(layers, keys, thresholds, local_width)
     of_rows = (*key_quantities(tuple(keys)), *QUANTITIES, local_mass_quantity(local_width))
     sources: Sources = [
         (of_rows, {name: stats.sequences(stats.num_queries > 0) for name, stats in layers.items()}),
@@ -204,11 +204,17 @@ def _mean_interval(values: Tensor, drawn: Tensor) -> tuple[float, float, float]:
     return float(mean[0]), float(low[0]), float(high[0])
 
 
-def _check(layers: Mapping[str, SequenceStatistics], keys: Sequence[int], local_width: int) -> None:
+def _check(
+    layers: Mapping[str, SequenceStatistics], keys: Sequence[int], thresholds: Sequence[float], local_width: int
+) -> None:
+    is_table, remedy = isinstance(layers, Mapping), "Pass the layers of a capture, or of map_statistics"
+    require(is_table, "head_report", "layers", "map names to statistics", layers, remedy, error=TypeError)
     require(len(layers) > 0, "head_report", "layers", "hold at least one layer", dict(layers), "Run the model first")
     require(len(keys) > 0, "head_report", "keys", "name at least one key", keys, "Pass keys=(0,)")
     for key in keys:
         check_positive_int("head_report", "keys", key, minimum=0)
+    for threshold in thresholds:
+        require(0 < threshold < 1, "head_report", "thresholds", "lie in (0, 1)", threshold, "Pass shares of a row")
     check_positive_int("head_report", "local_width", local_width, minimum=0)
 
 

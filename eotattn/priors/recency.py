@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from eotattn.checks import check_choice, require
+from eotattn.checks import check_choice, check_positive_int, require
 from eotattn.priors.base import LogPrior
 from eotattn.priors.expansion import Expansion, Form, remembered
 from eotattn.priors.lanes import DIGIT_WEIGHTS, is_low_precision, position_digits
@@ -30,6 +30,7 @@ def alibi_slopes(num_heads: int) -> list[float]:
         >>> alibi_slopes(3)
         [0.0625, 0.00390625, 0.25]
     """
+    check_positive_int("alibi_slopes", "num_heads", num_heads)
     whole = 2 ** int(math.log2(num_heads))
     slopes = [2.0 ** (-8 * (h + 1) / whole) for h in range(whole)]
     if whole == num_heads:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from eotattn.attention.layer.module import PriorAttention
+from eotattn.checks import speaking_as
 from eotattn.priors import goat_prior
 
 __all__ = ["GoatAttention"]
@@ -31,6 +32,7 @@ class GoatAttention(PriorAttention):
         (8, 16)
     """
 
+    @speaking_as("GoatAttention")
     def __init__(
         self,
         embed_dim: int,
