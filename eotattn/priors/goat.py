@@ -29,6 +29,7 @@ def num_local_heads(num_heads: int) -> int:
     return num_heads - (max(1, num_heads // 4) if num_heads > 1 else 0)
 
 
+@speaking_as("goat_prior")
 def goat_prior(
     num_heads: int,
     *,
