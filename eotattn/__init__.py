@@ -80,7 +80,10 @@ def __getattr__(name: str) -> Any:
 
         return analyze
     if name == "__version__":
-        return importlib.metadata.version("eotattn")
+        try:
+            return importlib.metadata.version("eotattn")
+        except importlib.metadata.PackageNotFoundError:
+            return "unknown (run from a folder, not installed)"
     raise AttributeError(f"module 'eotattn' has no attribute {name!r}")
 
 

@@ -5,15 +5,17 @@ Private names may move with any release. ``tests/test_compat.py`` calls each one
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch._guards import active_fake_mode
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
 __all__ = [
+    "admitted",
     "allows_tf32",
     "attention_implementation",
     "cpu_flash_attention",
@@ -28,11 +30,11 @@ __all__ = [
     "map_tensors",
     "names_attention_implementation",
     "no_torch_function",
+    "plain_tensors",
     "raw_stream",
     "set_attention_implementation",
     "tensor_version",
     "uncompiled",
-    "without_fake_tensors",
     "wrapper_tensor",
 ]
 
@@ -52,11 +54,17 @@ def is_intercepted() -> bool:
     return _get_current_dispatch_mode() is not None or torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def without_fake_tensors() -> AbstractContextManager[Any]:
-    """A block in which tensors are real although fake ones are being traced."""
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
+@contextmanager
+def plain_tensors() -> Iterator[None]:
+    """A block whose new tensors outlive it: real, on the CPU, and fit for training, whatever is traced around it."""
+    with _disable_current_modes(), torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
+        yield
 
-    return unset_fake_temporarily()
+
+def admitted(tensor: Tensor) -> Tensor:
+    """The tensor itself, or a fake of it where a mode of fake tensors refuses real ones beside them."""
+    mode = None if torch.compiler.is_compiling() else active_fake_mode()
+    return tensor if mode is None or mode.allow_non_fake_inputs else mode.from_tensor(tensor)
 
 
 def allows_tf32() -> bool:

@@ -67,14 +67,29 @@ def test_function_transforms_are_seen():
         assert seen == [True, True]
 
 
-def test_without_fake_tensors():
+def test_plain_tensors():
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-    name = "torch._subclasses.fake_tensor.unset_fake_temporarily"
-    with moved(name, "tables made while a graph is traced"), FakeTensorMode():
+    name = "torch.utils._python_dispatch._disable_current_modes"
+    with moved(name, "plans of lanes"), FakeTensorMode(), torch.device("meta"), torch.inference_mode():
         assert isinstance(torch.zeros(2), FakeTensor)
-        with compat.without_fake_tensors():
-            assert not isinstance(torch.zeros(2), FakeTensor)
+        with compat.plain_tensors():
+            tensor = torch.zeros(2)
+        assert not isinstance(tensor, FakeTensor)
+        assert tensor.device.type == "cpu"
+        assert not tensor.is_inference()
+
+
+def test_tensors_admitted_by_fake_ones():
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    tensor = torch.zeros(2)
+    with moved("torch._guards.active_fake_mode", "plans of lanes"):
+        assert compat.admitted(tensor) is tensor
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert compat.admitted(tensor) is tensor
+        with FakeTensorMode():
+            assert isinstance(compat.admitted(tensor), FakeTensor)
 
 
 def test_in_backward_pass():

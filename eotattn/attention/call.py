@@ -97,7 +97,7 @@ class AttentionCall:
             check_prior(OWNER, "prior", prior)
             rule = f"have the query's {heads} heads"
             require(False, OWNER, "prior", rule, prior.num_heads, "Build it for query heads")
-        scale = 1 / math.sqrt(width) if scale is None else check_positive(OWNER, "scale", scale)
+        scale = 1 / math.sqrt(int(width)) if scale is None else check_positive(OWNER, "scale", scale)
         if dropout_p != 0.0:
             check_probability(OWNER, "dropout_p", dropout_p)
         if tolerance is not None:

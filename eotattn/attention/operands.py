@@ -81,8 +81,8 @@ def plan_of(call: AttentionCall, terms: tuple[Term | KeyTerm, ...]) -> tuple[Lan
         origin = middle(query_at.tensor)
         span = span_of(query_at.tensor, key_at.tensor, origin)
     request = LaneRequest(
-        num_heads=call.query.shape[1],
-        num_kv_heads=call.key.shape[1],
+        num_heads=int(call.query.shape[1]),  # a graph is one of these heads, whatever the lengths
+        num_kv_heads=int(call.key.shape[1]),
         dtype=call.query.dtype,
         num_coordinates=1 if call.prior is None else call.prior.num_coordinates,
         span=span,

@@ -136,7 +136,7 @@ class ScaledPrior(CombinedPrior):
         good, rule = finite and len(numbers) == self.num_heads, f"be a finite number, or {self.num_heads} of them"
         require(good, "ScaledPrior", "factor", rule, factor, "Pass Python floats")
         self._start = tuple(float(number) for number in numbers)
-        self.factor = nn.Parameter(torch.tensor(self._start)) if learnable else self._start
+        self.factor = nn.Parameter(torch.tensor(self._start, dtype=torch.float32)) if learnable else self._start
 
     @property
     def prior(self) -> LogPrior:

@@ -13,13 +13,17 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Number
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from eotattn.checks import fail
 from eotattn.priors.base import LogPrior, ScoreMod, computing_dtype
 from eotattn.priors.positions import table_lookup
+from eotattn.priors.tables import remembered
 
 __all__ = [
     "FEATURES",
@@ -34,6 +38,10 @@ __all__ = [
 ]
 
 
+#: (coefficient, query feature, key feature, sign).
+Entry = tuple[int, int, int, float]
+
+
 class Features:
     """The fixed side of a bilinear term: two pure functions of positions, and what is known of them.
 
@@ -41,6 +49,8 @@ class Features:
         name: Tells features apart: equal names, equal functions.
         query: (..., L) or (..., L, C) positions -> (..., L, F) float64.
         key: The same for keys, (..., L, G).
+        entries: Which coefficient each weight is: (coefficient, query feature, key feature, sign); the rest is zero.
+        num_features: F and G.
         is_relative: Whether positions may count from anywhere: the term sees differences of positions only.
         typical_range: Nats that the term commonly spans where it matters.
     """
@@ -51,11 +61,19 @@ class Features:
         query: Callable[[Tensor], Tensor],
         key: Callable[[Tensor], Tensor],
         *,
+        entries: tuple[Entry, ...] = ((0, 0, 0, 1.0),),
+        num_features: tuple[int, int] = (1, 1),
         is_relative: bool = False,
         typical_range: float = 8.0,
     ) -> None:
         self.name, self.query, self.key = name, query, key
+        self.entries, self.num_features = entries, num_features
         self.is_relative, self.typical_range = is_relative, typical_range
+
+    def like(self, name: str, query: Callable[[Tensor], Tensor], key: Callable[[Tensor], Tensor], **known: Any) -> Features:
+        """Other functions with the same weights."""
+        same = {"entries": self.entries, "num_features": self.num_features, "typical_range": self.typical_range}
+        return Features(name, query, key, **{**same, **known})
 
     @torch.compiler.assume_constant_result
     def prepare(self, make: str, *constants: Any) -> str:
@@ -80,15 +98,20 @@ class Term:
 
     Args:
         features: Its fixed features.
-        weights: (H, F, G), nats: linear in learned numbers.
+        coefficients: (H, N, 1), nats: what the weights are made of, linear in learned numbers.
     """
 
     features: Features
-    weights: Tensor
+    coefficients: Tensor
+
+    @property
+    def weights(self) -> Tensor:
+        """(H, F, G), nats."""
+        return dense_weights(self.coefficients.squeeze(-1), self.features.entries, self.features.num_features)
 
     def weighted(self, change: Callable[[Tensor], Tensor]) -> Term:
-        """The same features with other weights."""
-        return replace(self, weights=change(self.weights))
+        """The same features with ``change`` applied to the coefficients."""
+        return replace(self, coefficients=change(self.coefficients))
 
     def on_axis(self, axis: int) -> Term:
         """The term of one coordinate of a grid, zero where either position is a class token (negative)."""
@@ -143,7 +166,8 @@ class BilinearPrior(LogPrior, metaclass=_NamesFeatures):
 
     A subclass writes :meth:`query_features`, :meth:`key_features`, :meth:`weights` and :meth:`reset_parameters`.
     Features are fixed: they may read constants that the constructor set (numbers, strings, tuples of them) but no
-    parameter, and are computed once for equal constants. Weights are linear in the learned numbers.
+    parameter, and are computed once for equal constants. Weights are linear in the learned numbers. Where most of them
+    are zero or occur twice, :meth:`coefficients` and :meth:`entries` say the same in fewer numbers.
 
     Args:
         num_heads: Number of query heads H.
@@ -163,6 +187,7 @@ class BilinearPrior(LogPrior, metaclass=_NamesFeatures):
         [[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]
     """
 
+    _features_name: str
     #: Whether the log-prior depends on differences of positions only.
     is_relative: bool = False
     #: Nats that the log-prior commonly spans where it matters: what a tolerance is compared with.
@@ -178,14 +203,22 @@ class BilinearPrior(LogPrior, metaclass=_NamesFeatures):
         """Features of keys at positions (..., L), float64, on grids (..., L, C): (..., L, G)."""
         raise NotImplementedError
 
-    @abstractmethod
     def weights(self) -> Tensor:
         """(H, F, G), nats, with gradients to the learned numbers."""
-        raise NotImplementedError
+        features = FEATURES[self._features_name]
+        return dense_weights(self.coefficients(), features.entries, features.num_features)
+
+    def coefficients(self) -> Tensor:
+        """(H, N), nats: the numbers that weights are made of; by default the weights themselves."""
+        return self.weights().flatten(1)
+
+    def entries(self) -> tuple[Entry, ...] | None:
+        """Which coefficient each weight is, by constants alone; ``None`` if coefficients are the weights themselves."""
+        return None
 
     def terms(self) -> tuple[Term | KeyTerm, ...]:
         """One term."""
-        return (Term(FEATURES[self._features_name], self.weights()),)
+        return (Term(FEATURES[self._features_name], self.coefficients().unsqueeze(-1)),)
 
     def log_prior(self, head: Tensor, query_position: Tensor, key_position: Tensor) -> Tensor:
         """The bilinear form, elementwise, in nats."""
@@ -222,8 +255,9 @@ class BilinearPrior(LogPrior, metaclass=_NamesFeatures):
         if self.is_relative:  # smaller numbers, the same differences
             first = key.flatten()[0]
             query, key = query - first, key - first
-        factors = _with_heads(self.query_features(query).double()) @ self.weights().double()
-        return factors, self.key_features(key).double()
+        features = FEATURES[self._features_name]
+        factors = _with_heads(features.query(query).double()) @ self.weights().double()
+        return factors, features.key(key).double()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Keep the features of a prior in step with its constants, also with those set after construction."""
@@ -235,18 +269,35 @@ class BilinearPrior(LogPrior, metaclass=_NamesFeatures):
         super().__setstate__(state)
         self._name_features()
 
+    def __getattr__(self, name: str) -> Any:
+        """Also say, where features read what they may not, what that is."""
+        hidden = vars(self).get("_hidden", {})
+        if name in hidden:
+            rule = "read nothing but numbers, strings and tuples of them that the constructor set"
+            remedy = "Let weights() read what is learned"
+            fail(type(self).__name__, "features", rule, f"{name}, a {hidden[name]}", remedy, error=TypeError)
+        return super().__getattr__(name)
+
     def _name_features(self) -> None:
-        constants = {name: value for name, value in vars(self).items() if name not in _OF_MODULES}
-        told = ", ".join(f"{name}={_tell(value)}" for name, value in constants.items())
+        values = {name: value for name, value in vars(self).items() if name not in _OF_MODULES}
+        told = {name: text for name, value in values.items() if (text := _tell(value))}
+        others = {name: value for name, value in values.items() if name not in told}
+        others.update(self._parameters, **self._buffers, **self._modules)
+        hidden = {name: type(value).__name__ for name, value in others.items()}
         cls = type(self)
-        name = f"{cls.__qualname__}@{id(cls)}({told})"
+        name = f"{cls.__qualname__}@{id(cls)}({', '.join(f'{key}={text}' for key, text in told.items())}) not {hidden}"
         if name not in FEATURES:
-            fixed = cls.__new__(cls)  # without what is learned: features that read it fail instead of becoming stale
-            vars(fixed).update(vars(nn.Module()), **constants)
+            fixed = cls.__new__(cls)  # without what may change: features that read it fail instead of becoming stale
+            vars(fixed).update(vars(nn.Module()), **{key: values[key] for key in told}, _hidden=hidden)
+            at = torch.zeros((1,) if self.num_coordinates == 1 else (1, self.num_coordinates), dtype=torch.float64)
+            num_query, num_key = fixed.query_features(at).shape[-1], fixed.key_features(at).shape[-1]
+            everything = tuple((f * num_key + g, f, g, 1.0) for f in range(num_query) for g in range(num_key))
             FEATURES[name] = Features(
                 name,
                 fixed.query_features,
                 fixed.key_features,
+                entries=fixed.entries() or everything,
+                num_features=(num_query, num_key),
                 is_relative=self.is_relative,
                 typical_range=self.typical_range,
             )
@@ -258,12 +309,28 @@ _OF_MODULES = {*vars(nn.Module()), "_features_name"}
 
 
 def _tell(value: object) -> str:
-    """A constant in full, so that equal texts are equal constants; other objects by identity."""
-    if isinstance(value, (int, float, str, bytes, type(None), torch.dtype)):
+    """A constant in full, so that equal texts are equal constants; nothing for what may change unseen."""
+    if isinstance(value, (Number, str, bytes, type(None), torch.dtype)):
         return repr(value)
-    if isinstance(value, (tuple, list)):
-        return f"({', '.join(map(_tell, value))})"
-    return f"{type(value).__name__}@{id(value)}"
+    if isinstance(value, FunctionType):
+        return f"{value.__qualname__}@{id(value)}"
+    if isinstance(value, tuple):
+        told = [_tell(entry) for entry in value]
+        return f"({', '.join(told)},)" if all(told) else ""
+    return ""
+
+
+def dense_weights(coefficients: Tensor, entries: tuple[Entry, ...], num_features: tuple[int, int]) -> Tensor:
+    """(H, F, G) weights from (H, N) coefficients."""
+
+    def basis() -> Tensor:
+        full = torch.zeros(coefficients.shape[1], *num_features, dtype=coefficients.dtype, device=coefficients.device)
+        for n, f, g, sign in entries:
+            full[n, f, g] = sign
+        return full.flatten(1)
+
+    key = ("basis", entries, num_features, coefficients.dtype)
+    return (coefficients @ remembered(key, coefficients.device, basis)).unflatten(-1, num_features)
 
 
 def _with_heads(features: Tensor) -> Tensor:
@@ -291,7 +358,7 @@ def _gated(
 
         functions = {side: getattr(features, side) for side in ("query", "key")}
         functions |= {side: gated(functions[side]) for side in sides}
-        FEATURES[name] = Features(name, functions["query"], functions["key"], typical_range=typical_range)
+        FEATURES[name] = features.like(name, functions["query"], functions["key"], typical_range=typical_range)
     return FEATURES[name]
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from eotattn.checks import check_positive, check_positive_int, require
-from eotattn.priors.bilinear import BilinearPrior
+from eotattn.priors.bilinear import BilinearPrior, Entry
 from eotattn.priors.tables import constants
 
 __all__ = ["FourierPrior", "geometric_frequencies", "waves"]
@@ -89,7 +89,13 @@ class FourierPrior(BilinearPrior):
 
     key_features = query_features
 
-    def weights(self) -> Tensor:
+    def coefficients(self) -> Tensor:
+        """Even, then odd weights."""
+        return torch.cat([self.even, self.odd], dim=-1)
+
+    def entries(self) -> tuple[Entry, ...]:
         """[[even, -odd], [odd, even]] for each frequency, by the addition theorems."""
-        even, odd = self.even.diag_embed(), self.odd.diag_embed()
-        return torch.cat([torch.cat([even, -odd], dim=-1), torch.cat([odd, even], dim=-1)], dim=-2)
+        count = len(self.frequencies)
+        each = [((r, r, r, 1.0), (r, count + r, count + r, 1.0)) for r in range(count)]
+        each += [((count + r, count + r, r, 1.0), (count + r, r, count + r, -1.0)) for r in range(count)]
+        return tuple(entry for pair in each for entry in pair)

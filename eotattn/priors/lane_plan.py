@@ -20,12 +20,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from eotattn.compat import plain_tensors
 from eotattn.priors.base import computing_dtype
 from eotattn.priors.bilinear import FEATURES, PREPARED, KeyTerm, Term
 from eotattn.priors.lane_sides import Column, Lane, Shape, Side, SideLayout, SidePlan
 from eotattn.priors.probing import FeatureFacts, Span, probe
 from eotattn.priors.splitting import MOST_PIECES, significant_digits, split_numbers, unit_roundoff
-from eotattn.priors.tables import remembered
+from eotattn.priors.tables import placed
 
 __all__ = ["LanePlan", "LaneRequest", "plan_lanes"]
 
@@ -106,18 +107,17 @@ class LanePlan:
     def matrices(self, terms: Sequence[Term | KeyTerm], device: torch.device) -> tuple[Tensor, Tensor]:
         """Matrices of query and key on ``device``, with gradients to the weights."""
         computing = computing_dtype(self.request.dtype)
-        flat = [term.weights.flatten(1) for term in terms if isinstance(term, Term)]
-        if not flat:
+        each = [term.coefficients for term in terms if isinstance(term, Term)]
+        if not each:
             return self.query.matrix(None, computing, device), self.key.matrix(None, computing, device)
-        weights = (flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)).double()
-        by_key_head = weights.view(self.request.num_kv_heads, -1)
-        return self.query.matrix(weights, computing, device), self.key.matrix(by_key_head, computing, device)
+        numbers = (each[0] if len(each) == 1 else torch.cat(each, dim=1)).squeeze(-1).double()
+        by_key_head = numbers if self.request.group == 1 else numbers.view(self.request.num_kv_heads, -1)
+        return self.query.matrix(numbers, computing, device), self.key.matrix(by_key_head, computing, device)
 
     def side(self, side: str, table: Tensor, matrix: Tensor, more: Tensor | None = None) -> Side:
         """One side of a call."""
         plan = getattr(self, side)
-        piece = remembered((self, side, "piece"), table.device, lambda: plan.piece.to(table.device))
-        return Side(table, matrix, piece, plan.depth, more)
+        return Side(table, matrix, placed((plan, "piece"), plan.piece, table.device), plan.depth, more)
 
     def more_of_keys(self, terms: Sequence[Term | KeyTerm], positions: Tensor) -> Tensor | None:
         """Lanes of what is looked up by key: (..., Hk, K, P')."""
@@ -145,12 +145,11 @@ def plan_lanes(terms: Sequence[Term | KeyTerm], request: LaneRequest) -> LanePla
 def _shape(term: Term | KeyTerm) -> Shape:
     if isinstance(term, KeyTerm):
         return Shape(term.features.name, 1, 0)
-    return Shape(term.features.name, int(term.weights.shape[1]), int(term.weights.shape[2]))
+    return Shape(term.features.name, *term.features.num_features)
 
 
 @lru_cache(maxsize=512)
-@torch.inference_mode(False)
-@torch.no_grad()
+@plain_tensors()
 def _plan(shapes: tuple[Shape, ...], request: LaneRequest) -> LanePlan:
     """The plan that these constants decide."""
     lanes: list[Lane] = []

@@ -1,6 +1,6 @@
 """The two sides of a lane plan: how the table and the matrix of queries, or of keys, are made.
 
-Legend: B batch, H heads, M query heads a key head, L positions, P lanes, C columns of a table, N weights of a head.
+Legend: B batch, H heads, M query heads a key head, L positions, P lanes, C columns of a table, N coefficients of a head.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from eotattn.priors.base import computing_dtype
 from eotattn.priors.bilinear import FEATURES
 from eotattn.priors.splitting import MOST_PIECES, multiply, split_numbers, write_pieces
-from eotattn.priors.tables import remembered
+from eotattn.priors.tables import placed
 
 __all__ = ["Column", "Lane", "Shape", "Side", "SideLayout", "SidePlan"]
 
@@ -89,20 +89,20 @@ class SidePlan:
 
     Args:
         columns: C columns of the table.
-        selection: (N or M N, C * P) float64: from the weights of a head (key head) to its matrix.
+        selection: (N or M N, C * P) float64: from the coefficients of a head (key head) to its matrix.
         fixed: (1 or heads, C, P) float64: what is in the matrix besides.
-        has_fixed: Whether any of that is not zero.
+        start: The same, (1 or heads, C * P).
         piece: (P,) int8.
-        is_constant: (P,) boolean, true where the weights only have a gradient; ``None`` if they are nowhere.
+        constant: What of the selection only has a gradient: constants of each row; ``None`` for nothing.
         depth: Pieces of a product at most.
     """
 
     columns: tuple[Column, ...]
     selection: Tensor | None
     fixed: Tensor
-    has_fixed: bool
+    start: Tensor
     piece: Tensor
-    is_constant: Tensor | None
+    constant: Tensor | None
     depth: int
 
     def table(self, names: Sequence[str], side: str, positions: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -123,20 +123,16 @@ class SidePlan:
         lead = torch.broadcast_shapes(*(part.shape[:-1] for part in made))  # samples may differ in some terms alone
         return torch.cat([part.expand(*lead, part.shape[-1]) for part in made], dim=-1)
 
-    def matrix(self, weights: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """(1 or heads, C, P) in ``dtype``, from the weights of the heads, float64."""
-        selection = self.selection
-        if weights is None or selection is None:
-            return remembered((self, "fixed", dtype), device, lambda: self.fixed.to(device, dtype))
-        chosen = remembered((self, "selection"), device, lambda: selection.to(device))
-        matrix = (weights @ chosen).unflatten(-1, self.fixed.shape[1:])
-        if self.is_constant is not None:
-            is_constant = self.is_constant
-            mask = remembered((self, "constant"), device, lambda: is_constant.double().to(device))
-            matrix = matrix - (matrix * mask).detach()
-        if not self.has_fixed:
-            return matrix.to(dtype)
-        return matrix.to(dtype) + remembered((self, "fixed", dtype), device, lambda: self.fixed.to(device, dtype))
+    def matrix(self, coefficients: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """(1 or heads, C, P) in ``dtype``, from the coefficients of the heads, float64."""
+        if coefficients is None or self.selection is None:
+            return placed((self, "fixed"), self.fixed, device, dtype)
+        selection, start = placed((self, "selection"), self.selection, device), placed((self, "start"), self.start, device)
+        if self.constant is not None:  # no value, but a gradient
+            constant = placed((self, "constant"), self.constant, device)
+            start = torch.addmm(start, coefficients.detach(), constant, alpha=-1)
+        matrix = torch.addmm(start, coefficients, selection)
+        return matrix.view(-1, *self.fixed.shape[1:]).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -171,18 +167,19 @@ class SideLayout:
                 owners = slice(None) if lane.member is None else slice(lane.member, None, self.group)
                 fixed[owners, at[lane.fixed], p] = 1.0 if self.shapes[lane.fixed.term].num_key else self.lift
                 continue
-            for column in self._columns(side, lane):
-                weight = self._weight(lane, column.feature) + (lane.member or 0) * num_weights
-                selection[weight, at[column], p] = self.query_scale * lane.fixed.divisor
+            for n, feature, sign in self._learned(side, lane):
+                row = n + (lane.member or 0) * num_weights
+                selection[row, at[Column(lane.fixed.term, feature)], p] = sign * self.query_scale * lane.fixed.divisor
         pieces = [lane.piece if lane.learned == side else 0 for lane in lanes]
         is_constant = torch.tensor([lane.is_constant and lane.learned == side for lane in lanes], dtype=torch.bool)
+        learns = any(lane.learned == side for lane in lanes)
         return SidePlan(
             columns=tuple(columns),
-            selection=selection.flatten(1) if any(lane.learned == side for lane in lanes) else None,
+            selection=selection.flatten(1) if learns else None,
             fixed=fixed,
-            has_fixed=bool(fixed.any()),
+            start=fixed.flatten(1),
             piece=torch.tensor(pieces, dtype=torch.int8),
-            is_constant=is_constant if bool(is_constant.any()) else None,
+            constant=(selection * is_constant).flatten(1) if learns and bool(is_constant.any()) else None,
             depth=max(pieces, default=0) + 1,
         )
 
@@ -190,15 +187,18 @@ class SideLayout:
         """Columns of the table that a lane reads on one side."""
         if lane.learned != side:
             return [lane.fixed]
-        shape = self.shapes[lane.fixed.term]
-        count = shape.num_query if side == "query" else shape.num_key
-        return [Column(lane.fixed.term, feature) for feature in range(count)]
+        return list(dict.fromkeys(Column(lane.fixed.term, feature) for _, feature, _ in self._learned(side, lane)))
 
-    def _weight(self, lane: Lane, feature: int) -> int:
-        """Where the weight of a learned feature against the lane's fixed feature stands among all of a head."""
-        term, other = lane.fixed.term, lane.fixed.feature
-        query, key = (feature, other) if lane.learned == "query" else (other, feature)
-        return self._first_weight(term) + query * self.shapes[term].num_key + key
+    def _learned(self, side: str, lane: Lane) -> list[tuple[int, int, float]]:
+        """(coefficient among all of a head, feature of the learned side, sign) of what meets the lane's fixed feature."""
+        first, entries = self._first_weight(lane.fixed.term), FEATURES[self.shapes[lane.fixed.term].features].entries
+        own, other = (1, 2) if side == "query" else (2, 1)
+        return [(first + entry[0], entry[own], entry[3]) for entry in entries if entry[other] == lane.fixed.feature]
 
     def _first_weight(self, term: int) -> int:
-        return sum(shape.num_query * shape.num_key for shape in self.shapes[:term])
+        return sum(_num_coefficients(shape) for shape in self.shapes[:term])
+
+
+def _num_coefficients(shape: Shape) -> int:
+    """N of one term; none of a term that is looked up."""
+    return 1 + max(entry[0] for entry in FEATURES[shape.features].entries) if shape.num_key else 0

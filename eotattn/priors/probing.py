@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from eotattn.compat import plain_tensors
 from eotattn.priors.bilinear import FEATURES
 
 __all__ = ["FeatureFacts", "Span", "bits_of", "constant_key_features", "probe"]
@@ -61,6 +62,7 @@ def bits_of(largest: float) -> int:
 
 
 @lru_cache(maxsize=512)
+@plain_tensors()
 def probe(features: str, side: str, num_coordinates: int, span: Span) -> tuple[FeatureFacts, ...]:
     """The facts of each feature of a side; without gaps where all positions are below 65 536."""
     stated = FEATURES[features]
@@ -94,7 +96,7 @@ def _numbers(count: int, reach: int, *, has_negative: bool) -> Tensor:
 
 
 def _on_grid(numbers: Tensor, num_coordinates: int) -> Tensor:
-    """(n, C): every number as each coordinate of a cell at the border, and as all of them; all cells near the origin."""
+    """(n, C): every number as each coordinate of a border cell, and as all of them; all cells near the origin."""
     along = [torch.zeros(len(numbers), num_coordinates, dtype=torch.float64) for _ in range(num_coordinates)]
     for coordinate, cells in enumerate(along):
         cells[:, coordinate] = numbers

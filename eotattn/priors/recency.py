@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from eotattn.checks import check_choice, check_positive_int, require
-from eotattn.priors.bilinear import BilinearPrior
+from eotattn.priors.bilinear import BilinearPrior, Entry
 from eotattn.priors.tables import constants
 
 __all__ = ["RecencyPrior", "alibi_slopes", "slope_of_mean_lag"]
@@ -100,7 +100,8 @@ class RecencyPrior(BilinearPrior):
     @property
     def slopes(self) -> Tensor:
         """(H,) float64, nats a token."""
-        size = torch.where(self.strength >= 0, self.strength, -self.strength)  # unlike abs, has a gradient at zero
+        strength = self.strength
+        size = torch.where(strength >= 0, strength, -strength)  # unlike abs, has a gradient at zero
         return size.double() * constants(self.unit_slopes, size.device)
 
     def query_features(self, positions: Tensor) -> Tensor:
@@ -109,7 +110,10 @@ class RecencyPrior(BilinearPrior):
 
     key_features = query_features
 
-    def weights(self) -> Tensor:
+    def coefficients(self) -> Tensor:
+        """The slope."""
+        return self.slopes.unsqueeze(-1)
+
+    def entries(self) -> tuple[Entry, ...]:
         """[[0, slope], [-slope, 0]]: the slope times the key's position, less the slope times the query's."""
-        turn = constants((0.0, 1.0, -1.0, 0.0), self.strength.device).view(2, 2)
-        return self.slopes[:, None, None] * turn
+        return (0, 0, 1, 1.0), (0, 1, 0, -1.0)

@@ -94,5 +94,7 @@ class SinkPrior(BilinearPrior):
 
     def weights(self) -> Tensor:
         """All weights of u in one row."""
-        each = [self.first_token.unsqueeze(-1), self.growth.unsqueeze(-1)]
-        return torch.cat([*each, self.even, self.odd] if self.frequencies else each, dim=-1).unsqueeze(-2)
+        if not self.frequencies:
+            return torch.stack([self.first_token, self.growth], dim=-1).unsqueeze(-2)
+        each = [self.first_token.unsqueeze(-1), self.growth.unsqueeze(-1), self.even, self.odd]
+        return torch.cat(each, dim=-1).unsqueeze(-2)

@@ -14,9 +14,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from eotattn.compat import is_intercepted, raw_stream
+from eotattn.compat import admitted, is_intercepted, raw_stream
 
-__all__ = ["constants", "is_plain", "may_remember", "remembered"]
+__all__ = ["constants", "is_plain", "may_remember", "placed", "remembered"]
 
 #: Values kept; the least recently used one goes first.
 MAX_VALUES = 128
@@ -63,10 +63,17 @@ def remembered(key: Hashable, device: torch.device, make: Callable[[], Value]) -
     return value
 
 
+def placed(key: Hashable, tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """``tensor``, which ``key`` determines, put on ``device`` once; not to be written to."""
+    return remembered((key, dtype), device, lambda: admitted(tensor).to(device, dtype))
+
+
 def constants(numbers: tuple[float, ...], device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
     """``numbers`` as (n,) on ``device``, put there once; not to be written to."""
     if may_remember(device):
-        return remembered(("constants", numbers, dtype), device, lambda: torch.tensor(numbers, dtype=dtype).to(device))
+        return remembered(
+            ("constants", numbers, dtype), device, lambda: torch.tensor(numbers, dtype=dtype, device=device)
+        )
     if not numbers:
         return torch.empty(0, dtype=dtype, device=device)
     # filled in on the device: a copy from the host would keep CUDA graphs from being captured

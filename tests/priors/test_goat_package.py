@@ -72,7 +72,7 @@ def matched_parts(layer, weights):
     with torch.no_grad():
         fourier.even.copy_(layer.lambda_sym.repeat_interleave(group, 0))
         fourier.odd.copy_(layer.lambda_asym.repeat_interleave(group, 0))
-        recency.strength.copy_(slopes.repeat_interleave(group) / recency.unit_slopes)
+        recency.strength.copy_(slopes.repeat_interleave(group) / torch.tensor(recency.unit_slopes))
         sink.first_token.copy_(layer.sink_bump.repeat_interleave(group))
         sink.even.copy_((gain * weights[:M]).repeat_interleave(group, 0))
         sink.odd.copy_((gain * weights[M : 2 * M]).repeat_interleave(group, 0))

@@ -3,7 +3,7 @@
 from torch import nn
 
 from eotattn import PriorAttention, goat_prior, split_parameters
-from eotattn.priors import RecencyPrior, SharedPrior, SinkPrior
+from eotattn.priors import HeadsPrior, RecencyPrior, SinkPrior
 
 
 def test_every_trainable_parameter_is_on_one_side():
@@ -19,7 +19,7 @@ def test_every_trainable_parameter_is_on_one_side():
 
 
 def test_frozen_parameters_are_on_neither_side():
-    layer = PriorAttention(16, num_heads=4, prior=SharedPrior(SinkPrior(1), 4).freeze(), batch_first=True)
+    layer = PriorAttention(16, num_heads=4, prior=HeadsPrior(SinkPrior(1), [0] * 4).freeze(), batch_first=True)
     content, priors = split_parameters(layer)
     assert priors == []
     assert content == [p for p in layer.parameters() if p.requires_grad]

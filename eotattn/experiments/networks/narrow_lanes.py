@@ -70,5 +70,5 @@ def _narrow(features: Features) -> Features:
             return lambda positions: _rounded(function(positions).double())
 
         sides = rounded(features.query), rounded(features.key)
-        FEATURES[name] = Features(name, *sides, typical_range=features.typical_range)
+        FEATURES[name] = features.like(name, *sides)
     return FEATURES[name]
