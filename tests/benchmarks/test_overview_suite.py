@@ -15,7 +15,7 @@ def test_a_part_that_fails_is_a_row_and_the_others_are_measured(monkeypatch):
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr(suite, "output_errors", fails)
-    rows = suite.overview(SMALL)
+    rows = list(suite.overview(SMALL))
     failed = [row for row in rows if "failure" in row]
     assert failed == [{"quantity": "precision", "name": "eotattn", "failure": "RuntimeError: no such kernel"}]
     assert {row["quantity"] for row in rows} == {

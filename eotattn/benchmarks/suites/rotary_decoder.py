@@ -5,7 +5,7 @@ Legend: B batch, L tokens, E model width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -22,9 +22,8 @@ from eotattn.benchmarks.timing import Candidate, Row
 __all__ = ["rotary"]
 
 
-def rotary(config: Configuration) -> list[Row]:
+def rotary(config: Configuration) -> Iterator[Row]:
     """A decoder with rotary content: eager, on a GPU compiled block by block; positions left out or of every sample."""
-    rows: list[Row] = []
     small, full = [(2, 128, 64, 2, 2)], [(8, 2048, 768, 12, 12), (2, 8192, 1024, 16, 6)]
     for batch, length, width, heads, layers in config.pick(small, full):
         torch.compiler.reset()
@@ -40,8 +39,7 @@ def rotary(config: Configuration) -> list[Row]:
                 make = partial(_decoder, config, width, heads, layers, turn, at, is_compiled=is_compiled)
                 candidates.append(Candidate(name + suffix, partial(step, make, x)))
         size = {"batch": batch, "length": length, "width": width, "heads": heads, "layers": layers}
-        rows += [{**size, "pass": "forward+backward", **row} for row in measured(candidates, config)]
-    return rows
+        yield from ({**size, "pass": "forward+backward", **row} for row in measured(candidates, config))
 
 
 def _decoder(
