@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from eotattn.checks import check_choice, check_floating, check_positive, check_positive_int, require
+from eotattn.transport.arithmetic import full_precision
 from eotattn.transport.closed_form import solve_closed_form
 from eotattn.transport.optimality.implicit import attach_key_potential
 from eotattn.transport.optimality.keys import starting_potential
@@ -150,7 +151,7 @@ def _iterative(
 ) -> TransportSolution:
     """Iterate without gradients, on the detached problem, then attach them."""
     how = _ITERATIVE[method]
-    with torch.no_grad():
+    with torch.no_grad(), full_precision(detached.query_marginal):
         raw, num_iterations, converged = iterate(
             detached, how.make_step(), tolerance, max_iterations, start=start, asks_host=how.asks_host
         )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from eotattn.transport.arithmetic import full_precision
 from eotattn.transport.certificates.rounding import RoundedCoupling, rounded_coupling
 from eotattn.transport.optimality.objective import dual_objective, reference_mass
 from eotattn.transport.optimality.response import respond
@@ -152,7 +153,7 @@ def pass_over_pairs(problem: TransportProblem, query_potential: Tensor, key_pote
     """
     wide = refined(problem)
     query_potential, key_potential = query_potential.detach().double(), key_potential.detach().double()
-    with torch.no_grad():
+    with torch.no_grad(), full_precision(key_potential):
         return _measure(wide, problem.detached(), query_potential, key_potential)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from eotattn.transport.arithmetic import product, solve_symmetric
 from eotattn.transport.optimality.response import penalty_share, respond
 from eotattn.transport.problems import TransportProblem
 
@@ -58,7 +59,7 @@ def _assembled(
 ) -> Tensor:
     """Factorise the matrix of keys by keys."""
     weights = problem.affinity.log_weights(key_potential, epsilon).exp()
-    flow = (weights * row_mass[..., None]).mT @ weights
+    flow = product((weights * row_mass[..., None]).mT, weights)
     mass = (weights * row_mass[..., None]).sum(-2)
     live = mass > 0
     share = penalty_share(problem.query_penalty, epsilon)
@@ -74,7 +75,7 @@ def _assembled(
         kernel = torch.where(live, root, 0.0)
         scaled = scaled + kernel[..., :, None] * kernel[..., None, :]
     right = torch.where(live, right, 0.0) / root
-    return torch.linalg.solve(scaled, right.unsqueeze(-1)).squeeze(-1) / root
+    return solve_symmetric(scaled, right) / root
 
 
 def _by_products(

@@ -12,6 +12,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from eotattn.transport.arithmetic import product
+
 __all__ = ["Affinity", "DenseAffinity", "Exchange", "Rows"]
 
 #: Some of the queries: a slice, or whole numbers of shape (r,).
@@ -259,7 +261,7 @@ class DenseAffinity(Affinity):
         logits, _, _ = peaked_logits(self._score, self._log_prior, price, epsilon)
         empty = (logits == -math.inf).all(-1, keepdim=True)  # which averages to zero
         weights = torch.where(empty, 0.0, logits).softmax(-1)
-        return torch.where(empty, 0.0, weights) @ value
+        return product(torch.where(empty, 0.0, weights), value)
 
     def rows(self, index: Rows) -> tuple[Tensor, Tensor | None]:
         """See ``Affinity``."""

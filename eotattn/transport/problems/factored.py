@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from eotattn.priors.lanes import LaneFactors, computing_dtype
+from eotattn.transport.arithmetic import product
 from eotattn.transport.problems.affinity import Affinity, Exchange, Rows
 from eotattn.transport.problems.fused import FusedCalls
 
@@ -167,12 +168,12 @@ class FactoredAffinity(Affinity):
     def rows(self, index: Rows) -> tuple[Tensor, Tensor | None]:
         """See ``Affinity``."""
         dtype = self.dtype
-        score = self.query[..., index, :].to(dtype) @ self.key.to(dtype).mT
+        score = product(self.query[..., index, :].to(dtype), self.key.to(dtype).mT)
         if self.query_bias is not None:
             score = score + self.query_bias[..., index, None]
         if self.key_bias is not None:
             score = score + self.key_bias[..., None, :]
-        parts = [part.query[..., index, :].to(dtype) @ part.key.to(dtype).mT for part in self.factors]
+        parts = [product(part.query[..., index, :].to(dtype), part.key.to(dtype).mT) for part in self.factors]
         parts += [part.row[..., index, None] for part in self.factors if part.row is not None]
         forbidden = self._forbidden(index)
         if forbidden is not None:
