@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from eotattn.transport.optimality.response import respond
+from eotattn.transport.optimality.response import respond, row_mass
 from eotattn.transport.problems import TransportProblem
 from eotattn.transport.solution import TransportSolution
 
@@ -41,11 +41,12 @@ def solve_closed_form(problem: TransportProblem) -> TransportSolution:
         )
     shape, device = problem.batch_shape, problem.query_marginal.device
     key_potential = problem.query_marginal.new_zeros((*shape, problem.num_keys))
+    response = respond(problem, key_potential)
     return TransportSolution(
         problem,
-        query_potential=respond(problem, key_potential).potential.expand(*shape, problem.num_queries),
+        query_potential=response.potential.expand(*shape, problem.num_queries),
         key_potential=key_potential,
         num_iterations=torch.zeros(shape, dtype=torch.int64, device=device),
-        converged=torch.ones(shape, dtype=torch.bool, device=device),
+        converged=row_mass(problem, response).detach().isfinite().all(-1).expand(shape),
         method="closed_form",
     )

@@ -13,7 +13,7 @@ from eotattn.transport.arithmetic import full_precision
 from eotattn.transport.closed_form import solve_closed_form
 from eotattn.transport.optimality.implicit import attach_key_potential
 from eotattn.transport.optimality.keys import starting_potential
-from eotattn.transport.optimality.response import respond
+from eotattn.transport.optimality.response import respond, row_mass
 from eotattn.transport.problems import TransportProblem
 from eotattn.transport.solution import TransportSolution
 from eotattn.transport.solvers.accelerated import AcceleratedStep
@@ -156,12 +156,12 @@ def _iterative(
             detached, how.make_step(), tolerance, max_iterations, start=start, asks_host=how.asks_host
         )
     key_potential = attach_key_potential(problem, raw)
-    query_potential = respond(problem, key_potential).potential
+    response = respond(problem, key_potential)
     return TransportSolution(
         problem,
-        query_potential=query_potential,
+        query_potential=response.potential,
         key_potential=key_potential,
         num_iterations=num_iterations,
-        converged=converged,
+        converged=converged & row_mass(problem, response).detach().isfinite().all(-1),
         method=method,
     )

@@ -15,7 +15,7 @@ from eotattn.transport.certificates.certificate import Certificate, solution_cer
 from eotattn.transport.certificates.gap import Pass, pass_over_pairs
 from eotattn.transport.optimality.implicit import envelope_value
 from eotattn.transport.optimality.keys import balance, query_price
-from eotattn.transport.optimality.response import respond, row_mass
+from eotattn.transport.optimality.response import coupling_rows, respond, row_mass, scaled
 from eotattn.transport.problems import TransportProblem
 from eotattn.transport.problems.admissibility import check_broadcast
 
@@ -73,7 +73,8 @@ class TransportSolution:
     @property
     def coupling(self) -> Tensor:
         """Shape (..., n, m); sums to one where a penalty is infinite, to what is optimal otherwise."""
-        return _scaled(self.query_mass, self.attention_weights)
+        coupling = coupling_rows(self.problem, self.key_potential)(slice(None))
+        return coupling.expand(*self.problem.batch_shape, *coupling.shape[-2:])
 
     @property
     def query_mass(self) -> Tensor:
@@ -126,7 +127,7 @@ class TransportSolution:
         """
         self._check_value("apply", value, self.problem.num_keys)
         average = self.problem.affinity.average(self.key_potential, value, self.problem.epsilon)
-        return _scaled(self.query_mass, average)
+        return scaled(self.query_mass, average)
 
     def apply_transpose(self, value: Tensor) -> Tensor:
         """Apply the transpose of the coupling.
@@ -146,7 +147,7 @@ class TransportSolution:
         """
         self._check_value("apply_transpose", value, self.problem.num_queries)
         mass, price = self._offered()
-        return _scaled(mass, self.problem.affinity.transposed.average(price, value, self.problem.epsilon))
+        return scaled(mass, self.problem.affinity.transposed.average(price, value, self.problem.epsilon))
 
     def _offered(self) -> tuple[Tensor, Tensor]:
         """The mass of the keys, and the price at which they see queries."""
@@ -294,8 +295,3 @@ class TransportSolution:
             f"iterations={int(self.num_iterations.max())}, marginal_error={float(self.marginal_error.max()):.1e}, "
             f"gap={float(self.gap.max()):.1e})"
         )
-
-
-def _scaled(mass: Tensor, rows: Tensor) -> Tensor:
-    """Rows times their mass; a soft side may ask for more mass than the dtype holds, and inf * 0 would be NaN."""
-    return torch.where(mass.isinf()[..., None] & (rows == 0), 0.0, mass[..., None] * rows)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from eotattn.checks import check_floating, check_no_nan, require
-from eotattn.transport.certificates.gap import Pass, generalised_divergence, pinsker_radius
-from eotattn.transport.optimality.objective import dual_objective, reference_mass
+from eotattn.transport.certificates.gap import Pass, pinsker_radius
+from eotattn.transport.optimality.objective import divergence, dual_objective
 from eotattn.transport.optimality.response import respond
 from eotattn.transport.problems import TransportProblem
 
@@ -102,15 +102,17 @@ def solution_certificate(
     Source: original.
     """
     total = torch.where((measured.mass > 0) & measured.mass.isfinite(), measured.mass, 1.0)
+    radius = pinsker_radius(measured.gap, measured.mass, problem.epsilon, rounding=measured.rounding)
+    distance = (measured.moved + radius) / total
     return Certificate(
         primal=torch.where(measured.dual.isfinite(), measured.dual + measured.gap, math.inf),
         dual=measured.dual,
         gap=measured.gap,
         query_error=measured.query_error / total,
         key_error=measured.key_error / total,
-        distance=(measured.moved + pinsker_radius(measured.gap, measured.mass, problem.epsilon)) / total,
+        distance=distance,
         iterations=iterations,
-        converged=converged,
+        converged=converged & distance.isfinite(),
         method=method,
         precision=problem.affinity.precision,
     )
@@ -162,16 +164,16 @@ def _certified(problem: TransportProblem, weights: Tensor) -> Certificate:
     given = weights.double()
     positive = given.clamp(min=0)
     sums = positive.sum(-1, keepdim=True)
-    usable = (sums > 0).squeeze(-1)
     rows = positive / torch.where(sums > 0, sums, 1.0)
-    price = torch.zeros(problem.num_keys, dtype=torch.float64, device=given.device)
-    log_weights = problem.affinity.log_weights(price, problem.epsilon)
-    divergence = generalised_divergence(rows, log_weights).sum(-1)
-    divergence = torch.where(usable, divergence, math.inf)
-    distance = (given - rows).abs().sum(-1) + pinsker_radius(divergence, torch.ones_like(divergence), 1.0)
-    potential = respond(problem, price).potential
-    dual = dual_objective(problem, potential, price) + problem.epsilon * reference_mass(problem)
-    gap = problem.epsilon * divergence.mean(-1)
+    potential = torch.zeros(problem.num_keys, dtype=torch.float64, device=given.device)
+    log_weights, rounding = problem.affinity.bounded_log_weights(potential, problem.epsilon)
+    nats = torch.where((sums > 0).squeeze(-1), divergence(rows, log_weights).sum(-1), math.inf)
+    # The optimum is at hand, so the distance is measured; exp(log q) errs by the rounding of log q and one digit.
+    exact = log_weights.exp()
+    digit = torch.finfo(exact.dtype).eps
+    distance = (given - exact).abs().sum(-1) * (1 + 64 * digit) + (exact * (rounding + digit)).sum(-1)
+    dual = dual_objective(problem, respond(problem, potential).potential, potential)
+    gap = problem.epsilon * nats.mean(-1)
     return Certificate(
         primal=dual + gap,
         dual=dual,

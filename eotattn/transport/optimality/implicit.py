@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eotattn.transport.optimality.curvature import solve_curvature
-from eotattn.transport.optimality.objective import dual_objective, reference_mass
+from eotattn.transport.optimality.objective import dual_objective
 from eotattn.transport.optimality.response import respond, row_mass
 from eotattn.transport.problems import TransportProblem
 
@@ -144,7 +144,7 @@ class _EnvelopeValue(torch.autograd.Function):
     ) -> Tensor:
         ctx.problem = problem.with_tensors(*(None if x is None else x.detach() for x in tensors))
         ctx.save_for_backward(query_potential, key_potential, *tensors)
-        return _full_dual(ctx.problem, query_potential, key_potential)
+        return dual_objective(ctx.problem, query_potential, key_potential)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
@@ -152,12 +152,7 @@ class _EnvelopeValue(torch.autograd.Function):
         create = torch.is_grad_enabled()
         with torch.enable_grad():
             problem, wanted = _aliases(ctx.problem, tuple(tensors))
-            value = _full_dual(problem, query_potential, key_potential)
+            value = dual_objective(problem, query_potential, key_potential)
         with torch.set_grad_enabled(create):
             gradients = _distribute(tuple(tensors), value, wanted, cotangents[0])
         return None, None, None, *gradients
-
-
-def _full_dual(problem: TransportProblem, query_potential: Tensor, key_potential: Tensor) -> Tensor:
-    """The dual objective with the constant that ``dual_objective`` leaves out."""
-    return dual_objective(problem, query_potential, key_potential) + problem.epsilon * reference_mass(problem)

@@ -5,14 +5,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from eotattn.transport.problems import TransportProblem
+from eotattn.transport.problems.affinity import Rows
 
-__all__ = ["QueryResponse", "penalty_share", "respond", "row_mass"]
+__all__ = ["QueryResponse", "coupling_rows", "penalty_share", "respond", "row_mass", "scaled"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,3 +108,19 @@ def row_mass(problem: TransportProblem, response: QueryResponse) -> Tensor:
     growth = response.log_growth.exp()
     usable = (problem.query_marginal > 0) | growth.isfinite()
     return torch.where(usable, problem.query_marginal * torch.where(usable, growth, 0.0), 0.0)
+
+
+def coupling_rows(problem: TransportProblem, key_potential: Tensor) -> Callable[[Rows], Tensor]:
+    """Return what forms rows of the coupling, shape (..., r, m), in the dtype of the problem."""
+    mass = row_mass(problem, respond(problem, key_potential))
+
+    def rows(index: Rows) -> Tensor:
+        weights = problem.affinity.log_weights(key_potential, problem.epsilon, index).exp()
+        return scaled(mass[..., index], weights)
+
+    return rows
+
+
+def scaled(mass: Tensor, rows: Tensor) -> Tensor:
+    """Rows times their mass; a soft side may ask for more mass than the dtype holds, and inf * 0 would be NaN."""
+    return torch.where(mass.isinf()[..., None] & (rows == 0), 0.0, mass[..., None] * rows)

@@ -16,7 +16,7 @@ import ot
 import torch
 from torch import Tensor
 
-from eotattn.transport.optimality.objective import primal_objective, reference_mass
+from eotattn.transport.optimality.objective import primal_objective
 from eotattn.transport.optimality.reduced import ReducedProblem, reduce_problem
 from eotattn.transport.problems import TransportProblem
 from eotattn.transport.solvers.iteration import temperatures
@@ -130,7 +130,7 @@ def _run(problem: TransportProblem, solver: Callable[[TransportProblem], np.ndar
     ]
     coupling = torch.stack(plans).reshape(*batch, n, m)
     with torch.no_grad():
-        value = primal_objective(problem, coupling) + problem.epsilon * reference_mass(problem)
+        value = primal_objective(problem, coupling)
     return PotSolution(coupling, value, call)
 
 

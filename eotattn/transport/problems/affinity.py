@@ -115,8 +115,8 @@ class Affinity(ABC):
         """Which keys some query out of ``alive`` (booleans, (..., n)) may use: (..., m), or (..., 1) if all alike."""
 
     @abstractmethod
-    def log_prior_mass(self) -> Tensor:
-        """Log of ``sum_j exp(log_prior_ij)``, nats, broadcastable to (..., n)."""
+    def log_prior_mass(self, kept: Tensor | None = None) -> Tensor:
+        """Log of the sum of ``exp(log_prior_ij)`` over the keys in ``kept`` (booleans, (..., m)), nats, as (..., n)."""
 
     @property
     @abstractmethod
@@ -142,6 +142,26 @@ class Affinity(ABC):
         """Log of the softmax of some rows, nats, shape (..., r, m); differentiable."""
         logits, _, _ = peaked_logits(*self.rows(index), price, epsilon)
         return logits - logits.logsumexp(-1, keepdim=True)
+
+    def bounded_log_weights(self, price: Tensor, epsilon: float, index: Rows = slice(None)) -> tuple[Tensor, Tensor]:
+        """The same, and a bound for what rounding does to each, nats; zero on forbidden pairs.
+
+        With r the unit roundoff: a sum of score and price errs by r of itself, its distance from the peak and the
+        quotient by 3 r of that distance, nats by 2 r of theirs, the normaliser by the average of all this and by r for
+        every level of its sum.
+        """
+        score, log_prior = self.rows(index)
+        logits, top, _ = peaked_logits(score, log_prior, price, epsilon)
+        log_weights = logits - logits.logsumexp(-1, keepdim=True)
+        priced = torch.where(price.isfinite(), price, 0.0)[..., None, :]
+        value = score + priced
+        distance = (value - top).abs() / epsilon
+        shifted = torch.where(priced == 0, 0.0, value.abs() + top.abs()) / epsilon
+        nats = (logits + (top - value) / epsilon).abs()
+        error = torch.where(logits > -math.inf, shifted + 3 * distance + 2 * nats + log_weights.abs(), 0.0)
+        average = (log_weights.exp() * error).sum(-1, keepdim=True) + 8 + math.log2(logits.shape[-1])
+        bound = 0.5 * torch.finfo(logits.dtype).eps * (error + average)
+        return log_weights, torch.where(logits > -math.inf, bound, 0.0)
 
     def blocks(self) -> Iterator[slice]:
         """Spans of queries whose rows fit the memory set aside for certificates."""
@@ -285,11 +305,12 @@ class DenseAffinity(Affinity):
             return alive.any(-1, keepdim=True)
         return ((self._log_prior > -math.inf) & alive[..., None]).any(-2)
 
-    def log_prior_mass(self) -> Tensor:
+    def log_prior_mass(self, kept: Tensor | None = None) -> Tensor:
         """See ``Affinity``."""
+        kept = self._score.new_ones(self._score.shape[-1], dtype=torch.bool) if kept is None else kept
         if self._log_prior is None:
-            return self._score.new_full((1,), math.log(self._score.shape[-1]))
-        return self._log_prior.logsumexp(-1)
+            return kept.sum(-1, keepdim=True).to(self.dtype).log()
+        return torch.where(kept[..., None, :], self._log_prior, -math.inf).logsumexp(-1)
 
     @cached_property
     def _extremes(self) -> tuple[float, float]:

@@ -205,10 +205,12 @@ class FactoredAffinity(Affinity):
             alive = alive.any(-1, keepdim=True)
         return alive if self.key_padding is None else alive & ~self.key_padding
 
-    def log_prior_mass(self) -> Tensor:
+    def log_prior_mass(self, kept: Tensor | None = None) -> Tensor:
         """See ``Affinity``."""
+        price = torch.zeros(self.shape[-1], dtype=self.dtype, device=self.device)
+        price = price if kept is None else torch.where(kept, price, -math.inf)
         alone = replace(self, query=self.query[..., :0], key=self.key[..., :0], query_bias=None, key_bias=None)
-        return alone.soft_maximum(torch.zeros(self.shape[-1], dtype=self.dtype, device=self.device), 1.0)
+        return alone.soft_maximum(price, 1.0)
 
     @cached_property
     def largest(self) -> float:
