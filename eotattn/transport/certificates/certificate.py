@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eotattn.checks import check_floating, check_no_nan, require
-from eotattn.transport.certificates.gap import Pass, pinsker_radius
+from eotattn.transport.certificates.duality_gap import DualityGap, pinsker_radius
 from eotattn.transport.optimality.objective import divergence, dual_objective
 from eotattn.transport.optimality.response import respond
 from eotattn.transport.problems import TransportProblem
@@ -38,14 +38,12 @@ class Certificate:
             mass; by Pinsker's inequality.
         iterations: Whole numbers.
         converged: Whether the tolerance was met; for a matrix that was given, whether it has a finite gap.
-        method: What made the coupling.
+        solver: What made the coupling.
         precision: The arithmetic that made it.
 
     Example:
         >>> certify(torch.tensor([[0.5, 0.5]]), torch.zeros(1, 2)).gap.item()
         0.0
-
-    Source: original.
     """
 
     primal: Tensor
@@ -56,7 +54,7 @@ class Certificate:
     distance: Tensor
     iterations: Tensor
     converged: Tensor
-    method: str
+    solver: str
     precision: str
 
     def __str__(self) -> str:
@@ -67,7 +65,7 @@ class Certificate:
             ("error of query masses", f"{float(self.query_error.max()):.1e} of the mass"),
             ("error of key masses", f"{float(self.key_error.max()):.1e} of the mass"),
             ("distance from the optimum", f"<= {float(self.distance.max()):.1e} of the mass"),
-            ("iterations", f"{int(self.iterations.max())} by {self.method}"),
+            ("iterations", f"{int(self.iterations.max())} by {self.solver}"),
             ("converged", f"{int(self.converged.sum())} of {self.converged.numel()}"),
             ("precision", f"{self.precision}; certificate in float64"),
         ]
@@ -79,30 +77,12 @@ def _span(values: Tensor) -> str:
 
 
 def solution_certificate(
-    problem: TransportProblem, measured: Pass, *, iterations: Tensor, converged: Tensor, method: str
+    problem: TransportProblem, measured: DualityGap, *, iterations: Tensor, converged: Tensor, solver: str
 ) -> Certificate:
-    """Gather what one pass over all pairs measured.
-
-    Args:
-        problem: The problem.
-        measured: Of a solution's potentials.
-        iterations: Steps that the solver took, shape (...).
-        converged: Whether it met its tolerance, shape (...).
-        method: Its name.
-
-    Returns:
-        The certificate.
-
-    Example:
-        >>> from eotattn.transport import solve
-        >>> solution = solve(TransportProblem(torch.zeros(1, 2)))
-        >>> solution.certificate.method
-        'closed_form'
-
-    Source: original.
-    """
+    """Gather what one pass over all pairs measured, with what the solver says of itself."""
     total = torch.where((measured.mass > 0) & measured.mass.isfinite(), measured.mass, 1.0)
-    radius = pinsker_radius(measured.gap, measured.mass, problem.epsilon, rounding=measured.rounding)
+    epsilon = problem.epsilon.squeeze(-1) if isinstance(problem.epsilon, Tensor) else problem.epsilon
+    radius = pinsker_radius(measured.gap, measured.mass, epsilon, rounding=measured.rounding)
     distance = (measured.moved + radius) / total
     return Certificate(
         primal=torch.where(measured.dual.isfinite(), measured.dual + measured.gap, math.inf),
@@ -113,7 +93,7 @@ def solution_certificate(
         distance=distance,
         iterations=iterations,
         converged=converged & distance.isfinite(),
-        method=method,
+        solver=solver,
         precision=problem.affinity.precision,
     )
 
@@ -145,7 +125,7 @@ def certify(weights: Tensor, score: Tensor, log_prior: Tensor | None = None, eps
         >>> float(certify(exact, torch.tensor([[0.0, 1.0]])).distance) < 1e-3
         True
 
-    Source: original; duality, Litman 2025, arXiv 2508.08369.
+    Source: duality, Litman 2025, arXiv 2508.08369.
     """
     check_floating(_OWNER, "weights", weights)
     check_no_nan(_OWNER, "weights", weights)
@@ -183,6 +163,6 @@ def _certified(problem: TransportProblem, weights: Tensor) -> Certificate:
         distance=distance.mean(-1),
         iterations=torch.zeros_like(gap, dtype=torch.int64),
         converged=gap.isfinite(),
-        method="certify",
+        solver="certify",
         precision=str(weights.dtype).removeprefix("torch."),
     )

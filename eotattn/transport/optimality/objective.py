@@ -11,6 +11,7 @@ from torch import Tensor
 
 from eotattn.transport.optimality.response import respond
 from eotattn.transport.problems import TransportProblem
+from eotattn.transport.problems.affinity import Number, is_absent, is_constraint, pairwise
 
 __all__ = ["divergence", "dual_objective", "primal_objective", "reference_mass"]
 
@@ -71,11 +72,12 @@ def primal_objective(problem: TransportProblem, coupling: Tensor) -> Tensor:
         log_reference = log_reference + log_prior
     if problem.key_marginal is not None:
         log_reference = torch.where((problem.key_marginal > 0)[..., None, :], log_reference, -math.inf)
-    value = (problem.epsilon * divergence(coupling, log_reference) - coupling * score).sum((-2, -1))
-    if 0 < problem.query_penalty < math.inf:
-        value = value + problem.query_penalty * divergence(coupling.sum(-1), problem.query_marginal.log()).sum(-1)
-    if problem.key_marginal is not None and problem.key_penalty < math.inf:
-        value = value + problem.key_penalty * divergence(coupling.sum(-2), problem.key_marginal.log()).sum(-1)
+    value = (pairwise(problem.epsilon) * divergence(coupling, log_reference) - coupling * score).sum((-2, -1))
+    query_side = (coupling.sum(-1), problem.query_marginal, problem.query_penalty)
+    key_side = (coupling.sum(-2), problem.key_marginal, problem.key_penalty)
+    for mass, marginal, penalty in (query_side, key_side):
+        if marginal is not None and not is_constraint(penalty) and not is_absent(penalty):
+            value = value + (penalty * divergence(mass, marginal.log())).sum(-1)
     return value.expand(problem.batch_shape)
 
 
@@ -95,23 +97,23 @@ def dual_objective(problem: TransportProblem, query_potential: Tensor, key_poten
     Source: Chizat et al. 2018.
     """
     response = respond(problem, key_potential)
-    growth = ((query_potential + response.soft_maximum) / problem.epsilon).exp()
+    growth = ((query_potential - response.transform) / problem.epsilon).exp()
     # A query without mass contributes none, even where the exponential overflows.
     growth = torch.where((problem.query_marginal > 0) | growth.isfinite(), growth, 0.0)
-    total = (problem.query_marginal * growth).sum(-1)
+    total = (problem.query_marginal * growth).sum(-1, keepdim=True)
     impossible = (key_potential == math.inf) & problem.affinity.reachable(problem.query_marginal > 0)
     value = _concave_part(query_potential, problem.query_marginal, problem.query_penalty)
-    value = value + problem.epsilon * (reference_mass(problem) - total)
+    value = value + (problem.epsilon * (reference_mass(problem)[..., None] - total)).squeeze(-1)
     key_marginal = torch.ones_like(key_potential) if problem.key_marginal is None else problem.key_marginal
     value = value + _concave_part(key_potential, key_marginal, problem.key_penalty)
     return torch.where(impossible.any(-1), -math.inf, value).expand(problem.batch_shape)
 
 
-def _concave_part(potential: Tensor, marginal: Tensor, penalty: float) -> Tensor:
+def _concave_part(potential: Tensor, marginal: Tensor, penalty: Number) -> Tensor:
     """Minus the conjugate of a marginal penalty at minus the potential."""
-    if penalty == 0:
+    if is_absent(penalty):
         return torch.where(potential >= 0, 0.0, -math.inf).to(potential.dtype).sum(-1)
-    gain = potential if math.isinf(penalty) else -penalty * torch.expm1(-potential / penalty)
+    gain = potential if is_constraint(penalty) else -penalty * torch.expm1(-potential / penalty)
     # Zero mass at an infinite price costs nothing.
     gain = torch.where((marginal > 0) | gain.isfinite(), gain, 0.0)
     return (marginal * gain).sum(-1)

@@ -16,16 +16,17 @@ from eotattn.transport.certificates.rounding import RoundedCoupling, rounded_cou
 from eotattn.transport.optimality.objective import divergence, dual_objective
 from eotattn.transport.optimality.response import coupling_rows, respond, scaled
 from eotattn.transport.problems import TransportProblem
+from eotattn.transport.problems.affinity import Number, is_absent, is_constraint
 
-__all__ = ["Pass", "pass_over_pairs", "pinsker_radius", "refined", "rounding_radius"]
+__all__ = ["DualityGap", "duality_gap", "pinsker_radius", "refined", "rounding_radius"]
 
 #: Mass, in machine epsilons of the total, that rounding may put on a forbidden pair.
 _DROPPED = 64
 
 
 @dataclass(frozen=True, eq=False)
-class Pass:
-    """What ``pass_over_pairs`` returns, float64, each of the shape of the batch unless said otherwise.
+class DualityGap:
+    """What ``duality_gap`` returns, float64, each of the shape of the batch unless said otherwise.
 
     Args:
         dual: Of the potentials, cost units, with all constants.
@@ -42,10 +43,8 @@ class Pass:
 
     Example:
         >>> problem = TransportProblem(torch.zeros(1, 2))
-        >>> float(pass_over_pairs(problem, torch.full((1,), -0.6931), torch.zeros(2)).entropy)
+        >>> float(duality_gap(problem, torch.full((1,), -0.6931), torch.zeros(2)).entropy)
         0.693...
-
-    Source: original.
     """
 
     dual: Tensor
@@ -73,18 +72,17 @@ def refined(problem: TransportProblem) -> TransportProblem:
     Example:
         >>> refined(TransportProblem(torch.zeros(1, 3))).query_marginal.dtype
         torch.float64
-
-    Source: original.
     """
-    *parts, query, key = (None if tensor is None else tensor.detach().double() for tensor in problem.tensors)
+    wide = problem.with_leaves(*(None if leaf is None else leaf.detach().double() for leaf in problem.leaves))
+    *parts, query, key = wide.tensors
     assert query is not None
-    query = query / query.sum(-1, keepdim=True) if math.isinf(problem.query_penalty) else query
-    if key is not None and math.isinf(problem.key_penalty):
+    query = query / query.sum(-1, keepdim=True) if is_constraint(problem.query_penalty) else query
+    if key is not None and is_constraint(problem.key_penalty):
         key = key / key.sum(-1, keepdim=True)
-    return problem.with_tensors(*parts, query, key)
+    return wide.with_tensors(*parts, query, key)
 
 
-def pinsker_radius(gap: Tensor, mass: Tensor, epsilon: float, *, rounding: Tensor | float = 0.0) -> Tensor:
+def pinsker_radius(gap: Tensor, mass: Tensor, epsilon: Number, *, rounding: Tensor | float = 0.0) -> Tensor:
     """Bound the summed distance of a feasible coupling from the optimal one by its duality gap.
 
     The objective is strongly convex, ``gap >= epsilon KL(P || optimum)``. With K the quotient and t the distance,
@@ -121,7 +119,7 @@ def rounding_radius(mass: Tensor, log_reference: Tensor, rounding: Tensor) -> Te
     return ((mass + log_reference.exp()) * error.square()).sum(-1).sqrt()
 
 
-def pass_over_pairs(problem: TransportProblem, query_potential: Tensor, key_potential: Tensor) -> Pass:
+def duality_gap(problem: TransportProblem, query_potential: Tensor, key_potential: Tensor) -> DualityGap:
     """Round the coupling and measure it against the potentials, in float64 and by blocks of rows.
 
     With Q the coupling of the potentials, ``Q_ij = R_ij exp((score_ij + f_i + g_j) / epsilon)``, and P feasible, the
@@ -134,11 +132,11 @@ def pass_over_pairs(problem: TransportProblem, query_potential: Tensor, key_pote
         key_potential: Cost units, shape (..., m).
 
     Returns:
-        See ``Pass``; a gap of +inf where there is no feasible coupling at hand or the dual is -inf.
+        See ``DualityGap``; a gap of +inf where there is no feasible coupling at hand or the dual is -inf.
 
     Example:
         >>> problem = TransportProblem(torch.zeros(1, 2))
-        >>> float(pass_over_pairs(problem, torch.full((1,), -0.6931), torch.zeros(2)).gap) < 1e-6
+        >>> float(duality_gap(problem, torch.full((1,), -0.6931), torch.zeros(2)).gap) < 1e-6
         True
 
     Source: original; duality as in Chizat et al. 2018.
@@ -151,7 +149,7 @@ def pass_over_pairs(problem: TransportProblem, query_potential: Tensor, key_pote
 
 def _measure(
     problem: TransportProblem, stated: TransportProblem, query_potential: Tensor, key_potential: Tensor
-) -> Pass:
+) -> DualityGap:
     """The pass itself; ``problem`` is wide, ``stated`` the same problem with its own kernels."""
     rounded = rounded_coupling(problem, key_potential, stated=stated)
     returned = coupling_rows(stated, key_potential.to(stated.affinity.dtype))
@@ -162,13 +160,14 @@ def _measure(
     key_marginal = torch.ones_like(key_potential) if problem.key_marginal is None else problem.key_marginal
     query_side = (problem.query_marginal, query_potential, problem.query_penalty)
     key_side = (key_marginal, key_potential, problem.key_penalty)
-    gap = problem.epsilon * sums.divergence + _side_gap(mass, *query_side) + _side_gap(sums.columns, *key_side)
+    divergence_part = (problem.epsilon * sums.divergence[..., None]).squeeze(-1)
+    gap = divergence_part + _side_gap(mass, *query_side) + _side_gap(sums.columns, *key_side)
     unusable = sums.misplaced > _DROPPED * torch.finfo(torch.float64).eps * mass.sum(-1)
     stranded = (key_potential == math.inf) & problem.affinity.reachable(problem.query_marginal > 0)
     gap = torch.where(gap.isfinite() & ~unusable & ~stranded.any(-1), gap, math.inf)
     batch = problem.batch_shape
     dual = dual_objective(problem, query_potential, key_potential)
-    return Pass(
+    return DualityGap(
         dual=dual,
         gap=gap.expand(batch),
         moved=_finite(sums.moved).expand(batch),
@@ -190,8 +189,8 @@ def _finite(number: Tensor) -> Tensor:
 
 def _log_rows(problem: TransportProblem, query_potential: Tensor, key_potential: Tensor) -> Tensor:
     """Log of the row sums of the potentials' coupling, nats, shape (..., n)."""
-    soft_maximum = respond(problem, key_potential).soft_maximum
-    nats = problem.query_marginal.log() + (query_potential + soft_maximum) / problem.epsilon
+    transform = respond(problem, key_potential).transform
+    nats = problem.query_marginal.log() + (query_potential - transform) / problem.epsilon
     return torch.where(problem.query_marginal > 0, nats, -math.inf)
 
 
@@ -224,22 +223,22 @@ class _Sums:
         self.stored_columns = self.stored_columns + stored.sum(-2)
 
 
-def _side_gap(mass: Tensor, marginal: Tensor, potential: Tensor, penalty: float) -> Tensor:
+def _side_gap(mass: Tensor, marginal: Tensor, potential: Tensor, penalty: Number) -> Tensor:
     """What one side adds to the gap; a feasible hard side adds nothing."""
-    if math.isinf(penalty):
+    if is_constraint(penalty):
         return mass.new_zeros(())
-    if penalty == 0:
+    if is_absent(penalty):
         return torch.where((potential >= 0).all(-1), (mass * potential).sum(-1), math.inf)
-    return penalty * divergence(mass, marginal.log() - _price(potential) / penalty).sum(-1)
+    return (penalty * divergence(mass, marginal.log() - _finite_part(potential) / penalty)).sum(-1)
 
 
-def _price(potential: Tensor) -> Tensor:
-    """The potential, at most a number whose exponential vanishes; -inf belongs to keys without mass."""
+def _finite_part(potential: Tensor) -> Tensor:
+    """The potential, zero where it is -inf: there is no mass."""
     return torch.where(potential == -math.inf, 0.0, potential)
 
 
-def _error(mass: Tensor, marginal: Tensor, potential: Tensor, penalty: float) -> Tensor:
+def _error(mass: Tensor, marginal: Tensor, potential: Tensor, penalty: Number) -> Tensor:
     """Summed distance of mass from its target."""
-    if penalty == 0:
+    if is_absent(penalty):
         return mass.new_zeros(mass.shape[:-1])
-    return (mass - marginal * (-_price(potential) / penalty).exp()).abs().sum(-1)
+    return (mass - marginal * (-_finite_part(potential) / penalty).exp()).abs().sum(-1)
