@@ -84,6 +84,23 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
+def first_parameter(module: torch.nn.Module) -> torch.nn.Parameter | None:
+    """The first of ``module.parameters()``, in one step: what every call asks must cost nothing."""
+    stack = [module]
+    while stack:
+        module = stack.pop()
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                return parameter
+        stack += [child for child in reversed(module._modules.values()) if child is not None]
+    return None
+
+
+def has_forward_hooks(module: torch.nn.Module) -> bool:
+    """Whether calling the module does more than its own ``forward``."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def raw_stream(device: torch.device) -> int:
     """The handle of a CUDA device's current stream, without the object that ``torch.cuda.current_stream`` makes."""
     return torch._C._cuda_getCurrentRawStream(device.index)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from eotattn.checks import check_choice, check_positive, check_positive_int
+from eotattn.checks import check_choice, check_positive, check_positive_int, speaking_as
 from eotattn.priors.algebra import SumPrior
 from eotattn.priors.base import LogPrior
 from eotattn.priors.fourier import FourierPrior
