@@ -18,6 +18,7 @@ __all__ = [
     "admitted",
     "allows_tf32",
     "attention_implementation",
+    "constant_in_graphs",
     "cpu_flash_attention",
     "cpu_flash_attention_backward",
     "cudnn_attention",
@@ -41,6 +42,7 @@ __all__ = [
 ]
 
 Wrapper = TypeVar("Wrapper", bound=Tensor)
+Wrapped = TypeVar("Wrapped", bound=Callable[..., Any])
 
 
 # PyTorch: tensors and modes ---------------------------------------------------------------------------------------
@@ -61,6 +63,12 @@ def plain_tensors() -> Iterator[None]:
     """A block whose new tensors outlive it: real, on the CPU, and fit for training, whatever is traced around it."""
     with _disable_current_modes(), torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
         yield
+
+
+def constant_in_graphs(function: Wrapped) -> Wrapped:
+    """Mark a function whose result a graph holds as a constant; PyTorch's own mark imports the whole compiler."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def admitted(tensor: Tensor) -> Tensor:

@@ -44,7 +44,6 @@ KNOWN_PRIVATE = {
     "eotattn.attention.key_storage",
     "eotattn.kernels.join",
     "eotattn.kernels.log_sum_exp",
-    "eotattn.priors.positions",
 }
 #: File names that more than one room has; each is to get a name of its own, and then leaves this list.
 KNOWN_NAMESAKES = {"positions.py", "recency.py", "sink.py"}

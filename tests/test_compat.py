@@ -67,6 +67,21 @@ def test_function_transforms_are_seen():
         assert seen == [True, True]
 
 
+def test_constants_in_graphs():
+    calls = []
+
+    @compat.constant_in_graphs
+    def name_of(number):
+        calls.append(number)
+        return f"{number}"
+
+    with moved("torch._dynamo's mark of constant functions", "plans of lanes in compiled graphs"):
+        compiled = torch.compile(lambda x: x * len(name_of(512)), backend="eager", fullgraph=True)
+        assert compiled(torch.ones(2)).tolist() == [3.0, 3.0]
+        compiled(torch.zeros(2))
+        assert calls == [512]
+
+
 def test_plain_tensors():
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 

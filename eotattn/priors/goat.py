@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 
 from eotattn.checks import check_choice, check_positive, check_positive_int, speaking_as
-from eotattn.priors.algebra import SumPrior
-from eotattn.priors.base import LogPrior
+from eotattn.priors.base import LogPrior, SumPrior
 from eotattn.priors.fourier import FourierPrior
 from eotattn.priors.recency import RecencyPrior
 from eotattn.priors.sink import SinkPrior
@@ -69,6 +68,7 @@ def goat_prior(
         ``notebooks/ablations.ipynb``.
 
     Example:
+        >>> import torch
         >>> [goat_prior(4, num_frequencies=4).num_lanes(dtype) for dtype in (torch.float32, torch.bfloat16)]
         [11, 15]
     """

@@ -1,6 +1,6 @@
 """The two sides of a lane plan: how the table and the matrix of queries, or of keys, are made.
 
-Legend: B batch, H heads, M query heads a key head, L positions, P lanes, C columns of a table, N coefficients of a head.
+Legend: B batch, H heads, M query heads a key head, L positions, P lanes, C columns of a table, N coefficients a head.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from eotattn.compat import admitted
-from eotattn.priors.base import computing_dtype
-from eotattn.priors.bilinear import FEATURES
-from eotattn.priors.splitting import MOST_PIECES, multiply, split_numbers, write_pieces
-from eotattn.priors.tables import remembered
+from eotattn.priors.remembered import remembered
+from eotattn.priors.splitting import MOST_PIECES, computing_dtype, multiply, split_numbers, write_pieces
+from eotattn.priors.terms import FEATURES
 
 __all__ = ["Column", "Lane", "Shape", "Side", "SideLayout", "SidePlan"]
 
@@ -135,11 +134,11 @@ class SidePlan:
         return Side(table, matrix.to(table.dtype), held.piece, self.depth, more)
 
     def _placed(self, device: torch.device, dtype: torch.dtype) -> _Placed:
-        numbers = (self.selection, self.fixed.flatten(1), self.constant)
-        selection, start, constant = (None if x is None else admitted(x).to(device) for x in numbers)
-        return _Placed(
-            selection, start, constant, admitted(self.fixed).to(device, dtype), admitted(self.piece).to(device)
+        selection, constant = (
+            None if numbers is None else admitted(numbers).to(device) for numbers in (self.selection, self.constant)
         )
+        fixed = admitted(self.fixed).to(device)
+        return _Placed(selection, fixed.flatten(1), constant, fixed.to(dtype), admitted(self.piece).to(device))
 
 
 class _Placed(NamedTuple):
@@ -206,10 +205,11 @@ class SideLayout:
         return list(dict.fromkeys(Column(lane.fixed.term, feature) for _, feature, _ in self._learned(side, lane)))
 
     def _learned(self, side: str, lane: Lane) -> list[tuple[int, int, float]]:
-        """(coefficient among all of a head, feature of the learned side, sign) of what meets the lane's fixed feature."""
+        """(coefficient of a head, feature of the learned side, sign) of what meets the lane's fixed feature."""
         first, entries = self._first_weight(lane.fixed.term), FEATURES[self.shapes[lane.fixed.term].features].entries
-        own, other = (1, 2) if side == "query" else (2, 1)
-        return [(first + entry[0], entry[own], entry[3]) for entry in entries if entry[other] == lane.fixed.feature]
+        if side == "query":
+            return [(first + n, query, sign) for n, query, key, sign in entries if key == lane.fixed.feature]
+        return [(first + n, key, sign) for n, query, key, sign in entries if query == lane.fixed.feature]
 
     def _first_weight(self, term: int) -> int:
         return sum(_num_coefficients(shape) for shape in self.shapes[:term])

@@ -9,10 +9,26 @@ from torch import Tensor
 
 from eotattn.compat import allows_tf32
 
-__all__ = ["MOST_PIECES", "multiply", "significant_digits", "split_numbers", "unit_roundoff", "write_pieces"]
+__all__ = [
+    "KERNEL_DTYPES",
+    "MOST_PIECES",
+    "computing_dtype",
+    "multiply",
+    "significant_digits",
+    "split_numbers",
+    "unit_roundoff",
+    "write_pieces",
+]
 
+#: Number formats that lanes can be written in.
+KERNEL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 #: Pieces of a factor at most: three numbers of bfloat16 hold all 24 digits of the float32 accumulator.
 MOST_PIECES = 3
+
+
+def computing_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a prior computes for a kernel of ``dtype``: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from eotattn.attention.layer.rotary_tables import FIRST_LENGTH, Frequencies, positions_table, run_table
 from eotattn.attention.positions import Positions, resolve_positions
 from eotattn.checks import check_floating, check_positive, check_positive_int, check_shape, require
-from eotattn.priors.tables import may_remember
+from eotattn.priors.remembered import may_remember
 
 __all__ = ["Rotary"]
 
