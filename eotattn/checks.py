@@ -34,6 +34,9 @@ __all__ = [
     "speaking_as",
 ]
 
+#: Characters of a value in a message.
+LONGEST = 240
+
 #: What the user called, where that is not the function that checks.
 _CALLED: ContextVar[str | None] = ContextVar("called", default=None)
 
@@ -110,7 +113,7 @@ def fail(
 
 
 def describe(value: Any) -> str:
-    """Say in a few words what a value is: tensors by shape, dtype and device, the rest by ``repr``.
+    """Say in a line what a value is: tensors by shape, dtype and device, the rest by ``repr``, cut where it is long.
 
     Example:
         >>> describe(torch.zeros(2, 3))
@@ -120,7 +123,8 @@ def describe(value: Any) -> str:
         return f"shape {tuple(value.shape)}, {value.dtype}, {value.device}"
     if isinstance(value, torch.Size):
         return f"shape {tuple(value)}"
-    return repr(value)
+    text = " ".join(repr(value).split()) if "\n" in repr(value) else repr(value)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 4]} ..."
 
 
 def check_positive_int(owner: str, argument: str, value: Any, *, minimum: int = 1) -> int:
@@ -135,6 +139,9 @@ def check_positive_int(owner: str, argument: str, value: Any, *, minimum: int = 
 
 def check_indices(owner: str, argument: str, indices: Sequence[int], count: int, *, where: str = "") -> list[int]:
     """Return ``indices`` as a list, or raise unless they are different whole numbers from 0 to ``count`` - 1."""
+    is_list = isinstance(indices, Sequence) and not isinstance(indices, str)
+    remedy = "Put it into a list, or pass None for all"
+    require(is_list, owner, argument, "be a list of whole numbers", indices, remedy, error=TypeError)
     given = list(indices)
     known = all(isinstance(index, int) and not isinstance(index, bool) and 0 <= index < count for index in given)
     rule = f"name {argument} from 0 to {count - 1}{where}"

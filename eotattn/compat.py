@@ -23,8 +23,10 @@ __all__ = [
     "cudnn_attention",
     "efficient_attention",
     "efficient_attention_backward",
+    "first_parameter",
     "forget_attention_implementation",
     "fused_attention_choice",
+    "has_forward_hooks",
     "in_backward_pass",
     "is_intercepted",
     "map_tensors",
@@ -80,6 +82,23 @@ def in_backward_pass() -> bool:
 def uncompiled(model: nn.Module) -> nn.Module:
     """The module that ``torch.compile`` was given, of the one that it returned; any other module itself."""
     return getattr(model, "_orig_mod", model)
+
+
+def first_parameter(module: torch.nn.Module) -> torch.nn.Parameter | None:
+    """The first of ``module.parameters()``, in one step: what every call asks must cost nothing."""
+    stack = [module]
+    while stack:
+        module = stack.pop()
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                return parameter
+        stack += [child for child in reversed(module._modules.values()) if child is not None]
+    return None
+
+
+def has_forward_hooks(module: torch.nn.Module) -> bool:
+    """Whether calling the module does more than its own ``forward``."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def raw_stream(device: torch.device) -> int:

@@ -266,3 +266,22 @@ def test_attention_functions_are_forgotten():
         compat.forget_attention_implementation("ours")
         assert "ours" not in transformers.AttentionInterface()
         assert "ours" not in transformers.AttentionMaskInterface()
+
+
+def test_first_parameter():
+    with moved("torch.nn.Module._parameters and _modules", "layers that check where their prior is"):
+        deep = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Sequential(torch.nn.Identity(), torch.nn.Linear(2, 2)))
+        assert compat.first_parameter(deep) is next(deep.parameters())
+        assert compat.first_parameter(torch.nn.Sequential(torch.nn.Linear(1, 1), deep)) is not next(deep.parameters())
+        assert compat.first_parameter(torch.nn.ReLU()) is None
+
+
+def test_has_forward_hooks():
+    with moved("torch.nn.Module._forward_hooks or ._forward_pre_hooks", "projections of layers that are looked into"):
+        for register in ("register_forward_hook", "register_forward_pre_hook"):
+            module = torch.nn.Linear(2, 2)
+            assert not compat.has_forward_hooks(module)
+            hook = getattr(module, register)(lambda *_: None)
+            assert compat.has_forward_hooks(module)
+            hook.remove()
+            assert not compat.has_forward_hooks(module)

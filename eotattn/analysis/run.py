@@ -69,6 +69,11 @@ def analyze(  # noqa: PLR0913  (one argument an option of the command)
     """
     given = (attention is None) != (model is None)
     require(given, OWNER, "model", "be given if and only if attention is not", model, "Pass one of the two")
+    if layers is not None:
+        is_list = isinstance(layers, Sequence) and not isinstance(layers, str)
+        require(
+            is_list, OWNER, "layers", "be a list of names and numbers", layers, "Put it into a list", error=TypeError
+        )
     folder = None if out is None else check_folder(OWNER, Path(out))
     if attention is not None:
         idle = {"texts": texts or None, "max_length": max_length, "device": device, "dtype": dtype}
@@ -106,6 +111,8 @@ def _check_idle(arguments: dict[str, Any], where: str) -> None:
 
 
 def _check_model(model: nn.Module, tokenizer: Any) -> None:
+    is_module, remedy = isinstance(model, nn.Module), "Load it first, or name its folder"
+    require(is_module, OWNER, "model", "be a module or the folder of one", model, remedy, error=TypeError)
     require(tokenizer is not None, OWNER, "tokenizer", "be given with a model object", None, "Pass its tokenizer")
     is_pair = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     remedy = "Capture its calls with eotattn.integrations.capture, or pass its encoder"

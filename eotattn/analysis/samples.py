@@ -6,7 +6,7 @@ import ast
 import sysconfig
 from pathlib import Path
 
-from eotattn.checks import check_positive_int
+from eotattn.checks import check_positive_int, speaking_as
 
 __all__ = ["code_samples", "prose_samples"]
 
@@ -14,6 +14,7 @@ __all__ = ["code_samples", "prose_samples"]
 SHORTEST = 500
 
 
+@speaking_as("prose_samples")
 def prose_samples(count: int) -> list[str]:
     """The first long module docstrings, at most one a top-level module, in the order of their names.
 
@@ -27,6 +28,7 @@ def prose_samples(count: int) -> list[str]:
     return [doc for tree in _modules() if len(doc := ast.get_docstring(tree) or "") >= SHORTEST][: _checked(count)]
 
 
+@speaking_as("code_samples")
 def code_samples(count: int) -> list[str]:
     """The first long function of as many top-level modules, without its docstring.
 

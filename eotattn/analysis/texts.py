@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from eotattn.checks import fail, require
+from eotattn.checks import fail, require, speaking_as
 
 __all__ = ["EncodedTexts", "check_texts", "encode", "read_texts"]
 
@@ -34,6 +34,7 @@ class EncodedTexts:
     first_tokens: tuple[str, ...]
 
 
+@speaking_as("read_texts")
 def read_texts(text: str | Path | None, texts: str | Path | None) -> list[str]:
     """Texts of a plain file (one text) or of a JSON-lines file (strings, or objects with a key ``text``).
 

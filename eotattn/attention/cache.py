@@ -310,8 +310,7 @@ class KeyValueCache:
         if self._plan is not None:
             plan, positions = self._plan, self._slot_positions()[..., start:]
             table = plan.table("key", positions, self._origin)
-            matrix = plan.key.matrix(None, table.dtype, table.device)
-            lanes = plan.side("key", table, matrix.to(table.device)).lanes(dtype)
+            lanes = plan.key.side(table, None).lanes(dtype)
             self._keys[:, :, start:, width : width + lanes.shape[-1]] = lanes
             width += lanes.shape[-1]
         if self._has_padding:
@@ -326,7 +325,7 @@ class KeyValueCache:
             if self._query_table is None:
                 self._query_table = plan.table("query", self._slot_positions(), self._origin)
             rows = self._query_table[..., start : start + query.shape[2], :]
-            side = plan.side("query", rows, plan.matrices(self.prior.terms(), query.device)[0])
+            side = plan.query.side(rows, plan.coefficients(self.prior.terms())[0])
         if self._has_padding:
             mark = torch.ones(1, 1, dtype=torch.bool, device=query.device)
             far = sdpa.padding_lane(mark, query.dtype, scale=self.scale)[0]

@@ -30,7 +30,7 @@ from eotattn.checks import (
 from eotattn.priors import LogPrior
 from eotattn.priors.base import check_prior
 
-__all__ = ["AttentionCall", "without_autocast"]
+__all__ = ["AttentionCall", "static_size", "without_autocast"]
 
 OWNER = "prior_attention"
 
@@ -97,7 +97,7 @@ class AttentionCall:
             check_prior(OWNER, "prior", prior)
             rule = f"have the query's {heads} heads"
             require(False, OWNER, "prior", rule, prior.num_heads, "Build it for query heads")
-        scale = 1 / math.sqrt(int(width)) if scale is None else check_positive(OWNER, "scale", scale)
+        scale = 1 / math.sqrt(static_size(width)) if scale is None else check_positive(OWNER, "scale", scale)
         if dropout_p != 0.0:
             check_probability(OWNER, "dropout_p", dropout_p)
         if tolerance is not None:
@@ -182,6 +182,11 @@ class AttentionCall:
         if self.prior is None:
             return None
         return self.prior.dense(self.query_positions.tensor, self.key_positions.tensor, dtype=dtype)
+
+
+def static_size(size: int) -> int:
+    """A size as a number, also where a graph is traced whose sizes are symbols: the graph is then of this size."""
+    return len(range(size))
 
 
 def _check_pattern(is_causal: bool, window: int | None, *, on_grid: bool) -> None:

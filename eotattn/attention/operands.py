@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eotattn.attention.call import AttentionCall
+from eotattn.attention.call import AttentionCall, static_size
 from eotattn.attention.positions import Positions
 from eotattn.kernels import append, sdpa
 from eotattn.priors.bilinear import UNKNOWN_RANGE, KeyTerm, Term, same_for_all_queries
@@ -81,8 +81,8 @@ def plan_of(call: AttentionCall, terms: tuple[Term | KeyTerm, ...]) -> tuple[Lan
         origin = middle(query_at.tensor)
         span = span_of(query_at.tensor, key_at.tensor, origin)
     request = LaneRequest(
-        num_heads=int(call.query.shape[1]),  # a graph is one of these heads, whatever the lengths
-        num_kv_heads=int(call.key.shape[1]),
+        num_heads=static_size(call.query.shape[1]),  # a graph is one of these heads, whatever the lengths
+        num_kv_heads=static_size(call.key.shape[1]),
         dtype=call.query.dtype,
         num_coordinates=1 if call.prior is None else call.prior.num_coordinates,
         span=span,
@@ -95,11 +95,11 @@ def plan_of(call: AttentionCall, terms: tuple[Term | KeyTerm, ...]) -> tuple[Lan
 def _sides(call: AttentionCall, terms: tuple[Term | KeyTerm, ...]) -> tuple[Side, Side]:
     """What the lanes of both sides are made of."""
     plan, origin = plan_of(call, terms)
-    query_matrix, key_matrix = plan.matrices(terms, call.query.device)
+    of_heads, of_key_heads = plan.coefficients(terms)
     key_at = call.key_positions
     more = plan.more_of_keys(terms, key_at.tensor.double()) if plan.looked_up else None
     tables = [_table(plan, side, call, origin) for side in ("query", "key")]
-    return plan.side("query", tables[0], query_matrix), plan.side("key", tables[1], key_matrix, more)
+    return plan.query.side(tables[0], of_heads), plan.key.side(tables[1], of_key_heads, more)
 
 
 def _run(at: Positions) -> tuple[int, int]:

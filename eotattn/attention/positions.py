@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from eotattn.priors.positions import check_positions, consecutive
 __all__ = ["Band", "GivenPositions", "Positions", "causal_pattern", "resolve_positions"]
 
 #: What a user may give: one position a token, or consecutive ones by a range or by the first.
-GivenPositions = Union[Tensor, range, int, Sequence[int], None]
+GivenPositions: TypeAlias = "Tensor | range | int | Sequence[int] | None"
 
 
 @dataclass(frozen=True)

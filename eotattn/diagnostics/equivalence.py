@@ -176,8 +176,8 @@ def _transport_against_pot(generator: torch.Generator, _: torch.device) -> Itera
         independent.append(_error(coupling, pot.fixed_key_marginal(free, coupling.sum(-2))[0]))
         balanced = _with_marginals(free, generator)
         expected = pot.solve(balanced).coupling
-        newton.append(_error(solve(balanced, method="newton").coupling, expected))
-        sinkhorn.append(_error(solve(balanced, method="sinkhorn").coupling, expected))
+        newton.append(_error(solve(balanced, solver="newton").coupling, expected))
+        sinkhorn.append(_error(solve(balanced, solver="sinkhorn").coupling, expected))
         soft = _with_marginals(
             free, generator, query_penalty=_uniform(generator, 0.5, 2), key_penalty=_uniform(generator, 2, 5)
         )
@@ -195,7 +195,7 @@ def _certificates(generator: torch.Generator, _: torch.device) -> Iterator[Equiv
         free = _random_problem(generator, low=0.3)
         balanced = _with_marginals(free, generator)
         for method, problem in (("closed_form", free), ("newton", balanced), ("sinkhorn", balanced)):
-            gaps[method].append(abs(float(solve(problem, method=method).gap)))
+            gaps[method].append(abs(float(solve(problem, solver=method).gap)))
     yield Equivalence("one-sided: duality gap of the closed form = 0", _worst(gaps["closed_form"]), 1e-12)
     yield Equivalence("two-sided: duality gap of Newton = 0", _worst(gaps["newton"]), 1e-10)
     yield Equivalence("two-sided: duality gap of Sinkhorn = 0", _worst(gaps["sinkhorn"]), 1e-10)

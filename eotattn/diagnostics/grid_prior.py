@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from eotattn.checks import require
 from eotattn.diagnostics.grid_statistics import GridStatistics, grid_line
 from eotattn.diagnostics.lag_key_model import LagKeyModel
 from eotattn.diagnostics.margin_problem import MarginProblem
@@ -97,6 +98,8 @@ def fit_grid_prior(
         >>> fit_grid_prior(GridStatistics.of(WeightRows(weights), 2, 3)).lag.shape
         (2, 3, 5)
     """
+    known, remedy = isinstance(statistics, GridStatistics), "Capture a model with grid=(height, width)"
+    require(known, "fit_grid_prior", "statistics", "be GridStatistics", statistics, remedy, error=TypeError)
     options = FitOptions(num_folds, num_bootstraps, smoothing, tolerance, seed)
     problem = MarginProblem.of_grid(statistics, smoothing)
     model, numbers = fit_problem(problem, options)

@@ -211,7 +211,11 @@ def _mean_over_heads(values: Tensor, drawn: Tensor) -> tuple[float, float, float
     return float(mean[0]), float(low[0]), float(high[0])
 
 
-def _check(layers: Mapping[str, SequenceStatistics], keys: Sequence[int], local_width: int) -> None:
+def _check(
+    layers: Mapping[str, SequenceStatistics], keys: Sequence[int], thresholds: Sequence[float], local_width: int
+) -> None:
+    is_table, remedy = isinstance(layers, Mapping), "Pass the layers of a capture, or of map_statistics"
+    require(is_table, "head_report", "layers", "map names to statistics", layers, remedy, error=TypeError)
     require(len(layers) > 0, "head_report", "layers", "hold at least one layer", dict(layers), "Run the model first")
     require(len(keys) > 0, "head_report", "sink_positions", "name at least one key", keys, "Pass (0,)")
     for key in keys:

@@ -26,6 +26,7 @@ __all__ = [
 ]
 
 PAPER = "Litman and Guo 2026 (arXiv 2601.15380)"
+INDUCTION = "Olsson et al. 2022 (arXiv 2209.11895)"
 DRAINS = "Gu et al. 2024 (arXiv 2410.10781)"
 HEADS = "Guo et al. 2024 (arXiv 2410.13835)"
 
@@ -127,19 +128,7 @@ QUANTITIES: tuple[Quantity, ...] = (
         f"{PAPER}, theorem 5.4",
         _mean("sensitivity_bound"),
     ),
-    Quantity(
-        "previous-token score", "1", "mean of p_ik, k = i - 1", "Olsson et al. 2022 (arXiv 2209.11895)", _previous
-    ),
-    Quantity(
-        "mass of the strongest key",
-        "1",
-        "mean of p_ik over queries that admit the key k of the most weight in total",
-        "Gu et al. 2024 (arXiv 2410.10781), there of the first tokens",
-        _strongest,
-    ),
-    Quantity(
-        "previous-token score", "1", "mean of p_ik, k = i - 1", "Olsson et al. 2022 (arXiv 2209.11895)", _previous
-    ),
+    Quantity("previous-token score", "1", "mean of p_ik, k = i - 1", INDUCTION, _previous),
     Quantity(
         "mass of the strongest key",
         "1",
@@ -158,7 +147,7 @@ TOKEN_QUANTITIES: tuple[Quantity, ...] = (
         "induction score",
         "1",
         "sum of p_ij over keys j that follow an earlier key of token i, mean over queries that have one",
-        "Olsson et al. 2022 (arXiv 2209.11895)",
+        INDUCTION,
         lambda scores: scores.induction,
         "token ids of whole sequences",
     ),

@@ -61,13 +61,14 @@ class StrongestKeys:
         pairs = zip(self.mass, self.position, strict=True)
         return np.array([((mass > self.threshold) & (at == 0)).mean() for mass, at in pairs])
 
-    def common(self, layer: int) -> tuple[str, int]:
-        """The token, or else the position, that is a sink in most texts of a layer, and in how many."""
+    def common(self, layer: int) -> list[tuple[str, int]]:
+        """What is a sink in how many texts of a layer, most texts first: the first token, other tokens, or keys."""
         sinks = self.mass[layer] > self.threshold
-        named = [repr(str(t)) if t else f"key {at}" for t, at in zip(self.token[layer].flat, self.position[layer].flat)]
-        seen = np.reshape(np.array(named, dtype=object), sinks.shape)
-        counts = Counter(name for text, here in zip(seen, sinks, strict=True) for name in set(text[here]))
-        return counts.most_common(1)[0] if counts else ("", 0)
+        pairs = zip(self.token[layer].flat, self.position[layer].flat, strict=True)
+        named = [f"{str(token)!r}" if token else f"key {at}" for token, at in pairs]
+        seen = np.where(self.position[layer] == 0, "first token", np.reshape(named, sinks.shape))
+        counts = Counter(name for text, here in zip(seen, sinks, strict=True) for name in sorted(set(text[here])))
+        return [(str(name), texts) for name, texts in counts.most_common()]
 
     def to_dict(self) -> dict[str, NDArray[np.generic]]:
         """Columns of a tidy table: one row a layer, text and head."""
@@ -76,18 +77,18 @@ class StrongestKeys:
             text, head = np.indices(position.shape)
             names = np.full(position.size, layer)
             parts.append((names, text.ravel(), head.ravel(), position.ravel(), mass.ravel(), token.ravel()))
-        names = ("layer", "text", "head", "position", "mass", "token")
-        return {name: np.concatenate(values) for name, values in zip(names, zip(*parts, strict=True), strict=True)}
+        columns = ("layer", "text", "head", "position", "mass", "token")
+        return {name: np.concatenate(values) for name, values in zip(columns, zip(*parts, strict=True), strict=True)}
 
     def __str__(self) -> str:
         """One line a layer."""
         width = max(map(len, self.layers))
-        lines = [f"{'layer':<{width}}  sinks  of them first  most common sink (texts)"]
+        lines = [f"{'layer':<{width}}  sinks  of them first  what is a sink (in texts)"]
         for a, layer in enumerate(self.layers):
-            (what, texts), rate, first = self.common(a), self.sink_rate[a], self.first_rate[a]
+            rate, first = self.sink_rate[a], self.first_rate[a]
             share = f"{first / rate:13.2f}" if rate else f"{'':13}"
-            found = f"{what} ({texts} of {len(self.mass[a])})" if what else "none"
-            lines.append(f"{layer:<{width}}  {rate:5.2f}  {share}  {found}")
+            found = [f"{what} ({texts} of {len(self.mass[a])})" for what, texts in self.common(a)[:2]]
+            lines.append(f"{layer:<{width}}  {rate:5.2f}  {share}  {', '.join(found) or 'none'}")
         return "\n".join(lines)
 
 
@@ -120,7 +121,7 @@ def strongest_keys(
         >>> from eotattn.attention.statistics import weight_statistics
         >>> stats = SequenceStatistics.of(weight_statistics(torch.tensor([[0.1, 0.9], [0.2, 0.8]])[None, None]))
         >>> strongest_keys({"first": stats}, tokens=[["a", "b"]]).common(0)
-        ("'b'", 1)
+        [("'b'", 1)]
     """
     require(len(layers) > 0, OWNER, "layers", "hold at least one layer", dict(layers), "Run the model first")
     check_positive(OWNER, "threshold", threshold)

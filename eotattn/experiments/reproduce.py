@@ -106,6 +106,9 @@ def make_runs(
         RunsFailedError: In the end, if a run failed.
     """
     check_scale("train", scale)
+    require(
+        not isinstance(only, str), "train", "only", "be a list of names", only, "Put it into a list", error=TypeError
+    )
     if jobs is not None:
         check_positive_int("train", "jobs", jobs)
     targets = [(figure, ResultFolder(out, scale, figure.name)) for figure in choose_figures("train", figures).values()]

@@ -55,10 +55,11 @@ def attend(
     width = 0 if value is None else value.shape[-1]
     value = key.new_zeros((*key.shape[:-1], WIDTH_STEP)) if value is None else value
     operands = (query, key, value)
-    if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
-        output, log_sum_exp = _Differentiable.apply(*operands, scale, is_causal)
-    else:
-        output, log_sum_exp = _forward(*operands, scale, is_causal, route(query, value))
+    with torch.autocast(query.device.type, enabled=False):  # the dtype is the caller's choice
+        if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
+            output, log_sum_exp = _Differentiable.apply(*operands, scale, is_causal)
+        else:
+            output, log_sum_exp = _forward(*operands, scale, is_causal, route(query, value))
     return output[..., :width], log_sum_exp
 
 
@@ -214,9 +215,10 @@ class _Differentiable(torch.autograd.Function):
         scale, is_causal, name, score_width, width = ctx.options
         query, key, value, output, *rest = ctx.saved_tensors
         if name == "blocks":
-            grads = _blocks_backward(
-                query, key, value, output, rest[0], grad_output, grad_log_sum_exp, scale, is_causal
-            )
+            with torch.autocast(query.device.type, enabled=False):
+                grads = _blocks_backward(
+                    query, key, value, output, rest[0], grad_output, grad_log_sum_exp, scale, is_causal
+                )
             return (*grads, None, None)
         grad = grad_output.new_zeros(output.shape)
         grad[..., :width] = grad_output

@@ -70,7 +70,9 @@ class Features:
         self.entries, self.num_features = entries, num_features
         self.is_relative, self.typical_range = is_relative, typical_range
 
-    def like(self, name: str, query: Callable[[Tensor], Tensor], key: Callable[[Tensor], Tensor], **known: Any) -> Features:
+    def like(
+        self, name: str, query: Callable[[Tensor], Tensor], key: Callable[[Tensor], Tensor], **known: Any
+    ) -> Features:
         """Other functions with the same weights."""
         same = {"entries": self.entries, "num_features": self.num_features, "typical_range": self.typical_range}
         return Features(name, query, key, **{**same, **known})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from eotattn.checks import check_choice, check_positive, check_positive_int
+from eotattn.checks import check_choice, check_positive, check_positive_int, speaking_as
 from eotattn.priors.algebra import SumPrior
 from eotattn.priors.base import LogPrior
 from eotattn.priors.fourier import FourierPrior
@@ -29,6 +29,7 @@ def num_local_heads(num_heads: int) -> int:
     return num_heads - (max(1, num_heads // 4) if num_heads > 1 else 0)
 
 
+@speaking_as("goat_prior")
 def goat_prior(
     num_heads: int,
     *,

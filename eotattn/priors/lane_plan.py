@@ -23,10 +23,9 @@ from torch import Tensor
 from eotattn.compat import plain_tensors
 from eotattn.priors.base import computing_dtype
 from eotattn.priors.bilinear import FEATURES, PREPARED, KeyTerm, Term
-from eotattn.priors.lane_sides import Column, Lane, Shape, Side, SideLayout, SidePlan
+from eotattn.priors.lane_sides import Column, Lane, Shape, SideLayout, SidePlan
 from eotattn.priors.probing import FeatureFacts, Span, probe
 from eotattn.priors.splitting import MOST_PIECES, significant_digits, split_numbers, unit_roundoff
-from eotattn.priors.tables import placed
 
 __all__ = ["LanePlan", "LaneRequest", "plan_lanes"]
 
@@ -104,20 +103,13 @@ class LanePlan:
         """The table at ``length`` consecutive positions."""
         return self.table(side, torch.arange(first, first + length, device=device), origin)
 
-    def matrices(self, terms: Sequence[Term | KeyTerm], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Matrices of query and key on ``device``, with gradients to the weights."""
-        computing = computing_dtype(self.request.dtype)
+    def coefficients(self, terms: Sequence[Term | KeyTerm]) -> tuple[Tensor | None, Tensor | None]:
+        """(H, N) float64, all coefficients of the terms, and the same by key head, (Hk, M N)."""
         each = [term.coefficients for term in terms if isinstance(term, Term)]
         if not each:
-            return self.query.matrix(None, computing, device), self.key.matrix(None, computing, device)
+            return None, None
         numbers = (each[0] if len(each) == 1 else torch.cat(each, dim=1)).squeeze(-1).double()
-        by_key_head = numbers if self.request.group == 1 else numbers.view(self.request.num_kv_heads, -1)
-        return self.query.matrix(numbers, computing, device), self.key.matrix(by_key_head, computing, device)
-
-    def side(self, side: str, table: Tensor, matrix: Tensor, more: Tensor | None = None) -> Side:
-        """One side of a call."""
-        plan = getattr(self, side)
-        return Side(table, matrix, placed((plan, "piece"), plan.piece, table.device), plan.depth, more)
+        return numbers, numbers if self.request.group == 1 else numbers.view(self.request.num_kv_heads, -1)
 
     def more_of_keys(self, terms: Sequence[Term | KeyTerm], positions: Tensor) -> Tensor | None:
         """Lanes of what is looked up by key: (..., Hk, K, P')."""

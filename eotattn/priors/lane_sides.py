@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from eotattn.compat import admitted
 from eotattn.priors.base import computing_dtype
 from eotattn.priors.bilinear import FEATURES
 from eotattn.priors.splitting import MOST_PIECES, multiply, split_numbers, write_pieces
-from eotattn.priors.tables import placed
+from eotattn.priors.tables import remembered
 
 __all__ = ["Column", "Lane", "Shape", "Side", "SideLayout", "SidePlan"]
 
@@ -91,7 +93,6 @@ class SidePlan:
         columns: C columns of the table.
         selection: (N or M N, C * P) float64: from the coefficients of a head (key head) to its matrix.
         fixed: (1 or heads, C, P) float64: what is in the matrix besides.
-        start: The same, (1 or heads, C * P).
         piece: (P,) int8.
         constant: What of the selection only has a gradient: constants of each row; ``None`` for nothing.
         depth: Pieces of a product at most.
@@ -100,7 +101,6 @@ class SidePlan:
     columns: tuple[Column, ...]
     selection: Tensor | None
     fixed: Tensor
-    start: Tensor
     piece: Tensor
     constant: Tensor | None
     depth: int
@@ -123,16 +123,33 @@ class SidePlan:
         lead = torch.broadcast_shapes(*(part.shape[:-1] for part in made))  # samples may differ in some terms alone
         return torch.cat([part.expand(*lead, part.shape[-1]) for part in made], dim=-1)
 
-    def matrix(self, coefficients: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """(1 or heads, C, P) in ``dtype``, from the coefficients of the heads, float64."""
+    def side(self, table: Tensor, coefficients: Tensor | None, more: Tensor | None = None) -> Side:
+        """The side with the matrix that follows from the coefficients of the heads, float64; none are fixed ones."""
+        held = remembered((self, table.dtype), table.device, partial(self._placed, table.device, table.dtype))
         if coefficients is None or self.selection is None:
-            return placed((self, "fixed"), self.fixed, device, dtype)
-        selection, start = placed((self, "selection"), self.selection, device), placed((self, "start"), self.start, device)
-        if self.constant is not None:  # no value, but a gradient
-            constant = placed((self, "constant"), self.constant, device)
-            start = torch.addmm(start, coefficients.detach(), constant, alpha=-1)
-        matrix = torch.addmm(start, coefficients, selection)
-        return matrix.view(-1, *self.fixed.shape[1:]).to(dtype)
+            return Side(table, held.fixed, held.piece, self.depth, more)
+        start = held.start
+        if held.constant is not None:  # no value, but a gradient
+            start = torch.addmm(start, coefficients.detach(), held.constant, alpha=-1)
+        matrix = torch.addmm(start, coefficients, held.selection).view(-1, *self.fixed.shape[1:])
+        return Side(table, matrix.to(table.dtype), held.piece, self.depth, more)
+
+    def _placed(self, device: torch.device, dtype: torch.dtype) -> _Placed:
+        numbers = (self.selection, self.fixed.flatten(1), self.constant)
+        selection, start, constant = (None if x is None else admitted(x).to(device) for x in numbers)
+        return _Placed(
+            selection, start, constant, admitted(self.fixed).to(device, dtype), admitted(self.piece).to(device)
+        )
+
+
+class _Placed(NamedTuple):
+    """What a side plan holds, on a device."""
+
+    selection: Any
+    start: Any
+    constant: Tensor | None
+    fixed: Tensor
+    piece: Tensor
 
 
 @dataclass(frozen=True)
@@ -177,7 +194,6 @@ class SideLayout:
             columns=tuple(columns),
             selection=selection.flatten(1) if learns else None,
             fixed=fixed,
-            start=fixed.flatten(1),
             piece=torch.tensor(pieces, dtype=torch.int8),
             constant=(selection * is_constant).flatten(1) if learns and bool(is_constant.any()) else None,
             depth=max(pieces, default=0) + 1,

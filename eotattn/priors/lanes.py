@@ -86,10 +86,10 @@ def make_lanes(prior: LogPrior, query_positions: Tensor, key_positions: Tensor, 
     terms = prior.terms()
     origin = middle(query_positions) if prior.num_coordinates == 1 else 0.0
     plan = plan_lanes(terms, request._replace(span=span_of(query_positions, key_positions, origin)))
-    query_matrix, key_matrix = plan.matrices(terms, key_positions.device)
-    query_side = plan.side("query", plan.table("query", query_positions, origin), query_matrix)
+    of_heads, of_key_heads = plan.coefficients(terms)
+    query_side = plan.query.side(plan.table("query", query_positions, origin), of_heads)
     more = plan.more_of_keys(terms, key_positions.double())
-    key_side = plan.side("key", plan.table("key", key_positions, origin), key_matrix, more)
+    key_side = plan.key.side(plan.table("key", key_positions, origin), of_key_heads, more)
     query, key = query_side.lanes(request.dtype), key_side.lanes(request.dtype)
     return Lanes(query.expand(*query.shape[:-3], prior.num_heads, -1, -1), key, plan, (query_side, key_side))
 

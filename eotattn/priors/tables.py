@@ -6,7 +6,6 @@ transformed or captured; there tables are constants of the graph.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from threading import RLock
 from typing import TypeVar
@@ -14,15 +13,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from eotattn.compat import admitted, is_intercepted, raw_stream
+from eotattn.compat import is_intercepted, raw_stream
 
-__all__ = ["constants", "is_plain", "may_remember", "placed", "remembered"]
+__all__ = ["constants", "is_plain", "may_remember", "remembered"]
 
-#: Values kept; the least recently used one goes first.
-MAX_VALUES = 128
+#: Values kept.
+MAX_VALUES = 512
 
 Value = TypeVar("Value")
-_VALUES: OrderedDict[Hashable, object] = OrderedDict()
+_VALUES: dict[Hashable, object] = {}
 _LOCK = RLock()
 
 
@@ -33,9 +32,10 @@ def is_plain() -> bool:
 
 def may_remember(device: torch.device) -> bool:
     """Whether tensors made now can be kept for later calls."""
-    if device.type not in ("cpu", "cuda") or not is_plain():
+    if torch.compiler.is_compiling() or is_intercepted():
         return False
-    return device.type == "cpu" or not torch.cuda.is_current_stream_capturing()
+    kind = device.type
+    return kind == "cpu" or (kind == "cuda" and not torch.cuda.is_current_stream_capturing())
 
 
 def remembered(key: Hashable, device: torch.device, make: Callable[[], Value]) -> Value:
@@ -50,22 +50,16 @@ def remembered(key: Hashable, device: torch.device, make: Callable[[], Value]) -
         return make()
     # what another stream computes may not be there yet
     place = (key, device, raw_stream(device) if device.type == "cuda" else 0)
-    with _LOCK:
-        if place in _VALUES:
-            _VALUES.move_to_end(place)
-            return _VALUES[place]  # type: ignore[return-value]
+    held = _VALUES.get(place)
+    if held is not None:
+        return held  # type: ignore[return-value]
     with torch.inference_mode(False), torch.no_grad():
         value = make()
     with _LOCK:
         _VALUES[place] = value
-        while len(_VALUES) > MAX_VALUES:
-            _VALUES.popitem(last=False)
+        while len(_VALUES) > MAX_VALUES:  # the oldest go first; what is still in use is made again
+            _VALUES.pop(next(iter(_VALUES)))
     return value
-
-
-def placed(key: Hashable, tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """``tensor``, which ``key`` determines, put on ``device`` once; not to be written to."""
-    return remembered((key, dtype), device, lambda: admitted(tensor).to(device, dtype))
 
 
 def constants(numbers: tuple[float, ...], device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -1,13 +1,34 @@
 """Attention as entropic optimal transport: state a problem, solve it, read a certified solution.
 
-``TransportProblem -> solve -> TransportSolution``. The same problems can be solved by POT through
+``TransportProblem -> solve(problem, solver=...) -> TransportSolution``. The same problems can be solved by POT through
 ``eotattn.transport.pot``, which is imported only by those who ask for it.
 """
 
 from eotattn.transport.certificates.certificate import Certificate, certify
-from eotattn.transport.dispatch import solve
-from eotattn.transport.module import SinkhornAttention
+from eotattn.transport.divergence import sinkhorn_divergence
 from eotattn.transport.problems import TransportProblem
+from eotattn.transport.sinkhorn_attention import SinkhornAttention
 from eotattn.transport.solution import TransportSolution
+from eotattn.transport.solvers.anderson import Anderson
+from eotattn.transport.solvers.automatic import Auto
+from eotattn.transport.solvers.closed_form import ClosedForm
+from eotattn.transport.solvers.newton import Newton
+from eotattn.transport.solvers.sinkhorn import Sinkhorn
+from eotattn.transport.solvers.solver import Solver
+from eotattn.transport.solving import solve
 
-__all__ = ["Certificate", "SinkhornAttention", "TransportProblem", "TransportSolution", "certify", "solve"]
+__all__ = [
+    "Anderson",
+    "Auto",
+    "Certificate",
+    "ClosedForm",
+    "Newton",
+    "Sinkhorn",
+    "SinkhornAttention",
+    "Solver",
+    "TransportProblem",
+    "TransportSolution",
+    "certify",
+    "sinkhorn_divergence",
+    "solve",
+]

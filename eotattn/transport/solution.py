@@ -12,12 +12,20 @@ from torch import Tensor
 
 from eotattn.checks import check_floating, check_positive_int, require
 from eotattn.transport.certificates.certificate import Certificate, solution_certificate
-from eotattn.transport.certificates.gap import Pass, pass_over_pairs
+from eotattn.transport.certificates.duality_gap import DualityGap, duality_gap
 from eotattn.transport.optimality.implicit import envelope_value
-from eotattn.transport.optimality.keys import balance, query_price
-from eotattn.transport.optimality.response import respond, row_mass
+from eotattn.transport.optimality.residual import marginal_residual
+from eotattn.transport.optimality.response import (
+    coupling_rows,
+    loaded_potential,
+    penalty_share,
+    respond,
+    row_mass,
+    scaled,
+)
 from eotattn.transport.problems import TransportProblem
 from eotattn.transport.problems.admissibility import check_broadcast
+from eotattn.transport.problems.affinity import Affinity
 
 __all__ = ["TransportSolution"]
 
@@ -41,19 +49,21 @@ class TransportSolution:
     Args:
         problem: What was solved.
         query_potential: Cost units, shape (..., n).
-        key_potential: Cost units, shape (..., m); zero for free keys.
+        key_potential: Cost units, shape (..., m); zero in semi-relaxed problems.
         num_iterations: Whole numbers, shape of the batch.
-        converged: Booleans, shape of the batch.
-        method: Name of the solver.
+        converged: Booleans, shape of the batch: whether the tolerance was met and all masses are finite.
+        solver: Name of the solver.
+        infeasible: Booleans, shape of the batch: whether the mask was found to admit no coupling with these marginals;
+            ``None`` where that was not tested.
 
     Example:
         >>> solution = TransportSolution(
         ...     TransportProblem(torch.zeros(1, 2)), torch.full((1,), -0.6931), torch.zeros(2),
-        ...     num_iterations=torch.tensor(0), converged=torch.tensor(True), method="closed_form")
+        ...     num_iterations=torch.tensor(0), converged=torch.tensor(True), solver="ClosedForm")
         >>> solution.attention_weights
         tensor([[0.5000, 0.5000]])
 
-    Source: original; duality as in Chizat et al. 2018.
+    Source: duality as in Chizat et al. 2018.
     """
 
     problem: TransportProblem
@@ -61,19 +71,21 @@ class TransportSolution:
     key_potential: Tensor
     num_iterations: Tensor
     converged: Tensor
-    method: str
+    solver: str
+    infeasible: Tensor | None = None
 
     # What carries gradients is not kept: a first reading under no_grad would cut the graph of every later one.
     @property
     def attention_weights(self) -> Tensor:
         """Shape (..., n, m); rows sum to one. Defined also for queries without mass."""
-        weights = self.problem.affinity.log_weights(self.key_potential, self.problem.epsilon).exp()
+        weights = self.problem.affinity.weights(self.key_potential, self.problem.epsilon)
         return weights.expand(*self.problem.batch_shape, *weights.shape[-2:])
 
     @property
     def coupling(self) -> Tensor:
         """Shape (..., n, m); sums to one where a penalty is infinite, to what is optimal otherwise."""
-        return _scaled(self.query_mass, self.attention_weights)
+        coupling = coupling_rows(self.problem, self.key_potential)(slice(None))
+        return coupling.expand(*self.problem.batch_shape, *coupling.shape[-2:])
 
     @property
     def query_mass(self) -> Tensor:
@@ -102,8 +114,6 @@ class TransportSolution:
             >>> from eotattn.transport import solve
             >>> solve(TransportProblem(torch.zeros(1, 2))).attend(torch.tensor([[0.0], [1.0]]))
             tensor([[0.5000]])
-
-        Source: original.
         """
         self._check_value("attend", value, self.problem.num_keys)
         return self.problem.affinity.average(self.key_potential, value, self.problem.epsilon)
@@ -121,12 +131,10 @@ class TransportSolution:
             >>> from eotattn.transport import solve
             >>> solve(TransportProblem(torch.zeros(2, 2))).apply(torch.ones(2, 1)).squeeze()
             tensor([0.5000, 0.5000])
-
-        Source: original.
         """
         self._check_value("apply", value, self.problem.num_keys)
         average = self.problem.affinity.average(self.key_potential, value, self.problem.epsilon)
-        return _scaled(self.query_mass, average)
+        return scaled(self.query_mass, average)
 
     def apply_transpose(self, value: Tensor) -> Tensor:
         """Apply the transpose of the coupling.
@@ -141,21 +149,74 @@ class TransportSolution:
             >>> from eotattn.transport import solve
             >>> solve(TransportProblem(torch.zeros(2, 2))).apply_transpose(torch.ones(2, 1)).squeeze()
             tensor([0.5000, 0.5000])
-
-        Source: original.
         """
         self._check_value("apply_transpose", value, self.problem.num_queries)
-        mass, price = self._offered()
-        return _scaled(mass, self.problem.affinity.transposed.average(price, value, self.problem.epsilon))
+        mass, loaded = self._offered()
+        return scaled(mass, self.problem.affinity.transposed.average(loaded, value, self.problem.epsilon))
 
     def _offered(self) -> tuple[Tensor, Tensor]:
-        """The mass of the keys, and the price at which they see queries."""
+        """The mass of the keys, and the query potential with the mass of queries in it, at which keys see them."""
         problem, epsilon = self.problem, self.problem.epsilon
-        price = query_price(problem, respond(problem, self.key_potential), epsilon)
-        total = problem.affinity.transposed.soft_maximum(price, epsilon)
+        loaded = loaded_potential(problem, respond(problem, self.key_potential), epsilon)
+        total = -problem.affinity.transposed.soft_c_transform(loaded, epsilon)
         live = self.key_potential.isfinite() & total.isfinite()
         nats = (torch.where(live, total, 0.0) + torch.where(live, self.key_potential, 0.0)) / epsilon
-        return torch.where(live, nats.exp(), 0.0).expand(*problem.batch_shape, -1), price
+        return torch.where(live, nats.exp(), 0.0).expand(*problem.batch_shape, -1), loaded
+
+    def query_potential_at(self, query: Tensor) -> Tensor:
+        """Evaluate the query potential at new queries, as if they had been there: the soft c-transform, penalised.
+
+        Args:
+            query: Stated as the problem's own: scores (..., r, m) of a dense problem, where their log-prior is zero;
+                points or content (..., r, d) of a factored one.
+
+        Returns:
+            Cost units, shape (..., r).
+
+        Raises:
+            TypeError: If the dtype is another one.
+            NotImplementedError: If the log-prior of the problem depends on positions of queries.
+
+        Example:
+            >>> from eotattn.transport import solve
+            >>> problem = TransportProblem.from_points(torch.zeros(1, 2), torch.ones(3, 2), epsilon=1.0)
+            >>> solve(problem).query_potential_at(torch.ones(1, 2))
+            tensor([-1.0986])
+
+        Source: out-of-sample potentials, Pooladian and Niles-Weed 2021.
+        """
+        problem = self.problem
+        self._check_content("query", query, problem.affinity)
+        transform = problem.affinity.with_queries(query).soft_c_transform(self.key_potential, problem.epsilon)
+        return penalty_share(problem.query_penalty, problem.epsilon) * transform
+
+    def key_potential_at(self, key: Tensor) -> Tensor:
+        """Evaluate the key potential at new keys whose log-prior is that of their marginal.
+
+        That is the canonical reference, the product of the marginals (``log_prior=key_marginal.log()``); there the
+        potential is the soft c-transform of the other, penalised.
+
+        Args:
+            key: Stated as the problem's own: scores (..., r, n), queries last, of a dense problem; points or content
+                (..., r, d) of a factored one.
+
+        Returns:
+            Cost units, shape (..., r).
+        """
+        problem = self.problem
+        loaded = loaded_potential(problem, respond(problem, self.key_potential), problem.epsilon)
+        self._check_content("key", key, problem.affinity.transposed)
+        transform = problem.affinity.with_keys(key).transposed.soft_c_transform(loaded, problem.epsilon)
+        return penalty_share(problem.key_penalty, problem.epsilon) * transform
+
+    def _check_content(self, side: str, content: Tensor, affinity: Affinity) -> None:
+        owner, wanted = f"TransportSolution.{side}_potential_at", affinity.tensors[0]
+        assert wanted is not None
+        check_floating(owner, side, content)
+        rule = f"have dtype {wanted.dtype}"
+        require(content.dtype == wanted.dtype, owner, side, rule, content, "Convert it", error=TypeError)
+        fits = content.dim() >= 2 and content.shape[-1] == wanted.shape[-1]
+        require(fits, owner, side, f"have shape (..., length, {wanted.shape[-1]})", content, "Match the problem")
 
     def _check_value(self, name: str, value: Tensor, length: int) -> None:
         owner, dtype = f"TransportSolution.{name}", self.problem.affinity.dtype
@@ -185,8 +246,6 @@ class TransportSolution:
             >>> from eotattn.transport import solve
             >>> solve(TransportProblem(torch.tensor([[0.0, 1.0]]))).top_keys(torch.tensor([0]), 1)
             (tensor([[0.7311]]), tensor([[1]]))
-
-        Source: original.
         """
         owner, problem = "TransportSolution.top_keys", self.problem
         whole = isinstance(queries, Tensor) and queries.dtype == torch.int64 and queries.dim() == 1
@@ -195,7 +254,7 @@ class TransportSolution:
         require(inside, owner, "queries", f"lie in 0 to {problem.num_queries - 1}", queries, "Check the indices")
         k = check_positive_int(owner, "k", k)
         require(k <= problem.num_keys, owner, "k", f"be at most {problem.num_keys}", k, "Ask for fewer")
-        weights = problem.affinity.log_weights(self.key_potential, problem.epsilon, queries).exp()
+        weights = problem.affinity.weights(self.key_potential, problem.epsilon, queries)
         found = weights.expand(*problem.batch_shape, *weights.shape[-2:]).topk(k, -1)
         return found.values, found.indices
 
@@ -204,13 +263,13 @@ class TransportSolution:
         """Summed distance of key mass from its target, relative to the total mass, shape of the batch; no gradient.
 
         The target is ``key_marginal exp(-key_potential / key_penalty)``, the key marginal itself for a constraint;
-        zero for free keys. The query side holds exactly. It is measured in the arithmetic of the solver; that of
-        ``certificate`` is independent.
+        zero in semi-relaxed problems. The query side holds exactly. It is measured in the arithmetic of the solver;
+        that of ``certificate`` is independent.
         """
         if self.problem.key_marginal is None:
             return self.problem.query_marginal.new_zeros(self.problem.batch_shape)
         with torch.no_grad():
-            return balance(self.problem, self.key_potential).error
+            return marginal_residual(self.problem, self.key_potential).error
 
     @property
     def primal(self) -> Tensor:
@@ -238,27 +297,27 @@ class TransportSolution:
 
         A sum of terms that cannot be negative, in float64; +inf where no feasible coupling is at hand.
         """
-        return self._pass.gap.to(self.problem.affinity.dtype)
+        return self._gap.gap.to(self.problem.affinity.dtype)
 
     @property
     def cost(self) -> Tensor:
         """``<coupling, -score>``, cost units, shape of the batch, without gradient."""
-        return self._pass.cost.to(self.problem.affinity.dtype)
+        return self._gap.cost.to(self.problem.affinity.dtype)
 
     @property
     def entropy(self) -> Tensor:
         """``-sum coupling log coupling``, nats, shape of the batch, without gradient."""
-        return self._pass.entropy.to(self.problem.affinity.dtype)
+        return self._gap.entropy.to(self.problem.affinity.dtype)
 
     @cached_property
     def certificate(self) -> Certificate:
         """What is proved about this solution: values, errors, and a bound on the distance from the optimum."""
         found = {"iterations": self.num_iterations, "converged": self.converged}
-        return solution_certificate(self.problem, self._pass, **found, method=self.method)
+        return solution_certificate(self.problem, self._gap, **found, solver=self.solver)
 
     @cached_property
-    def _pass(self) -> Pass:
-        return pass_over_pairs(self.problem, self.query_potential, self.key_potential)
+    def _gap(self) -> DualityGap:
+        return duality_gap(self.problem, self.query_potential, self.key_potential)
 
     def raise_if_not_converged(self) -> TransportSolution:
         """Return the solution, or raise if some problem of the batch missed its tolerance.
@@ -271,31 +330,39 @@ class TransportSolution:
 
         Example:
             >>> from eotattn.transport import solve
-            >>> solve(TransportProblem(torch.zeros(1, 2))).raise_if_not_converged().method
-            'closed_form'
-
-        Source: original.
+            >>> solve(TransportProblem(torch.zeros(1, 2))).raise_if_not_converged().solver
+            'ClosedForm'
         """
-        failed = int((~self.converged).sum())
-        if failed:
+        if not bool(self.converged.all()):
             raise RuntimeError(
                 "TransportSolution: converged must be true for every problem; "
-                f"got {failed} of {self.converged.numel()} not converged by {self.method!r} "
-                f"after {int(self.num_iterations.max())} iterations, "
+                f"got {self.status} by {self.solver} after {int(self.num_iterations.max())} iterations, "
                 f"marginal error up to {float(self.marginal_error.max()):.1e}. "
-                "Raise max_iterations, tolerance or epsilon, or check that the mask admits these marginals."
+                "Raise max_iterations, tolerance or epsilon; where infeasible, unmask pairs or change the marginals."
             )
         return self
 
+    @property
+    def status(self) -> str:
+        """How many problems converged, are infeasible (no coupling meets mask and marginals), or did neither.
+
+        Example:
+            >>> from eotattn.transport import solve
+            >>> solve(TransportProblem(torch.zeros(1, 2))).status
+            '1 of 1 converged'
+        """
+        infeasible = torch.zeros_like(self.converged) if self.infeasible is None else self.infeasible
+        counts = {
+            "converged": self.converged,
+            "infeasible": infeasible,
+            "not converged": ~self.converged & ~infeasible,
+        }
+        total = self.converged.numel()
+        return ", ".join(f"{int(one.sum())} of {total} {name}" for name, one in counts.items() if bool(one.any()))
+
     def __repr__(self) -> str:
         return (
-            f"TransportSolution({self.problem}, method={self.method!r}, "
-            f"converged={int(self.converged.sum())}/{self.converged.numel()}, "
+            f"TransportSolution({self.problem}, solver={self.solver!r}, status={self.status!r}, "
             f"iterations={int(self.num_iterations.max())}, marginal_error={float(self.marginal_error.max()):.1e}, "
             f"gap={float(self.gap.max()):.1e})"
         )
-
-
-def _scaled(mass: Tensor, rows: Tensor) -> Tensor:
-    """Rows times their mass; a soft side may ask for more mass than the dtype holds, and inf * 0 would be NaN."""
-    return torch.where(mass.isinf()[..., None] & (rows == 0), 0.0, mass[..., None] * rows)

@@ -324,10 +324,16 @@ def test_a_layer_with_a_fused_backend_serves_its_default_call():
 # The paper's layer ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("width", "heads", "content"), [(64, 8, 4), (64, 4, 8), (256, 4, 54), (32, 4, 4)])
-def test_goat_fits_its_frequencies_to_the_head(width, heads, content):
-    layer = GoatAttention(width, heads, batch_first=True)
-    assert layer.content_dim == content
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("width", "heads"), [(64, 8), (64, 4), (128, 4), (256, 4), (512, 4)])
+def test_goat_fits_its_frequencies_to_the_head(width, heads, dtype):
+    if width // heads <= 16 and dtype == torch.bfloat16:
+        pytest.skip("one frequency is wider than the head")
+    layer = GoatAttention(width, heads, batch_first=True, lane_dtype=dtype)
+    frequencies, half = layer.prior.parts[0].even.shape[1], width // heads / 2
+    more = GoatAttention(width, heads, num_frequencies=frequencies + 1, batch_first=True, lanes="appended")
+    assert layer.content_dim >= half or frequencies == 1
+    assert frequencies == 4 or more.prior.num_lanes(dtype) > half
     assert layer(torch.zeros(1, 3, width), is_causal=True)[0].shape == (1, 3, width)
 
 

@@ -117,12 +117,12 @@ def test_the_strongest_key_is_found_wherever_it_is():
     np.testing.assert_allclose(found.mass[0][:, 1], (0.6 * (L - 5) + 0.4) / (L - 5))
     assert found.sink_rate.tolist() == [1.0]
     assert found.first_rate.tolist() == [0.5]
-    assert found.common(0) == ("' the'", 4)
-    assert "' the' (4 of 4)" in str(found)
+    assert found.common(0) == [("' the'", 4), ("first token", 4)]
+    assert "1.00           0.50  ' the' (4 of 4), first token (4 of 4)" in str(found)
     columns = found.to_dict()
     assert [len(values) for values in columns.values()] == [8] * 6
     assert columns["text"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert strongest_keys(stats, threshold=0.99).common(0) == ("", 0)
-    assert strongest_keys(stats).common(0) == ("key 0", 4)
+    assert strongest_keys(stats, threshold=0.99).common(0) == []
+    assert strongest_keys(stats).common(0) == [("first token", 4), ("key 5", 4)]
     with pytest.raises(ValueError, match=r"strongest_keys: tokens must name the tokens of 4 sequences"):
         strongest_keys(stats, tokens=tokens[:2])

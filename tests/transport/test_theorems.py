@@ -243,3 +243,28 @@ BAD = [
 def test_bad_arguments_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("size", [200.0, 600.0])
+def test_large_log_priors_in_float32_raise_no_false_alarm(size):
+    generator = torch.Generator().manual_seed(0)
+    score = 3 * torch.randn(300, 4, 6, generator=generator)
+    log_prior = size * torch.randn(300, 4, 6, generator=generator)
+    value, upstream = torch.randn(300, 6, 2, generator=generator), torch.randn(300, 4, 2, generator=generator)
+    shift = torch.randn(300, 6, 2, generator=generator)
+    shift[:, 0] = 0
+    for found in (
+        theorems.collapse_to_the_prior(score, log_prior),
+        theorems.sink_margin(score, log_prior),
+        theorems.context_sensitivity(score, log_prior),
+        theorems.value_perturbation(score, value, shift, log_prior),
+        theorems.advantage_identity(score, value, upstream, log_prior),
+        theorems.fisher_identity(score[0], log_prior[0]),
+    ):
+        assert found.holds(), found
+
+
+def test_small_numbers_get_no_large_tolerance():
+    one = torch.tensor(1.0)
+    assert not theorems.Comparison("false", one, one + 1e-4, "==", magnitude=2.0).holds()
+    assert theorems.Comparison("rounding", one, one + 1e-4, "==", magnitude=1e3).holds()

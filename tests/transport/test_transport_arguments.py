@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from eotattn.priors import RecencyPrior
-from eotattn.transport import TransportProblem, solve
+from eotattn.transport import Anderson, Auto, Newton, Sinkhorn, TransportProblem, solve
 
 SCORE = torch.zeros(2, 3)
 NAN, INF = math.nan, math.inf
@@ -76,21 +76,34 @@ BAD_PROBLEMS = [
 FREE = TransportProblem(SCORE)
 BOUND = TransportProblem(SCORE, key_marginal=KEYS)
 BAD_CALLS = [
-    (SCORE, {}, TypeError, "problem must be a TransportProblem"),
+    (SCORE, "auto", TypeError, "solve: problem must be a TransportProblem"),
     (
         FREE,
-        {"method": "simplex"},
+        "simplex",
         ValueError,
-        "method must be one of 'auto', 'closed_form', 'newton', 'sinkhorn', 'streaming'",
+        "solve: solver must be one of 'auto', 'anderson', 'closed_form', 'newton', 'sinkhorn'",
     ),
-    (FREE, {"method": "sinkhorn"}, NotImplementedError, "method 'sinkhorn' iterates on a key_marginal"),
-    (FREE, {"method": "newton"}, NotImplementedError, "method 'newton' iterates on a key_marginal"),
-    (BOUND, {"method": "closed_form"}, NotImplementedError, "method 'closed_form' has no solution for a problem"),
-    (FREE, {"tolerance": 1e-3}, ValueError, "tolerance must be left out where the closed form applies"),
-    (FREE, {"max_iterations": 3}, ValueError, "max_iterations must be left out where the closed form applies"),
-    (BOUND, {"tolerance": 0.0}, ValueError, "tolerance must be positive and finite"),
-    (BOUND, {"max_iterations": 0}, ValueError, "max_iterations must be at least 1"),
-    (BOUND, {"max_iterations": 1.5}, TypeError, "max_iterations must be an integer"),
+    (FREE, Sinkhorn, TypeError, "solve: solver must be a Solver"),
+    (FREE, "sinkhorn", NotImplementedError, "Sinkhorn: problem must have a key_marginal to iterate on"),
+    (FREE, Newton(), NotImplementedError, "Newton: problem must have a key_marginal to iterate on"),
+    (BOUND, "closed_form", NotImplementedError, "ClosedForm: problem must have no key_marginal"),
+    (FREE, Auto(tolerance=1e-3), ValueError, "Auto: tolerance must be left out where the closed form applies"),
+    (FREE, Auto(max_iterations=3), ValueError, "Auto: max_iterations must be left out where the closed form applies"),
+]
+BAD_OPTIONS = [
+    (lambda: Sinkhorn(tolerance=0.0), ValueError, "Sinkhorn: tolerance must be positive and finite"),
+    (lambda: Auto(tolerance=0.0), ValueError, "Auto: tolerance must be positive and finite"),
+    (lambda: Newton(max_iterations=0), ValueError, "Newton: max_iterations must be at least 1"),
+    (lambda: Anderson(max_iterations=1.5), TypeError, "Anderson: max_iterations must be an integer"),
+    (lambda: Anderson(memory=0), ValueError, "Anderson: memory must be at least 1"),
+]
+HEADS = torch.ones(2, 1)
+BAD_NUMBERS = [
+    ({"epsilon": 0 * HEADS}, ValueError, "epsilon must be positive and finite in every entry"),
+    ({"epsilon": HEADS[:, 0]}, ValueError, "epsilon must have shape (..., 1)"),
+    ({"epsilon": HEADS.double()}, TypeError, "epsilon must have the dtype of score"),
+    ({"query_penalty": INF * HEADS}, ValueError, "query_penalty must be positive and finite in every entry"),
+    ({"key_penalty": HEADS}, ValueError, "key_penalty must be left out where there is no key_marginal"),
 ]
 
 
@@ -100,18 +113,30 @@ def test_bad_problems_are_refused(score, options, error, message):
         TransportProblem(score, **options)
 
 
-@pytest.mark.parametrize(("problem", "options", "error", "message"), BAD_CALLS)
-def test_bad_calls_are_refused(problem, options, error, message):
-    with pytest.raises(error, match=re.escape(f"solve: {message}")):
-        solve(problem, **options)
+@pytest.mark.parametrize(("problem", "solver", "error", "message"), BAD_CALLS)
+def test_bad_calls_are_refused(problem, solver, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        solve(problem, solver)
+
+
+@pytest.mark.parametrize(("make", "error", "message"), BAD_OPTIONS)
+def test_bad_options_are_refused(make, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        make()
+
+
+@pytest.mark.parametrize(("options", "error", "message"), BAD_NUMBERS)
+def test_bad_numbers_a_problem_are_refused(options, error, message):
+    with pytest.raises(error, match=re.escape(f"TransportProblem: {message}")):
+        TransportProblem(SCORE, **options)
 
 
 def test_defaults():
     assert torch.equal(FREE.query_marginal, torch.tensor([0.5, 0.5]))
     assert (FREE.query_penalty, FREE.key_penalty, BOUND.key_penalty) == (INF, 0.0, INF)
     assert TransportProblem(SCORE, key_penalty=0.0).key_penalty == 0.0
-    assert solve(FREE).method == "closed_form"
-    assert solve(BOUND).method == "newton"
+    assert solve(FREE).solver == "ClosedForm"
+    assert solve(BOUND).solver == "Newton"
 
 
 def test_a_problem_is_frozen():
@@ -131,7 +156,7 @@ ALL_PADDING = torch.ones(3, dtype=torch.bool)
 
 BAD_FACTORS = [
     ([[0.0]], KEY, {}, TypeError, "query must be a tensor"),
-    (QUERY.half(), KEY.half(), {}, TypeError, "query must have dtype float32, float64 or bfloat16"),
+    (QUERY.long(), KEY.long(), {}, TypeError, "query must have a floating dtype"),
     (QUERY, KEY.double(), {}, TypeError, "key must have the dtype of query"),
     (QUERY, KEY.to("meta"), {}, ValueError, "key must be on the device of query"),
     (torch.zeros(4), KEY, {}, ValueError, "query must have shape (..., length, width)"),

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 from tolerances import assert_close
+from transport_problems import SOLVERS
 
 from eotattn.priors import goat_prior
-from eotattn.transport import TransportProblem, solve
+from eotattn.transport import Auto, TransportProblem, solve
 from eotattn.transport.solvers import iteration
 
 pytestmark = [
@@ -49,8 +50,10 @@ def stated(penalties, dtype, device):
     [(torch.float64, 1e-11, 1e-9), (torch.float32, 5e-6, 2e-5), (torch.bfloat16, 1e-5, 1e-3)],
 )
 def test_masses_are_those_of_the_cpu(penalties, dtype, tolerance, bound):
-    expected = solve(stated(penalties, torch.float64, "cpu"), tolerance=1e-11)
-    found = solve(stated(penalties, dtype, "cuda"), tolerance=tolerance, max_iterations=100).raise_if_not_converged()
+    expected = solve(stated(penalties, torch.float64, "cpu"), solver=Auto(tolerance=1e-11))
+    found = solve(
+        stated(penalties, dtype, "cuda"), solver=Auto(tolerance=tolerance, max_iterations=100)
+    ).raise_if_not_converged()
     for name in ("key_mass", "query_mass"):
         assert_close(getattr(found, name).double().cpu(), getattr(expected, name), tolerance=bound)
     assert float(found.certificate.distance.max()) <= max(100 * bound, 1e-6)
@@ -62,48 +65,51 @@ def step_by_step(advance, running, *, hands_on):
         advance()
 
 
-@pytest.mark.parametrize("method", ["streaming", "sinkhorn"])
+@pytest.mark.parametrize("method", ["anderson", "sinkhorn"])
 @pytest.mark.parametrize("penalties", PENALTIES)
 def test_recorded_iterations_are_the_same_iterations(penalties, method, monkeypatch):
     problem = stated(penalties, torch.float32, "cuda")
-    found = solve(problem, method=method, tolerance=1e-30, max_iterations=12)
+    found = solve(problem, solver=SOLVERS[method](tolerance=1e-30, max_iterations=12))
     monkeypatch.setattr(iteration, "repeat_while", step_by_step)
-    expected = solve(problem, method=method, tolerance=1e-30, max_iterations=12)
+    expected = solve(problem, solver=SOLVERS[method](tolerance=1e-30, max_iterations=12))
     assert int(found.num_iterations.min()) == int(expected.num_iterations.max()) == 12
     assert_close(found.key_potential.nan_to_num(neginf=0.0), expected.key_potential.nan_to_num(neginf=0.0))
 
 
 def test_each_problem_of_a_batch_stops_by_itself():
     problem = stated((math.inf, math.inf), torch.float32, "cuda")
-    together = solve(problem, tolerance=1e-5, max_iterations=100)
-    on_the_cpu = solve(stated((math.inf, math.inf), torch.float32, "cpu"), tolerance=1e-5, max_iterations=100)
+    solver = Auto(tolerance=1e-5, max_iterations=100)
+    together = solve(problem, solver)
+    on_the_cpu = solve(
+        stated((math.inf, math.inf), torch.float32, "cpu"), solver=Auto(tolerance=1e-5, max_iterations=100)
+    )
     assert bool(together.converged.all())
     assert int((together.num_iterations.cpu() - on_the_cpu.num_iterations).abs().max()) <= 2
 
 
-@pytest.mark.parametrize("method", ["streaming", "sinkhorn"])
+@pytest.mark.parametrize("method", ["anderson", "sinkhorn"])
 def test_memory_of_pairs_is_given_back(method):
     problem = stated((math.inf, math.inf), torch.float32, "cuda").dense()
     pairs = problem.score.numel() * problem.score.element_size()
-    solve(problem, method=method, tolerance=1e-30, max_iterations=12)
+    solve(problem, solver=SOLVERS[method](tolerance=1e-30, max_iterations=12))
     torch.cuda.empty_cache()
     held = torch.cuda.memory_reserved()
     score = problem.score.repeat(1, 1, 8, 8)
     masses = [mass.repeat(1, 1, 8) / 8 for mass in (problem.query_marginal, problem.key_marginal)]
     larger = TransportProblem(score, epsilon=problem.epsilon, query_marginal=masses[0], key_marginal=masses[1])
-    solve(larger, method=method, tolerance=1e-30, max_iterations=12)
+    solve(larger, solver=SOLVERS[method](tolerance=1e-30, max_iterations=12))
     del larger, score
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() - held < 64 * pairs
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@pytest.mark.parametrize("method", ["streaming", "sinkhorn"])
+@pytest.mark.parametrize("method", ["anderson", "sinkhorn"])
 def test_a_device_that_is_not_the_current_one(method):
     assert torch.cuda.current_device() == 0
+    solver = SOLVERS[method](tolerance=1e-30, max_iterations=12)
     expected, found = (
-        solve(stated((math.inf, math.inf), torch.float32, device), method=method, tolerance=1e-30, max_iterations=12)
-        for device in ("cuda:0", "cuda:1")
+        solve(stated((math.inf, math.inf), torch.float32, device), solver) for device in ("cuda:0", "cuda:1")
     )
     assert int(found.num_iterations.min()) == 12
     assert_close(found.key_mass.cpu(), expected.key_mass.cpu(), tolerance=1e-5)

@@ -4,9 +4,10 @@ import math
 
 import torch
 
-from eotattn.transport import TransportProblem
+from eotattn.transport import Anderson, Newton, Sinkhorn, TransportProblem
 
 INF = math.inf
+SOLVERS = {"anderson": Anderson, "newton": Newton, "sinkhorn": Sinkhorn}
 #: (query_penalty, key_penalty); None is a free key marginal.
 TWO_SIDED = [(INF, INF)]
 UNBALANCED = [(INF, 2.0), (2.0, INF), (1.0, 3.0), (0.0, 1.0)]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from eotattn.attention.layer.prior_attention_layer import PriorAttention, num_reserved
-from eotattn.checks import check_choice, check_positive, check_positive_int
+from eotattn.checks import check_positive_int, speaking_as
 from eotattn.priors import goat_prior
 
 __all__ = ["GoatAttention"]
@@ -23,7 +23,7 @@ class GoatAttention(PriorAttention):
     Args:
         embed_dim: Model width E.
         num_heads: Query heads H.
-        num_frequencies: Frequencies R of the relative part; the prior takes 2 R + 2 lanes of the head in float32. By
+        num_frequencies: Frequencies R of the relative part; the prior takes 2 R + 3 lanes of the head in float32. By
             default 4, or fewer where these would leave less than half of a head to the content.
         length_scale: Tokens over which u(j) varies; about the training length.
         init: ``"alibi"`` or ``"neutral"``, as in :func:`goat_prior`.
@@ -35,10 +35,11 @@ class GoatAttention(PriorAttention):
 
     Example:
         >>> layer = GoatAttention(embed_dim=64, num_heads=4, batch_first=True)
-        >>> layer.content_dim, layer.head_dim
-        (8, 16)
+        >>> layer(torch.ones(1, 5, 64), is_causal=True, need_weights=False)[0].shape
+        torch.Size([1, 5, 64])
     """
 
+    @speaking_as("GoatAttention")
     def __init__(
         self,
         embed_dim: int,
@@ -52,8 +53,6 @@ class GoatAttention(PriorAttention):
         owner, options = "GoatAttention", {"lanes": "reserved", **keywords}
         check_positive_int(owner, "embed_dim", embed_dim)
         check_positive_int(owner, "num_heads", num_heads)
-        check_positive(owner, "length_scale", length_scale)
-        check_choice(owner, "init", init, ("alibi", "neutral"))
         prior = partial(goat_prior, num_heads, form="paper", length_scale=length_scale, init=init)
         if num_frequencies is None:
             place, room = (options["lanes"], options.get("lane_dtype", torch.float32)), embed_dim // num_heads // 2

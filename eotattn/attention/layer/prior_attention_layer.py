@@ -29,6 +29,7 @@ from eotattn.attention.layer.projected_heads import Heads, ProjectedHeads
 from eotattn.attention.layer.rotary import Rotary
 from eotattn.attention.masks import from_multihead_convention
 from eotattn.checks import check_choice, check_floating, check_positive_int, check_probability, fail, require
+from eotattn.compat import first_parameter
 from eotattn.kernels.sdpa import WIDTH_STEP
 from eotattn.priors import LogPrior, TokenPrior
 from eotattn.priors.base import check_prior
@@ -235,12 +236,15 @@ class PriorAttention(ProjectedHeads):
         """Checked inputs as (B, length, width)."""
         owner = type(self).__name__
         for name, side in (("query", query), ("key", key), ("value", value)):
+            if side is query and name != "query":
+                continue
             check_floating(owner, name, side)
             if side.is_nested:
                 rule, remedy = "be padded", "Pad it, in nn.TransformerEncoder by enable_nested_tensor=False"
                 fail(owner, name, rule, "a nested tensor", remedy, error=TypeError)
         is_batched = query.dim() == 3
-        require(query.dim() in (2, 3), owner, "query", "have two or three axes", query, "Add or drop the batch axis")
+        if query.dim() not in (2, 3):
+            fail(owner, "query", "have two or three axes", query, "Add or drop the batch axis")
         inputs = as_batch(query, key, value, is_batched=is_batched, batch_first=bool(self.batch_first))
         self.check_widths(*inputs)
         if self.prior is not None:
@@ -348,15 +352,13 @@ def _make_ready(owner: str, prior: nn.Module, device: torch.device) -> None:
     unshard: Callable[[], Any] | None = getattr(prior, "unshard", None)
     if unshard is not None:
         unshard()
-    while not prior._parameters and prior._modules:
-        prior = next(module for module in prior._modules.values() if module is not None)
-    for parameter in prior._parameters.values():  # those of the first part: all are treated alike
-        if parameter is not None and parameter.device != device:
-            remedy = f"Move the layer, or have offloading load it whole: preload_module_classes=[{owner!r}]"
-            fail(owner, "prior", f"be on {device}", parameter, remedy)
-        if parameter is not None and parameter.dtype.itemsize < 4:
-            remedy = "Shard it alone, with fully_shard(layer.prior), before a policy is given to what holds it"
-            fail(owner, "prior", "keep its 32-bit parameters", parameter, remedy, error=TypeError)
+    parameter = first_parameter(prior)  # all are treated alike
+    if parameter is not None and parameter.device != device:
+        remedy = f"Move the layer, or have offloading load it whole: preload_module_classes=[{owner!r}]"
+        fail(owner, "prior", f"be on {device}", parameter, remedy)
+    if parameter is not None and parameter.dtype.itemsize < 4:
+        remedy = "Shard it alone, with fully_shard(layer.prior), before a policy is given to what holds it"
+        fail(owner, "prior", "keep its 32-bit parameters", parameter, remedy, error=TypeError)
 
 
 def num_reserved(owner: str, prior: LogPrior | None, lanes: str, lane_dtype: torch.dtype) -> int:

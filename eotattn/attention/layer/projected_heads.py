@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from eotattn.attention.layer.projections import SeparateProjections, project_packed, reset_projection
 from eotattn.attention.layer.rotary import Rotary
-from eotattn.checks import check_positive_int, require
+from eotattn.checks import check_positive_int, fail, require
 
 __all__ = ["Heads", "ProjectedHeads"]
 
@@ -120,4 +120,5 @@ class ProjectedHeads(nn.Module):
         sides = (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim))
         for name, tensor, width in sides:
             fits = tensor.dim() == 3 and tensor.shape[-1] == width
-            require(fits, type(self).__name__, name, f"have width {width} in its last axis", tensor, "Check the inputs")
+            if not fits:
+                fail(type(self).__name__, name, f"have width {width} in its last axis", tensor, "Check the inputs")

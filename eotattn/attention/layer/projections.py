@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from eotattn.compat import has_forward_hooks
+
 __all__ = ["SeparateProjections", "project_packed", "reset_projection"]
 
 
@@ -40,7 +42,7 @@ def project_packed(
 
 def _is_its_weight(linear: nn.Module) -> bool:
     """Whether calling a layer is multiplying with its weight, and nothing else."""
-    hooked = linear._forward_hooks or linear._forward_pre_hooks or "forward" in linear.__dict__
+    hooked = has_forward_hooks(linear) or "forward" in linear.__dict__
     return type(linear) is nn.Linear and not hooked and not hasattr(linear.weight, "__tensor_flatten__")
 
 

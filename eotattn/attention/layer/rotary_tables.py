@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from eotattn.compat import tensor_version
 from eotattn.priors.tables import may_remember
 
 __all__ = ["FIRST_LENGTH", "Frequencies", "positions_table", "run_table"]
@@ -100,11 +101,11 @@ class _Given(NamedTuple):
     def of(cls, positions: Tensor, table: Tensor, forget: Callable[[object], object]) -> _Given:
         """``table`` until ``positions`` go."""
         values = positions.clone() if positions.device.type == "cpu" else None
-        return cls(weakref.ref(positions, forget), positions._version, values, table)
+        return cls(weakref.ref(positions, forget), tensor_version(positions), values, table)
 
     def serves(self, positions: Tensor) -> bool:
         """Whether the table is that of these positions, as they are now."""
-        same = self.positions() is positions and self.version == positions._version
+        same = self.positions() is positions and self.version == tensor_version(positions)
         return same and (self.values is None or torch.equal(self.values, positions))
 
 

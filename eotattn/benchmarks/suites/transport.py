@@ -19,18 +19,21 @@ from eotattn.benchmarks import transport_peers
 from eotattn.benchmarks.suites.configuration import Configuration
 from eotattn.benchmarks.timing import Candidate, Row, measure
 from eotattn.checks import check_choice
-from eotattn.transport import TransportProblem, TransportSolution, certify, solve
+from eotattn.transport import Anderson, Auto, Sinkhorn, TransportProblem, TransportSolution, certify, solve
 
 __all__ = ["transport"]
 
 #: A tolerance that is never met.
 NEVER = 1e-30
+#: Solvers by the names that stored tables use.
+SOLVERS = {"streaming": Anderson, "sinkhorn": Sinkhorn}
 #: Kernels by name: the dtype of their operands, and PyTorch's setting for float32 products.
 KERNELS = {
     "bf16": (torch.bfloat16, "highest"),
     "tf32": (torch.float32, "high"),
     "fp32": (torch.float32, "highest"),
     "fp64": (torch.float64, "highest"),
+    "fp16": (torch.float16, "highest"),
 }
 
 
@@ -75,7 +78,7 @@ def _products(kernel: str) -> Iterator[torch.dtype]:
 def _exact_error(config: Configuration, length: int, epsilon: float, key_potential: Tensor) -> float:
     """Marginal error of a key potential of the points' problem, in float64."""
     problem = _problem(config, length, torch.float64, epsilon, points=True)
-    held = solve(problem, method="sinkhorn", start=key_potential.double(), max_iterations=1, tolerance=1e9)
+    held = solve(problem, start=key_potential.double(), solver=Sinkhorn(tolerance=1e9, max_iterations=1))
     return float(held.marginal_error)
 
 
@@ -96,7 +99,7 @@ def _iteration(config: Configuration) -> list[Row]:
 
             return run
 
-        ours = partial(solve, problem, method="sinkhorn", start=start, tolerance=NEVER, max_iterations=iterations)
+        ours = partial(solve, problem, start=start, solver=Sinkhorn(tolerance=NEVER, max_iterations=iterations))
         candidates = [
             Candidate(f"{2 * iterations} SDPA forwards", forwards),
             Candidate(f"eotattn, {iterations} iterations", partial(_given, ours)),
@@ -113,7 +116,7 @@ def _memory(config: Configuration) -> list[Row]:
     value = _points(config, length, 3)
 
     def run() -> Tensor:
-        return solve(problem, method="streaming", tolerance=1e-4, max_iterations=10).apply(value.float())
+        return solve(problem, solver=Anderson(tolerance=1e-4, max_iterations=10)).apply(value.float())
 
     name = f"eotattn, {config.dtype} kernel"
     (row,) = measure([Candidate(name, partial(_given, run))], device=value.device, rounds=1, warmup=1, calls=1)
@@ -176,7 +179,7 @@ def _ours(
 
     def run() -> Tensor:
         with _products(kernel):
-            found = solve(problem, method=method, tolerance=tolerance, max_iterations=iterations, start=start)
+            found = solve(problem, start=start, solver=SOLVERS[method](tolerance=tolerance, max_iterations=iterations))
             return found.key_potential
 
     return run
@@ -232,7 +235,7 @@ def _uneven(
             query_penalty=penalties[0],
             key_penalty=penalties[1],
         )
-        return solve(problem, tolerance=tolerance, max_iterations=300)
+        return solve(problem, solver=Auto(tolerance=tolerance, max_iterations=300))
 
 
 def _largest_ratio(found: Tensor, exact: Tensor) -> float:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from eotattn.checks import check_floating, check_no_nan, require
-from eotattn.transport.certificates.gap import Pass, generalised_divergence, pinsker_radius
-from eotattn.transport.optimality.objective import dual_objective, reference_mass
+from eotattn.transport.certificates.duality_gap import DualityGap, pinsker_radius
+from eotattn.transport.optimality.objective import divergence, dual_objective
 from eotattn.transport.optimality.response import respond
 from eotattn.transport.problems import TransportProblem
 
@@ -38,14 +38,12 @@ class Certificate:
             mass; by Pinsker's inequality.
         iterations: Whole numbers.
         converged: Whether the tolerance was met; for a matrix that was given, whether it has a finite gap.
-        method: What made the coupling.
+        solver: What made the coupling.
         precision: The arithmetic that made it.
 
     Example:
         >>> certify(torch.tensor([[0.5, 0.5]]), torch.zeros(1, 2)).gap.item()
         0.0
-
-    Source: original.
     """
 
     primal: Tensor
@@ -56,7 +54,7 @@ class Certificate:
     distance: Tensor
     iterations: Tensor
     converged: Tensor
-    method: str
+    solver: str
     precision: str
 
     def __str__(self) -> str:
@@ -67,7 +65,7 @@ class Certificate:
             ("error of query masses", f"{float(self.query_error.max()):.1e} of the mass"),
             ("error of key masses", f"{float(self.key_error.max()):.1e} of the mass"),
             ("distance from the optimum", f"<= {float(self.distance.max()):.1e} of the mass"),
-            ("iterations", f"{int(self.iterations.max())} by {self.method}"),
+            ("iterations", f"{int(self.iterations.max())} by {self.solver}"),
             ("converged", f"{int(self.converged.sum())} of {self.converged.numel()}"),
             ("precision", f"{self.precision}; certificate in float64"),
         ]
@@ -79,39 +77,23 @@ def _span(values: Tensor) -> str:
 
 
 def solution_certificate(
-    problem: TransportProblem, measured: Pass, *, iterations: Tensor, converged: Tensor, method: str
+    problem: TransportProblem, measured: DualityGap, *, iterations: Tensor, converged: Tensor, solver: str
 ) -> Certificate:
-    """Gather what one pass over all pairs measured.
-
-    Args:
-        problem: The problem.
-        measured: Of a solution's potentials.
-        iterations: Steps that the solver took, shape (...).
-        converged: Whether it met its tolerance, shape (...).
-        method: Its name.
-
-    Returns:
-        The certificate.
-
-    Example:
-        >>> from eotattn.transport import solve
-        >>> solution = solve(TransportProblem(torch.zeros(1, 2)))
-        >>> solution.certificate.method
-        'closed_form'
-
-    Source: original.
-    """
+    """Gather what one pass over all pairs measured, with what the solver says of itself."""
     total = torch.where((measured.mass > 0) & measured.mass.isfinite(), measured.mass, 1.0)
+    epsilon = problem.epsilon.squeeze(-1) if isinstance(problem.epsilon, Tensor) else problem.epsilon
+    radius = pinsker_radius(measured.gap, measured.mass, epsilon, rounding=measured.rounding)
+    distance = (measured.moved + radius) / total
     return Certificate(
         primal=torch.where(measured.dual.isfinite(), measured.dual + measured.gap, math.inf),
         dual=measured.dual,
         gap=measured.gap,
         query_error=measured.query_error / total,
         key_error=measured.key_error / total,
-        distance=(measured.moved + pinsker_radius(measured.gap, measured.mass, problem.epsilon)) / total,
+        distance=distance,
         iterations=iterations,
-        converged=converged,
-        method=method,
+        converged=converged & distance.isfinite(),
+        solver=solver,
         precision=problem.affinity.precision,
     )
 
@@ -143,7 +125,7 @@ def certify(weights: Tensor, score: Tensor, log_prior: Tensor | None = None, eps
         >>> float(certify(exact, torch.tensor([[0.0, 1.0]])).distance) < 1e-3
         True
 
-    Source: original; duality, Litman 2025, arXiv 2508.08369.
+    Source: duality, Litman 2025, arXiv 2508.08369.
     """
     check_floating(_OWNER, "weights", weights)
     check_no_nan(_OWNER, "weights", weights)
@@ -162,16 +144,16 @@ def _certified(problem: TransportProblem, weights: Tensor) -> Certificate:
     given = weights.double()
     positive = given.clamp(min=0)
     sums = positive.sum(-1, keepdim=True)
-    usable = (sums > 0).squeeze(-1)
     rows = positive / torch.where(sums > 0, sums, 1.0)
-    price = torch.zeros(problem.num_keys, dtype=torch.float64, device=given.device)
-    log_weights = problem.affinity.log_weights(price, problem.epsilon)
-    divergence = generalised_divergence(rows, log_weights).sum(-1)
-    divergence = torch.where(usable, divergence, math.inf)
-    distance = (given - rows).abs().sum(-1) + pinsker_radius(divergence, torch.ones_like(divergence), 1.0)
-    potential = respond(problem, price).potential
-    dual = dual_objective(problem, potential, price) + problem.epsilon * reference_mass(problem)
-    gap = problem.epsilon * divergence.mean(-1)
+    potential = torch.zeros(problem.num_keys, dtype=torch.float64, device=given.device)
+    log_weights, rounding = problem.affinity.bounded_log_weights(potential, problem.epsilon)
+    nats = torch.where((sums > 0).squeeze(-1), divergence(rows, log_weights).sum(-1), math.inf)
+    # The optimum is at hand, so the distance is measured; exp(log q) errs by the rounding of log q and one digit.
+    exact = log_weights.exp()
+    digit = torch.finfo(exact.dtype).eps
+    distance = (given - exact).abs().sum(-1) * (1 + 64 * digit) + (exact * (rounding + digit)).sum(-1)
+    dual = dual_objective(problem, respond(problem, potential).potential, potential)
+    gap = problem.epsilon * nats.mean(-1)
     return Certificate(
         primal=dual + gap,
         dual=dual,
@@ -181,6 +163,6 @@ def _certified(problem: TransportProblem, weights: Tensor) -> Certificate:
         distance=distance.mean(-1),
         iterations=torch.zeros_like(gap, dtype=torch.int64),
         converged=gap.isfinite(),
-        method="certify",
+        solver="certify",
         precision=str(weights.dtype).removeprefix("torch."),
     )

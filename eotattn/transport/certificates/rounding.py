@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from eotattn.transport.optimality.curvature import solve_curvature
 from eotattn.transport.optimality.response import respond, row_mass
 from eotattn.transport.problems import TransportProblem
-from eotattn.transport.problems.affinity import Rows
+from eotattn.transport.problems.affinity import Rows, is_constraint
 
 __all__ = ["RoundedCoupling", "rounded_coupling"]
 
@@ -39,8 +38,6 @@ class RoundedCoupling:
         >>> problem = TransportProblem(torch.zeros(1, 2), key_marginal=torch.tensor([0.25, 0.75]))
         >>> rounded_coupling(problem, torch.zeros(2)).rows(slice(None))
         tensor([[0.2500, 0.7500]])
-
-    Source: original.
     """
 
     problem: TransportProblem
@@ -103,7 +100,7 @@ def rounded_coupling(
     none, ones = torch.zeros_like(mass), torch.ones_like(mass)
     zero = mass.new_zeros((*problem.batch_shape, problem.num_keys))
     start = RoundedCoupling(problem, key_potential, mass, none, zero, ones, torch.ones_like(zero), none, zero)
-    if problem.key_marginal is None or problem.key_penalty < math.inf:
+    if problem.key_marginal is None or not is_constraint(problem.key_penalty):
         return start
     if not problem.is_balanced:
         _, columns = start.sums()

@@ -9,8 +9,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from eotattn.transport.arithmetic import product, solve_symmetric
 from eotattn.transport.optimality.response import penalty_share, respond
 from eotattn.transport.problems import TransportProblem
+from eotattn.transport.problems.affinity import Number, pairwise
 
 __all__ = ["solve_curvature"]
 
@@ -20,7 +22,7 @@ _STOP = 8
 
 
 def solve_curvature(
-    problem: TransportProblem, key_potential: Tensor, row_mass: Tensor, target: Tensor, right: Tensor, epsilon: float
+    problem: TransportProblem, key_potential: Tensor, row_mass: Tensor, target: Tensor, right: Tensor, epsilon: Number
 ) -> Tensor:
     """Solve ``epsilon H x = right``, H the negative Hessian of the dual in the key potential.
 
@@ -54,37 +56,36 @@ def solve_curvature(
 
 
 def _assembled(
-    problem: TransportProblem, key_potential: Tensor, row_mass: Tensor, target: Tensor, right: Tensor, epsilon: float
+    problem: TransportProblem, key_potential: Tensor, row_mass: Tensor, target: Tensor, right: Tensor, epsilon: Number
 ) -> Tensor:
     """Factorise the matrix of keys by keys."""
-    weights = problem.affinity.log_weights(key_potential, epsilon).exp()
-    flow = (weights * row_mass[..., None]).mT @ weights
-    mass = (weights * row_mass[..., None]).sum(-2)
+    weights = problem.affinity.weights(key_potential, epsilon)
+    sent = weights * row_mass[..., None]
+    flow, mass = product(sent.mT, weights), sent.sum(-2)
     live = mass > 0
-    share = penalty_share(problem.query_penalty, epsilon)
+    share = pairwise(penalty_share(problem.query_penalty, epsilon))
     off = flow - torch.diag_embed(flow.diagonal(dim1=-2, dim2=-1))
-    extra = (1.0 - share) * mass + (epsilon / problem.key_penalty) * target
+    extra = (1.0 - penalty_share(problem.query_penalty, epsilon)) * mass + (epsilon / problem.key_penalty) * target
     root = torch.where(live, mass, 1.0).sqrt()
     # share * (row sums of off) + extra equals mass - share * (diagonal of flow) + ..., without the cancellation.
-    diagonal = (share * off.sum(-1) + extra) / root.square() + 8 * torch.finfo(root.dtype).eps
+    diagonal = ((share * off).sum(-1) + extra) / root.square() + 8 * torch.finfo(root.dtype).eps
     scaled = torch.diag_embed(torch.where(live, diagonal, 1.0)) - share * off / (
         root[..., :, None] * root[..., None, :]
     )
     if problem.is_balanced:
         kernel = torch.where(live, root, 0.0)
         scaled = scaled + kernel[..., :, None] * kernel[..., None, :]
-    right = torch.where(live, right, 0.0) / root
-    return torch.linalg.solve(scaled, right.unsqueeze(-1)).squeeze(-1) / root
+    return solve_symmetric(scaled, torch.where(live, right, 0.0) / root) / root
 
 
 def _by_products(
-    problem: TransportProblem, key_potential: Tensor, row_mass: Tensor, target: Tensor, right: Tensor, epsilon: float
+    problem: TransportProblem, key_potential: Tensor, row_mass: Tensor, target: Tensor, right: Tensor, epsilon: Number
 ) -> Tensor:
     """Conjugate gradients on the matrix scaled to have a diagonal near one."""
     affinity, share = problem.affinity, penalty_share(problem.query_penalty, epsilon)
-    # The masses may be relative to a scale, and so may the price: both averages are softmaxes.
-    price = epsilon * row_mass.log() - respond(problem, key_potential, epsilon=epsilon).soft_maximum
-    offered = affinity.transposed.soft_maximum(price, epsilon)
+    # The masses may be relative to a scale, and so may the potential: both averages are softmaxes.
+    loaded = epsilon * row_mass.log() + respond(problem, key_potential, epsilon=epsilon).transform
+    offered = -affinity.transposed.soft_c_transform(loaded, epsilon)
     live = key_potential.isfinite() & offered.isfinite()
     mass = torch.where(live, ((offered + torch.where(live, key_potential, 0.0)) / epsilon).exp(), 0.0)
     root = torch.where(mass > 0, mass, 1.0).sqrt()
@@ -93,7 +94,7 @@ def _by_products(
 
     def product(vector: Tensor) -> Tensor:
         spread = affinity.average(key_potential, (vector / root)[..., None], epsilon)
-        gathered = affinity.transposed.average(price, spread, epsilon).squeeze(-1)
+        gathered = affinity.transposed.average(loaded, spread, epsilon).squeeze(-1)
         image = (1 + extra) * vector - share * kernel * gathered
         if problem.is_balanced:
             image = image + kernel * (kernel * vector).sum(-1, keepdim=True) / kernel.square().sum(-1, keepdim=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eotattn.transport.optimality.curvature import solve_curvature
-from eotattn.transport.optimality.objective import dual_objective, reference_mass
+from eotattn.transport.optimality.objective import dual_objective
 from eotattn.transport.optimality.response import respond, row_mass
 from eotattn.transport.problems import TransportProblem
 
@@ -41,7 +41,7 @@ def attach_key_potential(problem: TransportProblem, key_potential: Tensor) -> Te
     """
     attached: Tensor = key_potential
     if torch.is_grad_enabled() and problem.requires_grad:
-        attached = _KeyPotential.apply(problem, key_potential, *problem.tensors)
+        attached = _KeyPotential.apply(problem, key_potential, *problem.leaves)
     if not problem.is_balanced:
         return attached
     assert problem.key_marginal is not None
@@ -69,7 +69,7 @@ def envelope_value(problem: TransportProblem, query_potential: Tensor, key_poten
 
     Source: original.
     """
-    value: Tensor = _EnvelopeValue.apply(problem, query_potential, key_potential, *problem.tensors)
+    value: Tensor = _EnvelopeValue.apply(problem, query_potential, key_potential, *problem.leaves)
     return value
 
 
@@ -88,7 +88,7 @@ def _aliases(problem: TransportProblem, tensors: tuple[Tensor | None, ...]) -> t
     """The problem over fresh aliases of its tensors, and those aliases that want a gradient."""
     aliased = [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
     wanted = [tensor for tensor in aliased if tensor is not None and tensor.requires_grad]
-    return problem.with_tensors(*aliased), wanted
+    return problem.with_leaves(*aliased), wanted
 
 
 def _distribute(
@@ -105,7 +105,7 @@ class _KeyPotential(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, problem: TransportProblem, key_potential: Tensor, *tensors: Tensor | None) -> Tensor:
-        ctx.problem = problem.with_tensors(*(None if x is None else x.detach() for x in tensors))
+        ctx.problem = problem.with_leaves(*(None if x is None else x.detach() for x in tensors))
         value = key_potential.clone()
         ctx.save_for_backward(value, *tensors)
         return value
@@ -113,7 +113,7 @@ class _KeyPotential(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         key_potential, *tensors = ctx.saved_tensors
-        weight = _implicit_weight(ctx.problem.with_tensors(*tensors), key_potential, cotangents[0])
+        weight = _implicit_weight(ctx.problem.with_leaves(*tensors), key_potential, cotangents[0])
         create = torch.is_grad_enabled()
         with torch.enable_grad():
             problem, wanted = _aliases(ctx.problem, tuple(tensors))
@@ -142,9 +142,9 @@ class _EnvelopeValue(torch.autograd.Function):
     def forward(
         ctx: Any, problem: TransportProblem, query_potential: Tensor, key_potential: Tensor, *tensors: Tensor | None
     ) -> Tensor:
-        ctx.problem = problem.with_tensors(*(None if x is None else x.detach() for x in tensors))
+        ctx.problem = problem.with_leaves(*(None if x is None else x.detach() for x in tensors))
         ctx.save_for_backward(query_potential, key_potential, *tensors)
-        return _full_dual(ctx.problem, query_potential, key_potential)
+        return dual_objective(ctx.problem, query_potential, key_potential)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
@@ -152,12 +152,7 @@ class _EnvelopeValue(torch.autograd.Function):
         create = torch.is_grad_enabled()
         with torch.enable_grad():
             problem, wanted = _aliases(ctx.problem, tuple(tensors))
-            value = _full_dual(problem, query_potential, key_potential)
+            value = dual_objective(problem, query_potential, key_potential)
         with torch.set_grad_enabled(create):
             gradients = _distribute(tuple(tensors), value, wanted, cotangents[0])
         return None, None, None, *gradients
-
-
-def _full_dual(problem: TransportProblem, query_potential: Tensor, key_potential: Tensor) -> Tensor:
-    """The dual objective with the constant that ``dual_objective`` leaves out."""
-    return dual_objective(problem, query_potential, key_potential) + problem.epsilon * reference_mass(problem)

@@ -11,66 +11,58 @@ from torch import Tensor
 
 from eotattn.transport.optimality.response import respond
 from eotattn.transport.problems import TransportProblem
+from eotattn.transport.problems.affinity import Number, is_absent, is_constraint, pairwise
 
 __all__ = ["divergence", "dual_objective", "primal_objective", "reference_mass"]
 
+#: Nats up to which a series serves; its first term left out is below 1e-12 of the sum.
+_NEAR = 1e-2
 
-def divergence(mass: Tensor, log_mass_of_reference: Tensor) -> Tensor:
-    """Return ``p log(p / q) - p`` elementwise; the missing ``+ q`` is constant in p.
+
+def divergence(mass: Tensor, log_reference: Tensor) -> Tensor:
+    """Return ``p log(p / q) - p + q`` elementwise: never negative, and accurate where p is nearly q.
+
+    With ``u = log p - log q`` it is ``q (u exp(u) - expm1(u))``, whose series is summed where u is small.
 
     Args:
         mass: The p, non-negative.
-        log_mass_of_reference: The log q, nats; -inf where q is zero.
+        log_reference: The log q, nats; -inf where q is zero.
 
     Returns:
-        Nats times mass; zero where p is zero, whatever q; +inf where p is positive and q zero.
+        Nats times mass; q where p is zero; +inf where p is positive and q zero.
 
     Example:
-        >>> divergence(torch.tensor([0.0, 1.0]), torch.tensor([-torch.inf, 0.0]))
-        tensor([ 0., -1.])
+        >>> divergence(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 0.0]))
+        tensor([1., 0.])
 
-    Source: original.
+    Source: Csiszar 1975, with the mass terms of Chizat et al. 2018.
     """
     positive = mass > 0
-    safe = torch.where(positive, mass, 1.0)
-    return torch.where(positive, safe * (safe.log() - log_mass_of_reference) - safe, 0.0)
+    reference = log_reference.exp()
+    nats = torch.where(positive, torch.where(positive, mass, 1.0).log() - log_reference, 0.0)
+    near = positive & (nats.abs() < _NEAR)
+    small = torch.where(near, nats, 0.0)
+    series = small.square() * (1 / 2 + small * (1 / 3 + small * (1 / 8 + small * (1 / 30 + small / 144))))
+    return torch.where(near, reference * series, (mass * nats - mass + reference).clamp(min=0))
 
 
 def reference_mass(problem: TransportProblem) -> Tensor:
-    """Return ``sum_ij query_marginal_i exp(log_prior_ij)``, the mass of the reference R, shape of the batch.
-
-    Args:
-        problem: The problem.
-
-    Returns:
-        One number a problem; one where the log-prior is normalised and the query marginal sums to one.
-
-    Example:
-        >>> float(reference_mass(TransportProblem(torch.zeros(2, 3))))
-        3.0
-
-    Source: original.
-    """
-    mass = (problem.query_marginal * problem.affinity.log_prior_mass().exp()).sum(-1)
+    """Mass of the reference R on the keys that are there, shape of the batch; a key of zero marginal is not."""
+    kept = None if problem.key_marginal is None else problem.key_marginal > 0
+    mass = (problem.query_marginal * problem.affinity.log_prior_mass(kept).exp()).sum(-1)
     return mass.expand(problem.batch_shape)
 
 
 def primal_objective(problem: TransportProblem, coupling: Tensor) -> Tensor:
-    """Evaluate the primal objective of a coupling, less the constant ``epsilon * reference_mass(problem)``.
+    """Evaluate the primal objective of a coupling, cost units, shape of the batch.
 
-    The coupling is taken as it is: under an infinite penalty its marginal is trusted, not checked.
-
-    Args:
-        problem: The problem.
-        coupling: Shape (..., n, m), non-negative.
-
-    Returns:
-        Cost units, shape of the batch; +inf where the coupling uses a forbidden pair.
+    The coupling is taken as it is: under an infinite penalty its marginal is trusted, not checked. It is +inf where
+    the coupling uses a forbidden pair.
 
     Example:
         >>> problem = TransportProblem(torch.zeros(1, 2), epsilon=2.0)
         >>> float(primal_objective(problem, torch.full((1, 2), 0.5)))
-        -3.386...
+        0.613...
 
     Source: Chizat et al. 2018.
     """
@@ -78,58 +70,50 @@ def primal_objective(problem: TransportProblem, coupling: Tensor) -> Tensor:
     score, log_prior = problem.affinity.rows(slice(None))
     if log_prior is not None:
         log_reference = log_reference + log_prior
-    value = (problem.epsilon * divergence(coupling, log_reference) - coupling * score).sum((-2, -1))
-    if 0 < problem.query_penalty < math.inf:
-        value = value + problem.query_penalty * _soft(coupling.sum(-1), problem.query_marginal)
-    if problem.key_marginal is not None and problem.key_penalty < math.inf:
-        value = value + problem.key_penalty * _soft(coupling.sum(-2), problem.key_marginal)
+    if problem.key_marginal is not None:
+        log_reference = torch.where((problem.key_marginal > 0)[..., None, :], log_reference, -math.inf)
+    value = (pairwise(problem.epsilon) * divergence(coupling, log_reference) - coupling * score).sum((-2, -1))
+    query_side = (coupling.sum(-1), problem.query_marginal, problem.query_penalty)
+    key_side = (coupling.sum(-2), problem.key_marginal, problem.key_penalty)
+    for mass, marginal, penalty in (query_side, key_side):
+        if marginal is not None and not is_constraint(penalty) and not is_absent(penalty):
+            value = value + (penalty * divergence(mass, marginal.log())).sum(-1)
     return value.expand(problem.batch_shape)
 
 
 def dual_objective(problem: TransportProblem, query_potential: Tensor, key_potential: Tensor) -> Tensor:
-    """Evaluate the Fenchel dual, less the constant ``epsilon * reference_mass(problem)``; a lower bound for any input.
+    """Evaluate the Fenchel dual, cost units, shape of the batch; never above the optimum, whatever the potentials.
 
     ``D(f, g) = C(f; query_marginal, query_penalty) + C(g; key_marginal, key_penalty)
-    - epsilon sum_ij R_ij exp((score_ij + f_i + g_j) / epsilon)`` with ``C(f; a, inf) = sum a f``,
+    + epsilon sum_ij R_ij (1 - exp((score_ij + f_i + g_j) / epsilon))`` with ``C(f; a, inf) = sum a f``,
     ``C(f; a, rho) = rho sum a (1 - exp(-f / rho))`` and, without a penalty, zero for f >= 0 and -inf otherwise.
-
-    Args:
-        problem: The problem.
-        query_potential: Cost units, shape (..., n).
-        key_potential: Cost units, shape (..., m); -inf allowed on keys without mass, +inf on keys out of reach.
-
-    Returns:
-        Cost units, shape of the batch; never above the primal optimum, less the same constant.
+    Key potentials may be -inf on keys without mass, and +inf on keys out of reach.
 
     Example:
         >>> problem = TransportProblem(torch.zeros(1, 2), epsilon=2.0)
         >>> float(dual_objective(problem, torch.full((1,), -1.3863), torch.zeros(2)))
-        -3.386...
+        0.613...
 
     Source: Chizat et al. 2018.
     """
     response = respond(problem, key_potential)
-    growth = ((query_potential + response.soft_maximum) / problem.epsilon).exp()
+    growth = ((query_potential - response.transform) / problem.epsilon).exp()
     # A query without mass contributes none, even where the exponential overflows.
     growth = torch.where((problem.query_marginal > 0) | growth.isfinite(), growth, 0.0)
-    total = (problem.query_marginal * growth).sum(-1)
+    total = (problem.query_marginal * growth).sum(-1, keepdim=True)
     impossible = (key_potential == math.inf) & problem.affinity.reachable(problem.query_marginal > 0)
-    value = _concave_part(query_potential, problem.query_marginal, problem.query_penalty) - problem.epsilon * total
+    value = _concave_part(query_potential, problem.query_marginal, problem.query_penalty)
+    value = value + (problem.epsilon * (reference_mass(problem)[..., None] - total)).squeeze(-1)
     key_marginal = torch.ones_like(key_potential) if problem.key_marginal is None else problem.key_marginal
     value = value + _concave_part(key_potential, key_marginal, problem.key_penalty)
     return torch.where(impossible.any(-1), -math.inf, value).expand(problem.batch_shape)
 
 
-def _concave_part(potential: Tensor, marginal: Tensor, penalty: float) -> Tensor:
+def _concave_part(potential: Tensor, marginal: Tensor, penalty: Number) -> Tensor:
     """Minus the conjugate of a marginal penalty at minus the potential."""
-    if penalty == 0:
+    if is_absent(penalty):
         return torch.where(potential >= 0, 0.0, -math.inf).to(potential.dtype).sum(-1)
-    gain = potential if math.isinf(penalty) else -penalty * torch.expm1(-potential / penalty)
+    gain = potential if is_constraint(penalty) else -penalty * torch.expm1(-potential / penalty)
     # Zero mass at an infinite price costs nothing.
     gain = torch.where((marginal > 0) | gain.isfinite(), gain, 0.0)
     return (marginal * gain).sum(-1)
-
-
-def _soft(mass: Tensor, marginal: Tensor) -> Tensor:
-    """The divergence of a marginal of the coupling from the marginal asked for, with its mass terms."""
-    return divergence(mass, marginal.log()).sum(-1) + marginal.sum(-1)

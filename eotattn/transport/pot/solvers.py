@@ -16,7 +16,7 @@ import ot
 import torch
 from torch import Tensor
 
-from eotattn.transport.optimality.objective import primal_objective, reference_mass
+from eotattn.transport.optimality.objective import primal_objective
 from eotattn.transport.optimality.reduced import ReducedProblem, reduce_problem
 from eotattn.transport.problems import TransportProblem
 from eotattn.transport.solvers.iteration import temperatures
@@ -124,13 +124,19 @@ def _run(problem: TransportProblem, solver: Callable[[TransportProblem], np.ndar
         None if tensor is None else tensor.detach().expand(*batch, *sizes).reshape(-1, *sizes)
         for tensor, sizes in zip(problem.tensors, trailing, strict=True)
     ]
-    plans = [
-        tensor_like(problem, solver(problem.with_tensors(*(None if x is None else x[index] for x in flat))))
-        for index in range(math.prod(batch))
-    ]
+    numbers = {name: getattr(problem, name) for name in ("epsilon", "query_penalty", "key_penalty")}
+
+    def alone(index: int) -> TransportProblem:
+        own = {
+            name: float(number.detach().expand(*batch, 1).reshape(-1)[index]) if isinstance(number, Tensor) else number
+            for name, number in numbers.items()
+        }
+        return problem.with_tensors(*(None if tensor is None else tensor[index] for tensor in flat)).replaced(**own)
+
+    plans = [tensor_like(problem, solver(alone(index))) for index in range(math.prod(batch))]
     coupling = torch.stack(plans).reshape(*batch, n, m)
     with torch.no_grad():
-        value = primal_objective(problem, coupling) + problem.epsilon * reference_mass(problem)
+        value = primal_objective(problem, coupling)
     return PotSolution(coupling, value, call)
 
 
@@ -140,11 +146,11 @@ def hard_marginals(
     """Two hard marginals: the prior enters the cost, and warmer temperatures start the cooler ones."""
     forbidden = arrays.prior == 0
     log_prior = np.log(np.where(forbidden, 1.0, arrays.prior))
-    tolerance = max(tolerance, 1e-13, np.finfo(float).eps * float(np.abs(arrays.cost).max()) / problem.epsilon)
+    tolerance = max(tolerance, 1e-13, np.finfo(float).eps * float(np.abs(arrays.cost).max()) / problem.coldest)
     start = None
-    for epsilon in temperatures(problem):
+    for epsilon in (factor * problem.coldest for factor in temperatures(problem)):
         cost = np.where(forbidden, math.inf, arrays.cost - epsilon * log_prior)
-        final = epsilon == problem.epsilon
+        final = epsilon == problem.coldest
         # Its log also holds the exponentials of the potentials, unused here, which may overflow.
         with np.errstate(over="ignore"):
             plan, log = ot.bregman.sinkhorn_log(
@@ -160,7 +166,7 @@ def hard_marginals(
             )
         start = (4 * log["log_u"], 4 * log["log_v"])
     _require_converged(log["err"][-1], 10 * tolerance, LOG_CALL)
-    return arrays.restore(plan), problem.epsilon * log["log_v"]
+    return arrays.restore(plan), problem.coldest * log["log_v"]
 
 
 def _soft(problem: TransportProblem, arrays: ReducedProblem, tolerance: float, max_iterations: int) -> np.ndarray:

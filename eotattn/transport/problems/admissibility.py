@@ -5,19 +5,22 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 from torch import Tensor
 
 from eotattn.checks import check_floating, check_no_nan, check_positive, require
-from eotattn.transport.problems.affinity import Affinity, DenseAffinity
+from eotattn.transport.problems.affinity import Affinity, Number, is_absent, is_constraint
+from eotattn.transport.problems.dense import DenseAffinity
 
 __all__ = [
     "check_broadcast",
     "check_log_prior",
-    "check_marginal",
+    "check_number",
     "check_reachability",
     "check_score",
+    "checked_marginal",
     "resolved_key_penalty",
 ]
 
@@ -26,21 +29,7 @@ _MASS_SLACK = 64
 
 
 def check_score(owner: str, score: Tensor) -> None:
-    """Raise unless ``score`` is a finite float32 or float64 tensor of shape (..., n, m), n and m positive.
-
-    Args:
-        owner: Who checks.
-        score: The candidate.
-
-    Raises:
-        TypeError: If it is not such a tensor.
-        ValueError: If its shape or an entry is out of range.
-
-    Example:
-        >>> check_score("TransportProblem", torch.zeros(2, 3))
-
-    Source: original.
-    """
+    """Raise unless ``score`` is a finite float32 or float64 tensor of shape (..., n, m), n and m positive."""
     check_floating(owner, "score", score)
     fine = score.dtype in (torch.float32, torch.float64)
     remedy = "Convert it with .float() or .double()"
@@ -52,22 +41,7 @@ def check_score(owner: str, score: Tensor) -> None:
 
 
 def check_log_prior(owner: str, log_prior: Tensor | None, score: Tensor) -> None:
-    """Raise unless ``log_prior`` fits ``score`` and leaves every query a key; ``None`` passes.
-
-    Args:
-        owner: Who checks.
-        log_prior: Shape (..., n, m), nats; -inf is allowed.
-        score: Shape (..., n, m), already checked.
-
-    Raises:
-        TypeError: If dtypes differ.
-        ValueError: If the shape, the device or an entry is out of range.
-
-    Example:
-        >>> check_log_prior("TransportProblem", torch.zeros(2, 3), torch.zeros(4, 2, 3))
-
-    Source: original.
-    """
+    """Raise unless ``log_prior`` fits ``score`` and leaves every query a key; ``None`` passes."""
     if log_prior is None:
         return
     _check_fits(owner, "log_prior", log_prior, DenseAffinity(score, None), score.shape[-2:])
@@ -77,29 +51,13 @@ def check_log_prior(owner: str, log_prior: Tensor | None, score: Tensor) -> None
     require(empty == 0, owner, "log_prior", rule, f"{empty} rows of -inf only", "Unmask a key in these rows")
 
 
-def check_marginal(
+def checked_marginal(
     owner: str, argument: str, value: Tensor, affinity: Affinity, size: int, *, sums_to_one: bool
-) -> None:
-    """Raise unless ``value`` holds non-negative masses of the right size and sum.
+) -> Tensor:
+    """Return ``value``, or raise unless it holds non-negative masses (..., size) of the right sum.
 
-    Args:
-        owner: Who checks.
-        argument: Its name.
-        value: Shape (..., size).
-        affinity: Already checked.
-        size: n or m.
-        sums_to_one: Whether the marginal is a constraint; otherwise any positive mass passes.
-
-    Raises:
-        TypeError: If dtypes differ.
-        ValueError: If the shape, the device or an entry is out of range, or the sum is wrong.
-
-    Example:
-        >>> from eotattn.transport.problems.affinity import DenseAffinity
-        >>> pairs = DenseAffinity(torch.zeros(2, 3), None)
-        >>> check_marginal("TransportProblem", "key_marginal", torch.ones(3), pairs, 3, sums_to_one=False)
-
-    Source: original.
+    A constraint sums to one within the rounding of its dtype, or, with a warning, within that of float32: then it is
+    divided by its sum.
     """
     _check_fits(owner, argument, value, affinity, torch.Size((size,)))
     check_no_nan(owner, argument, value)
@@ -108,33 +66,43 @@ def check_marginal(
     mass = value.detach().sum(-1)
     positive = bool((mass > 0).all())
     require(positive, owner, argument, "have positive total mass", f"mass {float(mass.min()):g}", "Pass masses")
-    if sums_to_one:
-        error = float((mass - 1).abs().max())
-        rule, remedy = "sum to one under an infinite penalty", "Divide it by its sum, or choose a finite penalty"
-        within = error <= _MASS_SLACK * torch.finfo(value.dtype).eps
-        require(within, owner, argument, rule, f"a sum {error:.1e} away from one", remedy)
+    error = float((mass - 1).abs().max())
+    if not sums_to_one or error <= _MASS_SLACK * torch.finfo(value.dtype).eps:
+        return value
+    rule, remedy = "sum to one under an infinite penalty", "Divide it by its sum, or choose a finite penalty"
+    within = error <= _MASS_SLACK * torch.finfo(torch.float32).eps
+    require(within, owner, argument, rule, f"a sum {error:.1e} away from one", remedy)
+    message = (
+        f"{owner}: {argument} sums to one within the rounding of float32 only ({error:.1e} away), so it is divided"
+    )
+    warnings.warn(f"{message} by its sum.", stacklevel=4)
+    return value / value.sum(-1, keepdim=True)
+
+
+def check_number(
+    owner: str,
+    argument: str,
+    value: Number,
+    affinity: Affinity,
+    *,
+    allow_zero: bool = False,
+    allow_inf: bool = False,
+) -> Number:
+    """Return a number, or one number a problem as a tensor of shape (..., 1), which must be positive and finite."""
+    if not isinstance(value, Tensor):
+        return check_positive(owner, argument, value, allow_zero=allow_zero, allow_inf=allow_inf)
+    _check_fits(owner, argument, value, affinity, torch.Size((1,)))
+    fine = bool(((value > 0) & value.isfinite()).all())
+    remedy = "Pass a Python float for zero or infinity, which all problems of a batch share"
+    require(fine, owner, argument, "be positive and finite in every entry", value, remedy)
+    kernel = affinity.resolution <= torch.finfo(affinity.dtype).eps or argument != "epsilon"
+    rule, remedy = "be a Python float where the kernel has 16 bits", "Pass float32 factors"
+    require(kernel, owner, argument, rule, value, remedy)
+    return value
 
 
 def check_broadcast(owner: str, argument: str, value: Tensor, lead: torch.Size, batch: torch.Size, remedy: str) -> None:
-    """Raise unless the leading dimensions of ``value`` broadcast with a batch.
-
-    Args:
-        owner: Who checks.
-        argument: Its name.
-        value: The tensor.
-        lead: Its leading dimensions.
-        batch: What they must fit.
-        remedy: What to do otherwise.
-
-    Raises:
-        ValueError: If they do not.
-
-    Example:
-        >>> value = torch.zeros(2, 1, 3)
-        >>> check_broadcast("TransportProblem", "score", value, value.shape[:-1], torch.Size((5,)), "Match it")
-
-    Source: original.
-    """
+    """Raise unless the leading dimensions of ``value`` broadcast with a batch."""
     try:
         torch.broadcast_shapes(lead, batch)
     except RuntimeError:
@@ -148,30 +116,12 @@ def check_reachability(
     affinity: Affinity,
     query_marginal: Tensor,
     key_marginal: Tensor | None,
-    key_penalty: float,
+    key_penalty: Number,
 ) -> None:
     """Raise unless the masks leave every query a key with mass, and every hard key mass a query with mass.
 
     These are necessary conditions; whether a mask admits two hard marginals at all is a flow problem, and a solver
-    answers it by not converging.
-
-    Args:
-        owner: Who checks.
-        batch_shape: Broadcast leading dimensions.
-        affinity: Which says what is admissible.
-        query_marginal: Shape (..., n).
-        key_marginal: Shape (..., m), or ``None`` for free keys.
-        key_penalty: Cost units.
-
-    Raises:
-        ValueError: If a query or a key is stranded.
-
-    Example:
-        >>> from eotattn.transport.problems.affinity import DenseAffinity
-        >>> pairs = DenseAffinity(torch.zeros(2, 3), None)
-        >>> check_reachability("TransportProblem", torch.Size(), pairs, torch.ones(2) / 2, None, 0.0)
-
-    Source: original.
+    names it where it meets it.
     """
     *_, n, m = affinity.shape
     if key_marginal is None:
@@ -182,40 +132,28 @@ def check_reachability(
         argument, rule = "key_marginal", "give mass to an admissible key of every query"
     stranded = int((~affinity.transposed.reachable(has_mass).expand(*batch_shape, n)).sum())
     require(stranded == 0, owner, argument, rule, f"{stranded} queries without one", "Unmask or add mass")
-    if key_marginal is not None and math.isinf(key_penalty):
+    if key_marginal is not None and is_constraint(key_penalty):
         unreached = int((has_mass & ~affinity.reachable(query_marginal > 0)).sum())
         rule = "be zero on keys that no query with mass may use, under an infinite penalty"
         remedy = "Unmask them, set their mass to zero, or choose a finite key_penalty"
         require(unreached == 0, owner, "key_marginal", rule, f"{unreached} such keys with mass", remedy)
 
 
-def resolved_key_penalty(owner: str, key_penalty: float | None, key_marginal: Tensor | None) -> float:
-    """Return the key penalty: no key marginal means zero, a key marginal means infinite unless stated.
-
-    Args:
-        owner: Who checks.
-        key_penalty: Cost units, or ``None``.
-        key_marginal: Shape (..., m), or ``None`` for free keys.
-
-    Raises:
-        TypeError: If the penalty is not a number.
-        ValueError: If it is out of range, or does not go with the marginal.
-
-    Example:
-        >>> resolved_key_penalty("TransportProblem", None, None)
-        0.0
-
-    Source: original.
-    """
+def resolved_key_penalty(
+    owner: str, key_penalty: Number | None, key_marginal: Tensor | None, affinity: Affinity
+) -> Number:
+    """Return the key penalty: no key marginal means zero, a key marginal means infinite unless stated."""
     if key_penalty is None:
         return 0.0 if key_marginal is None else math.inf
-    value = check_positive(owner, "key_penalty", key_penalty, allow_zero=True, allow_inf=True)
+    value = check_number(owner, "key_penalty", key_penalty, affinity, allow_zero=True, allow_inf=True)
     if key_marginal is None:
         remedy = "Pass a key_marginal, or leave key_penalty out"
-        require(value == 0, owner, "key_penalty", "be left out where there is no key_marginal", key_penalty, remedy)
+        rule = "be left out where there is no key_marginal"
+        require(is_absent(value), owner, "key_penalty", rule, key_penalty, remedy)
     else:
         remedy = "Leave key_marginal out for free keys, or choose a penalty above zero"
-        require(value > 0, owner, "key_penalty", "be positive where there is a key_marginal", key_penalty, remedy)
+        rule = "be positive where there is a key_marginal"
+        require(not is_absent(value), owner, "key_penalty", rule, key_penalty, remedy)
     return value
 
 

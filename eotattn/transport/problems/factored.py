@@ -12,36 +12,37 @@ import torch
 from torch import Tensor
 
 from eotattn.priors.base import computing_dtype
-from eotattn.transport.problems.affinity import Affinity, Exchange, Rows
+from eotattn.transport.arithmetic import product
+from eotattn.transport.problems.affinity import Affinity, Exchange, Number, Rows, plus, sent
 from eotattn.transport.problems.fused import FusedCalls
 from eotattn.transport.problems.prior_factors import PriorFactors
 
-__all__ = ["FactoredAffinity"]
+__all__ = ["FactoredAffinity", "PointAffinity"]
 
 
 @dataclass(frozen=True, eq=False)
 class FactoredAffinity(Affinity):
     r"""``score_ij = <query_i, key_j> + query_bias_i + key_bias_j`` with a log-prior that is a sum of inner products.
 
-    A question is one fused call on ``[query, prior lanes, 1]`` and ``[key, prior lanes, price]``, whose log-sum-exp is
-    the soft maximum and whose output is the average. The dtype of query and key is the kernel's; in bfloat16 prices
-    are written in three lanes, so that they keep 24 bits, and everything else stays in float32.
+    A question is one fused call on ``[query, prior lanes, 1]`` and ``[key, prior lanes, potential]``, whose
+    log-sum-exp is the soft c-transform and whose output is the average. The dtype of query and key is the kernel's; in
+    bfloat16 potentials are written in three lanes, so that they keep 24 bits, and everything else stays in float32.
 
     Args:
         query: Shape (..., n, d), float32, float64 or bfloat16.
         key: Shape (..., m, d), the same dtype.
         query_bias: Cost units, shape (..., n), float64 for float64 and float32 otherwise, or ``None`` for zero.
         key_bias: The same for keys.
-        factors: The log-prior, in nats.
+        factors: The part of the log-prior that depends on both, in nats, without constants of rows.
+        query_log_prior: The part that depends on the query alone, nats, shape (..., n), or ``None`` for zero.
+        key_log_prior: The same for keys.
         key_padding: Booleans, shape (..., m), true where no query may use the key; ``None`` for nowhere.
         query_padding: The same for queries; arises by exchanging the sides.
         direction: 1 where query i may use keys 0 to i (needs n = m), -1 where keys i to m, 0 without such an order.
 
     Example:
-        >>> FactoredAffinity(torch.zeros(1, 4), torch.zeros(2, 4)).soft_maximum(torch.zeros(2), 1.0)
-        tensor([0.6931])
-
-    Source: original.
+        >>> FactoredAffinity(torch.zeros(1, 4), torch.zeros(2, 4)).soft_c_transform(torch.zeros(2), 1.0)
+        tensor([-0.6931])
     """
 
     query: Tensor
@@ -49,6 +50,8 @@ class FactoredAffinity(Affinity):
     query_bias: Tensor | None = None
     key_bias: Tensor | None = None
     factors: tuple[PriorFactors, ...] = ()
+    query_log_prior: Tensor | None = None
+    key_log_prior: Tensor | None = None
     key_padding: Tensor | None = None
     query_padding: Tensor | None = None
     direction: int = 0
@@ -60,8 +63,9 @@ class FactoredAffinity(Affinity):
         """``(..., n, m)``."""
         leads = [self.query.shape[:-2], self.key.shape[:-2]]
         leads += [part.query.shape[:-2] for part in self.factors]
-        vectors = (self.query_bias, self.key_bias, self.key_padding, self.query_padding)
-        leads += [vector.shape[:-1] for vector in vectors if vector is not None]
+        vectors = (self.query_bias, self.key_bias, self.query_log_prior, self.key_log_prior)
+        paddings = (self.key_padding, self.query_padding)
+        leads += [vector.shape[:-1] for vector in (*vectors, *paddings) if vector is not None]
         return torch.Size((*torch.broadcast_shapes(*leads), self.query.shape[-2], self.key.shape[-2]))
 
     @property
@@ -87,78 +91,95 @@ class FactoredAffinity(Affinity):
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """Query, key, biases, then query, key and row of each factor."""
-        rest = [tensor for part in self.factors for tensor in (part.query, part.key, part.row)]
-        return self.query, self.key, self.query_bias, self.key_bias, *rest
+        """Query, key, biases and the parts of the log-prior of one side, then query and key of each factor."""
+        sides = (self.query_bias, self.key_bias, self.query_log_prior, self.key_log_prior)
+        return self.query, self.key, *sides, *(side for part in self.factors for side in (part.query, part.key))
 
     def with_tensors(self, *tensors: Tensor | None) -> FactoredAffinity:
         """See ``Affinity``."""
-        query, key, query_bias, key_bias, *rest = tensors
-        assert query is not None
-        assert key is not None
-        triples = zip(self.factors, rest[::3], rest[1::3], rest[2::3], strict=True)
-        factors = tuple(replace(part, query=left, key=right, row=row) for part, left, right, row in triples)  # type: ignore[arg-type]
-        return replace(self, query=query, key=key, query_bias=query_bias, key_bias=key_bias, factors=factors)
+        names = ("query", "key", "query_bias", "key_bias", "query_log_prior", "key_log_prior")
+        rest = tensors[len(names) :]
+        pairs = zip(self.factors, rest[::2], rest[1::2], strict=True)
+        factors = tuple(replace(part, query=query, key=key) for part, query, key in pairs)  # type: ignore[arg-type]
+        return replace(self, **dict(zip(names, tensors, strict=False)), factors=factors)  # type: ignore[arg-type]
 
     @cached_property
     def transposed(self) -> FactoredAffinity:
-        """Queries and keys exchanged; the constants of rows become factors of their own."""
-        sides = {"query": "key", "key": "query", "both": "both", None: None}
-        swapped = [PriorFactors(part.key, part.query, None, sides[part.exact]) for part in self.factors]  # type: ignore[arg-type]
-        rows = [part.row for part in self.factors if part.row is not None]
-        swapped += [PriorFactors(row.new_ones(1, 1, 1), row[..., None], None, "query") for row in rows]
+        """Queries and keys exchanged."""
+        sides = {"query": "key", "key": "query", None: None}
+        swapped = tuple(PriorFactors(part.key, part.query, None, sides[part.exact]) for part in self.factors)  # type: ignore[arg-type]
         return FactoredAffinity(
             self.key,
             self.query,
             self.key_bias,
             self.query_bias,
-            tuple(swapped),
+            swapped,
+            self.key_log_prior,
+            self.query_log_prior,
             self.query_padding,
             self.key_padding,
             -self.direction,
         )
 
-    def soft_maximum(self, price: Tensor, epsilon: float) -> Tensor:
+    def with_queries(self, query: Tensor) -> FactoredAffinity:
+        """See ``Affinity``; content without a place, so not under a prior of positions or an order."""
+        return replace(self._without_places(), query=query, query_log_prior=None, query_padding=None)
+
+    def with_keys(self, key: Tensor) -> FactoredAffinity:
+        """See ``Affinity``; likewise."""
+        return replace(self._without_places(), key=key, key_log_prior=None, key_padding=None)
+
+    def _without_places(self) -> FactoredAffinity:
+        """Itself, or an error where positions matter."""
+        if self.factors or self.direction:
+            raise NotImplementedError(
+                "TransportSolution: potentials at new content need a problem without prior and order; got one with "
+                "positions. State a problem with the new content instead."
+            )
+        return self
+
+    def soft_c_transform(self, potential: Tensor, epsilon: Number) -> Tensor:
         """See ``Affinity``."""
         calls, constant = self._calls(epsilon), self._row_constant(epsilon)
-        nats = calls.log_sum_exp(calls.bias(price))
-        return epsilon * nats if constant is None else torch.add(constant, nats, alpha=epsilon)
+        nats = calls.log_sum_exp(calls.bias(potential))
+        return -epsilon * nats if constant is None else -plus(constant, nats, epsilon)
 
-    def exchange(self, epsilon: float, log_marginal: Tensor, growth: float) -> Exchange:
+    def exchange(self, epsilon: Number, log_marginal: Tensor, growth: Number) -> Exchange:
         """See ``Affinity``; here in nats throughout, and what is constant in a row cancels from what keys receive."""
-        bare = replace(self, factors=tuple(replace(part, row=None) for part in self.factors))
-        ask_queries, ask_keys = self._calls(epsilon), bare.transposed._calls(epsilon)
-        constant = self._row_constant(epsilon) if growth else None
-        if constant is not None:
-            log_marginal = torch.add(log_marginal, constant, alpha=growth / epsilon)
+        ask_queries = self._calls(epsilon)
+        ask_keys = replace(self, query_log_prior=None, query_bias=None).transposed._calls(epsilon)
+        constant = self._row_constant(epsilon)
+        constant = None if constant is None else constant / epsilon
 
-        def both(key_potential: Tensor) -> tuple[Tensor, Tensor]:
+        def both(key_potential: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             bias = ask_queries.bias(key_potential)
             nats = ask_queries.log_sum_exp(bias)
-            log_rows = torch.add(log_marginal, nats, alpha=growth) if growth else log_marginal
-            return log_rows, ask_keys.log_sum_exp(log_rows - nats) + bias
+            normaliser = nats if constant is None else nats + constant
+            log_rows = sent(log_marginal, normaliser, growth)
+            return log_rows, ask_keys.log_sum_exp(log_rows - nats) + bias, normaliser
 
         return both
 
-    def average(self, price: Tensor, value: Tensor, epsilon: float) -> Tensor:
+    def average(self, potential: Tensor, value: Tensor, epsilon: Number) -> Tensor:
         """See ``Affinity``."""
-        found = self._calls(epsilon).average(price, value).to(self.dtype)
+        found = self._calls(epsilon).average(potential, value).to(self.dtype)
         return found if self.query_padding is None else found.masked_fill(self.query_padding[..., None], 0.0)
 
-    def _calls(self, epsilon: float) -> FusedCalls:
+    def _calls(self, epsilon: Number) -> FusedCalls:
         return FusedCalls.prepare(
             self.query,
             self.key,
             self.factors,
             epsilon=epsilon,
             key_bias=self.key_bias,
+            key_log_prior=self.key_log_prior,
             key_padding=self.key_padding,
             direction=self.direction,
         )
 
-    def _row_constant(self, epsilon: float) -> Tensor | None:
-        """What no key changes of a query's soft maximum, cost units; -inf for a query without keys."""
-        parts = [epsilon * part.row for part in self.factors if part.row is not None]
+    def _row_constant(self, epsilon: Number) -> Tensor | None:
+        """What no key changes of a query's normaliser, cost units; -inf for a query without keys."""
+        parts = [] if self.query_log_prior is None else [epsilon * self.query_log_prior]
         parts += [] if self.query_bias is None else [self.query_bias]
         if self.query_padding is not None:
             zero = torch.zeros(self.query_padding.shape, dtype=self.dtype, device=self.device)
@@ -168,13 +189,14 @@ class FactoredAffinity(Affinity):
     def rows(self, index: Rows) -> tuple[Tensor, Tensor | None]:
         """See ``Affinity``."""
         dtype = self.dtype
-        score = self.query[..., index, :].to(dtype) @ self.key.to(dtype).mT
+        score = product(self.query[..., index, :].to(dtype), self.key.to(dtype).mT)
         if self.query_bias is not None:
             score = score + self.query_bias[..., index, None]
         if self.key_bias is not None:
             score = score + self.key_bias[..., None, :]
-        parts = [part.query[..., index, :].to(dtype) @ part.key.to(dtype).mT for part in self.factors]
-        parts += [part.row[..., index, None] for part in self.factors if part.row is not None]
+        parts = [product(part.query[..., index, :].to(dtype), part.key.to(dtype).mT) for part in self.factors]
+        parts += [] if self.query_log_prior is None else [self.query_log_prior[..., index, None]]
+        parts += [] if self.key_log_prior is None else [self.key_log_prior[..., None, :].expand(score.shape)]
         forbidden = self._forbidden(index)
         if forbidden is not None:
             parts.append(score.new_zeros(()).expand(forbidden.shape).masked_fill(forbidden, -math.inf))
@@ -194,21 +216,29 @@ class FactoredAffinity(Affinity):
             found = padded if found is None else found | padded
         return found
 
-    def reachable(self, alive: Tensor) -> Tensor:
+    @property
+    def forbids(self) -> bool:
         """See ``Affinity``."""
-        alive = alive if self.query_padding is None else alive & ~self.query_padding
-        if self.direction > 0:
-            alive = alive.flip(-1).cumsum(-1).flip(-1) > 0
-        elif self.direction < 0:
-            alive = alive.cumsum(-1) > 0
-        else:
-            alive = alive.any(-1, keepdim=True)
-        return alive if self.key_padding is None else alive & ~self.key_padding
+        return bool(self.direction) or self.key_padding is not None or self.query_padding is not None
 
-    def log_prior_mass(self) -> Tensor:
+    def highest(self, potential: Tensor) -> Tensor:
         """See ``Affinity``."""
+        if self.key_padding is not None:
+            potential = torch.where(self.key_padding, -math.inf, potential)
+        if self.direction > 0:
+            potential = potential.cummax(-1).values
+        elif self.direction < 0:
+            potential = potential.flip(-1).cummax(-1).values.flip(-1)
+        else:
+            potential = potential.amax(-1, keepdim=True)
+        return potential if self.query_padding is None else torch.where(self.query_padding, -math.inf, potential)
+
+    def log_prior_mass(self, kept: Tensor | None = None) -> Tensor:
+        """See ``Affinity``."""
+        potential = torch.zeros(self.shape[-1], dtype=self.dtype, device=self.device)
+        potential = potential if kept is None else torch.where(kept, potential, -math.inf)
         alone = replace(self, query=self.query[..., :0], key=self.key[..., :0], query_bias=None, key_bias=None)
-        return alone.soft_maximum(torch.zeros(self.shape[-1], dtype=self.dtype, device=self.device), 1.0)
+        return -alone.soft_c_transform(potential, 1.0)
 
     @cached_property
     def largest(self) -> float:
@@ -222,3 +252,52 @@ class FactoredAffinity(Affinity):
     def spread(self) -> float:
         """Twice the bound of a single score."""
         return 2 * self.largest
+
+    @cached_property
+    def product_size(self) -> float:
+        """Of inner products and biases, from mean squares."""
+        parts = [side.detach().to(self.dtype).square().sum(-1).mean().sqrt() for side in (self.query, self.key)]
+        parts += [bias.detach().abs().mean() for bias in (self.query_bias, self.key_bias) if bias is not None]
+        query, key, *biases = torch.stack(parts).tolist()
+        return float(query * key + sum(biases))
+
+
+@dataclass(frozen=True, eq=False)
+class PointAffinity(FactoredAffinity):
+    """Minus the squared distance of points: ``2 <query_i, key_j> - |query_i|^2 - |key_j|^2``.
+
+    Distances do not see a common shift, but their expansion does: far from the origin it is a difference of large
+    numbers. So the points are centred first, all problems of a batch alike; bfloat16 points, which that would round,
+    are taken as they are.
+
+    Args:
+        centre: What was subtracted from the points, shape (d,), or ``None``.
+    """
+
+    centre: Tensor | None = None
+
+    @classmethod
+    def between(cls, query: Tensor, key: Tensor, **rest: Tensor | None) -> PointAffinity:
+        """The affinity of points (..., n, d) and (..., m, d)."""
+        centre = None
+        if query.dtype == computing_dtype(query.dtype):
+            centre = sum(side.detach().flatten(0, -2).mean(0) for side in (query, key)) / 2
+            query, key = query - centre, key - centre
+        return cls(2 * query, key, cls._bias(query), cls._bias(key), centre=centre, **rest)  # type: ignore[arg-type]
+
+    def with_queries(self, query: Tensor) -> PointAffinity:
+        """See ``Affinity``."""
+        query = self._centred(query)
+        return replace(super().with_queries(2 * query), query_bias=self._bias(query))  # type: ignore[return-value]
+
+    def with_keys(self, key: Tensor) -> PointAffinity:
+        """See ``Affinity``."""
+        key = self._centred(key)
+        return replace(super().with_keys(key), key_bias=self._bias(key))  # type: ignore[return-value]
+
+    def _centred(self, points: Tensor) -> Tensor:
+        return points if self.centre is None else points - self.centre
+
+    @staticmethod
+    def _bias(points: Tensor) -> Tensor:
+        return -points.to(computing_dtype(points.dtype)).square().sum(-1)

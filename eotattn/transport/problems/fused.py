@@ -1,4 +1,4 @@
-"""Fused calls at one temperature: everything that does not depend on the price is prepared once."""
+"""Fused calls at one temperature: everything that does not depend on the potential is prepared once."""
 
 # Legend: n queries, m keys, d content width, w operand width; the leading dimensions (...) are a batch.
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from eotattn.kernels.log_sum_exp import attend, biased_log_sum_exp
 from eotattn.priors.base import computing_dtype
+from eotattn.transport.problems.affinity import Number, plus
 from eotattn.transport.problems.prior_factors import PriorFactors
 
 __all__ = ["FusedCalls"]
@@ -23,13 +24,14 @@ _FAR = -1e9
 
 @dataclass(frozen=True, eq=False)
 class FusedCalls:
-    r"""Log-sum-exps and averages over ``(<query_i, key_j> + price_j) / epsilon``, for one price after another.
+    r"""Log-sum-exps and averages over ``(<query_i, key_j> + potential_j) / epsilon``, for one potential after another.
 
     Args:
         query: Content and lanes of the log-prior, shape (..., n, w), the kernel's dtype.
         key: The same for keys, shape (..., m, w).
         constant: What every key adds to its logits, nats, shape (..., m), or ``None`` for zero; -inf removes it.
         epsilon: Temperature, cost units.
+        scale: What the kernel multiplies inner products by; the rest of 1 / epsilon is in the query.
         direction: 1 where query i may use keys 0 to i, -1 where keys i to m, 0 without such an order.
 
     Example:
@@ -37,13 +39,13 @@ class FusedCalls:
         >>> calls.log_sum_exp(torch.zeros(2))
         tensor([0.6931])
 
-    Source: original.
     """
 
     query: Tensor
     key: Tensor
     constant: Tensor | None
-    epsilon: float
+    epsilon: Number
+    scale: float
     direction: int = 0
 
     @classmethod
@@ -53,42 +55,46 @@ class FusedCalls:
         key: Tensor,
         factors: tuple[PriorFactors, ...],
         *,
-        epsilon: float,
+        epsilon: Number,
         key_bias: Tensor | None = None,
+        key_log_prior: Tensor | None = None,
         key_padding: Tensor | None = None,
         direction: int = 0,
     ) -> FusedCalls:
         """Lay content and the lanes of ``factors`` side by side, and join what biases keys."""
+        if isinstance(epsilon, Tensor):
+            query, scale = query / epsilon[..., None], 1.0
+        else:
+            scale = 1.0 / epsilon
         pairs = [(query, key)]
         if factors:
-            pairs += [part.split(query.dtype, query_scale=epsilon) for part in factors]
+            pairs += [part.split(query.dtype, query_scale=1.0 / scale) for part in factors]
         left, right = (_beside(side) for side in zip(*pairs, strict=True))
-        constant = None if key_bias is None else key_bias / epsilon
+        parts = [] if key_bias is None else [key_bias / epsilon]
+        parts += [] if key_log_prior is None else [key_log_prior]
         if key_padding is not None:
             kept = torch.zeros(key_padding.shape, dtype=computing_dtype(query.dtype), device=key.device)
-            kept = kept.masked_fill(key_padding, -math.inf)
-            constant = kept if constant is None else constant + kept
-        return cls(left, right, constant, epsilon, direction)
+            parts.append(kept.masked_fill(key_padding, -math.inf))
+        constant = sum(parts[1:], start=parts[0]) if parts else None
+        return cls(left, right, constant, epsilon, scale, direction)
 
     def log_sum_exp(self, bias: Tensor) -> Tensor:
         """Log-sum-exp over the keys, nats, shape (..., n), -inf where no key is left; ``bias`` of shape (..., m)."""
         found = self._by_its_own_kernel(bias)
         return self._attend(bias, None)[1] if found is None else found
 
-    def average(self, price: Tensor, value: Tensor) -> Tensor:
+    def average(self, potential: Tensor, value: Tensor) -> Tensor:
         """Softmax average of values (..., m, v), shape (..., n, v), the kernel's dtype; zero where no key is left."""
-        output, log_sum_exp = self._attend(self.bias(price), value)
+        output, log_sum_exp = self._attend(self.bias(potential), value)
         return output.masked_fill((log_sum_exp == -math.inf)[..., None], 0.0)
 
-    def bias(self, price: Tensor) -> Tensor:
-        """Price and constant in nats, -inf where a key is removed; a price of +inf counts as zero.
+    def bias(self, potential: Tensor) -> Tensor:
+        """Potential and constant in nats, -inf where a key is removed; a potential of +inf counts as zero.
 
-        A query that neither sends mass nor has keys has no price at all (-inf + inf), and is removed too.
+        A query that neither sends mass nor has keys has no potential at all (-inf + inf), and is removed too.
         """
-        price = price.nan_to_num(nan=-math.inf, posinf=0.0, neginf=-math.inf)
-        if self.constant is None:
-            return price / self.epsilon
-        return torch.add(self.constant, price, alpha=1.0 / self.epsilon)
+        potential = potential.nan_to_num(nan=-math.inf, posinf=0.0, neginf=-math.inf)
+        return potential / self.epsilon if self.constant is None else plus(self.constant, potential, 1 / self.epsilon)
 
     @cached_property
     def _lead(self) -> torch.Size:
@@ -107,21 +113,21 @@ class FusedCalls:
             side.expand(*batch, *side.shape[-2:]).reshape(count, *side.shape[-2:]) for side in (self.query, self.key)
         )
         bias = bias.expand(*batch, bias.shape[-1]).reshape(count, bias.shape[-1])
-        found = biased_log_sum_exp(query, key, bias, scale=1.0 / self.epsilon)
+        found = biased_log_sum_exp(query, key, bias, scale=self.scale)
         return None if found is None else found.reshape(*batch, query.shape[-2])
 
     def _attend(self, bias: Tensor, value: Tensor | None) -> tuple[Tensor, Tensor]:
         """One attention call with the bias in lanes: output (..., n, v) and log-sum-exp (..., n)."""
         batch = self._batch(bias)
         batch = batch if value is None else torch.broadcast_shapes(batch, value.shape[:-2])
-        lane = self.epsilon * bias.clamp(min=_FAR)  # the kernel divides by epsilon
+        lane = bias.clamp(min=_FAR) / self.scale
         carrier = PriorFactors(lane.new_ones(1, 1), lane[..., None], exact="query").split(self.query.dtype)
         query, key = (_beside(pair) for pair in ((self.query, carrier[0]), (self.key, carrier[1])))
         operands = [query, key] if value is None else [query, key, value.to(query.dtype)]
         operands = [one.expand(*batch, *one.shape[-2:]).reshape(-1, 1, *one.shape[-2:]) for one in operands]
         if self.direction < 0:
             operands = [one.flip(-2) for one in operands]
-        output, log_sum_exp = attend(*operands, scale=1.0 / self.epsilon, is_causal=self.direction != 0)
+        output, log_sum_exp = attend(*operands, scale=self.scale, is_causal=self.direction != 0)
         if self.direction < 0:
             output, log_sum_exp = output.flip(-2), log_sum_exp.flip(-1)
         log_sum_exp = torch.where(log_sum_exp < 0.5 * _FAR, -math.inf, log_sum_exp)

@@ -4,23 +4,26 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from eotattn.checks import check_positive
 from eotattn.priors import LogPrior
 from eotattn.transport.problems.admissibility import (
     check_log_prior,
-    check_marginal,
+    check_number,
     check_reachability,
     check_score,
+    checked_marginal,
     resolved_key_penalty,
 )
-from eotattn.transport.problems.affinity import Affinity, DenseAffinity
-from eotattn.transport.problems.statement import factored_affinity, point_affinity
+from eotattn.transport.problems.affinity import Affinity, Number, is_constraint
+from eotattn.transport.problems.dense import DenseAffinity
+from eotattn.transport.problems.factored_statement import factored_affinity, point_affinity
 
 __all__ = ["TransportProblem"]
 
@@ -39,21 +42,24 @@ class TransportProblem:
     with the reference ``R_ij = query_marginal_i exp(log_prior_ij)`` and ``KL(p || q) = sum p log(p / q) - p + q``.
     The log-prior is taken as given, not normalised: a row constant added to it changes the value, and under a finite
     query penalty the solution too; under an infinite query penalty the solution ignores it. An infinite penalty is a
-    constraint. Without a key marginal the keys are free and, with an infinite query penalty, the rows of the solution
-    are the attention weights ``softmax(score / epsilon + log_prior)``.
+    constraint. Without a key marginal the problem is semi-relaxed and, with an infinite query penalty, the rows of the
+    solution are the attention weights ``softmax(score / epsilon + log_prior)``.
 
-    All tensors share dtype and device, and broadcast over leading batch dimensions. ``from_factors`` and
-    ``from_points`` state problems of any size without n x m numbers; they solve alike. A key marginal entry of exactly
-    zero removes the key, and receives zero gradient; a query without mass still has a potential and attention weights.
+    Epsilon and penalties are numbers, or tensors of shape (..., 1) with one number a problem of the batch; a tensor of
+    penalties is positive and finite. All tensors share dtype and device, and broadcast over leading batch dimensions.
+    ``from_factors`` and ``from_points`` state problems of any size without n x m numbers; they solve alike. A key
+    marginal entry of exactly zero removes the key, from the values too, and receives zero gradient; a query without
+    mass still has a potential and attention weights. A hard marginal that sums to one within the rounding of float32
+    only is divided by its sum, and a warning says so.
 
     Args:
-        score: Affinities (the negated cost), cost units, shape (..., n, m), finite.
+        score: Affinities (the negated cost), cost units, shape (..., n, m), finite; or an ``Affinity``.
         epsilon: Transport temperature, cost units, positive and finite.
         log_prior: Log-prior in nats, shape (..., n, m) up to broadcasting of the leading dimensions; -inf forbids a
             pair. ``None`` is the all-ones prior (log-prior zero).
         query_marginal: Non-negative masses, shape (..., n); ``None`` is uniform, 1 / n each. Sums to one where
             ``query_penalty`` is infinite, to anything positive where it is finite.
-        key_marginal: Non-negative masses, shape (..., m); ``None`` leaves the keys free. The same rule of mass.
+        key_marginal: Non-negative masses, shape (..., m); ``None`` leaves them free. The same rule of mass.
         query_penalty: Cost units, in [0, inf].
         key_penalty: Cost units, in (0, inf]; infinite by default with a key marginal, and zero without one.
 
@@ -73,27 +79,44 @@ class TransportProblem:
     """
 
     affinity: Affinity
-    epsilon: float
+    epsilon: Number
     query_marginal: Tensor
     key_marginal: Tensor | None
-    query_penalty: float
-    key_penalty: float
+    query_penalty: Number
+    key_penalty: Number
 
     def __init__(
         self,
-        score: Tensor,
+        score: Tensor | Affinity,
         *,
-        epsilon: float = 1.0,
+        epsilon: Number = 1.0,
         log_prior: Tensor | None = None,
         query_marginal: Tensor | None = None,
         key_marginal: Tensor | None = None,
-        query_penalty: float = math.inf,
-        key_penalty: float | None = None,
+        query_penalty: Number = math.inf,
+        key_penalty: Number | None = None,
     ) -> None:
-        check_score(_OWNER, score)
-        check_log_prior(_OWNER, log_prior, score)
-        affinity = DenseAffinity(score, log_prior)
-        self._state(affinity, epsilon, query_marginal, key_marginal, query_penalty, key_penalty)
+        if isinstance(score, Affinity):
+            affinity = score
+        else:
+            check_score(_OWNER, score)
+            check_log_prior(_OWNER, log_prior, score)
+            affinity = DenseAffinity(score, log_prior)
+        *_, n, m = affinity.shape
+        epsilon = check_number(_OWNER, "epsilon", epsilon, affinity)
+        query_penalty = check_number(_OWNER, "query_penalty", query_penalty, affinity, allow_zero=True, allow_inf=True)
+        key_penalty = resolved_key_penalty(_OWNER, key_penalty, key_marginal, affinity)
+        if query_marginal is None:
+            query_marginal = torch.full((n,), 1.0 / n, dtype=affinity.dtype, device=affinity.device)
+        else:
+            hard = is_constraint(query_penalty)
+            query_marginal = checked_marginal(_OWNER, "query_marginal", query_marginal, affinity, n, sums_to_one=hard)
+        if key_marginal is not None:
+            hard = is_constraint(key_penalty)
+            key_marginal = checked_marginal(_OWNER, "key_marginal", key_marginal, affinity, m, sums_to_one=hard)
+        values = (affinity, epsilon, query_marginal, key_marginal, query_penalty, key_penalty)
+        vars(self).update(zip(self.__dataclass_fields__, values, strict=True))
+        check_reachability(_OWNER, self.batch_shape, affinity, query_marginal, key_marginal, key_penalty)
 
     @classmethod
     def from_factors(
@@ -101,7 +124,7 @@ class TransportProblem:
         query: Tensor,
         key: Tensor,
         *,
-        epsilon: float,
+        epsilon: Number,
         prior: LogPrior | None = None,
         query_positions: Tensor | None = None,
         key_positions: Tensor | None = None,
@@ -109,8 +132,8 @@ class TransportProblem:
         is_causal: bool = False,
         query_marginal: Tensor | None = None,
         key_marginal: Tensor | None = None,
-        query_penalty: float = math.inf,
-        key_penalty: float | None = None,
+        query_penalty: Number = math.inf,
+        key_penalty: Number | None = None,
     ) -> TransportProblem:
         """State a problem whose score is ``<query_i, key_j>``, unscaled: attention has ``epsilon = sqrt(d)``.
 
@@ -120,9 +143,9 @@ class TransportProblem:
         kernel, to 3e-7 in float32 and 2e-3 in bfloat16. Certificates are computed in float64 and see all of it.
 
         Args:
-            query: Shape (..., n, d), float32, float64 or bfloat16, finite.
+            query: Shape (..., n, d), float32, float64, bfloat16 or float16, finite; float16 is computed in float32.
             key: Shape (..., m, d), the same dtype.
-            epsilon: Cost units.
+            epsilon: Cost units; one number for all problems in bfloat16.
             prior: A log-prior with lanes; its heads are the last leading dimension. Its row constants count.
             query_positions: Shape (n,) or (B, n), tokens; 0 to n - 1 by default. With a prior only.
             key_positions: The same for keys.
@@ -151,9 +174,14 @@ class TransportProblem:
             key_padding=key_padding,
             is_causal=is_causal,
         )
-        problem = object.__new__(cls)
-        problem._state(affinity, epsilon, query_marginal, key_marginal, query_penalty, key_penalty)
-        return problem
+        return cls(
+            affinity,
+            epsilon=epsilon,
+            query_marginal=query_marginal,
+            key_marginal=key_marginal,
+            query_penalty=query_penalty,
+            key_penalty=key_penalty,
+        )
 
     @classmethod
     def from_points(
@@ -161,11 +189,12 @@ class TransportProblem:
         query: Tensor,
         key: Tensor,
         *,
-        epsilon: float,
+        epsilon: Number,
+        log_prior: Tensor | None = None,
         query_marginal: Tensor | None = None,
         key_marginal: Tensor | None = None,
-        query_penalty: float = math.inf,
-        key_penalty: float | None = None,
+        query_penalty: Number = math.inf,
+        key_penalty: Number | None = None,
     ) -> TransportProblem:
         """State a problem whose cost is the squared Euclidean distance ``|query_i - key_j|^2``, in factored form.
 
@@ -176,6 +205,9 @@ class TransportProblem:
             query: Points, shape (..., n, d), float32, float64 or bfloat16.
             key: Points, shape (..., m, d), the same dtype.
             epsilon: Transport temperature, in units of squared distance.
+            log_prior: Nats, shape (..., 1, m): of the key alone, as is ``key_marginal.log()``, with which the reference
+                is the product of the marginals; -inf removes a key. Or shape (..., n, m), by which the problem becomes
+                dense. ``None`` is zero.
             query_marginal: As for a dense problem, as are the three that follow.
             key_marginal: Shape (..., m).
             query_penalty: In [0, inf].
@@ -187,46 +219,14 @@ class TransportProblem:
 
         Source: original; the expansion of the square.
         """
-        problem = object.__new__(cls)
-        problem._state(point_affinity(query, key), epsilon, query_marginal, key_marginal, query_penalty, key_penalty)
-        return problem
-
-    def _state(
-        self,
-        affinity: Affinity,
-        epsilon: float,
-        query_marginal: Tensor | None,
-        key_marginal: Tensor | None,
-        query_penalty: float,
-        key_penalty: float | None,
-    ) -> None:
-        """Check what every kind of problem must satisfy, then store it."""
-        *_, n, m = affinity.shape
-        epsilon = check_positive(_OWNER, "epsilon", epsilon)
-        query_penalty = check_positive(_OWNER, "query_penalty", query_penalty, allow_zero=True, allow_inf=True)
-        key_penalty = resolved_key_penalty(_OWNER, key_penalty, key_marginal)
-        if query_marginal is None:
-            query_marginal = torch.full((n,), 1.0 / n, dtype=affinity.dtype, device=affinity.device)
-        else:
-            hard = math.isinf(query_penalty)
-            check_marginal(_OWNER, "query_marginal", query_marginal, affinity, n, sums_to_one=hard)
-        if key_marginal is not None:
-            check_marginal(_OWNER, "key_marginal", key_marginal, affinity, m, sums_to_one=math.isinf(key_penalty))
-        self._store(affinity, epsilon, query_marginal, key_marginal, query_penalty, key_penalty)
-        check_reachability(_OWNER, self.batch_shape, affinity, query_marginal, key_marginal, key_penalty)
-
-    def _store(
-        self,
-        affinity: Affinity,
-        epsilon: float,
-        query_marginal: Tensor,
-        key_marginal: Tensor | None,
-        query_penalty: float,
-        key_penalty: float,
-    ) -> None:
-        values = (affinity, epsilon, query_marginal, key_marginal, query_penalty, key_penalty)
-        for name, value in zip(self.__dataclass_fields__, values, strict=True):
-            object.__setattr__(self, name, value)
+        return cls(
+            point_affinity(query, key, log_prior),
+            epsilon=epsilon,
+            query_marginal=query_marginal,
+            key_marginal=key_marginal,
+            query_penalty=query_penalty,
+            key_penalty=key_penalty,
+        )
 
     def with_tensors(self, *tensors: Tensor | None) -> TransportProblem:
         """Return the same problem over other tensors of the same shapes, unchecked: for detached or aliased copies.
@@ -246,24 +246,38 @@ class TransportProblem:
         Source: original.
         """
         *parts, query_marginal, key_marginal = tensors
-        assert query_marginal is not None
-        other = object.__new__(TransportProblem)
-        affinity = self.affinity.with_tensors(*parts)
-        other._store(affinity, self.epsilon, query_marginal, key_marginal, self.query_penalty, self.key_penalty)
+        return self.replaced(
+            affinity=self.affinity.with_tensors(*parts), query_marginal=query_marginal, key_marginal=key_marginal
+        )
+
+    def replaced(self, **fields: Any) -> TransportProblem:
+        """A copy with other fields, unchecked."""
+        other = copy.copy(self)
+        vars(other).update(fields)
         return other
+
+    def with_leaves(self, *leaves: Tensor | None) -> TransportProblem:
+        """The same problem over other ``leaves``, unchecked."""
+        *tensors, epsilon, query_penalty, key_penalty = leaves
+        numbers = {"epsilon": epsilon, "query_penalty": query_penalty, "key_penalty": key_penalty}
+        given = {name: value for name, value in numbers.items() if value is not None}
+        return self.with_tensors(*tensors).replaced(**given)
+
+    @property
+    def leaves(self) -> tuple[Tensor | None, ...]:
+        """``tensors``, then epsilon and the two penalties where they are tensors: all that can have a gradient."""
+        numbers = (self.epsilon, self.query_penalty, self.key_penalty)
+        return *self.tensors, *(number if isinstance(number, Tensor) else None for number in numbers)
 
     def detached(self) -> TransportProblem:
         """A new problem over the same numbers, without gradients: what it remembers of them ends with it."""
-        return self.with_tensors(*(None if tensor is None else tensor.detach() for tensor in self.tensors))
+        return self.with_leaves(*(None if leaf is None else leaf.detach() for leaf in self.leaves))
 
     def dense(self) -> TransportProblem:
         """The same problem with n x m numbers; itself, if it has them already."""
         if self.affinity.holds_pairs:
             return self
-        other = object.__new__(TransportProblem)
-        rest = (self.query_marginal, self.key_marginal, self.query_penalty, self.key_penalty)
-        other._store(DenseAffinity(self.score, self.log_prior), self.epsilon, *rest)
-        return other
+        return self.replaced(affinity=DenseAffinity(self.score, self.log_prior))
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -272,8 +286,8 @@ class TransportProblem:
 
     @property
     def requires_grad(self) -> bool:
-        """Whether any of the tensors does."""
-        return any(tensor is not None and tensor.requires_grad for tensor in self.tensors)
+        """Whether any of the leaves does."""
+        return any(leaf is not None and leaf.requires_grad for leaf in self.leaves)
 
     @property
     def score(self) -> Tensor:
@@ -291,19 +305,36 @@ class TransportProblem:
     @property
     def batch_shape(self) -> torch.Size:
         """The leading dimensions, broadcast over all tensors; empty for one problem."""
-        shapes = [self.affinity.shape[:-2], self.query_marginal.shape[:-1]]
-        if self.key_marginal is not None:
-            shapes.append(self.key_marginal.shape[:-1])
-        return torch.broadcast_shapes(*shapes)
+        leaves = (self.query_marginal, self.key_marginal, self.epsilon, self.query_penalty, self.key_penalty)
+        leads = [leaf.shape[:-1] for leaf in leaves if isinstance(leaf, Tensor)]
+        return torch.broadcast_shapes(self.affinity.shape[:-2], *leads)
+
+    @property
+    def is_semi_relaxed(self) -> bool:
+        """Whether the keys are free, so that the solution has a closed form."""
+        return self.key_marginal is None
 
     @property
     def is_balanced(self) -> bool:
         """Whether both marginals are constraints, so that the potentials have a free constant."""
-        return math.isinf(self.query_penalty) and math.isinf(self.key_penalty)
+        return is_constraint(self.query_penalty) and is_constraint(self.key_penalty)
+
+    @property
+    def coldest(self) -> float:
+        """The smallest temperature of the batch, cost units."""
+        return float(self.epsilon.detach().min()) if isinstance(self.epsilon, Tensor) else self.epsilon
 
     def __repr__(self) -> str:
+        numbers = ", ".join(
+            f"{name}={_described(getattr(self, name))}" for name in ("epsilon", "query_penalty", "key_penalty")
+        )
         return (
             f"TransportProblem(batch={tuple(self.batch_shape)}, queries={self.num_queries}, keys={self.num_keys}, "
-            f"epsilon={self.epsilon:g}, query_penalty={self.query_penalty:g}, key_penalty={self.key_penalty:g}, "
-            f"{self.affinity.dtype})"
+            f"{numbers}, {self.affinity.dtype})"
         )
+
+
+def _described(number: Number) -> str:
+    if isinstance(number, Tensor):
+        return f"{float(number.detach().min()):g} to {float(number.detach().max()):g}"
+    return f"{number:g}"

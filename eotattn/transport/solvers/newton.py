@@ -2,64 +2,74 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from eotattn.transport.optimality.curvature import solve_curvature
-from eotattn.transport.optimality.keys import KeyBalance, balance
-from eotattn.transport.problems import TransportProblem
+from eotattn.transport.optimality.residual import MarginalResidual, Residuals
+from eotattn.transport.solvers.iteration import IterativeSolver, Step
 from eotattn.transport.solvers.sinkhorn import sinkhorn_step
 
-__all__ = ["newton_step"]
+__all__ = ["Newton"]
 
 #: Halvings of the step in the line search; the step may span a million temperatures.
 _HALVINGS = 26
 
 
-def newton_step(problem: TransportProblem, key_potential: Tensor, state: KeyBalance, epsilon: float) -> Tensor:
-    """Take a Sinkhorn step, then a Newton step whose length an exact line search decides, problem by problem.
+@dataclass(frozen=True, kw_only=True)
+class Newton(IterativeSolver):
+    """A Sinkhorn step, then a Newton step whose length an exact line search decides, problem by problem.
 
     Sinkhorn's iteration is safe but slows down as epsilon falls; Newton's converges quadratically near the optimum,
     and its line search on the concave dual makes it safe far away. The cost is that of three Sinkhorn steps, thirty
-    where the full step does not halve the error, and one dense solve of the size of the keys.
+    where the full step does not halve the error, and one linear system of the size of the keys: dense where the scores
+    are, by conjugate gradients where the problem is factored.
 
     Args:
-        problem: The problem, with a key marginal.
-        key_potential: Cost units, shape (..., m).
-        state: Balance at that potential.
-        epsilon: Temperature, cost units.
-
-    Returns:
-        The next key potential, shape (..., m).
+        tolerance: See ``IterativeSolver``.
+        max_iterations: Steps a problem may take.
 
     Example:
-        >>> problem = TransportProblem(torch.zeros(1, 2), key_marginal=torch.tensor([0.5, 0.5]))
-        >>> newton_step(problem, torch.zeros(2), balance(problem, torch.zeros(2)), 1.0)
-        tensor([0., 0.])
+        >>> Newton().max_iterations
+        200
 
-    Source: original; semi-dual Newton as in Brauer et al. 2017.
+    Source: semi-dual Newton as in Brauer et al. 2017.
     """
-    base = sinkhorn_step(problem, key_potential, state, epsilon)
-    start = balance(problem, base, epsilon=epsilon)
-    direction = epsilon * _direction(problem, base, start, epsilon)
-    # Where keys hardly compete the curvature is flat and the direction huge; no potential needs more than the range.
-    reach = problem.affinity.spread + 100 * epsilon
-    direction = direction * (reach / direction.abs().amax(-1, keepdim=True).clamp(min=reach))
-    full = balance(problem, base + direction, epsilon=epsilon)
-    accepted = full.error <= 0.5 * start.error
-    length = torch.ones_like(full.error)
-    if not bool(accepted.all()):
-        length = torch.where(accepted, length, _line_search(problem, base, direction, epsilon))
-    return base + length[..., None] * direction
+
+    max_iterations: int = 200
+
+    asks_host: ClassVar[bool] = True
+
+    def step(self, residuals: Residuals) -> Step:
+        """See ``IterativeSolver``."""
+
+        def advance(key_potential: Tensor, residual: MarginalResidual) -> Tensor:
+            base = sinkhorn_step(residuals, key_potential, residual)
+            start = residuals(base)
+            direction = residuals.epsilon * _direction(residuals, base, start)
+            # Where keys hardly compete the curvature is flat and the direction huge; the range is all that is needed.
+            reach = residuals.problem.affinity.spread + 100 * residuals.epsilon
+            size = direction.abs().amax(-1, keepdim=True)
+            direction = direction * (reach / torch.maximum(size, torch.as_tensor(reach, dtype=size.dtype)))
+            accepted = residuals(base + direction).error <= 0.5 * start.error
+            length = torch.ones_like(start.error)
+            if not bool(accepted.all()):
+                length = torch.where(accepted, length, _line_search(residuals, base, direction))
+            return base + length[..., None] * direction
+
+        return advance
 
 
-def _line_search(problem: TransportProblem, base: Tensor, direction: Tensor, epsilon: float) -> Tensor:
+def _line_search(residuals: Residuals, base: Tensor, direction: Tensor) -> Tensor:
     """The largest fraction of the step that still climbs; the dual is concave, so its slope changes sign once."""
-    low = torch.zeros(problem.batch_shape, dtype=base.dtype, device=base.device)
+    low = torch.zeros(residuals.problem.batch_shape, dtype=base.dtype, device=base.device)
     high = torch.ones_like(low)
     middle = high
     for _ in range(_HALVINGS):
-        trial = balance(problem, base + middle[..., None] * direction, epsilon=epsilon)
+        trial = residuals(base + middle[..., None] * direction)
         climbs = ((trial.target - trial.mass) * direction).sum(-1) >= 0
         low = torch.where(climbs, middle, low)
         high = torch.where(climbs, high, middle)
@@ -67,10 +77,11 @@ def _line_search(problem: TransportProblem, base: Tensor, direction: Tensor, eps
     return low
 
 
-def _direction(problem: TransportProblem, key_potential: Tensor, state: KeyBalance, epsilon: float) -> Tensor:
+def _direction(residuals: Residuals, key_potential: Tensor, residual: MarginalResidual) -> Tensor:
     """The Newton direction in nats; zero where it is not finite."""
-    right = state.target - state.mass
+    problem, right = residuals.problem, residual.target - residual.mass
     if problem.is_balanced:
-        right = right - right.sum(-1, keepdim=True) * state.mass
-    direction = solve_curvature(problem, key_potential, state.row_mass, state.target, right, epsilon)
+        right = right - right.sum(-1, keepdim=True) * residual.mass
+    epsilon = residuals.epsilon
+    direction = solve_curvature(problem, key_potential, residual.row_mass, residual.target, right, epsilon)
     return torch.where(direction.isfinite().all(-1, keepdim=True), direction, 0.0)

@@ -1,67 +1,55 @@
-"""Sinkhorn's iteration in the log domain, with hard or soft marginals."""
+"""Sinkhorn's iteration, with hard or soft marginals."""
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+
 from torch import Tensor
 
-from eotattn.transport.optimality.keys import KeyBalance, stiffness
+from eotattn.transport.optimality.residual import MarginalResidual, Residuals, stiffness
 from eotattn.transport.optimality.response import penalty_share
-from eotattn.transport.problems import TransportProblem
+from eotattn.transport.problems.affinity import Number, plus
+from eotattn.transport.solvers.iteration import IterativeSolver, Step
 
-__all__ = ["sinkhorn_move", "sinkhorn_step"]
+__all__ = ["Sinkhorn", "sinkhorn_move", "sinkhorn_step"]
 
 
-def sinkhorn_step(problem: TransportProblem, key_potential: Tensor, state: KeyBalance, epsilon: float) -> Tensor:
-    """Move all keys by the best constant, then let each answer the queries: two exact maximisations of the dual.
+@dataclass(frozen=True, kw_only=True)
+class Sinkhorn(IterativeSolver):
+    """The plain iteration: move all keys by the best constant, then let each answer the queries.
 
-    The constant makes total target and total mass equal; without it, totals that differ take penalty / epsilon steps to
-    meet. Then, the queries held, a key moves by ``epsilon share log(target / mass)`` with ``share = key_penalty /
-    (key_penalty + epsilon)``. The queries answer when the next balance is drawn, so a step and a balance are one full
-    iteration. In balanced problems the constant is free and stays.
+    Two exact maximisations of the dual. The constant makes total target and total mass equal; without it, totals that
+    differ take penalty / epsilon steps to meet. Then, the queries held, a key moves by
+    ``epsilon share log(target / mass)`` with ``share = key_penalty / (key_penalty + epsilon)``. The queries answer when
+    the next residual is drawn. In balanced problems the constant is free and stays.
 
     Args:
-        problem: The problem, with a key marginal.
-        key_potential: Cost units, shape (..., m).
-        state: Balance at that potential.
-        epsilon: Temperature, cost units.
-
-    Returns:
-        The next key potential, shape (..., m).
+        tolerance: See ``IterativeSolver``.
+        max_iterations: Steps a problem may take.
 
     Example:
-        >>> from eotattn.transport.optimality.keys import balance
-        >>> problem = TransportProblem(torch.zeros(1, 2), key_marginal=torch.tensor([0.5, 0.5]))
-        >>> sinkhorn_step(problem, torch.zeros(2), balance(problem, torch.zeros(2)), 1.0)
-        tensor([0., 0.])
+        >>> Sinkhorn(tolerance=1e-6).max_iterations
+        10000
 
     Source: Chizat et al. 2018; as attention, Sander et al. 2022; the constant, Sejourne et al. 2022.
     """
-    move, length = sinkhorn_move(problem, state, epsilon)
-    return torch.add(key_potential, move, alpha=length)
+
+    def step(self, residuals: Residuals) -> Step:
+        """See ``IterativeSolver``."""
+        return lambda key_potential, residual: sinkhorn_step(residuals, key_potential, residual)
 
 
-def sinkhorn_move(problem: TransportProblem, state: KeyBalance, epsilon: float) -> tuple[Tensor, float]:
-    """Return what ``sinkhorn_step`` adds to the key potential: a direction, and how far to go.
+def sinkhorn_step(residuals: Residuals, key_potential: Tensor, residual: MarginalResidual) -> Tensor:
+    """The next key potential, shape (..., m)."""
+    move, length = sinkhorn_move(residuals, residual)
+    return plus(key_potential, move, length)
 
-    Args:
-        problem: The problem, with a key marginal.
-        state: Balance at the key potential.
-        epsilon: Temperature, cost units.
 
-    Returns:
-        Nats, shape (..., m), zero on keys without mass but for the constant; and cost units a nat.
-
-    Example:
-        >>> from eotattn.transport.optimality.keys import balance
-        >>> problem = TransportProblem(torch.zeros(1, 2), key_marginal=torch.tensor([0.5, 0.5]))
-        >>> sinkhorn_move(problem, balance(problem, torch.zeros(2)), 1.0)
-        (tensor([0., 0.]), 1.0)
-
-    Source: as for ``sinkhorn_step``.
-    """
+def sinkhorn_move(residuals: Residuals, residual: MarginalResidual) -> tuple[Tensor, Number]:
+    """What a step adds: nats (..., m), zero on keys without mass but for the constant, and cost units a nat."""
+    problem, epsilon = residuals.problem, residuals.epsilon
     length = epsilon * penalty_share(problem.key_penalty, epsilon)
-    if state.excess is None:
-        return state.log_ratio, length
+    if residual.excess is None:
+        return residual.log_ratio, length
     lift = 1.0 / (length * stiffness(problem, epsilon)) - 1.0
-    return torch.add(state.log_ratio, state.excess, alpha=lift), length
+    return plus(residual.log_ratio, residual.excess.expand_as(residual.log_ratio), lift), length

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from eotattn.transport.problems import TransportProblem
-from eotattn.transport.theorems.comparison import Comparison
+from eotattn.transport.theorems.comparison import Comparison, logit_size
 
 __all__ = ["collapse_to_the_prior"]
 
@@ -45,4 +45,6 @@ def collapse_to_the_prior(score: Tensor, log_prior: Tensor | None = None, *, eps
     wide = score.expand(admissible.shape)
     high, low = (torch.where(admissible, wide, sign * -math.inf) for sign in (1, -1))
     right = (high.amax(-1, keepdim=True) - low.amin(-1, keepdim=True)) / epsilon
-    return Comparison("|log p - log pi| <= range of the scores / epsilon", left, right, "<=")
+    statement = "|log p - log pi| <= range of the scores / epsilon"
+    magnitude = logit_size(score, log_prior, epsilon)
+    return Comparison(statement, left, right, "<=", magnitude=magnitude)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from eotattn.checks import check_floating, check_no_nan, require
 
-__all__ = ["Comparison", "check_values"]
+__all__ = ["Comparison", "check_values", "logit_size"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +22,7 @@ class Comparison:
         left: One side.
         right: The other, broadcastable against it.
         relation: ``"<="`` for a bound, ``"=="`` for an identity.
+        magnitude: Size of the numbers whose rounding reaches the sides, in their units and broadcastable to them.
 
     Example:
         >>> Comparison("one is at most two", torch.tensor(1.0), torch.tensor(2.0), "<=").slack
@@ -34,6 +35,7 @@ class Comparison:
     left: Tensor
     right: Tensor
     relation: Literal["<=", "=="]
+    magnitude: Tensor | float = field(default=1.0, kw_only=True)
 
     @property
     def slack(self) -> Tensor:
@@ -45,7 +47,9 @@ class Comparison:
         return difference.abs() if self.relation == "==" else difference
 
     def holds(self, tolerance: float | None = None) -> bool:
-        """Whether no entry breaks the statement by more than ``tolerance``, relative to the larger side above one.
+        """Whether no entry breaks the statement by more than ``tolerance``, relative to the numbers that made it.
+
+        Those are the sides and their ``magnitude``; below one they count as one.
 
         Args:
             tolerance: What rounding may do; ``None`` is 1e-12 in float64, and 64 machine epsilons below it.
@@ -58,7 +62,7 @@ class Comparison:
         """
         slack = self.slack
         tolerance = max(1e-12, 64 * torch.finfo(slack.dtype).eps) if tolerance is None else tolerance
-        size = self.left.abs().maximum(self.right.abs()).clamp(min=1)
+        size = self.left.abs().maximum(self.right.abs()).maximum(torch.as_tensor(self.magnitude)).clamp(min=1)
         size = tolerance * torch.where(size.isfinite(), size, 1.0)
         within = slack <= size if self.relation == "==" else slack >= -size
         return bool(within.all())
@@ -66,6 +70,14 @@ class Comparison:
     def __str__(self) -> str:
         worst = self.slack.max() if self.relation == "==" else self.slack.min()
         return f"{self.statement}: slack {'at most' if self.relation == '==' else 'at least'} {float(worst):.1e}"
+
+
+def logit_size(score: Tensor, log_prior: Tensor | None, epsilon: float) -> Tensor:
+    """The largest number that a row of logits is made of, nats, shape (..., n, 1)."""
+    size = score.detach().abs().amax(-1, keepdim=True) / epsilon
+    if log_prior is None:
+        return size
+    return size + torch.where(log_prior > -torch.inf, log_prior.detach().abs(), 0.0).amax(-1, keepdim=True)
 
 
 def check_values(owner: str, argument: str, values: Tensor, score: Tensor, axis: int = -1) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from eotattn.checks import check_shape, require
 from eotattn.transport.optimality.response import respond
 from eotattn.transport.problems import TransportProblem
-from eotattn.transport.theorems.comparison import Comparison, check_values
+from eotattn.transport.theorems.comparison import Comparison, check_values, logit_size
 
 __all__ = ["advantage_identity", "fisher_identity"]
 
@@ -57,7 +57,8 @@ def advantage_identity(
         weights = (score / epsilon if log_prior is None else score / epsilon + log_prior).softmax(-1)
         reward = upstream @ value.mT
         right = weights * (reward - (weights * reward).sum(-1, keepdim=True)) / epsilon
-    return Comparison("gradient = attention x advantage / epsilon", left, right, "==")
+        magnitude = logit_size(score, log_prior, epsilon) * reward.abs().amax(-1, keepdim=True) / epsilon
+    return Comparison("gradient = attention x advantage / epsilon", left, right, "==", magnitude=magnitude)
 
 
 def fisher_identity(score: Tensor, log_prior: Tensor | None = None, *, epsilon: float = 1.0) -> Comparison:
@@ -88,7 +89,7 @@ def fisher_identity(score: Tensor, log_prior: Tensor | None = None, *, epsilon: 
 
     def total(leaf: Tensor) -> Tensor:
         problem = TransportProblem(leaf, epsilon=epsilon, log_prior=log_prior)
-        return respond(problem, torch.zeros_like(leaf[0])).soft_maximum.sum()
+        return -respond(problem, torch.zeros_like(leaf[0])).transform.sum()
 
     owner, remedy = "fisher_identity", "Pass one problem, no batch"
     check_shape(owner, "score", score, (None, None), remedy)
@@ -98,4 +99,6 @@ def fisher_identity(score: Tensor, log_prior: Tensor | None = None, *, epsilon: 
     left = torch.autograd.functional.hessian(total, score)[rows, :, rows, :]
     weights = (score / epsilon if log_prior is None else score / epsilon + log_prior).softmax(-1)
     right = (torch.diag_embed(weights) - weights[..., :, None] * weights[..., None, :]) / epsilon
-    return Comparison("Hessian of the potential = Fisher information / epsilon", left, right, "==")
+    magnitude = logit_size(score, log_prior, epsilon)[..., None] / epsilon
+    statement = "Hessian of the potential = Fisher information / epsilon"
+    return Comparison(statement, left, right, "==", magnitude=magnitude)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eotattn.checks import check_no_nan, check_positive_int, check_shape, require
 from eotattn.transport.problems import TransportProblem
-from eotattn.transport.theorems.comparison import Comparison, check_values
+from eotattn.transport.theorems.comparison import Comparison, check_values, logit_size
 
 __all__ = ["SinkMargin", "context_sensitivity", "sink_margin", "value_perturbation"]
 
@@ -90,6 +90,7 @@ def sink_margin(score: Tensor, log_prior: Tensor | None = None, *, epsilon: floa
         left=at_sink[0] + at_sink[1] - best,
         right=from_content + from_prior,
         relation="==",
+        magnitude=logit_size(score, log_prior, epsilon).squeeze(-1),
         content=from_content,
         prior=from_prior,
         runner_up=runner_up,
@@ -131,7 +132,8 @@ def context_sensitivity(
     # A key far below its competitors has an exponential beyond the dtype; then nothing is left for the sink.
     bound = torch.where(bound.isnan(), 1.0, bound)
     statement = "1 - p_sink <= (L - 1) / (exp(margin) + L - 1)"
-    return Comparison(statement, (weights * context).sum(-1), bound, "<=")
+    magnitude = logit_size(score, log_prior, epsilon).squeeze(-1)
+    return Comparison(statement, (weights * context).sum(-1), bound, "<=", magnitude=magnitude)
 
 
 def value_perturbation(
@@ -181,4 +183,6 @@ def value_perturbation(
     moved = (weights @ change).norm(dim=-1)
     sensitivity = context_sensitivity(score, log_prior, epsilon=epsilon, sink=sink).left
     largest = change.norm(dim=-1).amax(-1, keepdim=True)
-    return Comparison("the output moves by at most Psi times the perturbation", moved, sensitivity * largest, "<=")
+    statement = "the output moves by at most Psi times the perturbation"
+    magnitude = logit_size(score, log_prior, epsilon).squeeze(-1) * largest
+    return Comparison(statement, moved, sensitivity * largest, "<=", magnitude=magnitude)

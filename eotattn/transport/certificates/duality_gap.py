@@ -5,30 +5,34 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from eotattn.transport.arithmetic import full_precision
 from eotattn.transport.certificates.rounding import RoundedCoupling, rounded_coupling
-from eotattn.transport.optimality.objective import dual_objective, reference_mass
-from eotattn.transport.optimality.response import respond
+from eotattn.transport.optimality.objective import divergence, dual_objective
+from eotattn.transport.optimality.response import coupling_rows, respond, scaled
 from eotattn.transport.problems import TransportProblem
+from eotattn.transport.problems.affinity import Number, is_absent, is_constraint
 
-__all__ = ["Pass", "generalised_divergence", "pass_over_pairs", "pinsker_radius", "refined"]
+__all__ = ["DualityGap", "duality_gap", "pinsker_radius", "refined", "rounding_radius"]
 
 #: Mass, in machine epsilons of the total, that rounding may put on a forbidden pair.
 _DROPPED = 64
 
 
 @dataclass(frozen=True, eq=False)
-class Pass:
-    """What ``pass_over_pairs`` returns, float64, each of the shape of the batch unless said otherwise.
+class DualityGap:
+    """What ``duality_gap`` returns, float64, each of the shape of the batch unless said otherwise.
 
     Args:
         dual: Of the potentials, cost units, with all constants.
         gap: Primal of the rounded coupling less that dual, cost units.
-        moved: Summed distance between the stored coupling and the rounded one.
+        moved: Summed distance between the coupling as it is returned, in its own dtype, and the rounded one.
+        rounding: What rounding may hide of the root of twice the gap in nats, see ``rounding_radius``.
         mass: Total mass of the rounded coupling.
         query_error: Summed distance of the row masses of the stored coupling from their target.
         key_error: The same for the keys; zero for free keys.
@@ -39,15 +43,14 @@ class Pass:
 
     Example:
         >>> problem = TransportProblem(torch.zeros(1, 2))
-        >>> float(pass_over_pairs(problem, torch.full((1,), -0.6931), torch.zeros(2)).entropy)
+        >>> float(duality_gap(problem, torch.full((1,), -0.6931), torch.zeros(2)).entropy)
         0.693...
-
-    Source: original.
     """
 
     dual: Tensor
     gap: Tensor
     moved: Tensor
+    rounding: Tensor
     mass: Tensor
     query_error: Tensor
     key_error: Tensor
@@ -69,40 +72,17 @@ def refined(problem: TransportProblem) -> TransportProblem:
     Example:
         >>> refined(TransportProblem(torch.zeros(1, 3))).query_marginal.dtype
         torch.float64
-
-    Source: original.
     """
-    *parts, query, key = (None if tensor is None else tensor.detach().double() for tensor in problem.tensors)
+    wide = problem.with_leaves(*(None if leaf is None else leaf.detach().double() for leaf in problem.leaves))
+    *parts, query, key = wide.tensors
     assert query is not None
-    query = query / query.sum(-1, keepdim=True) if math.isinf(problem.query_penalty) else query
-    if key is not None and math.isinf(problem.key_penalty):
+    query = query / query.sum(-1, keepdim=True) if is_constraint(problem.query_penalty) else query
+    if key is not None and is_constraint(problem.key_penalty):
         key = key / key.sum(-1, keepdim=True)
-    return problem.with_tensors(*parts, query, key)
+    return wide.with_tensors(*parts, query, key)
 
 
-def generalised_divergence(mass: Tensor, log_reference: Tensor) -> Tensor:
-    """Return ``p log(p / q) - p + q`` elementwise, which is never negative.
-
-    Args:
-        mass: The p, non-negative.
-        log_reference: The log q, nats; -inf where q is zero.
-
-    Returns:
-        Nats times mass; +inf where p is positive and q zero.
-
-    Example:
-        >>> generalised_divergence(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 0.0]))
-        tensor([1., 0.])
-
-    Source: original.
-    """
-    positive = mass > 0
-    safe = torch.where(positive, mass, 1.0)
-    main = torch.where(positive, safe * (safe.log() - log_reference) - safe, 0.0)
-    return (main + log_reference.exp()).clamp(min=0)
-
-
-def pinsker_radius(gap: Tensor, mass: Tensor, epsilon: float) -> Tensor:
+def pinsker_radius(gap: Tensor, mass: Tensor, epsilon: Number, *, rounding: Tensor | float = 0.0) -> Tensor:
     """Bound the summed distance of a feasible coupling from the optimal one by its duality gap.
 
     The objective is strongly convex, ``gap >= epsilon KL(P || optimum)``. With K the quotient and t the distance,
@@ -113,6 +93,7 @@ def pinsker_radius(gap: Tensor, mass: Tensor, epsilon: float) -> Tensor:
         gap: Cost units.
         mass: Total mass of the feasible coupling.
         epsilon: Temperature, cost units.
+        rounding: What rounding in the gap may hide of the square root of 2 K, see ``rounding_radius``.
 
     Returns:
         Mass; +inf for an infinite gap.
@@ -123,12 +104,22 @@ def pinsker_radius(gap: Tensor, mass: Tensor, epsilon: float) -> Tensor:
 
     Source: Pinsker's inequality, in the pointwise form 3 (u - 1)^2 <= (2 u + 4) (u log u - u + 1).
     """
-    nats = gap.clamp(min=0) / epsilon
+    nats = ((2 * gap.clamp(min=0) / epsilon).sqrt() + rounding).square() / 2
     linear = 2 / 3 * nats
     return linear + (linear.square() + 2 * mass * nats).sqrt()
 
 
-def pass_over_pairs(problem: TransportProblem, query_potential: Tensor, key_potential: Tensor) -> Pass:
+def rounding_radius(mass: Tensor, log_reference: Tensor, rounding: Tensor) -> Tensor:
+    """Root mean square of the rounding of ``log p - log q``, over all pairs of a row: mass to the power one half.
+
+    Near p = q the divergence is half the mean square of that difference, so its root errs by at most this much.
+    """
+    digit = 0.5 * torch.finfo(mass.dtype).eps
+    error = rounding + digit * (4 + torch.where(mass > 0, mass, 1.0).log().abs())
+    return ((mass + log_reference.exp()) * error.square()).sum(-1).sqrt()
+
+
+def duality_gap(problem: TransportProblem, query_potential: Tensor, key_potential: Tensor) -> DualityGap:
     """Round the coupling and measure it against the potentials, in float64 and by blocks of rows.
 
     With Q the coupling of the potentials, ``Q_ij = R_ij exp((score_ij + f_i + g_j) / epsilon)``, and P feasible, the
@@ -141,43 +132,46 @@ def pass_over_pairs(problem: TransportProblem, query_potential: Tensor, key_pote
         key_potential: Cost units, shape (..., m).
 
     Returns:
-        See ``Pass``; a gap of +inf where there is no feasible coupling at hand or the dual is -inf.
+        See ``DualityGap``; a gap of +inf where there is no feasible coupling at hand or the dual is -inf.
 
     Example:
         >>> problem = TransportProblem(torch.zeros(1, 2))
-        >>> float(pass_over_pairs(problem, torch.full((1,), -0.6931), torch.zeros(2)).gap) < 1e-6
+        >>> float(duality_gap(problem, torch.full((1,), -0.6931), torch.zeros(2)).gap) < 1e-6
         True
 
     Source: original; duality as in Chizat et al. 2018.
     """
     wide = refined(problem)
     query_potential, key_potential = query_potential.detach().double(), key_potential.detach().double()
-    with torch.no_grad():
+    with torch.no_grad(), full_precision(key_potential):
         return _measure(wide, problem.detached(), query_potential, key_potential)
 
 
 def _measure(
     problem: TransportProblem, stated: TransportProblem, query_potential: Tensor, key_potential: Tensor
-) -> Pass:
+) -> DualityGap:
     """The pass itself; ``problem`` is wide, ``stated`` the same problem with its own kernels."""
     rounded = rounded_coupling(problem, key_potential, stated=stated)
-    sums = _Sums(rounded, _log_rows(problem, query_potential, key_potential))
+    returned = coupling_rows(stated, key_potential.to(stated.affinity.dtype))
+    sums = _Sums(rounded, _log_rows(problem, query_potential, key_potential), returned)
     for index in problem.affinity.blocks():
         sums.add(index)
     mass = torch.cat(sums.rows, -1)
     key_marginal = torch.ones_like(key_potential) if problem.key_marginal is None else problem.key_marginal
     query_side = (problem.query_marginal, query_potential, problem.query_penalty)
     key_side = (key_marginal, key_potential, problem.key_penalty)
-    gap = problem.epsilon * sums.divergence + _side_gap(mass, *query_side) + _side_gap(sums.columns, *key_side)
+    divergence_part = (problem.epsilon * sums.divergence[..., None]).squeeze(-1)
+    gap = divergence_part + _side_gap(mass, *query_side) + _side_gap(sums.columns, *key_side)
     unusable = sums.misplaced > _DROPPED * torch.finfo(torch.float64).eps * mass.sum(-1)
     stranded = (key_potential == math.inf) & problem.affinity.reachable(problem.query_marginal > 0)
     gap = torch.where(gap.isfinite() & ~unusable & ~stranded.any(-1), gap, math.inf)
     batch = problem.batch_shape
-    dual = dual_objective(problem, query_potential, key_potential) + problem.epsilon * reference_mass(problem)
-    return Pass(
+    dual = dual_objective(problem, query_potential, key_potential)
+    return DualityGap(
         dual=dual,
         gap=gap.expand(batch),
         moved=_finite(sums.moved).expand(batch),
+        rounding=_finite(sums.rounding.sqrt()).expand(batch),
         mass=_finite(mass.sum(-1)).expand(batch),
         query_error=_finite(_error(rounded.row_mass, *query_side)).expand(batch),
         key_error=_finite(_error(sums.stored_columns, *key_side)).expand(batch),
@@ -195,33 +189,33 @@ def _finite(number: Tensor) -> Tensor:
 
 def _log_rows(problem: TransportProblem, query_potential: Tensor, key_potential: Tensor) -> Tensor:
     """Log of the row sums of the potentials' coupling, nats, shape (..., n)."""
-    soft_maximum = respond(problem, key_potential).soft_maximum
-    nats = problem.query_marginal.log() + (query_potential + soft_maximum) / problem.epsilon
+    transform = respond(problem, key_potential).transform
+    nats = problem.query_marginal.log() + (query_potential - transform) / problem.epsilon
     return torch.where(problem.query_marginal > 0, nats, -math.inf)
 
 
 class _Sums:
     """What is added up over blocks of rows."""
 
-    def __init__(self, rounded: RoundedCoupling, log_rows: Tensor) -> None:
-        self.rounded, self.log_rows = rounded, log_rows
+    def __init__(self, rounded: RoundedCoupling, log_rows: Tensor, returned: Callable[[slice], Tensor]) -> None:
+        self.rounded, self.log_rows, self.returned = rounded, log_rows, returned
         zero = log_rows.new_zeros(())
-        self.divergence = self.moved = self.misplaced = self.cost = self.entropy = zero
+        self.divergence = self.moved = self.misplaced = self.cost = self.entropy = self.rounding = zero
         self.columns = self.stored_columns = zero
         self.rows: list[Tensor] = []
 
     def add(self, index: slice) -> None:
         """Add one block."""
         rounded, problem = self.rounded, self.rounded.problem
-        log_weights = problem.affinity.log_weights(rounded.key_potential, problem.epsilon, index)
-        row_mass = rounded.row_mass[..., index, None]
-        stored = torch.where(row_mass.isinf() & (log_weights == -math.inf), 0.0, row_mass * log_weights.exp())
+        log_weights, rounding = problem.affinity.bounded_log_weights(rounded.key_potential, problem.epsilon, index)
+        stored = scaled(rounded.row_mass[..., index], log_weights.exp())
         forbidden = log_weights == -math.inf
         self.misplaced = self.misplaced + (rounded.spread(index) * forbidden).sum((-2, -1))
         feasible = torch.where(forbidden, 0.0, rounded.rows(index))
-        against = generalised_divergence(feasible, self.log_rows[..., index, None] + log_weights)
-        self.divergence = self.divergence + against.sum((-2, -1))
-        self.moved = self.moved + (feasible - stored).abs().sum((-2, -1))
+        log_reference = self.log_rows[..., index, None] + log_weights
+        self.divergence = self.divergence + divergence(feasible, log_reference).sum((-2, -1))
+        self.rounding = self.rounding + rounding_radius(feasible, log_reference, rounding).square().sum(-1)
+        self.moved = self.moved + (feasible - self.returned(index)).abs().sum((-2, -1))
         self.cost = self.cost - (stored * problem.affinity.rows(index)[0]).sum((-2, -1))
         self.entropy = self.entropy + torch.special.entr(stored).sum((-2, -1))
         self.rows.append(feasible.sum(-1))
@@ -229,22 +223,22 @@ class _Sums:
         self.stored_columns = self.stored_columns + stored.sum(-2)
 
 
-def _side_gap(mass: Tensor, marginal: Tensor, potential: Tensor, penalty: float) -> Tensor:
+def _side_gap(mass: Tensor, marginal: Tensor, potential: Tensor, penalty: Number) -> Tensor:
     """What one side adds to the gap; a feasible hard side adds nothing."""
-    if math.isinf(penalty):
+    if is_constraint(penalty):
         return mass.new_zeros(())
-    if penalty == 0:
+    if is_absent(penalty):
         return torch.where((potential >= 0).all(-1), (mass * potential).sum(-1), math.inf)
-    return penalty * generalised_divergence(mass, marginal.log() - _price(potential) / penalty).sum(-1)
+    return (penalty * divergence(mass, marginal.log() - _finite_part(potential) / penalty)).sum(-1)
 
 
-def _price(potential: Tensor) -> Tensor:
-    """The potential, at most a number whose exponential vanishes; -inf belongs to keys without mass."""
+def _finite_part(potential: Tensor) -> Tensor:
+    """The potential, zero where it is -inf: there is no mass."""
     return torch.where(potential == -math.inf, 0.0, potential)
 
 
-def _error(mass: Tensor, marginal: Tensor, potential: Tensor, penalty: float) -> Tensor:
+def _error(mass: Tensor, marginal: Tensor, potential: Tensor, penalty: Number) -> Tensor:
     """Summed distance of mass from its target."""
-    if penalty == 0:
+    if is_absent(penalty):
         return mass.new_zeros(mass.shape[:-1])
-    return (mass - marginal * (-_price(potential) / penalty).exp()).abs().sum(-1)
+    return (mass - marginal * (-_finite_part(potential) / penalty).exp()).abs().sum(-1)

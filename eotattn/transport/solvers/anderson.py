@@ -5,54 +5,76 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from eotattn.transport.optimality.keys import KeyBalance
-from eotattn.transport.problems import TransportProblem
+from eotattn.checks import check_positive_int
+from eotattn.transport.optimality.residual import MarginalResidual, Residuals
+from eotattn.transport.problems.affinity import plus
+from eotattn.transport.solvers.iteration import IterativeSolver, Step
 from eotattn.transport.solvers.sinkhorn import sinkhorn_move
 
-__all__ = ["AcceleratedStep"]
+__all__ = ["Anderson"]
 
 #: A change is a new direction if its new part exceeds this part of it plus so many roundings of the first image.
 _NEW = 1e-4
 _ROUNDINGS = 4
-#: Changes that are remembered, and the factor by which a step may worsen the error.
-_WINDOW = 5
+#: The factor by which a step may worsen the error.
 _SLACK = 1.1
 
 
-class AcceleratedStep:
-    """A step that remembers: the combination of the last plain steps whose residuals cancel best.
+@dataclass(frozen=True, kw_only=True)
+class Anderson(IterativeSolver):
+    """Sinkhorn's iteration with memory: the combination of the last steps whose residuals cancel best.
 
     With residuals r = S(g) - g of Sinkhorn's map S, every change of the residual is kept orthogonal to the ones before
     and of length one, together with the change of S(g) that belongs to it. The next potential is S(g) less the changes
     of S(g) weighted by the components of r. A step that makes the marginal error a tenth larger is taken back: that
     problem goes on from the plain step it had, and forgets.
 
-    What is remembered lies in tensors that are changed in place, and nothing is asked of the host, so that a GPU can
-    record and repeat a step. Residual and image lie side by side, so that one operation serves both.
+    Args:
+        tolerance: See ``IterativeSolver``.
+        max_iterations: Steps a problem may take.
+        memory: Changes that are remembered, each 2 m numbers a problem.
 
     Example:
-        >>> from eotattn.transport.optimality.keys import balance
-        >>> problem = TransportProblem(torch.zeros(1, 2), key_marginal=torch.tensor([0.5, 0.5]))
-        >>> AcceleratedStep()(problem, torch.zeros(2), balance(problem, torch.zeros(2)), 1.0)
-        tensor([0., 0.])
+        >>> Anderson().memory
+        5
 
     Source: Anderson 1965, type II, by truncated orthogonal directions as in He et al. 2024 (nonlinear truncated
-    generalised conjugate residuals); for Sinkhorn, Chizat et al. 2020; the safeguard is original.
+    generalised conjugate residuals); for Sinkhorn, Chizat et al. 2020.
     """
 
-    def __init__(self) -> None:
-        self._epsilon = float("nan")
+    memory: int = 5
 
-    def _forget(self, problem: TransportProblem, key_potential: Tensor, state: KeyBalance) -> None:
-        assert problem.key_marginal is not None
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive_int(self.name, "memory", self.memory)
+
+    def step(self, residuals: Residuals) -> Step:
+        """See ``IterativeSolver``."""
+        return _Extrapolation(residuals, self.memory)
+
+
+class _Extrapolation:
+    """The step; what it remembers lies in tensors that are changed in place, and nothing is asked of the host.
+
+    So a GPU can record and repeat it. Residual and image lie side by side, so that one operation serves both.
+    """
+
+    def __init__(self, residuals: Residuals, memory: int) -> None:
+        self._residuals_of, self._memory = residuals, memory
+        self._fresh = True
+
+    def _prepare(self, key_potential: Tensor, state: MarginalResidual) -> None:
+        marginal = self._residuals_of.problem.key_marginal
+        assert marginal is not None
         b, m = state.error.numel(), key_potential.shape[-1]
-        self._root = torch.where(key_potential.isfinite(), problem.key_marginal, 0.0).sqrt()
+        self._root = torch.where(key_potential.isfinite(), marginal, 0.0).sqrt()
         self._point, self._last, self._change = (key_potential.new_empty(b, 1, 2 * m) for _ in range(3))
-        self._history = key_potential.new_zeros(b, _WINDOW, 2 * m)
+        self._history = key_potential.new_zeros(b, self._memory, 2 * m)
         # Views of these tensors, residuals in front and images behind, made once since each takes the host time.
         self._residual, self._image = (part.view(key_potential.shape) for part in self._point.split(m, dim=-1))
         self._last_residual, self._last_image = self._last.split(m, dim=-1)
@@ -60,18 +82,17 @@ class AcceleratedStep:
         self._part = self._change[..., :m]
         self._bound, self._unbounded = (torch.full_like(state.error, math.inf) for _ in range(2))
 
-    def __call__(self, problem: TransportProblem, key_potential: Tensor, state: KeyBalance, epsilon: float) -> Tensor:
-        """Return the next key potential, shape (..., m); see ``sinkhorn_step`` for the arguments."""
-        fresh = epsilon != self._epsilon
+    def __call__(self, key_potential: Tensor, state: MarginalResidual) -> Tensor:
+        """Return the next key potential, shape (..., m)."""
+        fresh, self._fresh = self._fresh, False
         if fresh:
-            self._epsilon = epsilon
-            self._forget(problem, key_potential, state)
-        move, length = sinkhorn_move(problem, state, epsilon)
+            self._prepare(key_potential, state)
+        move, length = sinkhorn_move(self._residuals_of, state)
         torch.mul(move, self._root, out=self._residual)
-        torch.add(key_potential, move, alpha=length, out=self._image)
+        self._image.copy_(plus(key_potential, move, length))
         if fresh:
             self._last.copy_(self._point)
-            size = (self._image.nan_to_num(0.0, 0.0, 0.0) * self._root).norm(dim=-1) / length
+            size = ((self._image.nan_to_num(0.0, 0.0, 0.0) * self._root) / length).norm(dim=-1)
             self._rounding = (_ROUNDINGS * torch.finfo(size.dtype).eps * size).view(-1, 1, 1)
         better = state.error <= self._bound
         torch.where(better, _SLACK * state.error, self._unbounded, out=self._bound)

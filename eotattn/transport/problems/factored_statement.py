@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -11,13 +14,15 @@ from eotattn.checks import check_floating, check_no_nan, check_same_device, requ
 from eotattn.priors import LogPrior
 from eotattn.priors.base import computing_dtype
 from eotattn.transport.problems.admissibility import check_broadcast
-from eotattn.transport.problems.factored import FactoredAffinity
+from eotattn.transport.problems.affinity import Affinity
+from eotattn.transport.problems.dense import DenseAffinity
+from eotattn.transport.problems.factored import FactoredAffinity, PointAffinity
 from eotattn.transport.problems.prior_factors import prior_factors
 
 __all__ = ["factored_affinity", "point_affinity"]
 
 _OWNER = "TransportProblem"
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def factored_affinity(
@@ -29,32 +34,8 @@ def factored_affinity(
     key_padding: Tensor | None,
     is_causal: bool,
 ) -> FactoredAffinity:
-    """Check and build the affinity ``<query_i, key_j>`` with a prior.
-
-    Args:
-        query: Shape (..., n, d).
-        key: Shape (..., m, d).
-        prior: A log-prior with lanes, or ``None``.
-        positions: Of queries and keys, tokens; ``None`` counts from zero.
-        key_padding: Booleans, shape (..., m), or ``None``.
-        is_causal: Whether query i may use keys 0 to i only.
-
-    Returns:
-        The affinity.
-
-    Raises:
-        TypeError: If a tensor has the wrong dtype.
-        ValueError: If a shape or value is out of range, or an argument would have no effect.
-        NotImplementedError: If the prior has no lanes.
-
-    Example:
-        >>> options = {"prior": None, "positions": (None, None), "key_padding": None, "is_causal": False}
-        >>> factored_affinity(torch.zeros(2, 4), torch.zeros(3, 4), **options).shape
-        torch.Size([2, 3])
-
-    Source: original.
-    """
-    _check_sides(query, key)
+    """Check and build the affinity ``<query_i, key_j>`` with a prior; see ``TransportProblem.from_factors``."""
+    query, key = _checked_sides(query, key)
     n, m = query.shape[-2], key.shape[-2]
     rule, remedy = "have as many queries as keys under is_causal", "Leave is_causal out"
     require(not is_causal or n == m, _OWNER, "query", rule, f"{n} queries and {m} keys", remedy)
@@ -71,49 +52,53 @@ def factored_affinity(
     )
     prior.check_positions(query_positions, key_positions)
     factors = prior_factors(prior, query_positions, key_positions, dtype=query.dtype)
-    affinity = FactoredAffinity(query, key, factors=factors, key_padding=key_padding, direction=int(is_causal))
+    rows = [part.row for part in factors if part.row is not None]
+    affinity = FactoredAffinity(
+        query,
+        key,
+        factors=tuple(replace(part, row=None) for part in factors),
+        query_log_prior=sum(rows[1:], start=rows[0]) if rows else None,
+        key_padding=key_padding,
+        direction=int(is_causal),
+    )
     _check_batch(affinity, prior)
     return affinity
 
 
-def point_affinity(query: Tensor, key: Tensor) -> FactoredAffinity:
-    """Check and build the affinity ``-|query_i - key_j|^2``: an inner product and a bias on each side.
-
-    Distances do not see a common shift, but their expansion does: far from the origin it is a difference of large
-    numbers. So the points are centred first, all problems of a batch alike; bfloat16 points, which that would round,
-    are taken as they are.
-
-    Args:
-        query: Shape (..., n, d).
-        key: Shape (..., m, d).
-
-    Returns:
-        The affinity.
-
-    Raises:
-        TypeError: If a tensor has the wrong dtype.
-        ValueError: If a shape or value is out of range.
-
-    Example:
-        >>> point_affinity(torch.zeros(1, 2), torch.ones(1, 2)).score
-        tensor([[-2.]])
-
-    Source: original.
-    """
-    _check_sides(query, key)
-    dtype = computing_dtype(query.dtype)
-    if query.dtype == dtype:
-        centre = sum(side.detach().flatten(0, -2).mean(0) for side in (query, key)) / 2
-        query, key = query - centre, key - centre
-    query_bias, key_bias = (-side.to(dtype).square().sum(-1) for side in (query, key))
-    return FactoredAffinity(2 * query, key, query_bias, key_bias)
+def point_affinity(query: Tensor, key: Tensor, log_prior: Tensor | None) -> Affinity:
+    """Check and build the affinity ``-|query_i - key_j|^2``; see ``TransportProblem.from_points``."""
+    query, key = _checked_sides(query, key)
+    if log_prior is None:
+        return PointAffinity.between(query, key)
+    dtype, n, m = computing_dtype(query.dtype), query.shape[-2], key.shape[-2]
+    check_floating(_OWNER, "log_prior", log_prior)
+    same = log_prior.dtype == dtype
+    require(same, _OWNER, "log_prior", f"have dtype {dtype}", log_prior, "Convert it", error=TypeError)
+    check_same_device(_OWNER, ("query", query), log_prior=log_prior)
+    fits = log_prior.dim() >= 2 and log_prior.shape[-2] in (1, n) and log_prior.shape[-1] == m
+    rule = f"have shape (..., 1, {m}) or (..., {n}, {m})"
+    require(fits, _OWNER, "log_prior", rule, log_prior, "Match the points")
+    check_no_nan(_OWNER, "log_prior", log_prior, allow_negative_inf=True)
+    check_broadcast(_OWNER, "log_prior", log_prior, log_prior.shape[:-2], query.shape[:-2], "Match the batch of query")
+    if log_prior.shape[-2] == 1:
+        padding, nats = log_prior[..., 0, :] == -math.inf, log_prior[..., 0, :]
+        return PointAffinity.between(
+            query,
+            key,
+            key_log_prior=torch.where(padding, 0.0, nats),
+            key_padding=padding if bool(padding.any()) else None,
+        )
+    empty = int((log_prior == -math.inf).all(-1).sum())
+    rule = "leave every query at least one admissible key"
+    require(empty == 0, _OWNER, "log_prior", rule, f"{empty} rows of -inf only", "Unmask a key in these rows")
+    return DenseAffinity(PointAffinity.between(query, key).score, log_prior)
 
 
-def _check_sides(query: Tensor, key: Tensor) -> None:
-    """Raise unless query and key are finite matrices that fit each other."""
+def _checked_sides(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Raise unless query and key are finite matrices that fit each other; float16 is widened."""
     for name, side in (("query", query), ("key", key)):
         check_floating(_OWNER, name, side)
-        rule, remedy = "have dtype float32, float64 or bfloat16", "Convert it with .float() or .double()"
+        rule, remedy = "have dtype float32, float64, bfloat16 or float16", "Convert it with .float() or .double()"
         require(side.dtype in _DTYPES, _OWNER, name, rule, side, remedy, error=TypeError)
         require(side.dim() >= 2, _OWNER, name, "have shape (..., length, width)", side, "Add the missing dimension")
         require(side.numel() > 0, _OWNER, name, "hold at least one row", side, "Drop empty problems")
@@ -125,6 +110,7 @@ def _check_sides(query: Tensor, key: Tensor) -> None:
     rule = f"have the width of query ({query.shape[-1]})"
     require(key.shape[-1] == query.shape[-1], _OWNER, "key", rule, key, "Project both to one width")
     check_broadcast(_OWNER, "key", key, key.shape[:-2], query.shape[:-2], "Match the batch of query")
+    return (query.float(), key.float()) if query.dtype == torch.float16 else (query, key)
 
 
 def _check_padding(key_padding: Tensor | None, key: Tensor) -> None:

@@ -1,6 +1,6 @@
 """SinkhornAttention: projections around a transport problem with two sides, called like ``PriorAttention``.
 
-It stands in this room because its core is a solver: attention with free keys is the special case that needs none.
+It stands in this room because its core is a solver: semi-relaxed attention is the special case that needs none.
 """
 
 # Legend: B batch, E model width, H heads, n queries, m keys, d head width.
@@ -8,18 +8,17 @@ It stands in this room because its core is a solver: attention with free keys is
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from eotattn.checks import check_floating, check_positive, check_positive_int, check_shape, fail, require
 from eotattn.priors import LogPrior
-from eotattn.transport.dispatch import solve
-from eotattn.transport.optimality.implicit import attach_key_potential
-from eotattn.transport.optimality.response import respond
 from eotattn.transport.problems import TransportProblem
+from eotattn.transport.problems.affinity import Number
 from eotattn.transport.solution import TransportSolution
+from eotattn.transport.solvers.anderson import Anderson
+from eotattn.transport.solving import solve
 
 __all__ = ["SinkhornAttention"]
 
@@ -50,7 +49,7 @@ class SinkhornAttention(nn.Module):
         >>> weights.sum(-2).sub(1).abs().max() < 1e-3
         tensor(True)
 
-    Source: two-sided, Sander et al. 2022; penalties, Chizat et al. 2018; with priors and fused calls, original.
+    Source: two-sided, Sander et al. 2022; penalties, Chizat et al. 2018.
     """
 
     def __init__(
@@ -103,8 +102,6 @@ class SinkhornAttention(nn.Module):
             >>> layer = SinkhornAttention(8, num_heads=2, key_penalty=1.0).train_key_penalty()
             >>> layer.log_key_penalty.requires_grad
             True
-
-        Source: original.
         """
         start = check_positive(_OWNER, "key_penalty", self.key_penalty)
         like = self.out_proj.weight
@@ -205,12 +202,17 @@ class SinkhornAttention(nn.Module):
             is_causal=is_causal,
             query_marginal=_uniform(left.shape[-2], padding if is_self else None, dtype, left.device),
             key_marginal=key_marginal,
-            key_penalty=None if key_marginal is None else key_penalty * epsilon,
+            key_penalty=self._penalty(epsilon, dtype) if key_marginal is not None else None,
         )
         if key_marginal is None:
             return solve(problem)
-        solution = solve(problem, method="streaming", tolerance=self.tolerance, max_iterations=self.max_iterations)
-        return solution if self.log_key_penalty is None else _following(solution, self.log_key_penalty)
+        return solve(problem, Anderson(tolerance=self.tolerance, max_iterations=self.max_iterations))
+
+    def _penalty(self, epsilon: float, dtype: torch.dtype) -> Number:
+        """The key penalty, cost units; where it is trained, with its gradient."""
+        if self.log_key_penalty is None:
+            return self._key_penalty * epsilon
+        return (epsilon * self.log_key_penalty.to(dtype).exp())[None]
 
     def _heads(self, projection: nn.Module, tensor: Tensor) -> Tensor:
         """Project and split: (B, H, length, d)."""
@@ -237,23 +239,6 @@ class SinkhornAttention(nn.Module):
     def extra_repr(self) -> str:
         """What ``print`` shows."""
         return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, key_penalty={self.key_penalty:g}"
-
-
-def _following(solution: TransportSolution, log_key_penalty: Tensor) -> TransportSolution:
-    """The same solution, whose potentials have a gradient to the penalty too.
-
-    Keys aim at ``key_marginal exp(-key_potential / key_penalty)``: a change of the penalty acts like a factor on their
-    marginal, here one that equals one and carries that change.
-    """
-    problem, potential = solution.problem, solution.key_potential.detach()
-    *rest, marginal = problem.tensors
-    assert marginal is not None
-    change = log_key_penalty.detach() - log_key_penalty  # zero
-    nats = torch.where(potential.isfinite(), potential, 0.0) / problem.key_penalty * -torch.expm1(change)
-    problem = problem.with_tensors(*rest, marginal * nats.exp())
-    key_potential = attach_key_potential(problem, potential)
-    query_potential = respond(problem, key_potential).potential
-    return replace(solution, problem=problem, query_potential=query_potential, key_potential=key_potential)
 
 
 def _uniform(length: int, padding: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
