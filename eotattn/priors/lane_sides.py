@@ -1,6 +1,6 @@
 """The two sides of a lane plan: how the table and the matrix of queries, or of keys, are made.
 
-Legend: B batch, H heads, M query heads a key head, L positions, P lanes, C columns of a table, N coefficients of a head.
+Legend: B batch, H heads, M query heads a key head, L positions, P lanes, C columns of a table, N coefficients.
 """
 
 from __future__ import annotations
@@ -206,10 +206,11 @@ class SideLayout:
         return list(dict.fromkeys(Column(lane.fixed.term, feature) for _, feature, _ in self._learned(side, lane)))
 
     def _learned(self, side: str, lane: Lane) -> list[tuple[int, int, float]]:
-        """(coefficient among all of a head, feature of the learned side, sign) of what meets the lane's fixed feature."""
+        """(coefficient of a head, feature of the learned side, sign) of what meets the lane's fixed feature."""
         first, entries = self._first_weight(lane.fixed.term), FEATURES[self.shapes[lane.fixed.term].features].entries
-        own, other = (1, 2) if side == "query" else (2, 1)
-        return [(first + entry[0], entry[own], entry[3]) for entry in entries if entry[other] == lane.fixed.feature]
+        if side == "query":
+            return [(first + n, query, sign) for n, query, key, sign in entries if key == lane.fixed.feature]
+        return [(first + n, key, sign) for n, query, key, sign in entries if query == lane.fixed.feature]
 
     def _first_weight(self, term: int) -> int:
         return sum(_num_coefficients(shape) for shape in self.shapes[:term])
