@@ -146,10 +146,7 @@ class Flex:
 
 
 #: Backends by the names that users ask for.
-BACKENDS: dict[str, Backend] = {
-    backend.name: backend
-    for backend in (Sdpa(), Varlen(), Flex(), Reference())  # type: ignore[list-item]
-}
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Sdpa(), Varlen(), Flex(), Reference())}
 NO_WEIGHTS = "fused kernels do not return weights; use backend='reference'"
 
 

@@ -136,7 +136,7 @@ def head_report(  # noqa: PLR0913  (one argument a source or an option of the ta
         >>> head_report({"first": stats}).mean["sink mass of key 0"]
         array([[0.25, 0.25, 0.25]])
     """
-    _check(layers, sink_positions, local_width)
+    _check(layers, sink_positions, thresholds, local_width)
     of_rows = (*key_quantities(tuple(sink_positions)), *QUANTITIES, local_mass_quantity(local_width))
     sources: Sources = [
         (of_rows, {name: stats.sequences(stats.num_queries > 0) for name, stats in layers.items()}),

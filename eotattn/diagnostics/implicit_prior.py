@@ -75,8 +75,8 @@ class ImplicitPriorReport(PriorFit):
         check_positive_int("ImplicitPriorReport.factored", "num_frequencies", num_frequencies)
         heads, length = self.key.shape
         waves = FourierPrior(heads, num_frequencies, min_period=2.5, max_period=max(8.0 * length, 2.5))
-        angle = torch.from_numpy(self.lags)[:, None] * waves.frequencies
-        basis = torch.cat([torch.ones(len(angle), 1), angle.cos(), angle.sin()], -1).double()
+        lags = torch.from_numpy(self.lags)
+        basis = torch.cat([torch.ones(len(lags), 1), waves.key_features(lags.double())], -1).double()
         weight = self._lag_weight().sqrt()[..., None]  # the constant is free: softmax does not see it
         table = torch.from_numpy(np.nan_to_num(self.lag))[..., None]
         weighted = weight * basis

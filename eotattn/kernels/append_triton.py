@@ -92,7 +92,7 @@ def append_kernel(
     PP: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Content and lanes of both sides, or of queries alone: one program a head, a side and some tokens and samples."""
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     if tl.program_id(2) == 0:
         _append_side(
             query, query_out, query_table, query_matrix, query_piece, query_more, query_far, batch, queries, query_b,
@@ -155,7 +155,7 @@ def split_kernel(
     D: tl.constexpr, DP: tl.constexpr, PP: tl.constexpr, CT: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the content of both sides, and this program's share of those of the matrices."""
-    head, c_block = tl.program_id(1), tl.program_id(2) // 2
+    head, c_block = tl.program_id(1).to(tl.int64), tl.program_id(2) // 2
     query_size: tl.constexpr = HQ * CQ * PQ if LEARNS_Q else 0
     key_size: tl.constexpr = HK * CK * PK if LEARNS_K else 0
     own = sums + tl.program_id(0) * (query_size + key_size)

@@ -1,6 +1,6 @@
 """The two sides of a lane plan: how the table and the matrix of queries, or of keys, are made.
 
-Legend: B batch, H heads, M query heads a key head, L positions, P lanes, C columns of a table, N coefficients a head.
+Legend: B batch, H heads, M query heads a key head, L positions, P lanes, C columns of a table, N coefficients.
 """
 
 from __future__ import annotations

@@ -47,9 +47,10 @@ def sinkhorn_divergence(
         TypeError, ValueError: As ``TransportProblem.from_points``.
 
     Example:
+        >>> import torch
         >>> x = torch.tensor([[0.0], [1.0]])
-        >>> sinkhorn_divergence(x, x + 2, epsilon=0.5)
-        tensor(4.0000)
+        >>> round(float(sinkhorn_divergence(x, x + 2, epsilon=0.5)), 3)
+        4.0
 
     Source: Genevay et al. 2018; Feydy et al. 2019; unequal masses, Sejourne et al. 2019.
     """

@@ -53,6 +53,7 @@ def solve(
         NotImplementedError: If the solver cannot solve the problem.
 
     Example:
+        >>> import torch
         >>> problem = TransportProblem(torch.tensor([[0.0, 1.0], [2.0, 0.0]]), key_marginal=torch.tensor([0.5, 0.5]))
         >>> solve(problem, solver="newton").coupling.sum(0)
         tensor([0.5000, 0.5000])

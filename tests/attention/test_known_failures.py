@@ -300,7 +300,7 @@ def test_22_frequencies_survive_casts_and_loading():
     run(restored, x)
     restored.load_state_dict(layer.state_dict())
     assert_close(run(restored, x), expected)
-    assert torch.equal(restored.prior.parts[0].frequencies, layer.prior.parts[0].frequencies)
+    assert restored.prior.parts[0].frequencies == layer.prior.parts[0].frequencies
     assert_close(run(layer.double().float(), x), expected)
 
 
@@ -308,7 +308,7 @@ def test_22_a_16_bit_checkpoint_does_not_bend_the_frequencies():
     layer, x = goat_layer(), content(1, 9, WIDTH)
     rounded = {name: tensor.to(torch.bfloat16).to(tensor.dtype) for name, tensor in layer.state_dict().items()}
     layer.load_state_dict({name: tensor.to(torch.bfloat16) for name, tensor in layer.state_dict().items()})
-    assert torch.equal(layer.prior.parts[0].frequencies, goat_layer().prior.parts[0].frequencies)
+    assert layer.prior.parts[0].frequencies == goat_layer().prior.parts[0].frequencies
     other = goat_layer()
     other.load_state_dict(rounded)
     assert torch.equal(run(other, x), run(layer, x))

@@ -45,7 +45,7 @@ def test_slope_gradients_are_measured_where_positions_are_large():
 
 @pytest.mark.parametrize("name", ["eotattn, GOAT, reserved", "RoPE in plain PyTorch"])
 def test_a_training_step_trains(name):
-    training = importlib.import_module("eotattn.benchmarks.suites.training")
+    training = importlib.import_module("eotattn.benchmarks.suites.training_step")
     step = training._step(training._layers(training.SMALL)[name], training.SMALL, SMALL)
     losses = [float(step()) for _ in range(30)]
     assert losses[-1] < losses[0]

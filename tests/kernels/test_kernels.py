@@ -7,8 +7,10 @@ import torch
 from tolerances import assert_close
 
 from eotattn.kernels import flex, reference, sdpa
+from eotattn.kernels.append import append_plainly
+from eotattn.priors.lane_sides import Side
 
-B, H, Q, K, D, V, P = 2, 6, 5, 7, 9, 4, 3
+B, H, Q, K, D, V, C, P = 2, 6, 5, 7, 9, 4, 2, 3
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -63,13 +65,15 @@ def test_sdpa_with_lanes(kv_heads, dtype, value_width):
     query, key, _ = content(kv_heads, dtype)
     value = normal(B, kv_heads, K, value_width, seed=2, dtype=dtype)
     scale = 0.3
-    shared = normal(H, Q, P, seed=3, dtype=dtype), normal(1, K, P, seed=4, dtype=dtype)
-    own = normal(B, H, Q, 2, seed=5, dtype=dtype), normal(B, kv_heads, K, 2, seed=6, dtype=dtype)
-    lanes = [(shared[0] / scale, shared[1]), (own[0] / scale, own[1])]
-    group = H // kv_heads
-    log_prior = shared[0] @ shared[1].transpose(-1, -2) + own[0] @ own[1].repeat_interleave(group, 1).transpose(-1, -2)
+    tables = normal(Q, C, seed=3, dtype=dtype), normal(B, K, C, seed=4, dtype=dtype)
+    matrices = normal(H, C, P, seed=5, dtype=dtype) / scale, normal(kv_heads, C, P, seed=6, dtype=dtype)
+    piece = torch.zeros(P, dtype=torch.int8)
+    sides = [Side(table, matrix, piece, 1) for table, matrix in zip(tables, matrices, strict=True)]
+    factors = torch.einsum("qc,hcp->hqp", tables[0], scale * matrices[0])
+    features = torch.einsum("bkc,hcp->bhkp", tables[1], matrices[1]).repeat_interleave(H // kv_heads, dim=1)
+    log_prior = factors @ features.mT
     expected, _ = reference.attend(query, key, value, scale=scale, log_prior=log_prior)
-    output = sdpa.attend(*sdpa.append_lanes(query, key, lanes), value, scale=scale)
+    output = sdpa.attend(append_plainly(query, sides[0]), append_plainly(key, sides[1]), value, scale=scale)
     assert output.shape == (B, H, Q, value_width)
     assert_close(output, expected)
 
@@ -91,11 +95,12 @@ def test_a_padding_lane_removes_padding_and_nothing_else(dtype):
     padding = torch.tensor([[False] * 5 + [True] * 2, [True] + [False] * 6])
     lane = sdpa.padding_lane(padding, dtype, scale=0.3)
     assert lane[1].isfinite().all()
-    output = sdpa.attend(*sdpa.append_lanes(query, key, [lane]), value, scale=0.3)
+    sides = append_plainly(query, None, lane[0]), append_plainly(key, None, lane[1])
+    output = sdpa.attend(*sides, value, scale=0.3)
     expected, _ = reference.attend(query, key, value, scale=0.3, mask=~padding[:, None, None, :])
     assert_close(output, expected)
     changed = value.masked_fill(padding[:, None, :, None], 1000.0)
-    again = sdpa.attend(*sdpa.append_lanes(query, key, [lane]), changed, scale=0.3)
+    again = sdpa.attend(*sides, changed, scale=0.3)
     assert torch.equal(again, output)
 
 

@@ -79,6 +79,8 @@ def test_documents_one_by_one(is_causal, window):
 
 def test_varlen_says_why_it_refuses():
     query = torch.zeros(1, 1, 2, 4)
-    assert "cpu" in varlen.refusal(query, width=4, dropout_p=0.0)
+    assert "cpu" in varlen.refusal(query, dropout_p=0.0)
     on_gpu = torch.zeros(1, 1, 2, 4, device="meta", dtype=torch.bfloat16)
-    assert "GPU" in varlen.refusal(on_gpu, width=4, dropout_p=0.0)
+    assert "GPU" in varlen.refusal(on_gpu, dropout_p=0.0)
+    assert "257 wide" in varlen.width_refusal(257)
+    assert varlen.width_refusal(256) is None

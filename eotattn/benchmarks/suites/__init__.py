@@ -15,7 +15,7 @@ from eotattn.benchmarks.suites.patterns import patterns
 from eotattn.benchmarks.suites.precision import precision
 from eotattn.benchmarks.suites.rotary_decoder import rotary
 from eotattn.benchmarks.suites.statistics import statistics
-from eotattn.benchmarks.suites.training import training
+from eotattn.benchmarks.suites.training_step import training
 from eotattn.benchmarks.suites.transport import transport
 from eotattn.benchmarks.timing import Row
 

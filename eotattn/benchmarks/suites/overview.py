@@ -16,7 +16,7 @@ from eotattn.benchmarks.suites.gradients import slope_errors
 from eotattn.benchmarks.suites.inputs import content, measured
 from eotattn.benchmarks.suites.layer import COMPILED, compiled, layer_makers, step
 from eotattn.benchmarks.suites.precision import output_errors, total_variation
-from eotattn.benchmarks.suites.training import training
+from eotattn.benchmarks.suites.training_step import training
 from eotattn.benchmarks.timing import Candidate, Row, reason
 
 __all__ = ["overview"]

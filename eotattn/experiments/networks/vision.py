@@ -89,7 +89,7 @@ def _axis_prior(config: VisionConfig) -> LogPrior:
     return relative + SinkPrior(config.num_heads, config.num_key_frequencies, float(config.train_grid), shortest)
 
 
-def _grid_prior(config: VisionConfig) -> SumPrior:
+def _grid_prior(config: VisionConfig) -> LogPrior:
     """The paper's prior on a grid: a sum over the axes, a class token without relative lanes, a uniform start."""
     return GridPrior(_axis_prior(config), _axis_prior(config)) + ClassTokenPrior(config.num_heads)
 

@@ -61,18 +61,7 @@ class DualityGap:
 
 
 def refined(problem: TransportProblem) -> TransportProblem:
-    """Return the problem in float64, without gradients, hard marginals summing to one exactly.
-
-    Args:
-        problem: The problem.
-
-    Returns:
-        The same numbers, wider.
-
-    Example:
-        >>> refined(TransportProblem(torch.zeros(1, 3))).query_marginal.dtype
-        torch.float64
-    """
+    """Return the problem in float64, without gradients, hard marginals summing to one exactly."""
     wide = problem.with_leaves(*(None if leaf is None else leaf.detach().double() for leaf in problem.leaves))
     *parts, query, key = wide.tensors
     assert query is not None
@@ -88,19 +77,6 @@ def pinsker_radius(gap: Tensor, mass: Tensor, epsilon: Number, *, rounding: Tens
     The objective is strongly convex, ``gap >= epsilon KL(P || optimum)``. With K the quotient and t the distance,
     ``t^2 <= (2 mass + 4/3 t) K`` (Pinsker's inequality for unequal masses), hence
     ``t <= 2/3 K + sqrt((2/3 K)^2 + 2 mass K)``.
-
-    Args:
-        gap: Cost units.
-        mass: Total mass of the feasible coupling.
-        epsilon: Temperature, cost units.
-        rounding: What rounding in the gap may hide of the square root of 2 K, see ``rounding_radius``.
-
-    Returns:
-        Mass; +inf for an infinite gap.
-
-    Example:
-        >>> float(pinsker_radius(torch.tensor(0.0), torch.tensor(1.0), 1.0))
-        0.0
 
     Source: Pinsker's inequality, in the pointwise form 3 (u - 1)^2 <= (2 u + 4) (u log u - u + 1).
     """
@@ -125,21 +101,6 @@ def duality_gap(problem: TransportProblem, query_potential: Tensor, key_potentia
     With Q the coupling of the potentials, ``Q_ij = R_ij exp((score_ij + f_i + g_j) / epsilon)``, and P feasible, the
     gap is ``epsilon KL(P || Q)`` plus, for a soft marginal, ``penalty KL(its mass || marginal exp(-potential /
     penalty))``: no difference of large numbers, and no trust in the kernels that found the potentials.
-
-    Args:
-        problem: The problem.
-        query_potential: Cost units, shape (..., n).
-        key_potential: Cost units, shape (..., m).
-
-    Returns:
-        See ``DualityGap``; a gap of +inf where there is no feasible coupling at hand or the dual is -inf.
-
-    Example:
-        >>> problem = TransportProblem(torch.zeros(1, 2))
-        >>> float(duality_gap(problem, torch.full((1,), -0.6931), torch.zeros(2)).gap) < 1e-6
-        True
-
-    Source: original; duality as in Chizat et al. 2018.
     """
     wide = refined(problem)
     query_potential, key_potential = query_potential.detach().double(), key_potential.detach().double()

@@ -80,20 +80,6 @@ def rounded_coupling(
     the coupling is first corrected on its own support, by the least relative change that repairs the marginals to
     first order; then rows and columns are shrunk to their marginals and what is missing is spread as a product.
 
-    Args:
-        problem: The problem.
-        key_potential: Cost units, shape (..., m).
-        stated: The problem in the dtype in which it was stated, whose faster kernels find the correction; how well
-            they do so affects how near the result is, not whether it is feasible.
-
-    Returns:
-        The coupling; on forbidden pairs its ``spread`` may be positive.
-
-    Example:
-        >>> problem = TransportProblem(torch.zeros(1, 2), key_marginal=torch.tensor([0.25, 0.75]))
-        >>> rounded_coupling(problem, torch.zeros(2)).sums()[1]
-        tensor([0.2500, 0.7500])
-
     Source: rounding, Altschuler et al. 2017; correction on the support, original.
     """
     mass = row_mass(problem, respond(problem, key_potential)).expand(*problem.batch_shape, problem.num_queries)

@@ -31,25 +31,6 @@ def solve_curvature(
     non-negative terms, which keeps small entries accurate, and is differentiable; otherwise conjugate gradients solve
     it, a product being two softmax averages. In a balanced problem constants are its kernel; there ``right`` must sum
     to zero, and the solution is orthogonal to the key mass. Keys without mass get zero.
-
-    Args:
-        problem: The problem.
-        key_potential: Cost units, shape (..., m).
-        row_mass: Shape (..., n).
-        target: Shape (..., m).
-        right: Shape (..., m).
-        epsilon: Temperature, cost units.
-
-    Returns:
-        x, shape (..., m).
-
-    Example:
-        >>> problem = TransportProblem(torch.zeros(1, 2), key_marginal=torch.tensor([0.5, 0.5]))
-        >>> half, right = torch.tensor([0.5, 0.5]), torch.tensor([0.25, -0.25])
-        >>> solve_curvature(problem, torch.zeros(2), torch.ones(1), half, right, 1.0)
-        tensor([ 0.5000, -0.5000])
-
-    Source: original; semi-dual Newton systems as in Brauer et al. 2017.
     """
     solver = _assembled if problem.affinity.holds_pairs else _by_products
     return solver(problem, key_potential, row_mass, target, right, epsilon)

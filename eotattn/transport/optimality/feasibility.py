@@ -21,19 +21,6 @@ def unplaceable_mass(problem: TransportProblem, level: Tensor) -> Tensor:
     Hall's condition; where a mask admits no coupling, the potentials of such a set run off together, so their levels
     show it. One pass over the mask.
 
-    Args:
-        problem: The problem, with two hard marginals.
-        level: Numbers, shape (..., m), -inf on keys without mass.
-
-    Returns:
-        Mass, at least zero; where positive beyond rounding, marginals cannot be met more closely than twice this.
-
-    Example:
-        >>> mask = torch.tensor([[0.0, -torch.inf], [0.0, 0.0]])
-        >>> problem = TransportProblem(torch.zeros(2, 2), log_prior=mask, key_marginal=torch.tensor([0.25, 0.75]))
-        >>> unplaceable_mass(problem, torch.tensor([0.0, 1.0]))
-        tensor(0.2500)
-
     Source: Hall 1935, for flows; Gale 1957.
     """
     assert problem.key_marginal is not None

@@ -24,20 +24,6 @@ def attach_key_potential(problem: TransportProblem, key_potential: Tensor) -> Te
     The optimality condition ``mass(g, theta) = target(g, theta)`` of the keys, the queries answering, defines g as a
     function of the tensors theta; its derivative is ``-H^-1`` times that of the residual. In balanced problems the
     constant that is free is fixed by ``sum key_marginal * key_potential = 0``.
-
-    Args:
-        problem: The problem, with a key marginal.
-        key_potential: Optimal, without gradients, cost units, shape (..., m).
-
-    Returns:
-        The same numbers (shifted into the gauge), shape (..., m), with gradients to the problem's tensors.
-
-    Example:
-        >>> problem = TransportProblem(torch.zeros(1, 2), key_marginal=torch.tensor([0.5, 0.5]))
-        >>> attach_key_potential(problem, torch.tensor([1.0, 3.0]))
-        tensor([-1., 1.])
-
-    Source: original; implicit differentiation of Sinkhorn as in Luise et al. 2018.
     """
     attached: Tensor = key_potential
     if torch.is_grad_enabled() and problem.requires_grad:
@@ -53,21 +39,6 @@ def envelope_value(problem: TransportProblem, query_potential: Tensor, key_poten
 
     By the envelope theorem that is the partial derivative with the potentials held; none flows into them. A second
     derivative is right too, since it follows the potentials.
-
-    Args:
-        problem: The problem.
-        query_potential: Cost units, shape (..., n).
-        key_potential: Cost units, shape (..., m).
-
-    Returns:
-        Cost units, shape of the batch.
-
-    Example:
-        >>> problem = TransportProblem(torch.zeros(1, 2))
-        >>> envelope_value(problem, torch.full((1,), -0.6931), torch.zeros(2))
-        tensor(0.3069)
-
-    Source: original.
     """
     value: Tensor = _EnvelopeValue.apply(problem, query_potential, key_potential, *problem.leaves)
     return value

@@ -31,8 +31,6 @@ class ReducedProblem:
         >>> import torch
         >>> reduce_problem(TransportProblem(torch.tensor([[1.0, 3.0]]))).cost
         array([[2., 0.]])
-
-    Source: original.
     """
 
     cost: np.ndarray
@@ -61,20 +59,6 @@ def reduce_problem(problem: TransportProblem, key_marginal: Tensor | None = None
     """Drop what carries nothing, and shift the peak of every row to cost zero and prior one.
 
     The shift changes no attention weights. Where a query penalty is zero it would change the mass, and is left out.
-
-    Args:
-        problem: One problem, no batch.
-        key_marginal: Used in place of the problem's, shape (m,).
-
-    Returns:
-        The reduced problem.
-
-    Example:
-        >>> import torch
-        >>> reduce_problem(TransportProblem(torch.zeros(1, 2)), torch.tensor([0.0, 1.0])).columns
-        array([False,  True])
-
-    Source: original.
     """
     score, log_prior, query, key = (None if x is None else x.detach().cpu().double().numpy() for x in problem.tensors)
     key = key if key_marginal is None else key_marginal.detach().cpu().double().numpy()

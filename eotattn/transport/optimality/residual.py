@@ -150,13 +150,7 @@ def stiffness(problem: TransportProblem, epsilon: Number) -> Number:
 
 
 def starting_potential(problem: TransportProblem) -> Tensor:
-    """Zero on keys that carry mass, -inf on keys without, +inf on keys with mass that nobody may use: (..., m).
-
-    Example:
-        >>> problem = TransportProblem(torch.zeros(1, 2), key_marginal=torch.tensor([0.0, 1.0]))
-        >>> starting_potential(problem)
-        tensor([-inf, 0.])
-    """
+    """Zero on keys that carry mass, -inf on keys without, +inf on keys with mass that nobody may use: (..., m)."""
     assert problem.key_marginal is not None
     start = torch.where(problem.affinity.reachable(problem.query_marginal > 0), 0.0, math.inf)
     start = torch.where(problem.key_marginal > 0, start, -math.inf).to(problem.query_marginal.dtype)

@@ -35,10 +35,6 @@ class QueryResponse:
 def penalty_share(penalty: Number, epsilon: Number) -> Number:
     """Return ``penalty / (penalty + epsilon)``, the exponent of a penalised scaling step; one for a constraint.
 
-    Example:
-        >>> penalty_share(3.0, 1.0), penalty_share(math.inf, 1.0)
-        (0.75, 1.0)
-
     Source: Chizat et al. 2018.
     """
     return 1.0 if is_constraint(penalty) else penalty / (penalty + epsilon)
@@ -49,11 +45,6 @@ def respond(problem: TransportProblem, key_potential: Tensor, *, epsilon: Number
 
     ``potential = share * soft_c_transform(key_potential)`` with ``share = query_penalty / (query_penalty + epsilon)``.
     Another ``epsilon`` than the problem's serves continuation.
-
-    Example:
-        >>> problem = TransportProblem(torch.tensor([[0.0, 1.0]]))
-        >>> respond(problem, torch.zeros(2)).potential
-        tensor([-1.3133])
 
     Source: closed form, Litman 2025, arXiv 2508.08369; with penalties, Chizat et al. 2018.
     """

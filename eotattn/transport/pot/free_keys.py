@@ -40,7 +40,7 @@ def fixed_key_marginal(problem: TransportProblem, key_marginal: Tensor) -> tuple
         >>> fixed_key_marginal(problem, torch.tensor([0.5, 0.5]))[0]
         tensor([[0.5000, 0.5000]])
 
-    Source: original, on POT's ``sinkhorn_log``.
+    Source: on POT's ``sinkhorn_log``.
     """
     _require_free(problem, "ot.bregman.sinkhorn_log", finite=False)
     arrays = reduce_problem(problem, key_marginal)

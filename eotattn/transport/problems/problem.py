@@ -163,8 +163,6 @@ class TransportProblem:
         Example:
             >>> TransportProblem.from_factors(torch.zeros(5, 4), torch.zeros(7, 4), epsilon=2.0)
             TransportProblem(batch=(), queries=5, keys=7, epsilon=2, query_penalty=inf, key_penalty=0, torch.float32)
-
-        Source: original.
         """
         affinity = factored_affinity(
             query,
@@ -217,7 +215,7 @@ class TransportProblem:
             >>> TransportProblem.from_points(torch.zeros(1, 2), torch.ones(1, 2), epsilon=1.0).score
             tensor([[-2.]])
 
-        Source: original; the expansion of the square.
+        Source: the expansion of the square.
         """
         return cls(
             point_affinity(query, key, log_prior),
@@ -242,8 +240,6 @@ class TransportProblem:
             >>> problem = TransportProblem(torch.zeros(2, 3))
             >>> problem.with_tensors(problem.score + 1, None, problem.query_marginal, None).score.sum().item()
             6.0
-
-        Source: original.
         """
         *parts, query_marginal, key_marginal = tensors
         return self.replaced(

@@ -35,6 +35,7 @@ class Auto(Solver):
         max_iterations: Of all steps together; ``None`` is the solvers' own limits. No meaning for the closed form.
 
     Example:
+        >>> import torch
         >>> Auto().run(TransportProblem(torch.zeros(1, 2)), None).solver
         'ClosedForm'
     """

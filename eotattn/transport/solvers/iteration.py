@@ -117,6 +117,7 @@ class IterativeSolver(Solver):
                 level.run()
             else:
                 repeat_while(level.advance, level.running, hands_on=not problem.affinity.holds_pairs)
+                level.look()  # what a graph computed lies in memory that the next graph may take
                 level.test()
         return level
 

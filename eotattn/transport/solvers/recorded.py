@@ -16,16 +16,7 @@ _LAST = threading.local()
 
 
 def repeat_while(advance: Callable[[], None], running: Tensor, *, hands_on: bool) -> None:
-    """Call ``advance`` until the flag that it updates is false, and once more, since the flag is read one call late.
-
-    Args:
-        advance: Changes tensors in place, asks nothing of the host, and does nothing more once the flag is false.
-        running: The flag, a boolean on a GPU, shape ().
-        hands_on: Whether the graph's memory is kept for the next one, as long as the thread lives; for work that needs
-            little. Otherwise it is given back at the end.
-
-    Source: original.
-    """
+    """Call ``advance`` until the flag that it updates is false, and once more, since the flag is read one call late."""
     with torch.cuda.device(running.device):  # whose streams and events are meant, whichever device is current outside
         _repeat_while(advance, running, hands_on)
 

@@ -27,8 +27,6 @@ class Comparison:
     Example:
         >>> Comparison("one is at most two", torch.tensor(1.0), torch.tensor(2.0), "<=").slack
         tensor(1.)
-
-    Source: original.
     """
 
     statement: str
@@ -57,8 +55,6 @@ class Comparison:
         Example:
             >>> Comparison("two is at most one", torch.tensor(2.0), torch.tensor(1.0), "<=").holds()
             False
-
-        Source: original.
         """
         slack = self.slack
         tolerance = max(1e-12, 64 * torch.finfo(slack.dtype).eps) if tolerance is None else tolerance
@@ -81,24 +77,7 @@ def logit_size(score: Tensor, log_prior: Tensor | None, epsilon: float) -> Tenso
 
 
 def check_values(owner: str, argument: str, values: Tensor, score: Tensor, axis: int = -1) -> None:
-    """Raise unless ``values`` are finite, of the dtype of the score, with one row a key.
-
-    Args:
-        owner: Who checks.
-        argument: Their name.
-        values: Shape (..., m, v).
-        score: Shape (..., n, m).
-        axis: Of the score that the rows belong to: -1 for keys, -2 for queries.
-
-    Raises:
-        TypeError: If they have another dtype.
-        ValueError: If their shape or an entry is out of range.
-
-    Example:
-        >>> check_values("value_perturbation", "value", torch.zeros(3, 1), torch.zeros(2, 3))
-
-    Source: original.
-    """
+    """Raise unless ``values`` are finite, of the dtype of the score, with one row a key."""
     check_floating(owner, argument, values)
     rule = f"have the dtype of score ({score.dtype})"
     require(values.dtype == score.dtype, owner, argument, rule, values, "Convert one of them", error=TypeError)
