@@ -1,5 +1,6 @@
 """What the README shows is run, and what the package ships is complete."""
 
+import ast
 import importlib
 import json
 import re
@@ -43,3 +44,14 @@ def test_every_stored_figure_has_picture_table_and_provenance():
         provenance = json.loads(figure.with_suffix(".json").read_text())
         for name in ("command", "configuration", "seed", "commit", "versions", "device", "date"):
             assert name in provenance, f"{figure.name}.json lacks {name}"
+
+
+def test_a_new_prior_takes_twelve_lines_of_code():
+    """Statements and definitions of the README's prior; docstrings are none."""
+    (example,) = [ast.parse(source) for source in EXAMPLES if "BilinearPrior)" in source]
+    (prior,) = [node for node in example.body if isinstance(node, ast.ClassDef)]
+    lines = {node.lineno for node in ast.walk(prior) if isinstance(node, ast.stmt)}
+    docstrings = {
+        node.lineno for node in ast.walk(prior) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+    assert len(lines - docstrings) <= 12

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from eotattn.checks import check_positive, check_positive_int, require
+from eotattn.priors.flex_form import ScoreMod, score_mod_of
 from eotattn.priors.lane_plan import LaneRequest, plan_lanes
 from eotattn.priors.lanes import Lanes, make_lanes
 from eotattn.priors.positions import check_positions, pair_positions, position_lookup
@@ -35,8 +36,6 @@ __all__ = [
     "check_prior",
     "check_priors",
 ]
-
-ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class LogPrior(nn.Module):
@@ -121,8 +120,11 @@ class LogPrior(nn.Module):
             query_positions: Positions of the queries as in :meth:`dense`; by default the index itself.
             key_positions: Positions of the keys, likewise.
         """
-        given = query_positions is not None and key_positions is not None
-        if self.num_coordinates > 1 or given:
+        if query_positions is not None and key_positions is not None:
+            self.check_positions(query_positions, key_positions)
+            if self.has_lanes:
+                return score_mod_of(self.terms(), query_positions, key_positions)
+        elif self.num_coordinates > 1:
             self.check_positions(query_positions, key_positions)
         query_at = position_lookup(query_positions, self.num_coordinates)
         key_at = position_lookup(key_positions, self.num_coordinates)

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from eotattn.checks import fail
-from eotattn.priors.base import LogPrior, ScoreMod
-from eotattn.priors.positions import table_lookup
+from eotattn.priors.base import LogPrior
 from eotattn.priors.splitting import computing_dtype
 from eotattn.priors.terms import FEATURES, Entry, Features, KeyTerm, Term, dense_weights
 
@@ -112,34 +111,9 @@ class BilinearPrior(LogPrior, metaclass=_NamesFeatures):
     def dense(self, query_positions: Tensor, key_positions: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
         """As in :class:`LogPrior`; one product of matrices."""
         self.check_positions(query_positions, key_positions)
-        factors, features = self._sides(query_positions, key_positions)
-        return (factors @ _with_heads(features).mT).to(computing_dtype(dtype))
-
-    def score_mod(self, query_positions: Tensor | None = None, key_positions: Tensor | None = None) -> ScoreMod:
-        """As in :class:`LogPrior`; with positions given, features are looked up, exact at any length."""
-        if query_positions is None or key_positions is None:
-            return super().score_mod(query_positions, key_positions)
-        self.check_positions(query_positions, key_positions)
-        factors, features = self._sides(query_positions, key_positions)
-        query_at = table_lookup(factors.movedim(-3, -2).float(), has_batch=factors.dim() == 4)
-        key_at = table_lookup(features.float(), has_batch=features.dim() == 3)
-
-        def modified(score: Tensor, batch: Tensor, head: Tensor, query_index: Tensor, key_index: Tensor) -> Tensor:
-            for g in range(factors.shape[-1]):
-                score = score + query_at(batch, query_index, head, g) * key_at(batch, key_index, g)
-            return score
-
-        return modified
-
-    def _sides(self, query_positions: Tensor, key_positions: Tensor) -> tuple[Tensor, Tensor]:
-        """([B,] H, Q, G) query features times weights, and ([B,] K, G) key features, float64."""
-        query, key = (positions.double() for positions in (query_positions, key_positions))
-        if self.is_relative:  # smaller numbers, the same differences
-            first = key.flatten()[0]
-            query, key = query - first, key - first
-        features = FEATURES[self._features_name]
-        factors = _with_heads(features.query(query).double()) @ self.weights().double()
-        return factors, features.key(key).double()
+        term = Term(FEATURES[self._features_name], self.coefficients().unsqueeze(-1))
+        factors, features = term.sides(query_positions.double(), key_positions.double())
+        return (factors @ features.unsqueeze(-3).mT).to(computing_dtype(dtype))
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Keep the features of a prior in step with its constants, also with those set after construction."""
@@ -201,8 +175,3 @@ def _tell(value: object) -> str:
         told = [_tell(entry) for entry in value]
         return f"({', '.join(told)},)" if all(told) else ""
     return ""
-
-
-def _with_heads(features: Tensor) -> Tensor:
-    """(L, F) or (B, L, F) as (1, L, F) or (B, 1, L, F)."""
-    return features.unsqueeze(-3)

@@ -102,6 +102,14 @@ class Term:
         """(H, F, G), nats."""
         return dense_weights(self.coefficients.squeeze(-1), self.features.entries, self.features.num_features)
 
+    def sides(self, query_positions: Tensor, key_positions: Tensor) -> tuple[Tensor, Tensor]:
+        """([B,] H, Q, G) query features times weights and ([B,] K, G) key features, at float64 positions."""
+        if self.features.is_relative:  # smaller numbers, the same differences
+            first = key_positions.flatten()[0]
+            query_positions, key_positions = query_positions - first, key_positions - first
+        query = self.features.query(query_positions).double().unsqueeze(-3)
+        return query @ self.weights.double(), self.features.key(key_positions).double()
+
     def weighted(self, change: Callable[[Tensor], Tensor]) -> Term:
         """The same features with ``change`` applied to the coefficients."""
         return replace(self, coefficients=change(self.coefficients))

@@ -172,10 +172,9 @@ class BatchBlind(Broken):
         (Castable, "moves", "changed dtypes"),
         (Forgetful, "state", "bit by bit"),
         (SharedMemory, "copies", "after spoiling deepcopy"),
-        (Forgetful, "meta_device", "bit by bit"),
         (HalfReset, "reset", "bit by bit"),
         (StillTraining, "freeze", "trainable"),
-        (Unscalable, "scale", "multiple of dense"),
+        (Unscalable, "algebra", "multiple of dense"),
     ],
 )
 def test_the_contract_notices(broken, check, message):
