@@ -135,11 +135,11 @@ class SidePlan:
         return Side(table, matrix.to(table.dtype), held.piece, self.depth, more)
 
     def _placed(self, device: torch.device, dtype: torch.dtype) -> _Placed:
-        numbers = (self.selection, self.fixed.flatten(1), self.constant)
-        selection, start, constant = (None if x is None else admitted(x).to(device) for x in numbers)
-        return _Placed(
-            selection, start, constant, admitted(self.fixed).to(device, dtype), admitted(self.piece).to(device)
-        )
+        numbers = (self.selection, self.constant, self.fixed, self.piece)
+        selection, constant, fixed, piece = (None if x is None else admitted(x).to(device) for x in numbers)
+        assert fixed is not None
+        assert piece is not None
+        return _Placed(selection, fixed.flatten(1), constant, fixed.to(dtype), piece)
 
 
 class _Placed(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 from eotattn.attention import prior_attention
 from eotattn.priors import BilinearPrior, FourierPrior, tables
 from eotattn.priors.positions import consecutive, pair_positions
-from eotattn.priors.tables import MAX_VALUES, constants, placed, remembered
+from eotattn.priors.tables import MAX_VALUES, constants, remembered
 
 CPU = torch.device("cpu")
 
@@ -55,9 +55,6 @@ def test_constants_are_put_in_place_once_a_dtype():
     assert constants((1.0, 2.0), CPU) is constants((1.0, 2.0), CPU)
     assert constants((1, 2), CPU, torch.int64).tolist() == [1, 2]
     assert constants((), CPU).shape == (0,)
-    tensor = torch.ones(3)
-    assert placed("a test", tensor, CPU, torch.float64).dtype == torch.float64
-    assert placed("a test", tensor, CPU).dtype == torch.float32
 
 
 def test_threads_share_what_is_remembered():
