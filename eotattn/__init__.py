@@ -19,7 +19,7 @@ from eotattn.priors import (
 from eotattn.transport import TransportProblem, TransportSolution, solve
 
 if TYPE_CHECKING:
-    from eotattn.experiments.analysis import analyze as analyze
+    from eotattn.analysis import analyze as analyze
 
 __all__ = [
     "ClassTokenPrior",
@@ -46,7 +46,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import ``analyze`` when it is first used: it needs matplotlib."""
     if name == "analyze":
-        from eotattn.experiments.analysis import analyze
+        from eotattn.analysis import analyze
 
         return analyze
     raise AttributeError(f"module 'eotattn' has no attribute {name!r}")

@@ -122,7 +122,7 @@ def _add_analyze(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def _analyze(arguments: argparse.Namespace) -> int:
-    from eotattn.experiments.analysis import analyze, is_first_process, read_texts
+    from eotattn.analysis import analyze, is_first_process, read_texts
 
     names = ("attention", "out", "heads", "max_length", "device", "dtype")
     options = {name: getattr(arguments, name) for name in names}

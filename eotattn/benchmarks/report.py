@@ -14,7 +14,7 @@ import torch
 from eotattn.benchmarks.suites import SUITES, Configuration
 from eotattn.benchmarks.timing import Row
 from eotattn.checks import check_choice
-from eotattn.records import provenance, table_bytes, write_atomically
+from eotattn.provenance import provenance, table_bytes, write_atomically
 
 __all__ = ["bench", "combine", "format_table", "write"]
 

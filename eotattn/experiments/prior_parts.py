@@ -14,7 +14,7 @@ from torch import Tensor
 from eotattn.checks import check_positive_int, require
 from eotattn.priors import LogPrior, SinkPrior, SumPrior
 
-__all__ = ["PriorParts", "centre_rows", "key_only_part", "split_prior"]
+__all__ = ["PriorParts", "key_only_part", "split_prior"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,22 +94,3 @@ def _positions(prior: LogPrior, length: int) -> tuple[Tensor, Tensor]:
     check_positive_int("split_prior", "length", length)
     device = next(prior.parameters()).device
     return torch.arange(length, device=device), torch.zeros(1, dtype=torch.long, device=device)
-
-
-def centre_rows(log_prior: Tensor) -> Tensor:
-    """Remove from every row what softmax cannot see: its mean over the admissible keys.
-
-    Args:
-        log_prior: (..., Q, K), nats, -inf where a key is inadmissible.
-
-    Returns:
-        The same shape; every row with an admissible key has mean zero over them.
-
-    Example:
-        >>> centre_rows(torch.tensor([[1.0, -math.inf], [1.0, 3.0]]))
-        tensor([[ 0., -inf],
-                [-1.,  1.]])
-    """
-    seen = log_prior > -math.inf
-    total = log_prior.masked_fill(~seen, 0.0).sum(-1, keepdim=True)
-    return log_prior - total / seen.sum(-1, keepdim=True).clamp(min=1)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from eotattn.checks import require
 from eotattn.experiments.results import ResultFolder
-from eotattn.records import provenance, write_atomically
+from eotattn.provenance import provenance, write_atomically
 
 __all__ = [
     "Configuration",
@@ -104,7 +104,7 @@ class Record:
         summary: The headline.
         device: Name of the device, e.g. ``"cpu"`` or ``"NVIDIA H200"``.
         seconds: Time in the process that finished the run.
-        provenance: From :func:`eotattn.records.provenance`.
+        provenance: From :func:`eotattn.provenance.provenance`.
     """
 
     name: str

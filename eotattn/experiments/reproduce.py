@@ -20,7 +20,7 @@ from eotattn.experiments.results import ResultFolder
 from eotattn.experiments.runs import Plan, RunsFailedError, UnknownRunsError, perform
 from eotattn.experiments.scales import check_scale
 from eotattn.experiments.studies import ablations, copy_mixture, dna, language, retrieval, vision
-from eotattn.records import write_atomically
+from eotattn.provenance import write_atomically
 
 __all__ = ["FIGURES", "Figure", "find_notebooks", "make_runs", "reproduce", "strip_machine"]
 

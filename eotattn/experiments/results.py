@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eotattn.experiments.scales import check_scale
-from eotattn.records import table_bytes, write_atomically
+from eotattn.provenance import table_bytes, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,7 +70,7 @@ class ResultFolder:
         return self._write(".csv", table_bytes(rows))
 
     def write_provenance(self, record: dict[str, Any]) -> Path:
-        """Write a record from :func:`eotattn.records.provenance` as JSON."""
+        """Write a record from :func:`eotattn.provenance.provenance` as JSON."""
         return self._write(".json", (json.dumps(record, indent=2) + "\n").encode())
 
     def write_figure(self, figure: Figure) -> tuple[Path, Path]:

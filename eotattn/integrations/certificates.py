@@ -8,20 +8,50 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eotattn.diagnostics.dense import row_certificate
+from eotattn.checks import require
 from eotattn.integrations.captured_call import CapturedCall
 
-__all__ = ["CERTIFIED_KEYS", "call_certificate"]
+__all__ = ["CERTIFIED_KEYS", "call_certificate", "row_certificate"]
 
 #: Longer calls are not certified: reading the weights off costs K / V more calls.
 CERTIFIED_KEYS = 1024
+
+
+def row_certificate(weights: Tensor, logits: Tensor) -> Tensor:
+    """Compute the duality gap of computed rows, lse_i - sum_j p_ij z_ij + sum_j p_ij ln p_ij = KL(p_i || softmax(z_i)).
+
+    Zero exactly for the true weights of the entropic problem; the total variation error is at most sqrt(gap / 2). Where
+    rounding leaves a row that does not sum to one, it is the divergence of unnormalised measures, which is not negative
+    either.
+
+    Args:
+        weights: (..., Q, K) computed weights, not negative, rows sum to one up to rounding.
+        logits: (..., Q, K) scores plus log-prior, nats; -inf where inadmissible.
+
+    Returns:
+        (..., Q) nats, at least zero up to rounding; infinite where an inadmissible key has weight.
+
+    Source:
+        Litman 2025 (arXiv 2508.08369), duals of the one-sided problem; Pinsker's inequality.
+
+    Example:
+        >>> logits = torch.tensor([[1.0, 2.0, 0.0]])
+        >>> bool(row_certificate(torch.softmax(logits, -1), logits).abs() < 1e-6)
+        True
+    """
+    rule = f"have the shape {tuple(weights.shape)} of the weights"
+    require(logits.shape == weights.shape, "row_certificate", "logits", rule, logits, "Match them")
+    wide, p = logits.double(), weights.double()
+    total, reward = p.sum(-1), torch.where(p > 0, p * wide, 0.0).sum(-1)
+    gap = total * torch.logsumexp(wide, -1) - reward + torch.special.xlogy(p, p).sum(-1) + (1 - total)
+    return gap.to(weights.dtype)
 
 
 def call_certificate(call: CapturedCall, *, rows: int) -> Tensor | None:
     """Compute the duality gap of the last rows of a call, in the weights that the model's own kernel makes.
 
     The gap is KL(computed weights || softmax of the logits in float64), nats; see
-    :func:`eotattn.diagnostics.dense.row_certificate`. An explicit sink is one more outcome.
+    :func:`row_certificate`. An explicit sink is one more outcome.
 
     Args:
         call: A call that can be repeated with other values.

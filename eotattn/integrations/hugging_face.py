@@ -19,6 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from eotattn.attention.statistics.score_rows import RowSource, TensorRows
+from eotattn.compat import (
+    attention_implementation,
+    forget_attention_implementation,
+    names_attention_implementation,
+    set_attention_implementation,
+)
 from eotattn.integrations.captured_call import CapturedCall
 from eotattn.integrations.lazy_mask import LazyMask
 from eotattn.integrations.mask_functions import causal_window
@@ -41,7 +47,7 @@ def configurations(model: nn.Module) -> list[Any]:
     found: dict[int, Any] = {}
     for module in model.modules():
         config = getattr(module, "config", None)
-        if config is not None and hasattr(config, "_attn_implementation_internal"):
+        if config is not None and names_attention_implementation(config):
             found.setdefault(id(config), config)
     return list(found.values())
 
@@ -54,16 +60,16 @@ def listen(model: nn.Module, recorder: Recorder) -> Iterator[None]:
         yield
         return
     names = {id(module): name for name, module in model.named_modules()}
-    before = [config._attn_implementation_internal for config in configs]
+    before = [attention_implementation(config) for config in configs]
     prefix = f"eotattn_{id(recorder):x}_"
     try:
         with _registered({prefix + (own or "eager"): own or "eager" for own in before}, recorder, names):
             for config, own in zip(configs, before, strict=True):
-                config._attn_implementation_internal = prefix + (own or "eager")
+                set_attention_implementation(config, prefix + (own or "eager"))
             yield
     finally:
         for config, own in zip(configs, before, strict=True):
-            config._attn_implementation_internal = own
+            set_attention_implementation(config, own)
 
 
 @contextmanager
@@ -91,8 +97,7 @@ def _registered(implementations: dict[str, str], recorder: Recorder, names: dict
         if find is not None:
             interface.get_interface = find
         for ours in implementations:
-            AttentionInterface._global_mapping.pop(ours, None)
-            AttentionMaskInterface._global_mapping.pop(ours, None)
+            forget_attention_implementation(ours)
 
 
 def _mask_function(implementation: str) -> Callable[..., Tensor | None]:

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+
+from eotattn.compat import map_tensors, no_torch_function, wrapper_tensor
 
 __all__ = ["LazyMask"]
 
@@ -45,11 +46,11 @@ class LazyMask(Tensor):
         """A wrapper without storage."""
         shape = (arguments["batch_size"], 1, arguments["q_length"], arguments["kv_length"])
         device = arguments.get("device", "cpu")
-        mask = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=torch.device(device))
+        mask = wrapper_tensor(cls, shape, dtype=dtype, device=torch.device(device))
         mask.make, mask.boolean, mask.arguments, mask.made = make, boolean, arguments, []
         return mask
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = no_torch_function()
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -65,7 +66,7 @@ class LazyMask(Tensor):
         def made(value: Any) -> Any:
             return value.elements() if isinstance(value, LazyMask) else value
 
-        return func(*tree_map(made, args), **tree_map(made, kwargs or {}))
+        return func(*map_tensors(made, args), **map_tensors(made, kwargs or {}))
 
     def _again(self) -> LazyMask:
         """Another name for the same mask: a view may not be its base."""

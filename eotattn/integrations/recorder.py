@@ -16,6 +16,7 @@ from torch import Tensor
 from eotattn.attention.statistics import AttentionStatistics
 from eotattn.attention.statistics.running import SequenceStatistics
 from eotattn.checks import check_indices, require
+from eotattn.compat import in_backward_pass
 from eotattn.diagnostics.grid_statistics import GridStatistics
 from eotattn.diagnostics.value_statistics import ValueStatistics
 from eotattn.integrations.captured_call import CapturedCall
@@ -125,7 +126,7 @@ class Recorder:
 
         What runs within a backward pass is recomputed from a checkpoint, and was recorded before.
         """
-        if torch._C._current_graph_task_id() != -1:
+        if in_backward_pass():
             return False
         index = self.seen.setdefault(name, len(self.seen))
         return self.wanted is None or not {name, name.partition(PASS)[0], index}.isdisjoint(self.wanted)

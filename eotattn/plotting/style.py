@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -28,6 +28,7 @@ __all__ = [
     "panels",
     "resolve_axes",
     "shade_lines",
+    "title_panels",
     "to_array",
 ]
 
@@ -148,3 +149,9 @@ def mosaic(
     """
     figure = plt.figure(figsize=size, layout="constrained")
     return figure, figure.subplot_mosaic([list(row) for row in layout], height_ratios=list(heights))
+
+
+def title_panels(axes: Iterable[Axes], titles: tuple[str, ...]) -> None:
+    """Give panels their letters and titles, in order."""
+    for letter, panel, title in zip("abcdefgh", axes, titles, strict=False):
+        panel.set_title(f"({letter}) {title}", loc="left", fontsize=10.5)

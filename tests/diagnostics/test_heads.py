@@ -2,6 +2,7 @@
 
 import math
 
+import head_oracles as dense
 import numpy as np
 import pytest
 import torch
@@ -9,7 +10,6 @@ from tolerances import assert_close
 
 from eotattn.attention.statistics import row_statistics, weight_statistics
 from eotattn.attention.statistics.running import SequenceStatistics
-from eotattn.diagnostics import dense
 from eotattn.diagnostics.heads import head_report
 from eotattn.diagnostics.sinks import sink_mass
 
@@ -79,38 +79,6 @@ def test_dense_forms_against_loops():
     assert dense.context_sensitivity(weights, 2)[3].item() == pytest.approx(1 - p[3][2])
 
 
-def test_certificate_is_the_divergence_to_the_truth():
-    generator = torch.Generator().manual_seed(0)
-    logits = 3 * torch.randn(6, 7, generator=generator, dtype=torch.float64)
-    logits[2, 3] = -math.inf
-    truth = torch.softmax(logits, -1)
-    assert dense.row_certificate(truth, logits).abs().max() < 1e-14
-    wrong = torch.softmax(torch.where(logits.isinf(), logits, 1.1 * logits), -1)
-    ratio = torch.where(truth > 0, wrong / truth, 1.0)
-    divergence = torch.special.xlogy(wrong, ratio).sum(-1)
-    assert_close(dense.row_certificate(wrong, logits), divergence)
-    variation = (wrong - truth).abs().sum(-1) / 2
-    assert (variation <= (dense.row_certificate(wrong, logits) / 2).sqrt()).all()
-    assert dense.row_certificate(torch.full((6, 7), 1 / 7).double(), logits)[2] == math.inf
-
-
-def test_variance_split_sums_to_the_variance_of_unpaired_scores():
-    generator = torch.Generator().manual_seed(0)
-    query, key = (torch.randn(N, 2, L, D, generator=generator, dtype=torch.float64) for _ in range(2))
-    key = key + torch.linspace(0, 3, L).double()[:, None]
-    query = query + torch.sin(torch.arange(L)).double()[:, None]
-    parts = dense.score_variance_split(query, key, scale=0.5)
-    total = torch.zeros(2, dtype=torch.float64)
-    for n in range(N):
-        for m in range(N):
-            score = 0.5 * query[n] @ key[m].mT
-            total += (score - score.mean(-1, keepdim=True)).square().mean((-1, -2)) / N**2
-    assert_close(sum(parts.values()), total, tolerance=1e-10)
-    mean = 0.5 * query.mean(0) @ key.mean(0).mT
-    assert_close(parts["position"], (mean - mean.mean(-1, keepdim=True)).square().mean((-1, -2)), tolerance=1e-10)
-    assert parts["position"].min() > 0
-
-
 def test_sink_rates_are_those_of_sequences_that_have_the_key():
     def maps(length):
         weights = torch.zeros(1, 2, length, length, dtype=torch.float64)
@@ -135,16 +103,8 @@ def test_layers_may_differ_in_heads_and_one_sequence_has_no_interval(calls):
 
 
 def test_bad_arguments_are_named(calls):
-    stats, weights, _ = calls
+    stats, _, _ = calls
     with pytest.raises(ValueError, match=r"head_report: layers must hold at least one layer"):
         head_report({})
     with pytest.raises(ValueError, match=r"head_report: keys must be at least 0"):
         head_report({"a": stats}, keys=(-1,))
-    with pytest.raises(ValueError, match=r"local_mass: weights must be square"):
-        dense.local_mass(weights[..., :-1], 1)
-    with pytest.raises(ValueError, match=r"entropy: weights must be non-negative"):
-        dense.entropy(-weights)
-    with pytest.raises(ValueError, match=r"context_sensitivity: key must be an index of the 11 keys; got 11"):
-        dense.context_sensitivity(weights, 11)
-    with pytest.raises(ValueError, match=r"row_certificate: logits must have the shape"):
-        dense.row_certificate(weights, weights[0])

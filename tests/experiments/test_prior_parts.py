@@ -6,7 +6,7 @@ import pytest
 import torch
 from tolerances import assert_close
 
-from eotattn.experiments.prior_parts import PriorParts, centre_rows, key_only_part, split_prior
+from eotattn.experiments.prior_parts import PriorParts, key_only_part, split_prior
 from eotattn.priors import RecencyPrior, goat_prior
 
 
@@ -52,15 +52,6 @@ def test_key_only_part_leaves_the_recency_out():
     prior = goat_prior(3, num_frequencies=2, init="alibi")
     assert float(key_only_part(prior, 9).abs().max()) == 0.0
     assert float(split_prior(prior, 9).relative[0, 8]) < 0
-
-
-def test_centred_rows_have_mean_zero_over_admissible_keys():
-    log_prior = torch.randn(5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    log_prior[torch.ones(5, 7, dtype=torch.bool).triu(3)] = -math.inf
-    centred = centre_rows(log_prior)
-    assert torch.equal(centred == -math.inf, log_prior == -math.inf)
-    for row in centred:
-        assert float(row[row > -math.inf].mean()) == pytest.approx(0, abs=1e-12)
 
 
 def test_bad_arguments_say_what_is_wrong():

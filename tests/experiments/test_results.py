@@ -1,18 +1,15 @@
-"""Results: whole files, complete provenance, nothing of this machine's paths."""
+"""Results: tidy tables, complete provenance, equal files for equal figures, folders that can be written."""
 
 import csv
 import json
 import os
-import subprocess
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
 
-from eotattn import records
 from eotattn.experiments import recipes
 from eotattn.experiments.results import ResultFolder
-from eotattn.records import git_state, library_versions, provenance, write_atomically
+from eotattn.provenance import provenance
 
 
 def record(**changes):
@@ -36,21 +33,6 @@ def test_table_is_tidy_and_reads_back(tmp_path):
     assert found[1] == {"panel": "b", "length": "", "value": "-inf", "head": "2"}
 
 
-def test_interrupted_write_leaves_the_old_file_and_no_rest(tmp_path, monkeypatch):
-    path = tmp_path / "table.csv"
-    write_atomically(path, b"old")
-
-    def break_off(self, content):
-        self.touch()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Path, "write_bytes", break_off)
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(path, b"new content")
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
 def test_provenance_is_complete_and_plain_json(tmp_path):
     found = json.loads(ResultFolder(str(tmp_path), "smoke", "fig1_copy_mixture").write_provenance(record()).read_text())
     complete = {"command", "configuration", "seed", "commit", "dirty", "versions", "device", "date", "wall_seconds"}
@@ -59,32 +41,6 @@ def test_provenance_is_complete_and_plain_json(tmp_path):
     assert found["configuration"]["training"]["steps"] == recipes.copy_mixture("smoke").training.steps
     assert found["wall_seconds"] == 1.23
     assert found["versions"]["torch"].startswith("2.")
-
-
-def test_provenance_names_no_folder_of_this_machine(tmp_path):
-    text = json.dumps(record())
-    for folder in (Path.home(), Path(records.__file__).parents[1], tmp_path, Path.cwd()):
-        assert str(folder) not in text
-
-
-def test_git_state_of_a_checkout_and_of_none(tmp_path):
-    assert git_state(tmp_path) == {"commit": "unknown", "dirty": None}
-    package = tmp_path / "clone" / "package"
-    package.mkdir(parents=True)
-    (package / "__init__.py").touch()
-    identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
-    for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-q", "-m", "start"]):
-        subprocess.run(["git", "-C", str(package.parent), *command], check=True)
-    state = git_state(package)
-    assert len(state["commit"]) == 40
-    assert state["dirty"] is False
-    (package / "__init__.py").write_text("changed = True")
-    assert git_state(package)["dirty"] is True
-
-
-def test_versions_name_what_is_absent(monkeypatch):
-    monkeypatch.setattr(records, "LIBRARIES", ("torch", "no-such-library"))
-    assert library_versions()["no-such-library"] == "absent"
 
 
 def test_equal_figures_are_equal_files(tmp_path):
@@ -118,5 +74,3 @@ def test_bad_arguments_say_what_is_wrong(tmp_path):
         ResultFolder(str(tmp_path), "huge", "fig")
     with pytest.raises(ValueError, match="rows must hold at least one row"):
         ResultFolder(str(tmp_path), "smoke", "fig").write_table([])
-    with pytest.raises(TypeError, match="configuration must be a dataclass"):
-        record(configuration={"steps": 3})

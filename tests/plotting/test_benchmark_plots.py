@@ -3,7 +3,7 @@
 import matplotlib.pyplot as plt
 import pytest
 
-from eotattn.plotting.benchmarks import plot_errors_by_length, plot_time_ratios
+from eotattn.plotting.benchmark_plots import plot_errors_by_length, plot_time_ratios
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from eotattn.plotting.heads import plot_head_grid, plot_lag_profile, plot_layer_curves, plot_margin_split
+from eotattn.plotting.head_plots import plot_head_grid, plot_lag_profile, plot_layer_curves, plot_margin_split
 
 
 @pytest.fixture(autouse=True)

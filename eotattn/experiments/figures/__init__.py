@@ -1,7 +1,7 @@
 """The figures as printed: panels put together from studies with the plots of :mod:`eotattn.plotting`."""
 
 from eotattn.experiments.figures.ablations import draw_ablations
-from eotattn.experiments.figures.captions import VARIANT_NAMES, title_panels
+from eotattn.experiments.figures.captions import VARIANT_NAMES
 from eotattn.experiments.figures.copy_mixture import draw_copy_mixture
 from eotattn.experiments.figures.dna import draw_dna
 from eotattn.experiments.figures.language import draw_language
@@ -17,5 +17,4 @@ __all__ = [
     "draw_language",
     "draw_retrieval",
     "draw_vision",
-    "title_panels",
 ]

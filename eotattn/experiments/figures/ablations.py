@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from eotattn.experiments.figures.captions import title_panels
 from eotattn.experiments.recipes.ablations import VARIANTS
 from eotattn.experiments.studies.ablations import AblationStudy
-from eotattn.plotting import panels, plot_ranking
+from eotattn.plotting import panels, plot_ranking, title_panels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,14 +1,8 @@
-"""What the figures share: names of variants and titles of panels."""
+"""What the figures share: names of variants."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-__all__ = ["VARIANT_NAMES", "title_panels"]
+__all__ = ["VARIANT_NAMES"]
 
 #: Names in legends.
 VARIANT_NAMES = {
@@ -25,9 +19,3 @@ VARIANT_NAMES = {
     "sinusoidal": "sinusoidal",
     "none": "no positions",
 }
-
-
-def title_panels(axes: Iterable[Axes], titles: tuple[str, ...]) -> None:
-    """Give panels their letters and titles, in order."""
-    for letter, panel, title in zip("abcdefgh", axes, titles, strict=False):
-        panel.set_title(f"({letter}) {title}", loc="left", fontsize=10.5)

@@ -6,10 +6,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from eotattn.experiments.figures.captions import title_panels
-from eotattn.experiments.prior_parts import centre_rows
+from eotattn.diagnostics.gauge import centre_rows
 from eotattn.experiments.studies.copy_mixture import BOUND, CopyMixtureStudy
-from eotattn.plotting import OKABE_ITO, panels, plot_causal_prior, plot_key_only, plot_relative, plot_row_centred
+from eotattn.plotting import (
+    OKABE_ITO,
+    panels,
+    plot_causal_prior,
+    plot_key_only,
+    plot_relative,
+    plot_row_centred,
+    title_panels,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eotattn.experiments.figures.captions import VARIANT_NAMES, title_panels
+from eotattn.experiments.figures.captions import VARIANT_NAMES
 from eotattn.experiments.intervals import SeedInterval
 from eotattn.experiments.studies.dna import SHOWN_PROMPT, DnaStudy
-from eotattn.plotting import line_styles, mosaic
+from eotattn.plotting import line_styles, mosaic, title_panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

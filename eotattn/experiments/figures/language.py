@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from eotattn.experiments.figures.captions import VARIANT_NAMES, title_panels
+from eotattn.experiments.figures.captions import VARIANT_NAMES
 from eotattn.experiments.studies.language_study import LanguageStudy, mean_formation
-from eotattn.plotting import line_styles, panels, plot_key_only, plot_length_curves, plot_sink_mass, shade_lines
+from eotattn.plotting import (
+    line_styles,
+    panels,
+    plot_key_only,
+    plot_length_curves,
+    plot_sink_mass,
+    shade_lines,
+    title_panels,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from eotattn.experiments.figures.captions import VARIANT_NAMES, title_panels
+from eotattn.experiments.figures.captions import VARIANT_NAMES
 from eotattn.experiments.studies.retrieval import SCORES, RetrievalStudy, shown_lags
-from eotattn.plotting import mosaic, plot_depth_grid, plot_length_curves, plot_log_prior_by_lag
+from eotattn.plotting import mosaic, plot_depth_grid, plot_length_curves, plot_log_prior_by_lag, title_panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from eotattn.experiments.figures.captions import title_panels
 from eotattn.experiments.studies.vision import VisionStudy
-from eotattn.plotting import line_styles, mosaic
+from eotattn.plotting import line_styles, mosaic, title_panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

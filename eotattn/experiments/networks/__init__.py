@@ -1,8 +1,8 @@
 """Networks of the experiments, one file a network."""
 
-from eotattn.experiments.networks.attention_kinds import ATTENTION_KINDS, AttentionKind
+from eotattn.experiments.networks.attention_kinds import ATTENTION_KINDS, AttentionKind, DecoderConfig
 from eotattn.experiments.networks.copy_reader import CopyReader, CopyReaderConfig
-from eotattn.experiments.networks.decoder import Decoder, DecoderConfig
+from eotattn.experiments.networks.decoder import Decoder
 from eotattn.experiments.networks.vision import VisionConfig, VisionTransformer
 
 __all__ = [

@@ -1,18 +1,20 @@
-"""Kinds of attention by name: each says which prior, which rotation and which embedding tell it positions.
+"""Kinds of attention by name, for decoders of given sizes: which prior, rotation and embedding tell them positions.
 
 Legend: H heads, L tokens, E embedding width.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from eotattn.attention import PriorAttention, Rotary
+from eotattn.checks import check_choice, check_positive_int, require
 from eotattn.experiments.networks.decaying_waves import DecayingFourierPrior
 from eotattn.experiments.networks.growing_scores import GrowingScoreAttention
 from eotattn.experiments.networks.narrow_lanes import NarrowLanesPrior
@@ -28,13 +30,59 @@ from eotattn.priors import (
     num_local_heads,
 )
 
-if TYPE_CHECKING:
-    from eotattn.experiments.networks.decoder import DecoderConfig
-
-__all__ = ["ATTENTION_KINDS", "AttentionKind", "sinusoids"]
+__all__ = ["ATTENTION_KINDS", "AttentionKind", "DecoderConfig", "sinusoids"]
 
 MakePrior = Callable[["DecoderConfig"], LogPrior]
 MakeRotary = Callable[["DecoderConfig"], Rotary]
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes of a decoder and the name of its attention; the names share every size.
+
+    Args:
+        attention: A name in :data:`ATTENTION_KINDS`.
+        vocabulary_size: Number of tokens V.
+        num_layers: Blocks.
+        embed_dim: Width E.
+        num_heads: Heads of every block; divides ``embed_dim``.
+        train_length: Tokens of a training window; the length scale of u(j) and of interpolated rotary positions.
+        num_frequencies: Frequencies of the relative part of ``"goat"``.
+        min_period: Their shortest period, tokens.
+        max_period: Their longest period, tokens.
+
+    Example:
+        >>> DecoderConfig("goat", num_layers=1, embed_dim=16, num_heads=2, train_length=8).attention
+        'goat'
+    """
+
+    attention: str
+    vocabulary_size: int = 256
+    num_layers: int = 2
+    embed_dim: int = 64
+    num_heads: int = 4
+    train_length: int = 64
+    num_frequencies: int = 4
+    min_period: float = 2 * math.pi
+    max_period: float = 2 * math.pi * 10_000
+
+    def __post_init__(self) -> None:
+        check_choice("DecoderConfig", "attention", self.attention, tuple(ATTENTION_KINDS))
+        for name in ("vocabulary_size", "num_layers", "embed_dim", "num_heads", "train_length", "num_frequencies"):
+            check_positive_int("DecoderConfig", name, getattr(self, name))
+        divides = self.embed_dim % (2 * self.num_heads) == 0
+        rule = f"be a multiple of 2 * num_heads = {2 * self.num_heads}"
+        require(divides, "DecoderConfig", "embed_dim", rule, self.embed_dim, "Heads need an even width")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        return self.embed_dim // self.num_heads
+
+    @property
+    def kind(self) -> AttentionKind:
+        """What the name of the attention stands for."""
+        return ATTENTION_KINDS[self.attention]
 
 
 @dataclass(frozen=True)

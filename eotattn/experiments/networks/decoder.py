@@ -5,72 +5,22 @@ Legend: B batch, L tokens, E embedding width, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from eotattn.attention import KeyValueCache
-from eotattn.checks import check_choice, check_positive_int, require
-from eotattn.experiments.networks.attention_kinds import ATTENTION_KINDS, AttentionKind, sinusoids
+from eotattn.checks import check_choice
+from eotattn.experiments.networks.attention_kinds import ATTENTION_KINDS, DecoderConfig, sinusoids
 from eotattn.experiments.networks.rotations import StretchedRotary
 
-__all__ = ["Decoder", "DecoderConfig"]
+__all__ = ["Decoder"]
 
 #: Standard deviation of embeddings at the start, and amplitude of fixed waves added to them: neither drowns the other.
 EMBEDDING_SPREAD = 0.1
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """Sizes of a decoder and the name of its attention; the names share every size.
-
-    Args:
-        attention: A name in :data:`ATTENTION_KINDS`.
-        vocabulary_size: Number of tokens V.
-        num_layers: Blocks.
-        embed_dim: Width E.
-        num_heads: Heads of every block; divides ``embed_dim``.
-        train_length: Tokens of a training window; the length scale of u(j) and of interpolated rotary positions.
-        num_frequencies: Frequencies of the relative part of ``"goat"``.
-        min_period: Their shortest period, tokens.
-        max_period: Their longest period, tokens.
-
-    Example:
-        >>> DecoderConfig("goat", num_layers=1, embed_dim=16, num_heads=2, train_length=8).attention
-        'goat'
-    """
-
-    attention: str
-    vocabulary_size: int = 256
-    num_layers: int = 2
-    embed_dim: int = 64
-    num_heads: int = 4
-    train_length: int = 64
-    num_frequencies: int = 4
-    min_period: float = 2 * math.pi
-    max_period: float = 2 * math.pi * 10_000
-
-    def __post_init__(self) -> None:
-        check_choice("DecoderConfig", "attention", self.attention, tuple(ATTENTION_KINDS))
-        for name in ("vocabulary_size", "num_layers", "embed_dim", "num_heads", "train_length", "num_frequencies"):
-            check_positive_int("DecoderConfig", name, getattr(self, name))
-        divides = self.embed_dim % (2 * self.num_heads) == 0
-        rule = f"be a multiple of 2 * num_heads = {2 * self.num_heads}"
-        require(divides, "DecoderConfig", "embed_dim", rule, self.embed_dim, "Heads need an even width")
-
-    @property
-    def head_dim(self) -> int:
-        """Width of a head."""
-        return self.embed_dim // self.num_heads
-
-    @property
-    def kind(self) -> AttentionKind:
-        """What the name of the attention stands for."""
-        return ATTENTION_KINDS[self.attention]
 
 
 class Block(nn.Module):

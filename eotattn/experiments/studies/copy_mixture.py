@@ -14,10 +14,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from eotattn.diagnostics.gauge import centre_rows
 from eotattn.experiments.evaluation import watch_sinks
 from eotattn.experiments.intervals import SeedInterval
 from eotattn.experiments.networks import CopyReader, CopyReaderConfig
-from eotattn.experiments.prior_parts import PriorParts, centre_rows, split_prior
+from eotattn.experiments.prior_parts import PriorParts, split_prior
 from eotattn.experiments.recipes import CopyMixtureRecipe
 from eotattn.experiments.records import Measurement, Record, Records, Row, Run, merged_provenance
 from eotattn.experiments.results import ResultFolder

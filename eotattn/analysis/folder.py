@@ -9,13 +9,13 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from eotattn.analysis.figures import figures
+from eotattn.analysis.page import page
+from eotattn.analysis.summary import Analysis
+from eotattn.analysis.tables import plain, tables
 from eotattn.checks import require
-from eotattn.experiments.analysis.figures import figures
-from eotattn.experiments.analysis.page import page
-from eotattn.experiments.analysis.summary import Analysis
-from eotattn.experiments.analysis.tables import plain, tables
 from eotattn.plotting.files import to_png
-from eotattn.records import library_versions, table_bytes
+from eotattn.provenance import library_versions, table_bytes
 
 __all__ = ["check_folder", "write_analysis"]
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from eotattn.analysis.folder import check_folder, write_analysis
+from eotattn.analysis.shards import Shards, shards
+from eotattn.analysis.summary import Analysis, TextFindings, summarize
+from eotattn.analysis.texts import EncodedTexts, encode
 from eotattn.checks import check_positive_int, require
-from eotattn.experiments.analysis.folder import check_folder, write_analysis
-from eotattn.experiments.analysis.shards import Shards, shards
-from eotattn.experiments.analysis.summary import Analysis, TextFindings, summarize
-from eotattn.experiments.analysis.texts import EncodedTexts, encode
 from eotattn.integrations.capture import capture
 from eotattn.integrations.loading import load_local_model
 from eotattn.integrations.maps import map_statistics, read_maps

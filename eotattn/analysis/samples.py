@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ast
+import sysconfig
 from pathlib import Path
 
 from eotattn.checks import check_positive_int
-from eotattn.experiments.tasks.language import PYTHON_STDLIB, find_texts
 
 __all__ = ["code_samples", "prose_samples"]
 
@@ -24,7 +24,7 @@ def prose_samples(count: int) -> list[str]:
         >>> len(prose_samples(2))
         2
     """
-    return [doc for tree, _ in _modules() if len(doc := ast.get_docstring(tree) or "") >= SHORTEST][: _checked(count)]
+    return [doc for tree in _modules() if len(doc := ast.get_docstring(tree) or "") >= SHORTEST][: _checked(count)]
 
 
 def code_samples(count: int) -> list[str]:
@@ -38,7 +38,7 @@ def code_samples(count: int) -> list[str]:
         True
     """
     found: list[str] = []
-    for tree, _ in _modules()[: 20 * _checked(count)]:
+    for tree in _modules()[: 20 * _checked(count)]:
         for node in tree.body:
             if isinstance(node, ast.FunctionDef) and not node.decorator_list:
                 body = node.body[1:] if ast.get_docstring(node) else node.body
@@ -51,10 +51,10 @@ def code_samples(count: int) -> list[str]:
     return found
 
 
-def _modules() -> list[tuple[ast.Module, Path]]:
-    folder, paths = find_texts(PYTHON_STDLIB)
-    top = [path for path in paths if len(path.parts) == 1 and not path.name.startswith("_")]
-    return [(ast.parse((folder / path).read_text(encoding="utf-8")), path) for path in top]
+def _modules() -> list[ast.Module]:
+    """The standard library's top-level modules of one file whose names are public, in the order of their names."""
+    paths = sorted(Path(sysconfig.get_path("stdlib")).glob("[!_]*.py"))
+    return [ast.parse(path.read_text(encoding="utf-8")) for path in paths]
 
 
 def _checked(count: int) -> int:

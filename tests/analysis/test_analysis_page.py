@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from eotattn.experiments.analysis.page import page
-from eotattn.experiments.analysis.summary import TextFindings, summarize
+from eotattn.analysis.page import page
+from eotattn.analysis.summary import TextFindings, summarize
 from eotattn.integrations import capture
 from eotattn.integrations.residuals import residuals
 

@@ -15,13 +15,13 @@ import torch
 
 import eotattn
 from eotattn import cli
+from eotattn.analysis import analyze, read_texts, run
+from eotattn.analysis import folder as folder_module
 from eotattn.diagnostics import fit_prior
 from eotattn.diagnostics.values import value_drain
-from eotattn.experiments.analysis import analyze, read_texts, run
-from eotattn.experiments.analysis import folder as folder_module
 from eotattn.integrations import capture
 from eotattn.integrations.loading import load_local_model
-from eotattn.records import write_atomically
+from eotattn.provenance import write_atomically
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = [*SPECIAL, "the", "key", "and", "query", "of", "a", "head", "make", "one", "row", "long", "<", "&"]

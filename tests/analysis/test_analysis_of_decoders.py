@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import eotattn
-from eotattn.experiments.analysis import ByteTokenizer, prior_panels
+from eotattn.analysis import ByteTokenizer, prior_panels
 from eotattn.experiments.networks import Decoder, DecoderConfig
 
 TEXTS = ["def f(x):\n    return x", "for i in range(9): pass", "ä = 'é'"]

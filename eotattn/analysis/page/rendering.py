@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import html
 import json
+from importlib import resources
+from string import Template
 from typing import Any
 
 import numpy as np
 
-from eotattn.experiments.analysis.page_script import SCRIPT, STYLE
-from eotattn.experiments.analysis.summary import Analysis
-from eotattn.experiments.analysis.tables import layer_means, mean_interval, plain
+from eotattn.analysis.summary import Analysis
+from eotattn.analysis.tables import layer_means, mean_interval, plain
 
 __all__ = ["page"]
 
@@ -27,24 +28,25 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inli
 
 def page(analysis: Analysis) -> str:
     """The page as HTML."""
-    data = json.dumps(_rounded(_payload(analysis)), allow_nan=False).replace("<", "\\u003c")
-    missing = "".join(f"<li><b>{html.escape(n)}</b> {html.escape(why)}</li>" for n, why in analysis.needs.items())
-    absent = f"<h2>What is missing, and what it needs</h2><ul>{missing}</ul>" if missing else ""
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        f"<title>Attention report</title><style>{STYLE}</style></head><body><h1>Attention report</h1>"
-        f"<p>{html.escape(_summary(analysis))}</p>"
-        f"<p class=note>Hover over anything for its exact value; click a head to see its tokens and its prior.</p>"
-        f'<h2>Heads</h2><label>Quantity <select id="quantity"></select></label> <span id="formula" class=note></span>'
-        f'<div class=row><div id="grid"></div><div id="head"></div></div>'
-        f'<h2>Who receives attention in the first text</h2><div id="tokens" class=wide></div>'
-        f'<h2 id="prior-title">The implicit prior of a head</h2><div id="prior" class=row></div>'
-        f'<h2>Sink margins, split into content and prior</h2><div id="margins" class=wide></div>'
-        f'<h2>Layers</h2><div id="layers" class=row></div>{absent}'
-        f"<h2>Definitions</h2>{_definitions(analysis)}<div id=tip role=tooltip></div>"
-        f'<script type="application/json" id="data">{data}</script><script>{SCRIPT}</script></body></html>\n'
+    return Template(_part("report.html")).substitute(
+        policy=POLICY,
+        style=_part("report.css"),
+        script=_part("report.js"),
+        data=json.dumps(_rounded(_payload(analysis)), allow_nan=False).replace("<", "\\u003c"),
+        summary=html.escape(_summary(analysis)),
+        missing=_missing(analysis),
+        definitions=_definitions(analysis),
     )
+
+
+def _part(name: str) -> str:
+    """A file of the page, which lies beside this module."""
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _missing(analysis: Analysis) -> str:
+    entries = "".join(f"<li><b>{html.escape(n)}</b> {html.escape(why)}</li>" for n, why in analysis.needs.items())
+    return f"<h2>What is missing, and what it needs</h2><ul>{entries}</ul>" if entries else ""
 
 
 def _summary(analysis: Analysis) -> str:

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from eotattn.analysis.summary import Analysis
+from eotattn.analysis.tables import layer_means, mean_interval
 from eotattn.diagnostics import ImplicitPriorReport
-from eotattn.experiments.analysis.summary import Analysis
-from eotattn.experiments.analysis.tables import layer_means, mean_interval
-from eotattn.experiments.figures.captions import title_panels
-from eotattn.experiments.prior_parts import centre_rows
-from eotattn.plotting import panels, plot_causal_prior, plot_key_only, plot_relative, plot_row_centred
-from eotattn.plotting.heads import plot_head_grid, plot_lag_profile, plot_layer_curves, plot_margin_split
+from eotattn.diagnostics.gauge import centre_rows
+from eotattn.plotting import panels, plot_causal_prior, plot_key_only, plot_relative, plot_row_centred, title_panels
+from eotattn.plotting.head_plots import plot_head_grid, plot_lag_profile, plot_layer_curves, plot_margin_split
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

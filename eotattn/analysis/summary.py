@@ -13,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from eotattn.analysis.shards import merged
 from eotattn.attention.statistics.running import SequenceStatistics
 from eotattn.diagnostics import HeadReport, ImplicitPriorReport, ValueStatistics, fit_prior, head_report
 from eotattn.diagnostics.quantities import CERTIFICATE, VALUE_QUANTITIES
-from eotattn.experiments.analysis.shards import merged
 from eotattn.integrations.residuals import Residuals
 
 __all__ = ["Analysis", "TextFindings", "summarize"]

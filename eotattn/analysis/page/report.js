@@ -1,20 +1,3 @@
-"""What draws the page in a browser: plain SVG, no library. The script reads the JSON element ``data``."""
-
-__all__ = ["SCRIPT", "STYLE"]
-
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 76em; padding: 0 1em; color: #222; }
-h2 { margin-top: 1.6em; } .note { color: #666; } .row { display: flex; flex-wrap: wrap; gap: 1.5em; }
-.wide { overflow-x: auto; } svg { display: block; } svg text { font: 11px system-ui, sans-serif; fill: #333; }
-svg .title { font-size: 13px; font-weight: 600; } .cell { cursor: pointer; }
-#tip { position: fixed; display: none; background: #222; color: #fff; padding: 3px 8px; border-radius: 4px;
-  font-size: 13px; pointer-events: none; white-space: pre-line; max-width: 30em; z-index: 1; }
-table { border-collapse: collapse; font-size: 13px; } td, th { padding: 2px 8px; text-align: left; }
-tr:nth-child(even) td { background: #f5f5f5; } select { font: inherit; }
-#head td:nth-child(n+2), #head th:nth-child(n+2) { text-align: right; }
-"""
-
-SCRIPT = r"""
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
 const byId = name => document.getElementById(name);
@@ -303,4 +286,3 @@ for (const {name} of data.quantities) {
 }
 byId("quantity").addEventListener("change", drawGrid);
 draw(); drawMargins(); drawLayers();
-"""

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from eotattn.experiments.analysis.summary import Analysis
+from eotattn.analysis.summary import Analysis
 
 __all__ = ["layer_means", "mean_interval", "plain", "tables"]
 

@@ -1,0 +1,20 @@
+"""Analyse trained models: a model and texts, or attention maps, in; tables, figures and one page out."""
+
+from eotattn.analysis.byte_tokens import ByteTokenizer
+from eotattn.analysis.figures import prior_panels
+from eotattn.analysis.run import analyze
+from eotattn.analysis.samples import code_samples, prose_samples
+from eotattn.analysis.shards import is_first_process
+from eotattn.analysis.summary import Analysis
+from eotattn.analysis.texts import read_texts
+
+__all__ = [
+    "Analysis",
+    "ByteTokenizer",
+    "analyze",
+    "code_samples",
+    "is_first_process",
+    "prior_panels",
+    "prose_samples",
+    "read_texts",
+]
