@@ -47,7 +47,7 @@ KNOWN_PRIVATE = {
     "eotattn.priors.positions",
 }
 #: File names that more than one room has; each is to get a name of its own, and then leaves this list.
-KNOWN_NAMESAKES = {"goat.py", "module.py", "positions.py", "recency.py", "sink.py"}
+KNOWN_NAMESAKES = {"goat.py", "positions.py", "recency.py"}
 #: A task, its recipe, its study and its figure share a name until each figure is one file.
 NAMED_BY_FIGURE = "experiments"
 DRAWERS = {"util", "utils", "helper", "helpers", "common", "misc", "shared", "tools"}
