@@ -18,6 +18,7 @@ __all__ = [
     "admitted",
     "allows_tf32",
     "attention_implementation",
+    "constant_in_graphs",
     "cpu_flash_attention",
     "cpu_flash_attention_backward",
     "cudnn_attention",
@@ -41,6 +42,7 @@ __all__ = [
 ]
 
 Wrapper = TypeVar("Wrapper", bound=Tensor)
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 # PyTorch: tensors and modes ---------------------------------------------------------------------------------------
@@ -67,6 +69,12 @@ def admitted(tensor: Tensor) -> Tensor:
     """The tensor itself, or a fake of it where a mode of fake tensors refuses real ones beside them."""
     mode = None if torch.compiler.is_compiling() else active_fake_mode()
     return tensor if mode is None or mode.allow_non_fake_inputs else mode.from_tensor(tensor)
+
+
+def constant_in_graphs(function: Function) -> Function:
+    """Let graphs take what a function returns as a constant, without the second that importing the compiler takes."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def allows_tf32() -> bool:

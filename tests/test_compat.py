@@ -285,3 +285,16 @@ def test_has_forward_hooks():
             assert compat.has_forward_hooks(module)
             hook.remove()
             assert not compat.has_forward_hooks(module)
+
+
+def test_constant_in_graphs():
+    with moved("_dynamo_marked_constant of functions", "lane plans in compiled graphs"):
+
+        class Maker:
+            @compat.constant_in_graphs
+            def name(self, number):
+                return f"number {number}"
+
+        maker = Maker()
+        compiled = torch.compile(lambda x: x + len(maker.name(3)), fullgraph=True, backend="eager")
+        assert compiled(torch.ones(1)).item() == 9.0

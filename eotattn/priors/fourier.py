@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from eotattn.checks import check_positive, check_positive_int, require
-from eotattn.priors.bilinear import BilinearPrior, Entry
-from eotattn.priors.tables import constants
+from eotattn.priors.bilinear import BilinearPrior
+from eotattn.priors.memory import constants
+from eotattn.priors.terms import Entry
 
 __all__ = ["FourierPrior", "geometric_frequencies", "waves"]
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 
 from eotattn.checks import check_choice, check_positive, check_positive_int, speaking_as
-from eotattn.priors.algebra import SumPrior
-from eotattn.priors.base import LogPrior
+from eotattn.priors.base import LogPrior, SumPrior
 from eotattn.priors.fourier import FourierPrior
 from eotattn.priors.recency import RecencyPrior
 from eotattn.priors.sink import SinkPrior

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from eotattn.checks import check_positive_int, require
-from eotattn.priors.algebra import CombinedPrior
-from eotattn.priors.base import LogPrior, check_prior
-from eotattn.priors.bilinear import BilinearPrior, KeyTerm, Term, on_grid
+from eotattn.priors.base import CombinedPrior, LogPrior, check_prior
+from eotattn.priors.bilinear import BilinearPrior
+from eotattn.priors.terms import KeyTerm, Term, on_grid
 
 __all__ = ["ClassTokenPrior", "GridPrior", "grid_positions"]
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from eotattn.checks import check_positive_int
 from eotattn.priors.base import LogPrior
-from eotattn.priors.bilinear import KeyTerm, Term, same_for_all_queries
+from eotattn.priors.terms import KeyTerm, Term, same_for_all_queries
 
 __all__ = ["KeyTablePrior"]
 

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from eotattn.compat import admitted
-from eotattn.priors.base import computing_dtype
-from eotattn.priors.bilinear import FEATURES
+from eotattn.priors.memory import remembered
 from eotattn.priors.splitting import MOST_PIECES, multiply, split_numbers, write_pieces
-from eotattn.priors.tables import remembered
+from eotattn.priors.terms import FEATURES, computing_dtype
 
 __all__ = ["Column", "Lane", "Shape", "Side", "SideLayout", "SidePlan"]
 

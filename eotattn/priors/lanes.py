@@ -8,16 +8,17 @@ is planned in :mod:`eotattn.priors.lane_plan`, what a table is made of in :mod:`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from eotattn.priors.base import LogPrior, computing_dtype
 from eotattn.priors.lane_plan import LanePlan, LaneRequest, plan_lanes
 from eotattn.priors.lane_sides import Side
+from eotattn.priors.memory import is_plain
 from eotattn.priors.probing import Span, bits_of
-from eotattn.priors.tables import is_plain
+from eotattn.priors.terms import KeyTerm, Term, computing_dtype
 
 __all__ = ["Lanes", "make_lanes", "middle", "span_of"]
 
@@ -81,17 +82,18 @@ def _sizes(side: Side) -> Tensor:
     return sizes
 
 
-def make_lanes(prior: LogPrior, query_positions: Tensor, key_positions: Tensor, request: LaneRequest) -> Lanes:
-    """Lanes at checked positions; see :meth:`LogPrior.lanes`."""
-    terms = prior.terms()
-    origin = middle(query_positions) if prior.num_coordinates == 1 else 0.0
+def make_lanes(
+    terms: Sequence[Term | KeyTerm], query_positions: Tensor, key_positions: Tensor, request: LaneRequest
+) -> Lanes:
+    """Lanes of at least one term at checked positions."""
+    origin = middle(query_positions) if request.num_coordinates == 1 else 0.0
     plan = plan_lanes(terms, request._replace(span=span_of(query_positions, key_positions, origin)))
     of_heads, of_key_heads = plan.coefficients(terms)
     query_side = plan.query.side(plan.table("query", query_positions, origin), of_heads)
     more = plan.more_of_keys(terms, key_positions.double())
     key_side = plan.key.side(plan.table("key", key_positions, origin), of_key_heads, more)
     query, key = query_side.lanes(request.dtype), key_side.lanes(request.dtype)
-    return Lanes(query.expand(*query.shape[:-3], prior.num_heads, -1, -1), key, plan, (query_side, key_side))
+    return Lanes(query.expand(*query.shape[:-3], request.num_heads, -1, -1), key, plan, (query_side, key_side))
 
 
 def middle(positions: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from eotattn.compat import plain_tensors
-from eotattn.priors.bilinear import FEATURES
+from eotattn.priors.terms import FEATURES
 
 __all__ = ["FeatureFacts", "Span", "bits_of", "constant_key_features", "probe"]
 

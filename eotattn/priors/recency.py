@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from eotattn.checks import check_choice, check_positive_int, require
-from eotattn.priors.bilinear import BilinearPrior, Entry
-from eotattn.priors.tables import constants
+from eotattn.priors.bilinear import BilinearPrior
+from eotattn.priors.memory import constants
+from eotattn.priors.terms import Entry
 
 __all__ = ["RecencyPrior", "alibi_slopes", "slope_of_mean_lag"]
 

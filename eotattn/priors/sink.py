@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from eotattn.checks import check_positive, check_positive_int, require
-from eotattn.priors.base import computing_dtype
 from eotattn.priors.bilinear import BilinearPrior
 from eotattn.priors.fourier import geometric_frequencies, waves
+from eotattn.priors.terms import computing_dtype
 
 __all__ = ["SinkPrior"]
 

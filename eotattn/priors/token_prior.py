@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from eotattn.checks import require
-from eotattn.priors.algebra import CombinedPrior
-from eotattn.priors.base import LogPrior, check_prior
-from eotattn.priors.bilinear import KeyTerm, Term
+from eotattn.priors.base import CombinedPrior, LogPrior, check_prior
+from eotattn.priors.terms import KeyTerm, Term
 
 __all__ = ["TokenPrior"]
 

@@ -8,9 +8,9 @@ import torch
 
 from eotattn.attention import PackedDocuments, backends, explain, prior_attention
 from eotattn.attention.call import AttentionCall
+from eotattn.attention.call_positions import Band
 from eotattn.attention.masks import Masks
 from eotattn.attention.measured import TIMES, pattern_of, preference
-from eotattn.attention.positions import Band
 from eotattn.kernels import flex, reference, sdpa, varlen
 from eotattn.priors import RecencyPrior, RelativeBiasPrior, goat_prior
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from eotattn.attention import prior_attention
-from eotattn.priors import BilinearPrior, FourierPrior, tables
-from eotattn.priors.positions import consecutive, pair_positions
-from eotattn.priors.tables import MAX_VALUES, constants, remembered
+from eotattn.priors import BilinearPrior, FourierPrior, memory
+from eotattn.priors.memory import MAX_VALUES, constants, remembered
+from eotattn.priors.prior_positions import consecutive, pair_positions
 
 CPU = torch.device("cpu")
 
@@ -43,7 +43,7 @@ def test_a_value_is_made_once_for_each_key_and_the_least_used_goes_first():
     for key in range(MAX_VALUES - 1):
         value_of(1)
         value_of(100 + key)
-    assert len(tables._VALUES) <= MAX_VALUES
+    assert len(memory._VALUES) <= MAX_VALUES
     made.clear()
     value_of(1)
     value_of(2)
@@ -115,5 +115,5 @@ def test_two_priors_of_equal_constants_share_one_table():
         prior = FourierPrior(2, 3, 4.0, 83.0)
         prior_attention(content, content, content, prior=prior, query_positions=at, key_positions=at, backend="sdpa")
         if before is not None:
-            assert set(tables._VALUES) == before
-        before = set(tables._VALUES)
+            assert set(memory._VALUES) == before
+        before = set(memory._VALUES)

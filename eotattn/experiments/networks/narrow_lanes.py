@@ -10,8 +10,8 @@ from torch import Tensor
 
 from eotattn.checks import require
 from eotattn.priors import LogPrior
-from eotattn.priors.algebra import CombinedPrior
-from eotattn.priors.bilinear import FEATURES, Features, Term
+from eotattn.priors.base import CombinedPrior
+from eotattn.priors.terms import FEATURES, Features, Term
 
 __all__ = ["NarrowLanesPrior"]
 
