@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = [
     "attention_implementation",
@@ -21,6 +21,7 @@ __all__ = [
     "efficient_attention_backward",
     "forget_attention_implementation",
     "fused_attention_choice",
+    "has_forward_hooks",
     "in_backward_pass",
     "is_intercepted",
     "map_tensors",
@@ -61,6 +62,11 @@ def without_fake_tensors() -> AbstractContextManager[Any]:
 def in_backward_pass() -> bool:
     """Whether autograd is running a backward pass in this thread."""
     return torch._C._current_graph_task_id() != -1
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Whether something else runs before or after a module's own ``forward``."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def raw_stream(device: torch.device) -> int:

@@ -96,6 +96,17 @@ def test_in_backward_pass():
         assert seen == [False, True]
 
 
+def test_has_forward_hooks():
+    with moved("torch.nn.Module._forward_hooks or ._forward_pre_hooks", "projections of layers that are looked into"):
+        for register in ("register_forward_hook", "register_forward_pre_hook"):
+            module = torch.nn.Linear(2, 2)
+            assert not compat.has_forward_hooks(module)
+            hook = getattr(module, register)(lambda *_: None)
+            assert compat.has_forward_hooks(module)
+            hook.remove()
+            assert not compat.has_forward_hooks(module)
+
+
 @ON_GPU
 @pytest.mark.gpu
 def test_raw_stream():

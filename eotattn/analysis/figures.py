@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from eotattn.analysis.summary import Analysis
-from eotattn.analysis.tables import layer_means, mean_interval
+from eotattn.analysis.tables import Curve, layer_curves, residual_curves
 from eotattn.diagnostics import ImplicitPriorReport
 from eotattn.diagnostics.gauge import centre_rows
 from eotattn.plotting import panels, plot_causal_prior, plot_key_only, plot_relative, plot_row_centred, title_panels
@@ -61,26 +61,18 @@ def _grids(analysis: Analysis) -> Iterator[tuple[str, Axes]]:
 
 
 def _curves(analysis: Analysis) -> Iterator[tuple[str, Axes]]:
-    heads = analysis.heads
-    names = ("normalised entropy", "context sensitivity")
-    curves = {name: layer_means(heads.mean[name]) for name in names}
-    bands = {name: (heads.layer_interval[name][:, 0], heads.layer_interval[name][:, 1]) for name in names}
-    (threshold, curves["sink rate"]), *_ = heads.sink_rate.items()
-    bands["sink rate"] = heads.sink_rate_interval[threshold][:, 0], heads.sink_rate_interval[threshold][:, 1]
-    label = "mean over heads" + (" and its 95% interval" if heads.num_sequences > 1 else "")
-    yield "layers", plot_layer_curves(curves, ylabel=label, intervals=bands, layers=heads.numbers)
-    norms = analysis.residuals
-    if norms.blocks:
-        kinds = {"first token": norms.first_token, "other tokens": norms.other_tokens, "largest |x|": norms.largest}
-        found = {
-            name: np.array([mean_interval(by_block[block]) for block in norms.blocks])
-            for name, by_block in kinds.items()
-        }
-        means = {name: rows[:, 0] for name, rows in found.items()}
-        spread = {name: (rows[:, 1], rows[:, 2]) for name, rows in found.items()}
-        axes = plot_layer_curves(means, ylabel="norm of the residual stream", intervals=spread)
+    label = "mean over heads" + (" and its 95% interval" if analysis.heads.num_sequences > 1 else "")
+    yield "layers", plot_layer_curves(**_drawn(layer_curves(analysis)), ylabel=label, layers=analysis.heads.numbers)
+    if analysis.residuals.blocks:
+        axes = plot_layer_curves(**_drawn(residual_curves(analysis)), ylabel="norm of the residual stream")
         axes.set_yscale("log")
         yield "residual_norms", axes
+
+
+def _drawn(curves: dict[str, Curve]) -> dict[str, Any]:
+    """As :func:`plot_layer_curves` takes them."""
+    means = {name: mean for name, (mean, *_) in curves.items()}
+    return {"curves": means, "intervals": {name: (low, high) for name, (_, low, high) in curves.items()}}
 
 
 def prior_panels(report: ImplicitPriorReport, head: int, *, length: int = SHOWN_POSITIONS) -> Figure:

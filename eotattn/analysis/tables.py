@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import torch
 
 from eotattn.analysis.summary import Analysis
+from eotattn.diagnostics.bootstrap import mean_interval, resamples
 
-__all__ = ["layer_means", "mean_interval", "plain", "tables"]
+__all__ = ["Curve", "layer_curves", "plain", "residual_curves", "tables"]
 
 Row = dict[str, Any]
+#: Mean and both ends of its interval, one entry a layer or block.
+Curve = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+#: Quantities whose means over heads are drawn by layer, beside the rates of sinks.
+LAYER_CURVES = ("normalised entropy", "context sensitivity")
 
 
 def tables(analysis: Analysis) -> dict[str, list[Row]]:
@@ -28,14 +36,30 @@ def layer_means(values: np.ndarray) -> np.ndarray:
     return np.array([row[~np.isnan(row)].mean() if (~np.isnan(row)).any() else np.nan for row in values])
 
 
-def mean_interval(values: list[float], *, num_bootstraps: int = 500, seed: int = 0) -> tuple[float, float, float]:
-    """Mean and its 95% bootstrap interval; the interval is NaN below two values."""
-    numbers = np.array(values)
-    if len(numbers) < 2:
-        return float(numbers.mean()), float("nan"), float("nan")
-    drawn = np.random.default_rng(seed).integers(len(numbers), size=(num_bootstraps, len(numbers)))
-    low, high = np.quantile(numbers[drawn].mean(1), [0.025, 0.975])
-    return float(numbers.mean()), float(low), float(high)
+def layer_curves(analysis: Analysis) -> dict[str, Curve]:
+    """What is drawn by layer: means over heads, and the rates of sinks."""
+    heads = analysis.heads
+    curves = {name: (layer_means(heads.mean[name]), *heads.layer_interval[name].T) for name in LAYER_CURVES}
+    for threshold, rate in heads.sink_rate.items():
+        curves[f"sink rate above {threshold}"] = (rate, *heads.sink_rate_interval[threshold].T)
+    return curves
+
+
+def residual_curves(analysis: Analysis) -> dict[str, Curve]:
+    """Norms of the residual stream by block: means over the texts."""
+    found = analysis.residuals
+    kinds = {"first token": found.first_token, "other tokens": found.other_tokens, "largest |x|": found.largest}
+    return {name: _over_texts(by_block[block] for block in found.blocks) for name, by_block in kinds.items()}
+
+
+def _over_texts(numbers: Iterable[list[float]], *, num_bootstraps: int = 500, seed: int = 0) -> Curve:
+    """Mean over the texts that reached each block, and its interval."""
+    rows = []
+    for values in numbers:
+        drawn = resamples(len(values), num_bootstraps, torch.Generator().manual_seed(seed))
+        rows.append(np.concatenate(mean_interval(torch.tensor(values, dtype=torch.float64)[:, None], drawn)))
+    mean, low, high = np.array(rows).T
+    return mean, low, high
 
 
 def plain(values: np.ndarray) -> Any:
@@ -83,15 +107,16 @@ def _prior_rows(analysis: Analysis) -> list[Row]:
 
 def _residual_rows(analysis: Analysis) -> list[Row]:
     """One row a block: norms with intervals, the spike, where it is, and how often it is massive."""
-    found, rows = analysis.residuals, []
+    found = analysis.residuals
+    if not found.blocks:
+        return []
     massive = found.massive_share()
-    for block in found.blocks:
-        row: Row = {"block": block}
-        for kind in ("first_token", "other_tokens", "largest", "median"):
-            name = kind.replace("_", " ")
-            row[name], row[f"{name} low"], row[f"{name} high"] = mean_interval(getattr(found, kind)[block])
-        positions = np.array(found.largest_at[block])
-        row["largest at token 0"] = float((positions == 0).mean())
-        row["massive activations"] = massive[block]
-        rows.append(row)
+    rows: list[Row] = [{"block": block} for block in found.blocks]
+    for kind in ("first_token", "other_tokens", "largest", "median"):
+        name, by_block = kind.replace("_", " "), getattr(found, kind)
+        for row, *numbers in zip(rows, *_over_texts(by_block[block] for block in found.blocks), strict=True):
+            row[name], row[f"{name} low"], row[f"{name} high"] = map(float, numbers)
+    for row in rows:
+        row["largest at token 0"] = float((np.array(found.largest_at[row["block"]]) == 0).mean())
+        row["massive activations"] = massive[row["block"]]
     return rows

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from eotattn.attention.statistics.running import SequenceStatistics
 from eotattn.checks import check_positive, check_positive_int, require
+from eotattn.diagnostics.bootstrap import mean_interval, resamples
 from eotattn.diagnostics.quantities import (
     CERTIFICATE,
     QUANTITIES,
@@ -170,9 +171,9 @@ def _tables(
     for a, layer in enumerate(layers):
         for group, collected in sources:
             for quantity, found, drawn in _computed(group, collected.get(layer), num_bootstraps, generator):
-                for table, numbers in zip(tables.values(), _with_interval(found, drawn), strict=True):
+                for table, numbers in zip(tables.values(), mean_interval(found, drawn), strict=True):
                     table[quantity.name][a, : len(numbers)] = numbers
-                whole[quantity.name][a] = _mean_interval(found, drawn)[1:]
+                whole[quantity.name][a] = _mean_over_heads(found, drawn)[1:]
     return tables, whole
 
 
@@ -183,7 +184,7 @@ def _computed(
     if collected is None or not quantities:
         return
     count = quantities[0].compute(collected).shape[0]
-    drawn = torch.randint(count, (num_bootstraps, count), generator=generator)
+    drawn = resamples(count, num_bootstraps, generator)
     for quantity in quantities:
         yield quantity, quantity.compute(collected), drawn
 
@@ -192,15 +193,15 @@ def _sink_rates(sinks: Sequence[Tensor], threshold: float, num_bootstraps: int, 
     """(A, 3) share of sink masses (N, H) above the threshold, and its interval; NaN where no sequence has the key."""
     generator, found = torch.Generator().manual_seed(seed), []
     for sink in sinks:
-        drawn = torch.randint(len(sink), (num_bootstraps, len(sink)), generator=generator)
+        drawn = resamples(len(sink), num_bootstraps, generator)
         above = torch.where(sink.isnan(), torch.nan, (sink > threshold).double())
-        found.append(_mean_interval(above, drawn))
+        found.append(_mean_over_heads(above, drawn))
     return np.array(found)
 
 
-def _mean_interval(values: Tensor, drawn: Tensor) -> tuple[float, float, float]:
-    """Mean over heads and sequences (N, H), and the quantiles of its bootstrap over sequences."""
-    mean, low, high = _with_interval(values.nanmean(1, keepdim=True), drawn)
+def _mean_over_heads(values: Tensor, drawn: Tensor) -> tuple[float, float, float]:
+    """Mean over heads and sequences (N, H), and the ends of its interval."""
+    mean, low, high = mean_interval(values.nanmean(1, keepdim=True), drawn)
     return float(mean[0]), float(low[0]), float(high[0])
 
 
@@ -216,20 +217,6 @@ def _check(
     for threshold in thresholds:
         require(0 < threshold < 1, "head_report", "thresholds", "lie in (0, 1)", threshold, "Pass shares of a row")
     check_positive_int("head_report", "local_width", local_width, minimum=0)
-
-
-def _with_interval(values: Tensor, drawn: Tensor) -> tuple[Array, Array, Array]:
-    """Mean over sequences (H,) and its bootstrap quantiles."""
-    mean = values.nanmean(0)
-    if values.shape[0] < 2:
-        nan = torch.full_like(mean, torch.nan)
-        return mean.numpy(), nan.numpy(), nan.numpy()
-    times = torch.zeros(drawn.shape[0], values.shape[0], dtype=values.dtype)
-    times.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=values.dtype))  # how often each sequence was drawn
-    known = ~values.isnan()
-    resampled = (times @ torch.where(known, values, 0.0)) / (times @ known.to(values.dtype))
-    low, high = torch.nanquantile(resampled, torch.tensor([0.025, 0.975], dtype=values.dtype), dim=0)
-    return mean.numpy(), low.numpy(), high.numpy()
 
 
 def _lag_profile(stats: SequenceStatistics) -> Array:

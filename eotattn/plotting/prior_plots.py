@@ -25,6 +25,9 @@ __all__ = [
     "plot_row_centred",
 ]
 
+#: What maps on a grid show.
+DEVIATION = "log-prior, deviation from its mean (nats)"
+
 
 def plot_key_only(
     key_only: ArrayLike,
@@ -86,14 +89,7 @@ def plot_row_centred(log_prior: ArrayLike, *, axes: Axes | None = None) -> Axes:
         axes: Where to draw; a new figure by default.
     """
     values = to_array("plot_row_centred", "log_prior", log_prior, num_axes=2)
-    shown = np.ma.masked_invalid(values)
-    require(shown.count() > 0, "plot_row_centred", "log_prior", "hold a finite value", "none", "Check the mask")
-    extreme = max(float(np.abs(shown).max()), 1e-9)
-    axes = resolve_axes(axes)
-    image = axes.imshow(
-        shown, cmap="RdBu_r", norm=TwoSlopeNorm(0.0, -extreme, extreme), interpolation="nearest", aspect="equal"
-    )
-    return _with_bar(axes, image, "row-centred log-prior (nats)")
+    return _diverging("plot_row_centred", "log_prior", values, "row-centred log-prior (nats)", axes)
 
 
 def plot_causal_prior(weights: ArrayLike, *, floor: float = 1e-3, axes: Axes | None = None) -> Axes:
@@ -128,7 +124,8 @@ def plot_lag_map(relative: ArrayLike, *, axes: Axes | None = None) -> Axes:
     odd = values.shape[0] % 2 == 1 and values.shape[1] % 2 == 1
     require(odd, "plot_lag_map", "relative", "have odd numbers of lags", values.shape, "Pass all lags of a grid")
     rows, columns = (size // 2 + 0.5 for size in values.shape)
-    axes = _diverging("plot_lag_map", values, (-columns, columns, rows, -rows), axes)
+    extent = (-columns, columns, rows, -rows)
+    axes = _diverging("plot_lag_map", "relative", _deviation(values), DEVIATION, axes, extent)
     axes.set_xlabel("column lag (cells)")
     axes.set_ylabel("row lag (cells)")
     return axes
@@ -142,24 +139,33 @@ def plot_cell_map(key_only: ArrayLike, *, axes: Axes | None = None) -> Axes:
         axes: Where to draw; a new figure by default.
     """
     values = to_array("plot_cell_map", "key_only", key_only, num_axes=2)
-    axes = _diverging("plot_cell_map", values, None, axes)
+    axes = _diverging("plot_cell_map", "key_only", _deviation(values), DEVIATION, axes)
     axes.set_xlabel("column of the key")
     axes.set_ylabel("row of the key")
     return axes
 
 
+def _deviation(values: np.ndarray) -> np.ndarray:
+    finite = values[np.isfinite(values)]
+    return values - finite.mean() if finite.size else values
+
+
 def _diverging(
-    owner: str, values: np.ndarray, extent: tuple[float, float, float, float] | None, axes: Axes | None
+    owner: str,
+    argument: str,
+    values: np.ndarray,
+    label: str,
+    axes: Axes | None,
+    extent: tuple[float, float, float, float] | None = None,
 ) -> Axes:
-    """A heat map of deviations from the mean, zero in white."""
-    finite = np.isfinite(values)
-    require(bool(finite.any()), owner, "the values", "hold a finite value", "none", "Check the fit")
-    shown = np.ma.masked_invalid(values - values[finite].mean())
+    """A heat map with zero in white, blank where a value is not finite."""
+    shown = np.ma.masked_invalid(values)
+    require(shown.count() > 0, owner, argument, "hold a finite value", "none", "Check the mask, or the fit")
     extreme = max(float(np.abs(shown).max()), 1e-9)
     axes = resolve_axes(axes)
     norm = TwoSlopeNorm(0.0, -extreme, extreme)
     image = axes.imshow(shown, cmap="RdBu_r", norm=norm, interpolation="nearest", aspect="equal", extent=extent)
-    return _with_bar(axes, image, "log-prior, deviation from its mean (nats)")
+    return _with_bar(axes, image, label)
 
 
 def _lines(

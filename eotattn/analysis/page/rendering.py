@@ -11,14 +11,12 @@ from typing import Any
 import numpy as np
 
 from eotattn.analysis.summary import Analysis
-from eotattn.analysis.tables import layer_means, mean_interval, plain
+from eotattn.analysis.tables import Curve, layer_curves, plain, residual_curves
 
 __all__ = ["page"]
 
 #: Tokens of the first text, and positions of a prior, that the page shows.
 SHOWN_TOKENS, SHOWN_POSITIONS = 64, 32
-#: What is drawn by layer, beside sink rates and norms.
-LAYER_CURVES = ("normalised entropy", "context sensitivity")
 #: Significant digits of the numbers inside.
 DIGITS = 6
 
@@ -132,27 +130,20 @@ def _prior(analysis: Analysis, layer: str) -> dict[str, Any] | None:
 
 
 def _curves(analysis: Analysis) -> list[dict[str, Any]]:
-    """Panels of curves over layers: title, and name -> values with an interval where there is one."""
-    heads, norms = analysis.heads, analysis.residuals
-    means = {name: (layer_means(heads.mean[name]), heads.layer_interval[name]) for name in LAYER_CURVES}
-    for threshold, rate in heads.sink_rate.items():
-        means[f"sink rate above {threshold}"] = rate, heads.sink_rate_interval[threshold]
-    shares = {
-        name: {"mean": plain(mean), "low": plain(ends[:, 0]), "high": plain(ends[:, 1])}
-        for name, (mean, ends) in means.items()
-    }
-    found: list[dict[str, Any]] = [{"title": "mean over heads", "names": list(heads.layers), "log": False}]
-    found[0] |= {"curves": shares, "numbers": list(heads.numbers)}
-    if norms.blocks:
-        by_kind = {"first token": norms.first_token, "other tokens": norms.other_tokens, "largest |x|": norms.largest}
-        curves = {}
-        for name, blocks in by_kind.items():
-            rows = np.array([mean_interval(blocks[block]) for block in norms.blocks])
-            curves[name] = {part: plain(rows[:, i]) for i, part in enumerate(("mean", "low", "high"))}
+    """Panels of curves over layers and blocks: title, and name -> values with an interval where there is one."""
+    heads, blocks = analysis.heads, analysis.residuals.blocks
+    panel = {"title": "mean over heads", "names": list(heads.layers), "log": False, "numbers": list(heads.numbers)}
+    panels = [panel | {"curves": _plain_curves(layer_curves(analysis))}]
+    if blocks:
         title = "norm of the residual stream after each block"
-        numbers = list(range(len(norms.blocks)))
-        found.append({"title": title, "names": norms.blocks, "log": True, "curves": curves, "numbers": numbers})
-    return found
+        panel = {"title": title, "names": blocks, "log": True, "numbers": list(range(len(blocks)))}
+        panels.append(panel | {"curves": _plain_curves(residual_curves(analysis))})
+    return panels
+
+
+def _plain_curves(curves: dict[str, Curve]) -> dict[str, dict[str, Any]]:
+    parts = ("mean", "low", "high")
+    return {name: {part: plain(row) for part, row in zip(parts, curve, strict=True)} for name, curve in curves.items()}
 
 
 def _rounded(value: Any) -> Any:
