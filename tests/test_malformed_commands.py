@@ -76,7 +76,7 @@ VERIFY = [
 ]
 
 BENCH = [
-    ("bench speed", "suite must be one of 'attention', .*; got 'speed'"),
+    ("bench speed", "suite must be one of 'overview', .*; got 'speed'"),
     ("bench Attention", "suite must be one of .*; got 'Attention'"),
     ("bench decode --device tpu", "--device must be a device of this machine; got 'tpu'"),
     ("bench decode --device cuda:99", "--device must be a device of this machine; got 'cuda:99'"),
