@@ -129,8 +129,8 @@ class SidePlan:
             return Side(table, held.fixed, held.piece, self.depth, more)
         start = held.start
         if held.constant is not None:  # no value, but a gradient
-            start = torch.addmm(start, coefficients.detach(), held.constant, alpha=-1)
-        matrix = torch.addmm(start, coefficients, held.selection).view(-1, *self.fixed.shape[1:])
+            start = start - _small_product(coefficients.detach(), held.constant)
+        matrix = (start + _small_product(coefficients, held.selection)).view(-1, *self.fixed.shape[1:])
         return Side(table, matrix.to(table.dtype), held.piece, self.depth, more)
 
     def _placed(self, device: torch.device, dtype: torch.dtype) -> _Placed:
@@ -139,6 +139,13 @@ class SidePlan:
         assert fixed is not None
         assert piece is not None
         return _Placed(selection, fixed.flatten(1), constant, fixed.to(dtype), piece)
+
+
+def _small_product(coefficients: Tensor, selection: Tensor) -> Tensor:
+    """(H, N) @ (N, C * P); in a graph as a sum, which compilers fuse with what is around it."""
+    if torch.compiler.is_compiling():
+        return (coefficients.unsqueeze(-1) * selection).sum(1)
+    return coefficients @ selection
 
 
 class _Placed(NamedTuple):
