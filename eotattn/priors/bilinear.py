@@ -67,6 +67,13 @@ class BilinearPrior(LogPrior, metaclass=_NamesFeatures):
     #: Nats that the log-prior commonly spans where it matters: what a tolerance is compared with.
     typical_range: float = 8.0
 
+    def __init_subclass__(cls) -> None:
+        """Refuse two statements of the weights: lanes are made of coefficients where a class or a parent has them."""
+        super().__init_subclass__()
+        if "weights" in vars(cls) and cls.coefficients is not BilinearPrior.coefficients:
+            rule, remedy = "follow from coefficients() and entries()", "State those instead"
+            fail(cls.__name__, "weights", rule, "another statement of them", remedy, error=TypeError)
+
     @abstractmethod
     def query_features(self, positions: Tensor) -> Tensor:
         """Features of queries at positions (..., L), float64, on grids (..., L, C): (..., L, F)."""

@@ -227,6 +227,29 @@ class Steep(RecencyPrior):
         return super().key_features(3 * positions)
 
 
+class Reversed(RecencyPrior):
+    def coefficients(self):
+        return -super().coefficients()
+
+
+def test_coefficients_of_a_subclass_hold_in_every_form():
+    prior = Reversed(2)
+    dense = prior.dense(AT, AT, dtype=torch.float64)
+    assert_close(dense, -RecencyPrior(2).dense(AT, AT, dtype=torch.float64))
+    for num_kv_heads in (1, 2):
+        lanes = prior.lanes(AT, AT, dtype=torch.float64, num_kv_heads=num_kv_heads).dense()
+        assert_close(centre_rows(lanes), centre_rows(dense))
+
+
+def test_weights_beside_coefficients_are_refused():
+    """Dense forms would follow the one, and lanes the other."""
+    with pytest.raises(TypeError, match=r"Twice: weights must follow from coefficients\(\) and entries\(\)"):
+
+        class Twice(RecencyPrior):
+            def weights(self):
+                return -super().weights()
+
+
 def test_features_of_a_subclass_are_its_own():
     at = torch.tensor([1, 2])
     slope, steep = (prior(1).lanes(at, at, dtype=torch.float64).dense() for prior in (RecencyPrior, Steep))

@@ -100,8 +100,8 @@ class DetachedLanes(Broken):
 
 
 class DeadStart(Broken):
-    def weights(self):
-        return 0 * super().weights()
+    def coefficients(self):
+        return 0 * super().coefficients()
 
 
 class Castable(Broken):
@@ -114,8 +114,8 @@ class Forgetful(Broken):
         super().__init__()
         self.register_buffer("offset", torch.tensor(0.5), persistent=False)
 
-    def weights(self):
-        return super().weights() + self.offset.double()
+    def coefficients(self):
+        return super().coefficients() + self.offset.double()
 
 
 class SharedMemory(Broken):
@@ -128,8 +128,8 @@ class HalfReset(Broken):
         super().__init__()
         self.offset = nn.Parameter(torch.full((3,), 0.5))
 
-    def weights(self):
-        return super().weights() + self.offset[:, None, None]
+    def coefficients(self):
+        return super().coefficients() + self.offset[:, None]
 
 
 class StillTraining(Broken):
