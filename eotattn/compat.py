@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 Wrapper = TypeVar("Wrapper", bound=Tensor)
-Wrapped = TypeVar("Wrapped", bound=Callable[..., Any])
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 # PyTorch: tensors and modes ---------------------------------------------------------------------------------------
@@ -65,16 +65,16 @@ def plain_tensors() -> Iterator[None]:
         yield
 
 
-def constant_in_graphs(function: Wrapped) -> Wrapped:
-    """Mark a function whose result a graph holds as a constant; PyTorch's own mark imports the whole compiler."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
 def admitted(tensor: Tensor) -> Tensor:
     """The tensor itself, or a fake of it where a mode of fake tensors refuses real ones beside them."""
     mode = None if torch.compiler.is_compiling() else active_fake_mode()
     return tensor if mode is None or mode.allow_non_fake_inputs else mode.from_tensor(tensor)
+
+
+def constant_in_graphs(function: Function) -> Function:
+    """Let graphs take what a function returns as a constant, without the second that importing the compiler takes."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def allows_tf32() -> bool:

@@ -186,7 +186,7 @@ def test_analyze_ends_with_what_it_found_and_where(tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     assert cli.main(["analyze", "--attention", "maps.npy", "--out", "new"]) == 0
     *_, sinks, kinds, explained, where = capsys.readouterr().out.splitlines()
-    assert sinks == "1 of 2 heads gives key 0 more than 30% of its attention; the most is 100%, layer 0 head 0."
+    assert sinks == "1 of 2 heads puts more than 30% of attention on key 0; the most is 100%, layer 0 head 0."
     assert kinds == "What the sinks do to the output is not known, because values were not seen."
     assert explained.startswith("A prior that knows positions alone explains")
     assert where == "Report: new/report.html"

@@ -76,7 +76,7 @@ VERIFY = [
 ]
 
 BENCH = [
-    ("bench speed", "suite must be one of 'attention', .*; got 'speed'"),
+    ("bench speed", "suite must be one of 'overview', .*; got 'speed'"),
     ("bench Attention", "suite must be one of .*; got 'Attention'"),
     ("bench decode --device tpu", "--device must be a device of this machine; got 'tpu'"),
     ("bench decode --device cuda:99", "--device must be a device of this machine; got 'cuda:99'"),
@@ -114,6 +114,7 @@ TEXTS = [
     ("--text note.txt --heads 2", r"--heads must name heads from 0 to 1.*; got \[2\]"),
     ("--text note.txt --heads 0 0", r"--heads must name at least one, and each once; got \[0, 0\]"),
     ("--text note.txt --device tpu", "--device must be a device of this machine; got 'tpu'"),
+    ("--text note.txt --dtype float8_e4m3fn", "--dtype must be one of 'float16', .*; got 'float8_e4m3fn'"),
     ("--text note.txt --dtype int8", "--dtype must be one of 'float16', .*; got 'int8'"),
 ]
 

@@ -27,7 +27,7 @@ def findings(analysis: Analysis) -> tuple[str, str, str]:
         >>> import torch
         >>> from eotattn.analysis import analyze
         >>> findings(analyze(attention=torch.full((1, 2, 4, 4), 0.25)))[0]
-        'None of 2 heads gives key 0 more than 30% of its attention; the most is 25%, layer 0 head 0.'
+        'None of 2 heads puts more than 30% of attention on key 0; the most is 25%, layer 0 head 0.'
     """
     return _sinks(analysis), _kinds(analysis), _explained(analysis)
 
@@ -43,9 +43,23 @@ def _sinks(analysis: Analysis) -> str:
     count, total = int((mass[known] > SINK).sum()), int(known.sum())
     if analysis.tokens and key == "key 0":
         key = f"key 0 ({analysis.tokens[0]!r} in the first text)"
-    verb, its = ("gives", "its") if count < 2 else ("give", "their")
-    who = f"{count or 'None'} of {total} heads {verb} {key} more than {SINK:.0%} of {its} attention"
+    who = (
+        f"{count or 'None'} of {_heads(total)} put{'s' if count < 2 else ''} more than {SINK:.0%} of attention on {key}"
+    )
     return f"{who}; the most is {mass[a, h]:.0%}, layer {heads.numbers[a]} head {heads.heads[h]}."
+
+
+def _heads(count: int) -> str:
+    return f"{count} head{'' if count == 1 else 's'}"
+
+
+#: Kind of sink -> what it is called in a sentence.
+_KINDS = {
+    "no-operation": "a sink that writes next to nothing",
+    "broadcast": "a sink that writes the same to every token",
+    "other": "a sink of another kind",
+    "none": "no dominant sink",
+}
 
 
 def _kinds(analysis: Analysis) -> str:
@@ -53,17 +67,8 @@ def _kinds(analysis: Analysis) -> str:
     seen = counts.total() - counts[""]
     if not seen:
         return "What the sinks do to the output is not known, because values were not seen."
-    parts = [f"{counts[kind]} {what}" for kind, what in _KINDS.items() if counts[kind]]
-    return f"By what their values do, {', '.join(parts)} (of {seen} heads)."
-
-
-#: Kind of sink -> how many heads have it, in words that follow the number.
-_KINDS = {
-    "no-operation": "have a sink that writes next to nothing",
-    "broadcast": "have a sink that writes the same to every token",
-    "other": "have a sink of another kind",
-    "none": "have no dominant sink",
-}
+    parts = [f"{what} in {counts[kind]}" for kind, what in _KINDS.items() if counts[kind]]
+    return f"By what values do, {_heads(seen)} have {', '.join(parts)}."
 
 
 def _explained(analysis: Analysis) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eotattn.checks import check_positive_int, require
-from eotattn.priors.remembered import is_plain
+from eotattn.priors.memory import is_plain
 
 __all__ = ["PackedDocuments"]
 

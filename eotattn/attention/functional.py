@@ -10,9 +10,9 @@ from torch import Tensor
 from eotattn.attention.backends import BACKENDS, choose
 from eotattn.attention.cache import KeyValueCache
 from eotattn.attention.call import AttentionCall, without_autocast
+from eotattn.attention.call_positions import GivenPositions
 from eotattn.attention.documents import PackedDocuments
 from eotattn.attention.observers import serve
-from eotattn.attention.positions import GivenPositions
 from eotattn.checks import check_choice, check_floating, fail, require
 from eotattn.priors import LogPrior
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from eotattn.attention.call_positions import Band
 from eotattn.attention.documents import PackedDocuments
-from eotattn.attention.positions import Band
 from eotattn.checks import check_floating, check_shape, fail, require
 
 __all__ = ["Masks", "check_padding_mask", "from_multihead_convention", "gather_masks"]

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from eotattn.attention.call import AttentionCall, static_size
-from eotattn.attention.positions import Positions
+from eotattn.attention.call_positions import Positions
 from eotattn.kernels import append, sdpa
-from eotattn.priors.terms import UNKNOWN_RANGE, KeyTerm, Term, same_for_all_queries
 from eotattn.priors.lane_plan import LanePlan, LaneRequest, plan_lanes
 from eotattn.priors.lane_sides import Side
 from eotattn.priors.lanes import Lanes, middle, span_of
+from eotattn.priors.memory import may_remember, remembered
 from eotattn.priors.probing import Span, bits_of
-from eotattn.priors.remembered import may_remember, remembered
+from eotattn.priors.terms import UNKNOWN_RANGE, KeyTerm, Term, same_for_all_queries
 
 __all__ = ["call_terms", "lanes_of", "operands", "plan_of"]
 

@@ -268,7 +268,7 @@ def _lanes_against_dense(generator: torch.Generator, device: torch.device) -> It
         )
         dense = moved.dense(positions, positions, dtype=torch.float64)
         for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-3)):
-            lanes = moved.lanes(positions, positions, dtype=dtype)
+            lanes = moved.lanes(positions, positions, dtype=dtype, tolerance=1e-5)
             difference = lanes.dense().double() - dense
             centred = difference - difference.mean(dim=-1, keepdim=True)
             error = _error(centred, torch.zeros_like(centred))

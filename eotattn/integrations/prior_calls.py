@@ -14,9 +14,9 @@ import torch
 
 from eotattn.attention.backends import Backend
 from eotattn.attention.call import AttentionCall
+from eotattn.attention.call_positions import Positions
 from eotattn.attention.observers import Served, observe
 from eotattn.attention.operands import lanes_of
-from eotattn.attention.positions import Positions
 from eotattn.attention.statistics.score_rows import LaneRows, RowSource, TensorRows
 from eotattn.integrations.captured_call import CapturedCall
 from eotattn.integrations.recorder import Recorder

@@ -1,9 +1,9 @@
-"""The LogPrior contract, and its arithmetic: sums, multiples and choices of heads.
+"""The LogPrior contract: one elementwise formula, from which every other form follows.
 
 Legend: B batch, H heads, Q queries, K keys, C coordinates.
 
-A prior states one elementwise formula, from which every other form follows; one that fused kernels can carry states
-features and weights instead (:mod:`eotattn.priors.bilinear`).
+A prior that fused kernels can carry states features and weights instead (:mod:`eotattn.priors.bilinear`). Sums,
+multiples and choices of heads are what the operators of a prior make.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from eotattn.checks import check_positive, check_positive_int, require
 from eotattn.priors.flex_form import ScoreMod, score_mod_of
 from eotattn.priors.lane_plan import LaneRequest, plan_lanes
 from eotattn.priors.lanes import Lanes, make_lanes
-from eotattn.priors.positions import check_positions, pair_positions, position_lookup
-from eotattn.priors.remembered import constants
-from eotattn.priors.splitting import KERNEL_DTYPES, computing_dtype
-from eotattn.priors.terms import KeyTerm, Term
+from eotattn.priors.memory import constants
+from eotattn.priors.prior_positions import check_positions, pair_positions, position_lookup
+from eotattn.priors.terms import KeyTerm, Term, computing_dtype
 
 __all__ = [
     "CombinedPrior",
@@ -34,8 +33,11 @@ __all__ = [
     "ScoreMod",
     "SumPrior",
     "check_prior",
-    "check_priors",
+    "checked_parts",
 ]
+
+#: Number formats that lanes can be written in.
+KERNEL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class LogPrior(nn.Module):
@@ -179,7 +181,7 @@ class LogPrior(nn.Module):
         """
         self.check_positions(query_positions, key_positions)
         request = self._lane_request(dtype, num_kv_heads, tolerance, query_scale)
-        return make_lanes(self.terms(), request, query_positions, key_positions)
+        return make_lanes(self.terms(), query_positions, key_positions, request)
 
     def _lane_request(
         self, dtype: torch.dtype, num_kv_heads: int | None, tolerance: float | None, query_scale: float = 1.0
@@ -222,7 +224,6 @@ class LogPrior(nn.Module):
             check_positions(type(self).__name__, name, positions, self.num_coordinates)
 
     def __add__(self, other: LogPrior) -> LogPrior:
-
         return SumPrior(self, other) if isinstance(other, LogPrior) else NotImplemented
 
     def __radd__(self, other: object) -> LogPrior:
@@ -252,12 +253,6 @@ class LogPrior(nn.Module):
         return super()._apply(keep_dtype, recurse)
 
 
-def check_prior(owner: str, argument: str, value: object) -> None:
-    """Raise unless ``value`` is a :class:`LogPrior`."""
-    is_prior = isinstance(value, LogPrior)
-    require(is_prior, owner, argument, "be a LogPrior", value, "See eotattn.priors", error=TypeError)
-
-
 class CombinedPrior(LogPrior):
     """A prior made of others: it checks positions and resets as they do, and has lanes where they have them."""
 
@@ -282,7 +277,7 @@ class CombinedPrior(LogPrior):
             part.reset_parameters()
 
 
-def check_priors(owner: str, parts: Iterable[object]) -> list[LogPrior]:
+def checked_parts(owner: str, parts: Iterable[object]) -> list[LogPrior]:
     """Priors on positions of one kind."""
     checked = list(parts)
     require(len(checked) > 0, owner, "parts", "hold at least one prior", checked, "Pass the priors to combine")
@@ -311,7 +306,7 @@ class SumPrior(CombinedPrior):
     """
 
     def __init__(self, *parts: LogPrior) -> None:
-        checked = check_priors("SumPrior", parts)
+        checked = checked_parts("SumPrior", parts)
         flat = [leaf for part in checked for leaf in (part.parts if isinstance(part, SumPrior) else [part])]
         heads = tuple(part.num_heads for part in flat)
         require(len(set(heads)) == 1, "SumPrior", "parts", "agree in num_heads", heads, "Rebuild one of them")
@@ -440,3 +435,9 @@ class HeadsPrior(CombinedPrior):
 
     def _choose(self, weights: Tensor) -> Tensor:
         return weights.index_select(-3, constants(self.chosen, weights.device, torch.int64))
+
+
+def check_prior(owner: str, argument: str, value: object) -> None:
+    """Raise unless ``value`` is a :class:`LogPrior`."""
+    is_prior = isinstance(value, LogPrior)
+    require(is_prior, owner, argument, "be a LogPrior", value, "See eotattn.priors", error=TypeError)

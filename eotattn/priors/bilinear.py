@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from eotattn.checks import fail
 from eotattn.priors.base import LogPrior
-from eotattn.priors.splitting import computing_dtype
-from eotattn.priors.terms import FEATURES, Entry, Features, KeyTerm, Term, dense_weights
+from eotattn.priors.terms import FEATURES, Entry, Features, KeyTerm, Term, computing_dtype, dense_weights
 
 __all__ = ["BilinearPrior"]
 
@@ -138,8 +137,9 @@ class BilinearPrior(LogPrior, metaclass=_NamesFeatures):
         values = {name: value for name, value in vars(self).items() if name not in _OF_MODULES}
         told = {name: text for name, value in values.items() if (text := _tell(value))}
         others = {name: value for name, value in values.items() if name not in told}
-        learned = (self.named_parameters(recurse=False), self.named_buffers(recurse=False), self.named_children())
-        others.update(entry for named in learned for entry in named)
+        for learned in (self.named_parameters, self.named_buffers):
+            others.update(learned(recurse=False))
+        others.update(self.named_children())
         hidden = {name: type(value).__name__ for name, value in others.items()}
         cls = type(self)
         name = f"{cls.__qualname__}@{id(cls)}({', '.join(f'{key}={text}' for key, text in told.items())}) not {hidden}"

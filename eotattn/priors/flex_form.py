@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from eotattn.priors.positions import table_lookup
+from eotattn.priors.prior_positions import table_lookup
 from eotattn.priors.terms import KeyTerm, Term
 
 __all__ = ["ScoreMod", "score_mod_of"]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from eotattn.checks import check_positive, check_positive_int, require
 from eotattn.priors.bilinear import BilinearPrior
-from eotattn.priors.remembered import constants
+from eotattn.priors.memory import constants
 from eotattn.priors.terms import Entry
 
 __all__ = ["FourierPrior", "geometric_frequencies", "waves"]

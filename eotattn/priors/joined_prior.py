@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from eotattn.priors.base import CombinedPrior, LogPrior, check_priors
+from eotattn.priors.base import CombinedPrior, LogPrior, checked_parts
 from eotattn.priors.terms import KeyTerm, Term
 
 __all__ = ["JoinedPrior"]
@@ -27,7 +27,7 @@ class JoinedPrior(CombinedPrior):
     """
 
     def __init__(self, *parts: LogPrior) -> None:
-        checked = check_priors("JoinedPrior", parts)
+        checked = checked_parts("JoinedPrior", parts)
         super().__init__(checked, sum(part.num_heads for part in checked))
         counts = [part.num_heads for part in checked]
         self._starts = [sum(counts[:n]) for n in range(len(counts))]

@@ -23,8 +23,8 @@ from torch import Tensor
 from eotattn.compat import plain_tensors
 from eotattn.priors.lane_sides import Column, Lane, Shape, SideLayout, SidePlan
 from eotattn.priors.probing import FeatureFacts, Span, probe
-from eotattn.priors.splitting import MOST_PIECES, computing_dtype, significant_digits, split_numbers, unit_roundoff
-from eotattn.priors.terms import FEATURES, PREPARED, KeyTerm, Term
+from eotattn.priors.splitting import MOST_PIECES, significant_digits, split_numbers, unit_roundoff
+from eotattn.priors.terms import FEATURES, PREPARED, KeyTerm, Term, computing_dtype
 
 __all__ = ["LanePlan", "LaneRequest", "plan_lanes"]
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from eotattn.compat import admitted
-from eotattn.priors.remembered import remembered
-from eotattn.priors.splitting import MOST_PIECES, computing_dtype, multiply, split_numbers, write_pieces
-from eotattn.priors.terms import FEATURES
+from eotattn.priors.memory import remembered
+from eotattn.priors.splitting import MOST_PIECES, multiply, split_numbers, write_pieces
+from eotattn.priors.terms import FEATURES, computing_dtype
 
 __all__ = ["Column", "Lane", "Shape", "Side", "SideLayout", "SidePlan"]
 
@@ -129,16 +129,23 @@ class SidePlan:
             return Side(table, held.fixed, held.piece, self.depth, more)
         start = held.start
         if held.constant is not None:  # no value, but a gradient
-            start = torch.addmm(start, coefficients.detach(), held.constant, alpha=-1)
-        matrix = torch.addmm(start, coefficients, held.selection).view(-1, *self.fixed.shape[1:])
+            start = start - _small_product(coefficients.detach(), held.constant)
+        matrix = (start + _small_product(coefficients, held.selection)).view(-1, *self.fixed.shape[1:])
         return Side(table, matrix.to(table.dtype), held.piece, self.depth, more)
 
     def _placed(self, device: torch.device, dtype: torch.dtype) -> _Placed:
-        selection, constant = (
-            None if numbers is None else admitted(numbers).to(device) for numbers in (self.selection, self.constant)
-        )
-        fixed = admitted(self.fixed).to(device)
-        return _Placed(selection, fixed.flatten(1), constant, fixed.to(dtype), admitted(self.piece).to(device))
+        numbers = (self.selection, self.constant, self.fixed, self.piece)
+        selection, constant, fixed, piece = (None if x is None else admitted(x).to(device) for x in numbers)
+        assert fixed is not None
+        assert piece is not None
+        return _Placed(selection, fixed.flatten(1), constant, fixed.to(dtype), piece)
+
+
+def _small_product(coefficients: Tensor, selection: Tensor) -> Tensor:
+    """(H, N) @ (N, C * P); in a graph as a sum, which compilers fuse with what is around it."""
+    if torch.compiler.is_compiling():
+        return (coefficients.unsqueeze(-1) * selection).sum(1)
+    return coefficients @ selection
 
 
 class _Placed(NamedTuple):

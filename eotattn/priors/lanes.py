@@ -16,10 +16,9 @@ from torch import Tensor
 
 from eotattn.priors.lane_plan import LanePlan, LaneRequest, plan_lanes
 from eotattn.priors.lane_sides import Side
+from eotattn.priors.memory import is_plain
 from eotattn.priors.probing import Span, bits_of
-from eotattn.priors.remembered import is_plain
-from eotattn.priors.splitting import computing_dtype
-from eotattn.priors.terms import KeyTerm, Term
+from eotattn.priors.terms import KeyTerm, Term, computing_dtype
 
 __all__ = ["Lanes", "make_lanes", "middle", "span_of"]
 
@@ -84,9 +83,9 @@ def _sizes(side: Side) -> Tensor:
 
 
 def make_lanes(
-    terms: Sequence[Term | KeyTerm], request: LaneRequest, query_positions: Tensor, key_positions: Tensor
+    terms: Sequence[Term | KeyTerm], query_positions: Tensor, key_positions: Tensor, request: LaneRequest
 ) -> Lanes:
-    """Lanes of terms at checked positions; ``request`` need not say their span."""
+    """Lanes of at least one term at checked positions."""
     origin = middle(query_positions) if request.num_coordinates == 1 else 0.0
     plan = plan_lanes(terms, request._replace(span=span_of(query_positions, key_positions, origin)))
     of_heads, of_key_heads = plan.coefficients(terms)

@@ -91,8 +91,9 @@ def _numbers(count: int, reach: int, *, has_negative: bool) -> Tensor:
     """The first ``count`` whole numbers, as many spread up to ``reach``, and its end: float64."""
     first = torch.arange(min(count, reach + 1), dtype=torch.float64)
     spread = torch.linspace(count, reach, count, dtype=torch.float64).round() if reach >= count else first[:0]
+    before = torch.tensor([-1.0], dtype=torch.float64)  # where keys that belong to no token may lie
     numbers = torch.cat([first, spread, torch.tensor([reach - 1, reach], dtype=torch.float64)])
-    return torch.cat([numbers, -numbers]) if has_negative else numbers
+    return torch.cat([numbers, -numbers if has_negative else before])
 
 
 def _on_grid(numbers: Tensor, num_coordinates: int) -> Tensor:

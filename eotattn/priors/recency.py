@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from eotattn.checks import check_choice, check_positive_int, require
 from eotattn.priors.bilinear import BilinearPrior
-from eotattn.priors.remembered import constants
+from eotattn.priors.memory import constants
 from eotattn.priors.terms import Entry
 
 __all__ = ["RecencyPrior", "alibi_slopes", "slope_of_mean_lag"]

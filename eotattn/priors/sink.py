@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from eotattn.checks import check_positive, check_positive_int, require
 from eotattn.priors.bilinear import BilinearPrior
 from eotattn.priors.fourier import geometric_frequencies, waves
-from eotattn.priors.splitting import computing_dtype
+from eotattn.priors.terms import computing_dtype
 
 __all__ = ["SinkPrior"]
 

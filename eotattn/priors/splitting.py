@@ -9,26 +9,13 @@ from torch import Tensor
 
 from eotattn.compat import allows_tf32
 
-__all__ = [
-    "KERNEL_DTYPES",
-    "MOST_PIECES",
-    "computing_dtype",
-    "multiply",
-    "significant_digits",
-    "split_numbers",
-    "unit_roundoff",
-    "write_pieces",
-]
+__all__ = ["MOST_PIECES", "multiply", "significant_digits", "split_numbers", "unit_roundoff", "write_pieces"]
 
-#: Number formats that lanes can be written in.
-KERNEL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 #: Pieces of a factor at most: three numbers of bfloat16 hold all 24 digits of the float32 accumulator.
 MOST_PIECES = 3
 
-
-def computing_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a prior computes for a kernel of ``dtype``: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+#: Rows of a table that are multiplied at a time on a GPU.
+SPAN = 256
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
@@ -65,6 +52,16 @@ def write_pieces(value: Tensor, piece: Tensor, depth: int, dtype: torch.dtype) -
 
 def multiply(table: Tensor, matrix: Tensor) -> Tensor:
     """The product of a table and the matrix of every head, exact whatever precision the user allows such products."""
-    if table.device.type == "cuda" and table.dtype == torch.float32 and allows_tf32():
-        return (table.double().unsqueeze(-3) @ matrix.double()).float()
-    return table.unsqueeze(-3) @ matrix
+    if table.device.type != "cuda":
+        return table.unsqueeze(-3) @ matrix
+    if table.dtype == torch.float32 and allows_tf32():
+        return _multiply_spans(table.double(), matrix.double()).float()
+    return _multiply_spans(table, matrix)
+
+
+def _multiply_spans(table: Tensor, matrix: Tensor) -> Tensor:
+    """The product span by span of rows: the matrix' gradient is many small products then, not a thin long one."""
+    if table.shape[-2] % SPAN:
+        return table.unsqueeze(-3) @ matrix
+    spans = table.unflatten(-2, (-1, SPAN)).unsqueeze(-4)
+    return (spans @ matrix.unsqueeze(-3)).flatten(-3, -2)

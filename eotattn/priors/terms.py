@@ -1,6 +1,8 @@
-"""Terms of log-priors that lanes can carry: fixed features of positions, and weights linear in what is learned.
+"""Terms of a log-prior: fixed features of positions, and coefficients linear in what is learned.
 
-Legend: H heads, L positions, K keys, F query features, G key features, C coordinates.
+Legend: H heads, L positions, K keys, F query features, G key features, C coordinates, N coefficients.
+
+    log_prior[h, i, j] = query_features(i) . weights[h] . key_features(j)
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 from eotattn.compat import constant_in_graphs
-from eotattn.priors.remembered import remembered
+from eotattn.priors.memory import remembered
 
 __all__ = [
     "FEATURES",
@@ -23,10 +25,16 @@ __all__ = [
     "Features",
     "KeyTerm",
     "Term",
+    "computing_dtype",
     "dense_weights",
     "on_grid",
     "same_for_all_queries",
 ]
+
+
+def computing_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a prior computes for a kernel of ``dtype``: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 #: (coefficient, query feature, key feature, sign).

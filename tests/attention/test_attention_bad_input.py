@@ -414,7 +414,11 @@ MODULE = {
         ValueError,
         "PriorAttention: key_positions must count from 0 beside appended keys",
     ),
-    "layout unsaid": (layer(24, 4, batch_first=None), TypeError, "PriorAttention: batch_first must be said; got None"),
+    "layout unsaid": (
+        layer(24, 4, batch_first=None),
+        TypeError,
+        "PriorAttention: batch_first must be true or false; got None",
+    ),
     "nested input": (
         lambda: LAYER(torch.nested.nested_tensor([X[0], X[1, :2]], layout=torch.jagged)),
         TypeError,

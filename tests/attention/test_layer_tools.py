@@ -249,10 +249,11 @@ def test_the_prior_goes_where_the_layer_is_built():
 
 
 @pytest.mark.parametrize("layer", [PriorAttention, GoatAttention])
-def test_the_layout_is_always_said(layer):
-    line = r"Attention: batch_first must be said; got None. .*nn.MultiheadAttention has by default"
+def test_the_batch_comes_first_unless_said(layer):
+    assert layer(64, H).batch_first is True
+    line = r"Attention: batch_first must be true or false; got None. .*nn.MultiheadAttention has by default"
     with pytest.raises(TypeError, match=line):
-        layer(64, H)
+        layer(64, H, batch_first=None)
 
 
 @pytest.mark.parametrize("batch_first", [True, False])

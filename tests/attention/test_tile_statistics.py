@@ -58,7 +58,7 @@ def call(*, prior=False, padded=False, sink=False, queries=K, device="cpu", dtyp
         with torch.no_grad():
             for parameter in learned.parameters():
                 parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator).to(device))
-            options["log_prior"] = learned.lanes(*at, dtype=dtype)
+            options["log_prior"] = learned.lanes(*at, dtype=dtype, num_kv_heads=HK)
     if padded:
         real = torch.ones(B, K, dtype=torch.bool)
         real[0, :6] = False
@@ -134,7 +134,11 @@ def test_what_the_kernel_does_not_serve_is_refused_by_name(kernel):
         ({"mask": lambda start, stop: table[start:stop]}, "the mask is a function of rows"),
         ({"log_prior": table}, "lanes would do"),
         (
-            {"log_prior": goat_prior(H).to(kernel).lanes(*(torch.arange(K, device=kernel),) * 2, dtype=torch.float64)},
+            {
+                "log_prior": goat_prior(H)
+                .to(kernel)
+                .lanes(*(torch.arange(K, device=kernel),) * 2, dtype=torch.float64, num_kv_heads=HK)
+            },
             "float64",
         ),
     ]
@@ -152,7 +156,7 @@ def test_a_backend_must_be_known():
 
 def test_lanes_must_fit_the_call():
     (query, key), options = call()
-    lanes = goat_prior(H).lanes(torch.arange(K - 1), torch.arange(K), dtype=torch.float32)
+    lanes = goat_prior(H).lanes(torch.arange(K - 1), torch.arange(K), dtype=torch.float32, num_kv_heads=HK)
     with pytest.raises(ValueError, match=r"row_statistics: log_prior must have lanes of 4 heads, 41 queries"):
         row_statistics(query, key, log_prior=lanes, **options)
 
@@ -161,7 +165,7 @@ def test_lanes_are_the_prior_that_they_state():
     (query, key), options = call(dtype=torch.float64, is_causal=True)
     prior = goat_prior(H, num_frequencies=3)
     at = torch.arange(K), torch.arange(K)
-    lanes = row_statistics(query, key, log_prior=prior.lanes(*at, dtype=torch.float64), **options)
+    lanes = row_statistics(query, key, log_prior=prior.lanes(*at, dtype=torch.float64, num_kv_heads=HK), **options)
     dense = row_statistics(query, key, log_prior=prior.dense(*at, dtype=torch.float64), **options)
     for name in ("entropy", "key_mass", "prior_margin", "column_mass", "expected_score"):
         ours, theirs = getattr(lanes, name), getattr(dense, name)

@@ -1,7 +1,6 @@
 """The table of equivalences holds, and it can fail."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -29,12 +28,12 @@ def test_every_kind_of_statement_is_there(report):
 
 
 def test_a_wrong_lane_is_noticed(monkeypatch):
-    honest = SinkPrior.expansions
+    honest = SinkPrior.terms
 
-    def wrong_by_a_thousandth(self, dtype):
-        return tuple(replace(part, scale=tuple(1.001 * scale for scale in part.scale)) for part in honest(self, dtype))
+    def wrong_by_a_thousandth(self):
+        return tuple(term.weighted(lambda coefficients: 1.001 * coefficients) for term in honest(self))
 
-    monkeypatch.setattr(SinkPrior, "expansions", wrong_by_a_thousandth)
+    monkeypatch.setattr(SinkPrior, "terms", wrong_by_a_thousandth)
     wrong = {row.statement for row in measure_equivalences().rows if not row.holds}
     assert any("SinkPrior" in statement for statement in wrong)
     assert any("sdpa" in statement for statement in wrong)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from eotattn.attention import prior_attention
-from eotattn.priors import BilinearPrior, FourierPrior
-from eotattn.priors.positions import consecutive, pair_positions
-from eotattn.priors.remembered import _VALUES, MAX_VALUES, constants, remembered
+from eotattn.priors import BilinearPrior, FourierPrior, memory
+from eotattn.priors.memory import MAX_VALUES, constants, remembered
+from eotattn.priors.prior_positions import consecutive, pair_positions
 
 CPU = torch.device("cpu")
 
@@ -31,22 +31,23 @@ def test_positions_pair_up_with_and_without_a_batch():
     assert tuple(torch.broadcast_shapes(*(side.shape for side in pair_positions(*cells, 2)))) == (3, 1, 5, 7, 2)
 
 
-def test_a_value_is_made_once_for_each_key_and_the_oldest_goes_first():
+def test_a_value_is_made_once_for_each_key_and_the_least_used_goes_first():
     made = []
 
     def value_of(key):
         return remembered(("a test", key), CPU, lambda: made.append(key) or torch.tensor(key))
 
-    for key in (1, 2, 1, 2):
+    for key in (1, 2, 1):
         assert int(value_of(key)) == key
     assert made == [1, 2]
     for key in range(MAX_VALUES - 1):
+        value_of(1)
         value_of(100 + key)
-    assert len(_VALUES) <= MAX_VALUES
+    assert len(memory._VALUES) <= MAX_VALUES
     made.clear()
-    value_of(2)
     value_of(1)
-    assert made == [1]
+    value_of(2)
+    assert made == [2]
 
 
 def test_constants_are_put_in_place_once_a_dtype():
@@ -114,5 +115,5 @@ def test_two_priors_of_equal_constants_share_one_table():
         prior = FourierPrior(2, 3, 4.0, 83.0)
         prior_attention(content, content, content, prior=prior, query_positions=at, key_positions=at, backend="sdpa")
         if before is not None:
-            assert set(_VALUES) == before
-        before = set(_VALUES)
+            assert set(memory._VALUES) == before
+        before = set(memory._VALUES)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from eotattn.checks import require
-from eotattn.priors.remembered import is_plain
+from eotattn.priors.memory import is_plain
 
 __all__ = ["AppendedKeys"]
 

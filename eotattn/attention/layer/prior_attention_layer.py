@@ -47,10 +47,9 @@ class PriorAttention(ProjectedHeads):
     as ``self_attn``. Differences: the layout is always said (below), ``key`` and ``value`` default to ``query``,
     ``is_causal`` needs no mask beside it, and a query without admissible keys gets zeros instead of NaN.
 
-    Layout: ``batch_first`` has no default. With true, inputs are (B, length, E); with false they are (length, B, E), as
-    ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` read them unless told otherwise. Shapes do not tell the
-    two apart, and the wrong one attends over the batch. :meth:`from_multihead_attention` takes over what the other
-    layer was told.
+    Layout, one rule: inputs are (B, length, E) unless ``batch_first=False`` is said; ``nn.MultiheadAttention`` and
+    ``nn.TransformerEncoderLayer`` read (length, B, E) unless told otherwise. Shapes do not tell the two apart, and the
+    wrong one attends over the batch: :meth:`from_multihead_attention` takes over what the other layer was told.
 
     Args:
         embed_dim: Model width E.
@@ -74,7 +73,7 @@ class PriorAttention(ProjectedHeads):
         add_bias_kv: Whether there is a learned key and value beside those of tokens (:class:`AppendedKeys`): a sink
             that the prior does not touch. Positions of tokens then count from 0.
         add_zero_attn: Whether there is a key and value of zeros beside them, likewise.
-        batch_first: Whether inputs are (B, length, E) rather than (length, B, E); to be given.
+        batch_first: Whether inputs are (B, length, E) rather than (length, B, E).
         backend: As in :func:`prior_attention`.
         device: Device of the parameters, those of the prior too.
         dtype: Dtype of the projections; the prior keeps its own.
@@ -109,14 +108,15 @@ class PriorAttention(ProjectedHeads):
         bias: bool = True,
         add_bias_kv: bool = False,
         add_zero_attn: bool = False,
-        batch_first: bool | None = None,
+        batch_first: bool = True,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         owner, make = type(self).__name__, dict[str, Any](device=device, dtype=dtype)
-        remedy = "Pass True for (B, length, E), or False for (length, B, E), which nn.MultiheadAttention has by default"
-        require(isinstance(batch_first, bool), owner, "batch_first", "be said", batch_first, remedy, error=TypeError)
+        remedy = "Pass False for (length, B, E), which nn.MultiheadAttention has by default"
+        is_said = isinstance(batch_first, bool)
+        require(is_said, owner, "batch_first", "be true or false", batch_first, remedy, error=TypeError)
         has_appended = add_bias_kv or add_zero_attn
         if prior is not None:
             prior = _checked_prior(owner, prior, num_heads, has_appended=has_appended)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eotattn.attention.call_positions import Positions, resolve_positions
 from eotattn.attention.layer.rotary_tables import FIRST_LENGTH, Frequencies, positions_table, run_table
-from eotattn.attention.positions import Positions, resolve_positions
 from eotattn.checks import check_floating, check_positive, check_positive_int, check_shape, require
-from eotattn.priors.remembered import may_remember
+from eotattn.priors.memory import may_remember
 
 __all__ = ["Rotary"]
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from eotattn.compat import tensor_version
-from eotattn.priors.remembered import may_remember
+from eotattn.priors.memory import may_remember
 
 __all__ = ["FIRST_LENGTH", "Frequencies", "positions_table", "run_table"]
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from eotattn.attention import PriorAttention
+from eotattn.attention.call_positions import resolve_positions
 from eotattn.attention.layer.prior_attention_layer import Heads
-from eotattn.attention.positions import resolve_positions
 from eotattn.checks import check_positive_int
 
 __all__ = ["GrowingScoreAttention"]

@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from eotattn.priors.splitting import computing_dtype
+from eotattn.priors.terms import computing_dtype
 from eotattn.transport.arithmetic import product
 from eotattn.transport.problems.affinity import Affinity, Exchange, Number, Rows, plus, sent
 from eotattn.transport.problems.fused import FusedCalls

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eotattn.checks import check_floating, check_no_nan, check_same_device, require
 from eotattn.priors import LogPrior
-from eotattn.priors.splitting import computing_dtype
+from eotattn.priors.terms import computing_dtype
 from eotattn.transport.problems.admissibility import check_broadcast
 from eotattn.transport.problems.affinity import Affinity
 from eotattn.transport.problems.dense import DenseAffinity

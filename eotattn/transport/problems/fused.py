@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from eotattn.kernels.log_sum_exp import attend, biased_log_sum_exp
-from eotattn.priors.splitting import computing_dtype
+from eotattn.priors.terms import computing_dtype
 from eotattn.transport.problems.affinity import Number, plus
 from eotattn.transport.problems.prior_factors import PriorFactors
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from eotattn.priors import KeyTerm, LogPrior
-from eotattn.priors.splitting import computing_dtype
 from eotattn.priors.probing import constant_key_features
 from eotattn.priors.splitting import split_numbers
+from eotattn.priors.terms import computing_dtype
 
 __all__ = ["PriorFactors", "prior_factors"]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from eotattn.checks import check_no_nan, require
-from eotattn.priors.remembered import is_plain, may_remember, remembered
+from eotattn.priors.memory import is_plain, may_remember, remembered
 
 __all__ = ["check_positions", "consecutive", "pair_positions", "position_lookup", "table_lookup"]
 

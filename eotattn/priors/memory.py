@@ -6,6 +6,7 @@ transformed or captured; there tables are constants of the graph.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from threading import RLock
 from typing import TypeVar
@@ -17,11 +18,11 @@ from eotattn.compat import is_intercepted, raw_stream
 
 __all__ = ["constants", "is_plain", "may_remember", "remembered"]
 
-#: Values kept.
+#: Values kept; the least recently used one goes first.
 MAX_VALUES = 512
 
 Value = TypeVar("Value")
-_VALUES: dict[Hashable, object] = {}
+_VALUES: OrderedDict[Hashable, object] = OrderedDict()
 _LOCK = RLock()
 
 
@@ -50,15 +51,16 @@ def remembered(key: Hashable, device: torch.device, make: Callable[[], Value]) -
         return make()
     # what another stream computes may not be there yet
     place = (key, device, raw_stream(device) if device.type == "cuda" else 0)
-    held = _VALUES.get(place)
-    if held is not None:
-        return held  # type: ignore[return-value]
+    with _LOCK:
+        if place in _VALUES:
+            _VALUES.move_to_end(place)
+            return _VALUES[place]  # type: ignore[return-value]
     with torch.inference_mode(False), torch.no_grad():
         value = make()
     with _LOCK:
         _VALUES[place] = value
-        while len(_VALUES) > MAX_VALUES:  # the oldest go first; what is still in use is made again
-            _VALUES.pop(next(iter(_VALUES)))
+        while len(_VALUES) > MAX_VALUES:
+            _VALUES.popitem(last=False)
     return value
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from eotattn.checks import fail, require
-from eotattn.priors.positions import check_positions, consecutive
+from eotattn.priors.prior_positions import check_positions, consecutive
 
 __all__ = ["Band", "GivenPositions", "Positions", "causal_pattern", "resolve_positions"]
 
