@@ -69,7 +69,7 @@ def check_writable(owner: str, folder: Path, *, given: str | Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        got = f"{str(given)[:80]} ({error.strerror})"
+        got = f"{str(given)[:200]} ({error.strerror})"
         fail(owner, "out", "be a folder that can be written", got, "Choose another folder")
 
 

@@ -66,7 +66,8 @@ class PackedDocuments:
         if fits and not torch.compiler.is_compiling():  # a graph serves all packings of its shape
             starts = set(self._offsets.tolist())
             fits = all(row * length in starts for row in range(batch))
-        rule, got = f"fill {batch} rows of {length} tokens", f"documents of {self.total} tokens"
+        rule = f"fill {batch} rows of {length} tokens"
+        got = f"{len(self.lengths)} documents of {self.total} tokens"
         require(fits, owner, "documents", rule, got, "End a document with its row; add one for padding")
 
     @property

@@ -61,13 +61,13 @@ class Explanation:
     alternatives: dict[str, str]
 
     def __str__(self) -> str:
-        lines = [f"backend      {self.backend}: {self.reason}"]
+        lines = [f"backend        {self.backend}: {self.reason}"]
         if self.kernel is not None:
-            lines.append(f"kernel       {self.kernel}, width {self.width} of which {self.num_lanes} lanes")
-            lines.append(f"error bound  {self.error_bound:.1e} nats of the log-prior")
+            lines.append(f"kernel         {self.kernel}, width {self.width} of which {self.num_lanes} lanes")
+            lines.append(f"error bound    {self.error_bound:.1e} nats of the log-prior")
         if self.times is not None and self.times.forward is not None:
-            lines.append(f"measured     {self.times} of plain causal attention (H200, bfloat16, 8192 tokens)")
-        lines += [f"{'not ' + name:<13}{why}" for name, why in self.alternatives.items()]
+            lines.append(f"measured       {self.times} of plain causal attention (H200, bfloat16, 8192 tokens)")
+        lines += [f"{'not ' + name:<15}{why}" for name, why in self.alternatives.items()]
         return "\n".join(lines)
 
 
@@ -92,10 +92,10 @@ def explain(query: Tensor, key: Tensor, value: Tensor, *, backend: str = "auto",
         >>> from eotattn.priors import RelativeBiasPrior
         >>> x = torch.ones(1, 2, 5, 8)
         >>> print(explain(x, x, x, prior=RelativeBiasPrior(2, 4)))
-        backend      reference: dense tensor operations; Q x K weights in memory
-        not sdpa     this prior has no lanes; use backend='reference' or 'flex'
-        not flex     it compiles for a GPU and the query is on cpu
-        not varlen   this prior has no lanes; use backend='reference' or 'flex'
+        backend        reference: dense tensor operations; Q x K weights in memory
+        not sdpa       this prior has no lanes; use backend='reference' or 'flex'
+        not flex       it compiles for a GPU and the query is on cpu
+        not varlen     it is a GPU kernel and the query is on cpu
     """
     check_choice("explain", "backend", backend, ("auto", *BACKENDS))
     kept = options.get("cache") is None

@@ -220,6 +220,8 @@ def _check(
     require(len(keys) > 0, "head_report", "sink_positions", "name at least one key", keys, "Pass (0,)")
     for key in keys:
         check_positive_int("head_report", "sink_positions", key, minimum=0)
+    for threshold in thresholds:
+        require(0 < threshold < 1, "head_report", "thresholds", "lie in (0, 1)", threshold, "Pass shares of a row")
     check_positive_int("head_report", "local_width", local_width, minimum=0)
 
 

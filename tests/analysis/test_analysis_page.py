@@ -5,11 +5,13 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from eotattn.analysis import analyze, findings
 from eotattn.analysis.page import page
 from eotattn.analysis.summary import TextFindings, summarize
 from eotattn.integrations import capture
@@ -158,3 +160,14 @@ def test_a_broken_page_is_noticed(analysis, tmp_path):
     assert network == set()
     _, _, network = visit(tmp_path, outside.replace("Content-Security-Policy", "x"))
     assert network == {"http://example.invalid/x.png"}
+
+
+def test_the_page_says_what_was_found_and_how_much_is_shown():
+    """In words, before anything is drawn; a phone shows it at its own width."""
+    result = analyze(attention=torch.full((1, 2, 4, 4), 0.25))
+    text = page(result)
+    for sentence in findings(result):
+        assert f"<li>{html.escape(sentence)}</li>" in text
+    assert "of 70 tokens" not in text
+    assert "<p class=note>The first 64 of 70 tokens.</p>" in page(replace(result, tokens=("the",) * 70))
+    assert '<meta name="viewport" content="width=device-width' in text

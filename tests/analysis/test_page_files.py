@@ -69,7 +69,7 @@ def test_script_and_style_name_what_the_page_has():
 
 def test_the_page_has_places_for_everything_and_no_more():
     places = {found["named"] for found in Template.pattern.finditer(HTML.read_text(encoding="utf-8"))}
-    assert places == {"policy", "style", "summary", "missing", "definitions", "data", "script"}
+    assert places == {"policy", "style", "summary", "findings", "shown", "missing", "definitions", "data", "script"}
 
 
 @needs_node

@@ -121,7 +121,8 @@ FUNCTIONAL = {
         ValueError,
         "query_positions must have shape",
     ),
-    "positions in a list": (call(query_positions=[0, 1, 2, 3, 4]), TypeError, "must be a tensor or a range"),
+    "positions in words": (call(query_positions="first"), TypeError, "query_positions must be positions; got 'first'"),
+    "too few positions in a list": (call(query_positions=[0, 1]), ValueError, "query_positions must have shape"),
     "boolean positions": (
         call(prior=RECENCY, query_positions=torch.ones(Q, dtype=torch.bool)),
         TypeError,
@@ -268,13 +269,6 @@ FUNCTIONAL = {
         NotImplementedError,
         "backend 'flex' cannot serve this call with RecencyPrior: it compiles for a GPU and the query is on cpu",
     ),
-    "fractional positions in 16 bits": (
-        call(
-            *(x.bfloat16() for x in (QUERY, KEY, VALUE)),
-            prior=RECENCY,
-            key_positions=torch.arange(K) / 2,
-            backend="sdpa",
-        ),
         TypeError,
         "position_digits: positions must have an integer dtype in a 16-bit kernel",
     ),
@@ -365,7 +359,7 @@ MODULE = {
     "rotary of another width": (
         layer(24, 4, rotary=Rotary(6), prior=RecencyPrior(4), lanes="reserved"),
         ValueError,
-        "rotary must have width 5; got 6",
+        "rotary must have width 4; got 6",
     ),
     "goat in a narrow head": (
         lambda: GoatAttention(16, 4, batch_first=True),

@@ -64,12 +64,12 @@ def test_a_refusal_is_explained_and_not_raised():
 def test_width_lanes_and_error_are_those_of_the_call():
     prior = goat_prior(H, num_frequencies=2)
     single = explain(*content(), prior=prior, is_causal=True)
-    assert (single.num_lanes, single.width) == (6, 14)
+    assert (single.num_lanes, single.width) == (7, 15)
     half = explain(*content(torch.bfloat16), prior=prior, is_causal=True)
     assert half.num_lanes == prior.num_lanes(torch.bfloat16)
     assert half.error_bound > single.error_bound > 0
     shared = explain(*content(kv_heads=2), prior=prior, is_causal=True)
-    assert shared.num_lanes == 7  # u(j) of the two query heads that share a key head lie side by side
+    assert shared.num_lanes == 8  # u(j) of the two query heads that share a key head lie side by side
     assert explain(*content(), **CALLS["padded"]).num_lanes == 1
 
 

@@ -317,9 +317,10 @@ def test_22_a_16_bit_checkpoint_does_not_bend_the_frequencies():
 def test_23_a_scale_is_saved_and_scales_everything():
     prior = randomise(goat_prior(H, num_frequencies=2))
     positions = torch.arange(9)
-    scaled = 0.25 * prior
+    scaled = ScaledPrior(prior, 0.25, learnable=True)  # a fixed scale belongs to the constructor
     assert_close(scaled.dense(positions, positions), 0.25 * prior.dense(positions, positions))
-    other = 1.0 * goat_prior(H, num_frequencies=2)
+    assert_close((0.25 * prior).dense(positions, positions), 0.25 * prior.dense(positions, positions))
+    other = ScaledPrior(goat_prior(H, num_frequencies=2), 1.0, learnable=True)
     other.load_state_dict(scaled.state_dict())
     assert_close(other.dense(positions, positions), scaled.dense(positions, positions))
     with torch.device("meta"):

@@ -77,7 +77,7 @@ def test_goat_attention_is_the_papers_equations():
     randomised(layer).double()
     fourier, recency, sink = copy.deepcopy(layer.prior).freeze().parts
     x = inputs(9, 64)
-    content_width = 64 // H - (2 * frequencies + 2)
+    content_width = 64 // H - (2 * frequencies + 3)
     assert layer.content_dim == content_width
     projected = x @ layer.in_proj.weight.T + layer.in_proj.bias
     query, key, value = projected.split([H * content_width, H * content_width, 64], dim=-1)

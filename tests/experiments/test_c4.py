@@ -59,7 +59,7 @@ def test_what_is_missing_is_said_at_once(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="corpus must end with a number of bytes; got 'c4:x:many'"):
         read_c4("c4:x:many")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r"'datasets' is missing\. Install it with pip"):
+    with pytest.raises(ModuleNotFoundError, match=r"read_c4: datasets must be installed; got none\. Run pip install"):
         read_c4(f"c4:{tmp_path}")
 
 

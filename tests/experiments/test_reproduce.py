@@ -14,8 +14,9 @@ from eotattn.experiments.reproduce import FIGURES, find_notebooks, reproduce, st
 
 @pytest.fixture
 def executed(monkeypatch):
-    """Records what would be executed instead of executing it."""
+    """Records what would be executed instead of executing it; no run is made either."""
     calls = []
+    monkeypatch.setattr(room, "perform", lambda plan, recipe, target, **options: options["report"](target.figure))
     monkeypatch.setattr(room, "_execute", lambda notebook, target, jobs: calls.append((notebook, target)) or notebook)
     return calls
 
@@ -25,7 +26,9 @@ def test_all_figures_run_by_default_into_the_folder_of_the_scale(executed, tmp_p
     reproduce(scale="smoke", out=str(tmp_path), report=lines.append)
     assert [notebook.stem for notebook, _ in executed] == [figure.name for figure in FIGURES.values()]
     assert all(target.path == tmp_path / "smoke" for _, target in executed)
-    assert len(lines) == 2 * len(FIGURES)
+    names = [figure.name for figure in FIGURES.values()]
+    assert lines[1::3] == names, "what the runs report stands between the two lines of a figure"
+    assert len(lines) == 3 * len(FIGURES)
 
 
 def test_figures_run_once_each_in_order(executed, tmp_path):
@@ -52,7 +55,8 @@ def test_bad_arguments_are_refused_before_any_work(arguments, says, executed, tm
 
 def test_missing_requirements_and_notebooks_are_named(monkeypatch, tmp_path):
     monkeypatch.setattr(room, "REQUIREMENTS", ("no_such_library",))
-    with pytest.raises(ValueError, match=r"got 'without no_such_library'\. pip install 'eotattn\[experiments\]'"):
+    says = r"reproduce: no_such_library must be installed; got none\. Run pip install 'eotattn\[experiments\]'"
+    with pytest.raises(ModuleNotFoundError, match=says):
         reproduce(scale="smoke", out=str(tmp_path))
     monkeypatch.setattr(room, "REQUIREMENTS", ())
     monkeypatch.setattr(room, "__file__", str(tmp_path / "a" / "b" / "reproduce.py"))

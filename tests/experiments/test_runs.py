@@ -218,7 +218,9 @@ def test_ctrl_c_ends_all_processes_and_keeps_what_is_finished(tmp_path, how):
             process.terminate()
         _, errors = process.communicate(timeout=PATIENCE)
         assert process.returncode == 130
-        assert errors.decode().strip() == "eotattn: interrupted; finished runs are kept, the same command continues"
+        assert (
+            errors.decode().strip() == "eotattn train: interrupted; finished runs are kept, the same command continues"
+        )
         assert sorted(path.name for path in store.glob("*.json")) == ["quick-seed0.json"]
         while somebody_is_left(process.pid):
             assert time.monotonic() < deadline + PATIENCE
@@ -323,9 +325,9 @@ def test_forgetting_a_run_forgets_its_checkpoint_alone(folder):
 def test_train_returns_1_where_a_run_failed_and_2_for_bad_arguments(draws, tmp_path, capsys):
     draws["bad-seed0"] = Draw(1, 0, "raise")
     assert train(tmp_path) == 1
-    assert "eotattn: error: runs failed: bad-seed0" in capsys.readouterr().err
+    assert "eotattn train: error: runs failed: bad-seed0" in capsys.readouterr().err
     assert train(tmp_path, "--figure", "10") == 2
-    assert "figures must be among 9; got ['10']" in capsys.readouterr().err
+    assert "--figure must be among 9; got ['10']" in capsys.readouterr().err
     assert train(tmp_path, "--jobs", "0", "--fresh") == 2
     assert (tmp_path / "smoke" / ".runs" / "fig9_draws" / "a-seed0.json").exists()  # nothing is forgotten
     assert train(tmp_path, "--only", "nothing") == 2
@@ -343,7 +345,7 @@ def test_a_pattern_needs_runs_in_some_figure_alone(monkeypatch, tmp_path, capsys
     assert train(tmp_path, "--only", "b-*") == 0
     assert [path.stem for path in tmp_path.rglob("*.json")] == ["b-seed0"]
     assert train(tmp_path, "--only", "a-*", "c-*") == 2
-    assert "only must name runs of the study; got ['c-*']. There are a-seed0; others" in capsys.readouterr().err
+    assert "--only must name runs of the study; got ['c-*']. There are a-seed0; others" in capsys.readouterr().err
 
 
 def test_a_failure_counts_where_a_pattern_names_nothing(draws, tmp_path, capsys):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from eotattn import PriorAttention, RecencyPrior, SinkPrior
-from eotattn.attention import functional as attention_functional
+from eotattn.attention.observers import OBSERVERS
 from eotattn.integrations import capture
 from eotattn.integrations.torch_calls import TorchCalls
 
@@ -315,7 +315,7 @@ def test_misunderstood_attention_raises(tokens, monkeypatch):
 
 def test_an_exception_leaves_nothing_behind(tokens):
     model = Fused()
-    run, fused = attention_functional.run, functional.scaled_dot_product_attention
+    fused = functional.scaled_dot_product_attention
 
     def stop(*_):
         raise RuntimeError("stop")
@@ -330,7 +330,7 @@ def test_an_exception_leaves_nothing_behind(tokens):
     seen = []
     with pytest.raises(RuntimeError, match="stop"):
         interrupted()
-    assert attention_functional.run is run
+    assert OBSERVERS == []
     assert functional.scaled_dot_product_attention is fused
     assert len(model.layers[0]._forward_hooks) == 0
     assert seen[0].layers["layers.0"].num_sequences == 4  # finished calls are kept

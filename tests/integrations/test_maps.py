@@ -75,7 +75,7 @@ def test_heads_are_selected(maps):
         (lambda p: p - 0.1, r"read_maps: the map '0' must lie in \[0, 1\]"),
         (lambda p: 0.9 * p, r"read_maps: the map '0' must have rows that sum to one .* got 'a sum of 0\.9000'"),
         (lambda p: p[:0], r"read_maps: the maps must have shape"),
-        (lambda p: {}, r"read_maps: source must hold at least one map"),
+        (lambda p: {}, r"read_maps: attention must hold at least one map"),
     ],
 )
 def test_bad_maps_are_named(maps, change, message):
@@ -84,10 +84,12 @@ def test_bad_maps_are_named(maps, change, message):
 
 
 def test_bad_files_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"read_maps: source must be an existing file"):
+    with pytest.raises(ValueError, match=r"read_maps: attention must be an existing file"):
         read_maps(tmp_path / "none.npy")
     (tmp_path / "maps.pt").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"read_maps: source must end in .npy, .npz or .safetensors; got 'maps.pt'"):
+    with pytest.raises(
+        ValueError, match=r"read_maps: attention must end in .npy, .npz or .safetensors; got '.*maps.pt'"
+    ):
         read_maps(tmp_path / "maps.pt")
     np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
     np.savez(tmp_path / "objects.npz", a=np.array([{}], dtype=object))
@@ -102,11 +104,11 @@ def test_bad_files_are_named(tmp_path):
         "empty.npy",
         "empty.npz",
     ):
-        with pytest.raises(ValueError, match=rf"read_maps: source must be a .* file of numbers, .* got '{name}'"):
+        with pytest.raises(ValueError, match=rf"read_maps: attention must be a .* file of numbers, .* got '.*{name}'"):
             read_maps(tmp_path / name)
     with pytest.raises(ValueError, match=r"read_maps: the maps must be real numbers"):
         read_maps(torch.full((1, 2, 2), 0.5, dtype=torch.complex64))
-    with pytest.raises(TypeError, match=r"read_maps: source\['a'\] must be an array"):
+    with pytest.raises(TypeError, match=r"read_maps: attention\['a'\] must be an array"):
         read_maps({"a": [0.5, 0.5]})
 
 

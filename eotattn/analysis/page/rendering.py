@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from eotattn.analysis.findings import findings
 from eotattn.analysis.summary import Analysis
 from eotattn.analysis.tables import Curve, layer_curves, plain, residual_curves
 
@@ -32,6 +33,8 @@ def page(analysis: Analysis) -> str:
         script=_part("report.js"),
         data=json.dumps(_rounded(_payload(analysis)), allow_nan=False).replace("<", "\\u003c"),
         summary=html.escape(_summary(analysis)),
+        findings="".join(f"<li>{html.escape(sentence)}</li>" for sentence in findings(analysis)),
+        shown=html.escape(_shown(analysis)),
         missing=_missing(analysis),
         definitions=_definitions(analysis),
     )
@@ -45,6 +48,12 @@ def _part(name: str) -> str:
 def _missing(analysis: Analysis) -> str:
     entries = "".join(f"<li><b>{html.escape(n)}</b> {html.escape(why)}</li>" for n, why in analysis.needs.items())
     return f"<h2>What is missing, and what it needs</h2><ul>{entries}</ul>" if entries else ""
+
+
+def _shown(analysis: Analysis) -> str:
+    """How much of the first text the picture of tokens has."""
+    count = len(analysis.tokens)
+    return f"The first {SHOWN_TOKENS} of {count} tokens." if count > SHOWN_TOKENS else ""
 
 
 def _summary(analysis: Analysis) -> str:

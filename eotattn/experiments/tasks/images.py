@@ -136,6 +136,7 @@ def load_digits() -> StoredImages:
     Source:
         Alpaydin and Kaynak 1998, the test set of *Optical Recognition of Handwritten Digits* (UCI).
     """
+    check_installed("load_digits", "experiments", "sklearn")
     from sklearn import datasets
 
     digits = datasets.load_digits()
