@@ -4,7 +4,8 @@ import math
 
 import torch
 
-from eotattn.kernels.score_sums import RowSums, ScoreTiles
+from eotattn.kernels.score_sums import RowSums
+from eotattn.kernels.score_tiles import ScoreTiles
 
 
 def make_tiles(sizes, dtype=torch.float32, *, lanes=0, padded=False, seed=0, device="cpu", **options):

@@ -37,14 +37,9 @@ LATE_IMPORTERS = {"cli"}
 #: Modules that break the plan today, and why; each is to be mended, and then leaves this list.
 KNOWN: dict[str, str] = {}
 #: Modules that import each other, by room, and why; each is to be mended, and then leaves this list.
-KNOWN_CIRCLES = {"kernels": "score_sums and the kernels behind it name each other's types"}
+KNOWN_CIRCLES: dict[str, str] = {}
 #: Modules that say private names of other libraries themselves; each is to ask :mod:`eotattn.compat`, and then leaves.
-KNOWN_PRIVATE = {
-    "eotattn.attention.explanation",
-    "eotattn.attention.key_storage",
-    "eotattn.kernels.join",
-    "eotattn.kernels.log_sum_exp",
-}
+KNOWN_PRIVATE: set[str] = set()
 #: File names that more than one room has; each is to get a name of its own, and then leaves this list.
 KNOWN_NAMESAKES: set[str] = set()
 #: A task, its recipe, its study and its figure share a name until each figure is one file.

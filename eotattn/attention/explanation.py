@@ -17,6 +17,7 @@ from eotattn.attention.masks import Masks
 from eotattn.attention.measured import TIMES, Times, pattern_of
 from eotattn.attention.operands import lanes_of
 from eotattn.checks import check_choice, require
+from eotattn.compat import fused_attention_choice
 from eotattn.kernels import sdpa
 
 __all__ = ["Explanation", "explain"]
@@ -159,7 +160,7 @@ def _kernel(backend: Backend, call: AttentionCall, width: int) -> str | None:
     if not plain and call.masks.documents is None:
         seen = torch.ones((), dtype=torch.bool, device=query.device)
         mask = call.dense_mask() if call.masks.dense is not None else seen.expand(query.shape[2], key.shape[2])
-    index = torch._fused_sdp_choice(
+    return fused_attention_choice(
         query.new_empty(*query.shape[:-1], width),
         key.new_empty(*key.shape[:-1], width),
         value,
@@ -169,5 +170,3 @@ def _kernel(backend: Backend, call: AttentionCall, width: int) -> str | None:
         scale=call.scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    backends = torch.nn.attention.SDPBackend.__members__.items()
-    return next(name for name, member in backends if member.value == index).lower()

@@ -15,11 +15,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from eotattn.compat import (
+    cpu_flash_attention,
+    cpu_flash_attention_backward,
+    cudnn_attention,
+    efficient_attention,
+    efficient_attention_backward,
+)
 from eotattn.kernels.sdpa import WIDTH_STEP
 
 __all__ = ["attend", "biased_log_sum_exp", "route"]
 
-_ATEN = torch.ops.aten
 #: Elements of one block of logits where no fused operator serves.
 _BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**23}
 #: The widest score that cuDNN's attention, and the kernel made for the log-sum-exp alone, take.
@@ -167,18 +173,12 @@ def _fused_forward(
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """The output, the log-sum-exp, and what the backward operator wants besides."""
     if name == "cpu":
-        output, log_sum_exp = _ATEN._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, is_causal, scale=scale
-        )
+        output, log_sum_exp = cpu_flash_attention(query, key, value, 0.0, is_causal, scale=scale)
         return output, log_sum_exp, (log_sum_exp,)
     if name == "cudnn":
-        output, log_sum_exp, *_ = _ATEN._scaled_dot_product_cudnn_attention(
-            query, key, value, None, True, 0.0, is_causal, False, scale=scale
-        )
+        output, log_sum_exp, *_ = cudnn_attention(query, key, value, None, True, 0.0, is_causal, False, scale=scale)
         return output, log_sum_exp.reshape(query.shape[:-1]), ()
-    output, padded, seed, offset = _ATEN._scaled_dot_product_efficient_attention(
-        query, key, value, None, True, 0.0, is_causal, scale=scale
-    )
+    output, padded, seed, offset = efficient_attention(query, key, value, None, True, 0.0, is_causal, scale=scale)
     return output, padded[..., : query.shape[-2]], (padded, seed, offset)
 
 
@@ -227,11 +227,9 @@ class _Differentiable(torch.autograd.Function):
         output = output.clone()
         output[..., width] = -1.0
         if name == "cpu":
-            grads = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward(
-                grad, query, key, value, output, rest[0], 0.0, is_causal, scale=scale
-            )
+            grads = cpu_flash_attention_backward(grad, query, key, value, output, rest[0], 0.0, is_causal, scale=scale)
         else:
-            grads = _ATEN._scaled_dot_product_efficient_attention_backward(
+            grads = efficient_attention_backward(
                 grad, query, key, value, None, output, *rest, 0.0, [True, True, True, False], is_causal, scale=scale
             )
         return grads[0][..., :score_width], grads[1][..., :score_width], grads[2][..., :width], None, None

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eotattn.kernels.score_sums import ScoreTiles
+from eotattn.kernels.score_tiles import ScoreTiles
 from eotattn.kernels.score_tiles_triton import (
     EMPTY,
     FORBIDDEN,

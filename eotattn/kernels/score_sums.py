@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["RowSums", "ScoreTiles", "column_sums", "refusal", "row_sums"]
+from eotattn.kernels.score_tiles import ScoreTiles
+
+__all__ = ["RowSums", "column_sums", "refusal", "row_sums"]
 
 #: The widest scores and lanes that a tile holds.
 WIDEST = 128
@@ -22,38 +24,6 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHARED_MEMORY = 200 * 1024
 #: Heads of all samples together that one launch holds.
 MOST_HEADS = 65535
-
-
-@dataclass(frozen=True, eq=False)
-class ScoreTiles:
-    """An attention call whose logits a kernel can make tile by tile: content + <query lanes, key lanes>.
-
-    Key j is admissible for query i if the key mask admits it, ``j <= i + shift`` (causal) and
-    ``j > i + shift - window`` (window).
-
-    Args:
-        query: (B, H, Q, D).
-        key: (B, Hk, K, D); Hk divides H.
-        scale: Factor on the inner products, positive.
-        softcap: c of c tanh(score / c), nats, or ``None``.
-        query_lanes: (B, H, Q, P), nats, in the dtype of ``query``; ``None`` without a prior.
-        key_lanes: (B, Hk, K, P).
-        key_mask: (B, K) boolean, true at admissible keys; ``None`` for all.
-        is_causal: Whether later keys are inadmissible.
-        window: Tokens, or ``None``.
-        shift: Position of the first query less that of the first key, tokens.
-    """
-
-    query: Tensor
-    key: Tensor
-    scale: float
-    softcap: float | None = None
-    query_lanes: Tensor | None = None
-    key_lanes: Tensor | None = None
-    key_mask: Tensor | None = None
-    is_causal: bool = False
-    window: int | None = None
-    shift: int = 0
 
 
 @dataclass(frozen=True, eq=False)

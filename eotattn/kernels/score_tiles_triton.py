@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
 
-from eotattn.kernels.score_sums import ScoreTiles
+from eotattn.kernels.score_tiles import ScoreTiles
 
 __all__ = [
     "EMPTY",

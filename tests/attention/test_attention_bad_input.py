@@ -269,9 +269,6 @@ FUNCTIONAL = {
         NotImplementedError,
         "backend 'flex' cannot serve this call with RecencyPrior: it compiles for a GPU and the query is on cpu",
     ),
-        TypeError,
-        "position_digits: positions must have an integer dtype in a 16-bit kernel",
-    ),
 }
 
 

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from eotattn import FourierPrior, GoatAttention, GridPrior, PriorAttention, RecencyPrior, SinkPrior, goat_prior
 from eotattn.attention import prior_attention
+from eotattn.priors import ScaledPrior
 
 H, D, WIDTH = 4, 8, 32
 

@@ -12,7 +12,8 @@ import torch
 from score_oracle import admissible, dense_column_sums, dense_row_sums, make_tiles
 from tolerances import assert_close, relative_error
 
-from eotattn.kernels.score_sums import ScoreTiles, column_sums, refusal, row_sums
+from eotattn.kernels.score_sums import column_sums, refusal, row_sums
+from eotattn.kernels.score_tiles import ScoreTiles
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

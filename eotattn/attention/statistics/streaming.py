@@ -35,7 +35,8 @@ from eotattn.checks import (
     check_shape,
     require,
 )
-from eotattn.kernels.score_sums import ScoreTiles, refusal
+from eotattn.kernels.score_sums import refusal
+from eotattn.kernels.score_tiles import ScoreTiles
 from eotattn.priors.lanes import Lanes
 
 __all__ = ["AttentionStatistics", "row_statistics", "weight_statistics"]

@@ -13,7 +13,8 @@ from torch import Tensor
 from eotattn.attention.statistics.column_sums import ColumnSums
 from eotattn.attention.statistics.key_intervals import KeyIntervals
 from eotattn.attention.statistics.score_rows import LaneRows, ScoreRows, TensorRows, split_table
-from eotattn.kernels.score_sums import RowSums, ScoreTiles, column_sums, row_sums
+from eotattn.kernels.score_sums import RowSums, column_sums, row_sums
+from eotattn.kernels.score_tiles import ScoreTiles
 
 __all__ = ["as_tiles", "tile_statistics"]
 
