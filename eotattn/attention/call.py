@@ -186,7 +186,12 @@ class AttentionCall:
 
 def static_size(size: int) -> int:
     """A size as a number, also where a graph is traced whose sizes are symbols: the graph is then of this size."""
-    return len(range(size))
+    if not torch.compiler.is_compiling():
+        return size
+    number = 1
+    while number != size:
+        number += 1
+    return number
 
 
 def _check_pattern(is_causal: bool, window: int | None, *, on_grid: bool) -> None:

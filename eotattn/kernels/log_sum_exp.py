@@ -226,12 +226,12 @@ class _Differentiable(torch.autograd.Function):
         # The operators read strides from the output, so the copy keeps its layout.
         output = output.clone()
         output[..., width] = -1.0
+        grads: tuple[Tensor, ...]
         if name == "cpu":
-            grads = cpu_flash_attention_backward(grad, query, key, value, output, rest[0], 0.0, is_causal, scale=scale)
+            grads = cpu_flash_attention_backward(grad, query, key, value, output, *rest, 0.0, is_causal, scale=scale)
         else:
-            grads = efficient_attention_backward(
-                grad, query, key, value, None, output, *rest, 0.0, [True, True, True, False], is_causal, scale=scale
-            )
+            operands = (grad, query, key, value, None, output, *rest, 0.0, [True, True, True, False], is_causal)
+            grads = efficient_attention_backward(*operands, scale=scale)
         return grads[0][..., :score_width], grads[1][..., :score_width], grads[2][..., :width], None, None
 
 

@@ -218,7 +218,6 @@ class PriorAttention(ProjectedHeads):
             window=self.window,
             documents=documents,
             cache=cache,
-            scale=self.scale,
             dropout_p=self.dropout if self.training else 0.0,
             return_weights=self.backend in WITH_WEIGHTS if need_weights is None else need_weights,
             backend=self.backend,
