@@ -214,6 +214,7 @@ class _Differentiable(torch.autograd.Function):
             )
         scale, is_causal, name, score_width, width = ctx.options
         query, key, value, output, *rest = ctx.saved_tensors
+        grads: tuple[Tensor, ...]
         if name == "blocks":
             with torch.autocast(query.device.type, enabled=False):
                 grads = _blocks_backward(
@@ -226,7 +227,6 @@ class _Differentiable(torch.autograd.Function):
         # The operators read strides from the output, so the copy keeps its layout.
         output = output.clone()
         output[..., width] = -1.0
-        grads: tuple[Tensor, ...]
         if name == "cpu":
             grads = cpu_flash_attention_backward(grad, query, key, value, output, *rest, 0.0, is_causal, scale=scale)
         else:
