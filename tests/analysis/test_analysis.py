@@ -534,6 +534,7 @@ def test_the_package_offers_it_late():
         _ = eotattn.analyse
 
 
+@pytest.mark.slow
 def test_processes_of_torchrun_find_what_one_finds(folder, tmp_path):
     """Two processes share five texts through the command itself; every number of the report is the same."""
     (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps(text) for text in [*TEXTS, "the long row"]))

@@ -44,6 +44,7 @@ def work(rank, port, folder, config):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_two_processes_train_like_one(accumulation, tmp_path):
     alone = reader()

@@ -77,6 +77,7 @@ def test_runs_see_their_own_seed(folder):
     check_numbers(records)
 
 
+@pytest.mark.slow
 def test_side_by_side_runs_give_the_same_numbers_and_survive_others(folder):
     """One run raises and one takes its process with it."""
     recipe = {"bad-seed0": Draw(2, 0, "raise"), "dead-seed0": Draw(2, 0, "die")} | THREE
@@ -199,6 +200,7 @@ if __name__ == "__main__":
 PATIENCE = 180
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["ctrl-c", "terminated"])
 def test_ctrl_c_ends_all_processes_and_keeps_what_is_finished(tmp_path, how):
     script = tmp_path / "script.py"
