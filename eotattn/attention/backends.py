@@ -69,6 +69,11 @@ class Sdpa:
         window = None if band is None else band.window
         if masks.dense is not None:
             output = sdpa.attend(query, key, value, mask=_fused_mask(call), **shared)
+        elif masks.documents is not None and torch.compiler.is_compiling():  # one graph serves all packings
+            batch, length, device = query.shape[0], query.shape[2], query.device
+            allowed = masks.documents.mask(batch, length, device)
+            allowed = allowed if band is None else allowed & band.mask(length, length, device)
+            output = sdpa.attend(query, key, value, mask=allowed, **shared)
         elif masks.documents is not None:
             lengths, is_causal = masks.documents.lengths, band is not None
             output = packed.attend(query, key, value, lengths=lengths, is_causal=is_causal, window=window, **shared)
@@ -107,7 +112,7 @@ class Varlen:
         pattern: dict[str, Any] = {"is_causal": band is not None, "scale": call.scale}
         pattern["window"] = None if band is None else band.window
         if documents is not None:
-            pattern |= {"offsets": documents.offsets(query.device), "longest": documents.longest}
+            pattern |= {"offsets": documents.offsets(query.device), "longest": documents.bound(query.shape[2])}
         elif band is not None:
             seen = band.offset + query.shape[2]
             key, value = key[:, :, :seen], value[:, :, :seen]

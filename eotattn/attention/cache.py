@@ -53,6 +53,8 @@ class KeyValueCache:
     views, nothing is copied. Those lanes hold features of positions alone; what is learned enters with the queries of
     each step, so parameters of the prior may change between steps.
 
+    Call steps outside ``torch.compile``: it would make a graph for every length, up to its limit.
+
     Args:
         batch_size: Samples B.
         num_kv_heads: Key heads Hk.

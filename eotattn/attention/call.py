@@ -158,7 +158,11 @@ class AttentionCall:
         if window is not None or is_causal:
             _check_pattern(is_causal, window, on_grid=False)
         at = Positions(
-            documents.positions(batch, length, query.device), None, length, query.device, largest=documents.longest
+            documents.positions(batch, length, query.device),
+            None,
+            length,
+            query.device,
+            largest=documents.bound(length),
         )
         seen = Band(0, window) if is_causal else None
         masks = _gather((batch, heads, length, length), query, attn_mask, None, seen, documents)

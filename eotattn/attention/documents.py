@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Iterable
 import torch
 from torch import Tensor
 
-from eotattn.checks import check_positive_int, require
+from eotattn.checks import check_positive_int, fail, require
 from eotattn.priors.memory import is_plain
 
 __all__ = ["PackedDocuments"]
@@ -66,14 +66,18 @@ class PackedDocuments:
         if fits and not torch.compiler.is_compiling():  # a graph serves all packings of its shape
             starts = set(self._offsets.tolist())
             fits = all(row * length in starts for row in range(batch))
-        rule = f"fill {batch} rows of {length} tokens"
-        got = f"{len(self.lengths)} documents of {self.total} tokens"
-        require(fits, owner, "documents", rule, got, "End a document with its row; add one for padding")
+        if not fits:
+            rule, got = f"fill {batch} rows of {length} tokens", f"{len(self.lengths)} documents of {self.total} tokens"
+            fail(owner, "documents", rule, got, "End a document with its row; add one for padding")
 
     @property
     def longest(self) -> int:
         """Tokens of the longest document."""
         return max(self.lengths)
+
+    def bound(self, length: int) -> int:
+        """At least the tokens of the longest document in rows of ``length``; a graph serves all packings."""
+        return length if torch.compiler.is_compiling() else self.longest
 
     def offsets(self, device: torch.device) -> Tensor:
         """(N + 1,) int32: where each document begins among the T tokens, and where the last one ends."""
