@@ -132,6 +132,7 @@ MODELS = [
     ("damaged", r"model must be readable \(.*header.*\); got 'damaged'. Save it again"),
     ("partial", "model must hold every weight of its class; got"),
     ("speechless", "model must hold the files of its tokenizer; got 'speechless'"),
+    ("mute", "model must hold the files of its tokenizer; got 'mute'"),
 ]
 
 MAPS = [
@@ -234,6 +235,7 @@ def files(tmp_path_factory):
     folder(root / "listed", config_json=b"[]", model_safetensors=b"")
     folder(root / "coded", config_json=b'{"auto_map": {"AutoModel": "mine.Model"}}', model_safetensors=b"")
     folder(root / "unknown", config_json=b'{"model_type": "no_such_model"}', model_safetensors=b"")
+    folder(root / "mute", config_json=b'{"model_type": "llama"}', model_safetensors=b"")
     folder(root / "damaged")
     folder(root / "partial")
     folder(root / "speechless")

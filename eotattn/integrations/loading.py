@@ -61,7 +61,7 @@ def load_local_model(
     loading = {"use_safetensors": True, "dtype": kind, "output_loading_info": True}
     try:
         with _bars_on_terminals_only():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
+            tokenizer = _read_tokenizer(path, options)
             _check_tokenizer(path, tokenizer)
             model, info = make.from_pretrained(path, **loading, **options)
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -71,6 +71,15 @@ def load_local_model(
     remedy = "Save the whole model; weights that are not there would be random"
     require(not unread, OWNER, "model", "hold every weight of its class", unread[:5], remedy)
     return model.eval().to(device), tokenizer
+
+
+def _read_tokenizer(path: Path, options: dict[str, Any]) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, **options)
+    except ValueError:  # what it raises without the files, beside many lines of advice
+        fail(OWNER, "model", "hold the files of its tokenizer", str(path), "Save the tokenizer there too")
 
 
 def _read_config(path: Path) -> dict[str, Any]:

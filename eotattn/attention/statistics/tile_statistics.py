@@ -45,7 +45,8 @@ def as_tiles(rows: ScoreRows) -> ScoreTiles | str:
 def tile_statistics(
     rows: ScoreRows, tiles: ScoreTiles, chosen: Tensor, sink: Tensor | None, counted: Tensor
 ) -> tuple[dict[str, Tensor], ColumnSums]:
-    """Compute what :func:`eotattn.attention.block_statistics.block_statistics` does, for all rows, and column sums.
+    """Compute column sums and, for all rows, what
+    :func:`eotattn.attention.statistics.block_statistics.block_statistics` does.
 
     Args:
         rows: The call.
