@@ -68,6 +68,8 @@ class Masks:
             biased = self.key_bias > float("-inf")
             real = biased if real is None else real & biased
         assert real is not None
+        if self.documents is not None:
+            return _has_keys_of_document(real, self.documents, self.band, queries)
         if self.band is None:
             return real.any(dim=-1, keepdim=True)
         counts, offset, window = real.cumsum(dim=-1), self.band.offset, self.band.window
@@ -75,6 +77,21 @@ class Masks:
         if window is None:
             return seen > 0
         return seen > functional.pad(counts, (window, 0))[..., offset : offset + queries]
+
+
+def _has_keys_of_document(real: Tensor, documents: PackedDocuments, band: Band | None, length: int) -> Tensor:
+    """Whether each query sees a key of its own document that is ``real``, (1 or B, 1 or H, L): (B, 1 or H, L)."""
+    batch, device = documents.total // length, real.device
+    index, ids = torch.arange(length, device=device), documents.ids(batch, length, device)
+    ends = documents.offsets(device).long()
+    start_of_row = length * torch.arange(batch, device=device)[:, None]
+    first, last = ends[ids] - start_of_row, ends[ids + 1] - start_of_row
+    if band is not None:
+        last = (index + 1).expand_as(last)
+        first = first if band.window is None else torch.maximum(first, index + 1 - band.window)
+    counts = functional.pad(real.cumsum(dim=-1), (1, 0)).expand(batch, -1, -1)
+    before, upto = (counts.gather(2, at[:, None].expand(-1, counts.shape[1], -1)) for at in (first, last))
+    return upto > before
 
 
 def _pattern(

@@ -377,8 +377,8 @@ class ScaledPrior(CombinedPrior):
     def log_prior(self, head: Tensor, query_position: Tensor, key_position: Tensor) -> Tensor:
         """The scaled log-prior, in nats."""
         value = self.prior.log_prior(head, query_position, key_position)
-        scaled = self._factors(value)[head] * value
-        return torch.where(value == float("-inf"), value, scaled)  # times zero it would be NaN, times -1 a sole key
+        hidden = value == float("-inf")  # times zero it would be NaN, times -1 a sole key, and so the factor's gradient
+        return torch.where(hidden, value, self._factors(value)[head] * value.masked_fill(hidden, 0.0))
 
     def terms(self) -> tuple[Term | KeyTerm, ...]:
         """The terms of the prior with their weights scaled."""

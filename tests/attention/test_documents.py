@@ -73,6 +73,29 @@ def test_a_mask_beside_documents():
     assert_close(prior_attention(*inputs, attn_mask=mask, documents=PackedDocuments(LENGTHS)), expected)
 
 
+@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("kind", ["boolean", "floating", "by head"])
+def test_queries_of_a_document_without_keys_get_zeros(kind, is_causal, window):
+    if window is not None and not is_causal:
+        pytest.skip("a window is causal")
+    inputs, ids = content(), torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS)).view(B, 1, 1, L)
+    seen = ((ids != 0) & (ids != 3) & (torch.arange(L) % 5 != 1))[:1]  # also where the other sample has other documents
+    seen = torch.cat([seen, ids[1:] != 3])
+    if kind == "by head":
+        seen = seen | (torch.arange(H)[:, None, None] % 2 == 0)
+    mask = seen if kind == "boolean" else torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
+    lag = torch.arange(L)[:, None] - torch.arange(L)
+    allowed = (ids.mT == ids) & seen
+    if is_causal:
+        allowed = allowed & (lag >= 0) & (lag < (window or L))
+    documents = PackedDocuments(LENGTHS)
+    given = {"documents": documents, "attn_mask": mask, "is_causal": is_causal, "window": window}
+    expected, _ = attention(*inputs, allowed=allowed)
+    for backend in ("sdpa", "reference"):
+        assert_close(prior_attention(*inputs, **given, backend=backend), expected)
+
+
 @pytest.mark.parametrize("need_weights", [True, False])
 def test_a_layer_with_rotary_content(need_weights):
     """Positions start again for the rotation too."""

@@ -439,6 +439,15 @@ def test_a_multiple_keeps_inadmissible_keys_inadmissible(factor):
     assert_close(scaled[:, ~hidden], (numbers[:, None, None] * matrix)[:, ~hidden].double())
 
 
+def test_a_learnable_multiple_has_a_gradient_beside_inadmissible_keys():
+    matrix = torch.tensor([[[0.0, 1.0, -torch.inf], [2.0, -torch.inf, 3.0]]])
+    scaled = ScaledPrior(DensePrior(matrix), 0.5, learnable=True)
+    dense = scaled.dense(torch.arange(2), torch.arange(3))
+    dense.exp().sum().backward()
+    expected = sum(entry * math.exp(entry / 2) for entry in (0.0, 1.0, 2.0, 3.0))
+    assert scaled.factor.grad.item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_head_taken_several_times_is_equal_in_all_and_learns_from_all():
     one = off_neutral(goat_prior(1, num_frequencies=3))
     shared = HeadsPrior(one, [0] * 4)
