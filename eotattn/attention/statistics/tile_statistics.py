@@ -45,8 +45,7 @@ def as_tiles(rows: ScoreRows) -> ScoreTiles | str:
 def tile_statistics(
     rows: ScoreRows, tiles: ScoreTiles, chosen: Tensor, sink: Tensor | None, counted: Tensor
 ) -> tuple[dict[str, Tensor], ColumnSums]:
-    """Compute column sums and, for all rows, what
-    :func:`eotattn.attention.statistics.block_statistics.block_statistics` does.
+    """Compute column sums and, for all rows, what ``block_statistics`` computes by blocks.
 
     Args:
         rows: The call.
