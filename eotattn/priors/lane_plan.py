@@ -121,9 +121,7 @@ class LanePlan:
             rest = split_numbers(bias.detach(), request.dtype, MOST_PIECES)[1:]
             pieces[number] = [bias.to(request.dtype), *rest]  # the leading piece carries the derivative
         lanes = [pieces[lane.fixed.term][lane.piece][..., lane.member, :] for lane in self.looked_up]
-        return (
-            torch.stack(torch.broadcast_tensors(*lanes), dim=-1) if lanes else None
-        )  # some differ by sample, some not
+        return torch.stack(torch.broadcast_tensors(*lanes), dim=-1) if lanes else None  # by sample or not
 
 
 def plan_lanes(terms: Sequence[Term | KeyTerm], request: LaneRequest) -> LanePlan:
