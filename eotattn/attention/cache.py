@@ -53,8 +53,6 @@ class KeyValueCache:
     views, nothing is copied. Those lanes hold features of positions alone; what is learned enters with the queries of
     each step, so parameters of the prior may change between steps.
 
-    Call steps outside ``torch.compile``: it would make a graph for every length, up to its limit.
-
     Args:
         batch_size: Samples B.
         num_kv_heads: Key heads Hk.
@@ -145,7 +143,7 @@ class KeyValueCache:
         return self.length + count <= self.max_length
 
     def next_positions(self, count: int, padding: Tensor | None = None) -> Tensor | range:
-        """Positions that the next ``count`` tokens will have; padding tokens repeat their neighbour's.
+        """Positions that the next ``count`` tokens will have; padding tokens repeat their neighbour's. In graphs a tensor.
 
         Args:
             count: New tokens.
@@ -165,6 +163,8 @@ class KeyValueCache:
             return self.first_position + self._counts((~padding).to(torch.int64))
         if self._has_padding:
             return self._positions[:, self.length : end]
+        if torch.compiler.is_compiling():  # a range would make a graph of every length
+            return self._positions[0, self.length : end]
         return range(self.first_position + self.length, self.first_position + end)
 
     def after(self, key: Tensor, value: Tensor, padding: Tensor | None = None) -> CacheView:
@@ -175,6 +175,8 @@ class KeyValueCache:
         sides = (self._keys[:, :, :end, : self.key_width], self._values[:, :, :end, : self.value_width])
         if isinstance(new, range):
             return CacheView(*sides, new, range(self.first_position, new.stop), None)
+        if new.dim() == 1:
+            return CacheView(*sides, new, self._positions[0, :end], None)
         marks = self._padding[:, self.length : end] if padding is None else padding
         earlier, marked = self._positions[:, : self.length], self._padding[:, : self.length]
         return CacheView(*sides, new, torch.cat([earlier, new], dim=1), torch.cat([marked, marks], dim=1))

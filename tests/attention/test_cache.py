@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+import torch._dynamo.testing
 from attention.oracles import normal
 from priors.cases import off_neutral
 from tolerances import assert_close
@@ -350,3 +351,20 @@ def test_a_cache_outlives_inference_mode(made_in):
     alone = [side[1:, :, 4:13] for side in inputs]
     expected = prior_attention(*alone, prior=prior, is_causal=True, backend="reference")
     assert_close(output[1:], expected[:, :, 6:])
+
+
+@pytest.mark.parametrize("name", ["goat", "no lanes", "none"])
+@pytest.mark.parametrize("window", [None, 5])
+def test_compiled_steps_share_graphs_whatever_the_length(name, window):
+    torch._dynamo.reset()
+    prior, inputs, graphs = PRIORS[name](), content(16), torch._dynamo.testing.CompileCounterWithBackend("eager")
+    cache, arguments = cache_for(prior), {"prior": prior, "is_causal": True, "window": window}
+    compiled = torch.compile(
+        lambda *new: prior_attention(*new, cache=cache, **arguments), fullgraph=True, backend=graphs
+    )
+    with torch.no_grad():
+        expected = prior_attention(*inputs, **arguments)
+        prior_attention(*part(inputs, 0, 4), cache=cache, **arguments)
+        outputs = [compiled(*part(inputs, t, t + 1)) for t in range(4, 16)]
+    assert_close(torch.cat(outputs, dim=2), expected[:, :, 4:])
+    assert graphs.frame_count <= 3
