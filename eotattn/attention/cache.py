@@ -143,7 +143,7 @@ class KeyValueCache:
         return self.length + count <= self.max_length
 
     def next_positions(self, count: int, padding: Tensor | None = None) -> Tensor | range:
-        """Positions that the next ``count`` tokens will have; padding tokens repeat their neighbour's. In graphs a tensor.
+        """Positions that the next ``count`` tokens will have; padding repeats its neighbour's. In graphs a tensor.
 
         Args:
             count: New tokens.
