@@ -1,4 +1,4 @@
-"""The one list of prior constructors: a new prior adds one line, and runs the whole contract."""
+"""The one list of prior constructors: a new prior adds an entry, and runs the whole contract."""
 
 import math
 
