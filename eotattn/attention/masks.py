@@ -43,13 +43,6 @@ class Masks:
         """Whether query i sees keys 0 to i, and padding and ``dense`` say the rest."""
         return self.band is not None and self.band.is_triangle and self.documents is None
 
-    def spelled_out(self, batch: int, queries: int, keys: int, device: torch.device) -> Masks:
-        """The same masks with a pattern other than the triangle as a dense mask, for those who read nothing else."""
-        if self.triangle or (self.band is None and self.documents is None):
-            return self
-        dense = _pattern(self.band, self.documents, batch, queries, keys, device)
-        return Masks(dense, self.padding, key_bias=self.key_bias)
-
     def as_dense(self, batch: int, queries: int, keys: int, device: torch.device) -> Tensor | None:
         """All of it as one mask, boolean or floating."""
         combined = _pattern(self.band, self.documents, batch, queries, keys, device)
