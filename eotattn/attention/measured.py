@@ -29,8 +29,7 @@ class Times(NamedTuple):
 #: PyTorch 2.11; ``whole`` with a prior in lanes, a window of 256 tokens, five documents a sample. From
 #: figures/h200/bench_attention.csv and bench_patterns.csv; a test compares. The faster comes first, but for
 #: FlexAttention, which compiles for seconds at every new shape. What no table holds is ``None``, and its place in the
-#: order an estimate. Documents with a prior were measured when their lanes still came from factors; joining them sample
-#: by sample is newer.
+#: order an estimate. Calls with a prior were measured before lanes were built from terms.
 TIMES: dict[str, dict[str, Times]] = {
     "whole": {
         "sdpa": Times(1.43, 1.55),
