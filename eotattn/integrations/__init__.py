@@ -1,7 +1,18 @@
 """Integrations: attach to models of other libraries. Importing this room imports none of them."""
 
+from eotattn.integrations.attachment import Attached, attach
 from eotattn.integrations.capture import Capture, capture
 from eotattn.integrations.maps import map_statistics, read_maps
+from eotattn.integrations.prior_interface import register_attention
 from eotattn.integrations.training_probe import TrainingProbe
 
-__all__ = ["Capture", "TrainingProbe", "capture", "map_statistics", "read_maps"]
+__all__ = [
+    "Attached",
+    "Capture",
+    "TrainingProbe",
+    "attach",
+    "capture",
+    "map_statistics",
+    "read_maps",
+    "register_attention",
+]

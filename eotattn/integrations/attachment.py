@@ -1,0 +1,236 @@
+"""Attach: a model of Hugging Face transformers, with priors of ours in its attention."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from eotattn.checks import check_indices, check_installed, fail, require, speaking_as
+from eotattn.compat import attention_implementation, set_attention_implementation, uncompiled
+from eotattn.integrations.frames import is_cross_attention, looks_like_attention
+from eotattn.integrations.hugging_face import configurations
+from eotattn.integrations.prior_interface import ATTRIBUTE, IMPLEMENTATION, LayerPrior, layer_prior, register_attention
+from eotattn.priors import LogPrior
+from eotattn.priors.base import check_prior
+
+__all__ = ["Attached", "GivenPrior", "attach", "attention_layers", "base_model"]
+
+OWNER = "attach"
+
+#: One prior, of which every layer gets a copy; what makes one from a number of heads; or one for each layer by name.
+GivenPrior: TypeAlias = "LogPrior | Callable[[int], LogPrior] | Mapping[str, LogPrior] | None"
+
+
+@dataclass(eq=False)
+class Attached:
+    """A model whose attention runs through :func:`eotattn.prior_attention`; a context that ends that, if entered.
+
+    Attributes:
+        model: The model, without the shells of adapters and compilers.
+        heads: Layer -> heads that its prior speaks of.
+    """
+
+    model: nn.Module
+    heads: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    _implementations: list[tuple[Any, str | None]] = field(default_factory=list)
+    _frozen: list[nn.Parameter] = field(default_factory=list)
+
+    @property
+    def priors(self) -> dict[str, LogPrior]:
+        """Layer -> its log-prior of all H heads."""
+        found = {name: layer_prior(module) for name, module in self.model.named_modules()}
+        return {name: change.prior for name, change in found.items() if change is not None}
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The learned numbers of the priors."""
+        return [parameter for prior in self.priors.values() for parameter in prior.parameters()]
+
+    def detach(self) -> nn.Module:
+        """Give the model its own attention back, and its parameters their gradients; returns it."""
+        for name in self.priors:
+            delattr(self.model.get_submodule(name), ATTRIBUTE)
+        for config, implementation in self._implementations:
+            set_attention_implementation(config, implementation)
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self.heads, self._implementations, self._frozen = {}, [], []
+        return self.model
+
+    def __enter__(self) -> Attached:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+
+@speaking_as(OWNER)
+def attach(
+    model: nn.Module,
+    prior: GivenPrior = None,
+    *,
+    layers: Sequence[str | int] | None = None,
+    heads: Sequence[int] | None = None,
+    freeze_content: bool = False,
+) -> Attached:
+    """Run the attention of a transformers model through :func:`eotattn.prior_attention`, with priors of your own.
+
+    Masks, caches, grouped heads, windows, soft caps and position biases stay as they are, and so does what the model
+    computes as long as the prior is neutral. Priors become parts of the attention modules: they move, train, and are
+    saved with the model. Positions count from the first token of every sequence that is not padding. Soft-capped
+    scores are computed as one table of Q x K. Cross-attention keeps its scores.
+
+    Args:
+        model: A model that calls the attention interface; also within PEFT's or the compiler's shell.
+        prior: A log-prior of H heads, of which every chosen layer gets a copy; or what makes one from the number of
+            heads, e.g. ``goat_prior``; or one for each layer by name. Without one the attention function alone changes.
+        layers: Names (as in ``named_modules``) or numbers of self-attention layers; all by default.
+        heads: Heads that the prior speaks of, all by default; ``prior`` has as many heads, or is made for as many.
+        freeze_content: Whether nothing but priors trains.
+
+    Returns:
+        :class:`Attached`. ``with attach(...)`` ends with the block; otherwise ``detach()`` does.
+
+    Raises:
+        NotImplementedError: If attention of the model does not go through the interface.
+        ValueError: For layers, heads or priors that do not fit, or if priors are attached already.
+        ModuleNotFoundError: If transformers is not installed.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from eotattn import RecencyPrior
+        >>> sizes = dict(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes))
+        >>> with attach(model, RecencyPrior, layers=[1]) as attached:
+        ...     list(attached.priors)
+        ['model.layers.1.self_attn']
+    """
+    check_installed(OWNER, "analysis", "transformers")
+    is_module = isinstance(model, nn.Module)
+    require(is_module, OWNER, "model", "be a module", type(model), "Load it first", error=TypeError)
+    model = base_model(model)
+    modules = attention_layers(model)
+    taken = [name for name, module in model.named_modules() if layer_prior(module) is not None]
+    require(not taken, OWNER, "model", "have no priors yet", taken, "Detach them first")
+    _check_all_attachable(model, modules, layers, prior)
+    chosen = _chosen(modules, layers if not isinstance(prior, Mapping) else list(prior), prior)
+    changes = {name: _layer_prior(name, modules[name], prior, heads) for name in chosen} if prior is not None else {}
+    register_attention()
+    configs = configurations(model)
+    attached = Attached(model, _implementations=[(config, attention_implementation(config)) for config in configs])
+    if freeze_content:
+        attached._frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        model.requires_grad_(False)
+    for name, (change, spoken_of) in changes.items():
+        setattr(modules[name], ATTRIBUTE, change)
+        attached.heads[name] = spoken_of
+    for config in configs:
+        set_attention_implementation(config, IMPLEMENTATION)
+    return attached
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The model within the shells of the compiler and of PEFT."""
+    model = uncompiled(model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> module of every self-attention of the model that calls the attention interface, in order."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if calls_interface(module) and not is_cross_attention(name)
+    }
+
+
+def calls_interface(module: nn.Module) -> bool:
+    """Whether a module's own forward pass looks an attention function up."""
+    forward: Any = inspect.unwrap(type(module).forward)
+    return "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(forward, "__code__", None), "co_names", ())
+
+
+def _check_all_attachable(
+    model: nn.Module, modules: Mapping[str, nn.Module], layers: Sequence[str | int] | None, prior: GivenPrior
+) -> None:
+    leaves = [
+        name
+        for name, module in model.named_modules()
+        if looks_like_attention(module)
+        and not any(looks_like_attention(part) for part in module.modules() if part is not module)
+    ]
+    by_hand = [name for name in leaves if name not in modules and not is_cross_attention(name)]
+    if not modules or (by_hand and layers is None and not isinstance(prior, Mapping)):
+        named = f": {', '.join(by_hand[:4])}" if by_hand else ""
+        remedy = "Name the layers that may change" if modules else "Nothing can be attached to it"
+        raise NotImplementedError(
+            f"{OWNER}: {type(model).__name__} has attention that does not go through the interface of "
+            f"transformers{named}. {remedy}."
+        )
+
+
+def _chosen(modules: Mapping[str, nn.Module], layers: Sequence[str | int] | None, prior: GivenPrior) -> list[str]:
+    """Names of the chosen layers."""
+    argument = "prior" if isinstance(prior, Mapping) else "layers"
+    if layers is None:
+        return list(modules)
+    is_list = isinstance(layers, Sequence) and not isinstance(layers, str)
+    require(is_list, OWNER, argument, "be a list of names and numbers", layers, "Put it into a list", error=TypeError)
+    names = list(modules)
+    known = all(layer in modules or (type(layer) is int and 0 <= layer < len(names)) for layer in layers)
+    listed = ", ".join(f"{number}: {name}" for number, name in enumerate(names))
+    require(
+        known and len(layers) > 0,
+        OWNER,
+        argument,
+        f"be among {{{listed}}}",
+        list(layers),
+        "Choose layers that are there",
+    )
+    found = [layer if isinstance(layer, str) else names[layer] for layer in layers]
+    require(len(set(found)) == len(found), OWNER, argument, "name each layer once", list(layers), "Drop one")
+    return found
+
+
+def _num_heads(name: str, module: nn.Module) -> int:
+    """Query heads of an attention module."""
+    for owner in (module, getattr(module, "config", None)):
+        for attribute in ("num_heads", "num_attention_heads", "n_heads"):
+            number = getattr(owner, attribute, None)
+            if isinstance(number, int):
+                return number
+    raise NotImplementedError(f"{OWNER}: the number of heads of {name} is not known. Attach to other layers.")
+
+
+def _layer_prior(
+    name: str, module: nn.Module, given: GivenPrior, heads: Sequence[int] | None
+) -> tuple[LayerPrior, tuple[int, ...]]:
+    """What a layer gets, on its device, and the heads that its prior speaks of."""
+    total = _num_heads(name, module)
+    spoken_of = range(total) if heads is None else check_indices(OWNER, "heads", heads, total, where=f" of {name}")
+    prior = given[name] if isinstance(given, Mapping) else given
+    if not isinstance(prior, LogPrior) and callable(prior):
+        prior = prior(len(spoken_of))
+    check_prior(OWNER, "prior", prior)
+    assert isinstance(prior, LogPrior)
+    prior = copy.deepcopy(prior)
+    on_line, remedy = prior.num_coordinates == 1, "Pass a prior of one coordinate"
+    require(on_line, OWNER, "prior", "lie on a sequence", type(prior).__name__, remedy)
+    if prior.num_heads != len(spoken_of):
+        fail(OWNER, "prior", f"have {len(spoken_of)} heads for {name}", prior.num_heads, "Build it for its query heads")
+    if len(spoken_of) < total:
+        places = {head: place for place, head in enumerate(spoken_of)}
+        prior = prior.heads([places.get(head, 0) for head in range(total)])
+        prior = prior * tuple(1.0 if head in places else 0.0 for head in range(total))
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    rule = f"hold the weights of {name}"
+    require(device.type != "meta", OWNER, "model", rule, "none (offloaded)", "Load the model onto its device")
+    return LayerPrior(prior.to(device)), tuple(spoken_of)
