@@ -3,6 +3,7 @@
 from eotattn.integrations.attachment import Attached, attach
 from eotattn.integrations.capture import Capture, capture
 from eotattn.integrations.maps import map_statistics, read_maps
+from eotattn.integrations.prior_files import load_prior, save_prior
 from eotattn.integrations.prior_interface import register_attention
 from eotattn.integrations.training_probe import TrainingProbe
 
@@ -12,7 +13,9 @@ __all__ = [
     "TrainingProbe",
     "attach",
     "capture",
+    "load_prior",
     "map_statistics",
     "read_maps",
     "register_attention",
+    "save_prior",
 ]

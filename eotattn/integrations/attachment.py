@@ -17,10 +17,10 @@ from eotattn.compat import attention_implementation, set_attention_implementatio
 from eotattn.integrations.frames import is_cross_attention, looks_like_attention
 from eotattn.integrations.hugging_face import configurations
 from eotattn.integrations.prior_interface import ATTRIBUTE, IMPLEMENTATION, LayerPrior, layer_prior, register_attention
-from eotattn.priors import LogPrior
+from eotattn.priors import LogPrior, ScaledPrior
 from eotattn.priors.base import check_prior
 
-__all__ = ["Attached", "GivenPrior", "attach", "attention_layers", "base_model"]
+__all__ = ["Attached", "GivenPrior", "attach", "attention_layers", "base_model", "spoken_of"]
 
 OWNER = "attach"
 
@@ -34,13 +34,16 @@ class Attached:
 
     Attributes:
         model: The model, without the shells of adapters and compilers.
-        heads: Layer -> heads that its prior speaks of.
     """
 
     model: nn.Module
-    heads: dict[str, tuple[int, ...]] = field(default_factory=dict)
     _implementations: list[tuple[Any, str | None]] = field(default_factory=list)
     _frozen: list[nn.Parameter] = field(default_factory=list)
+
+    @property
+    def heads(self) -> dict[str, tuple[int, ...]]:
+        """Layer -> heads that its prior speaks of."""
+        return {name: spoken_of(prior) for name, prior in self.priors.items()}
 
     @property
     def priors(self) -> dict[str, LogPrior]:
@@ -60,7 +63,7 @@ class Attached:
             set_attention_implementation(config, implementation)
         for parameter in self._frozen:
             parameter.requires_grad_(True)
-        self.heads, self._implementations, self._frozen = {}, [], []
+        self._implementations, self._frozen = [], []
         return self.model
 
     def __enter__(self) -> Attached:
@@ -121,7 +124,13 @@ def attach(
     taken = [name for name, module in model.named_modules() if layer_prior(module) is not None]
     require(not taken, OWNER, "model", "have no priors yet", taken, "Detach them first")
     _check_all_attachable(model, modules, layers, prior)
-    chosen = _chosen(modules, layers if not isinstance(prior, Mapping) else list(prior), prior)
+    for argument, value in (("layers", layers), ("heads", heads)):
+        idle = value is not None and prior is None
+        require(not idle, OWNER, argument, "come with a prior", value, "Pass one")
+    if isinstance(prior, Mapping):
+        require(layers is None, OWNER, "layers", "be left out where prior names them", layers, "Drop them")
+        layers = list(prior)
+    chosen = _chosen(modules, layers, "prior" if isinstance(prior, Mapping) else "layers")
     changes = {name: _layer_prior(name, modules[name], prior, heads) for name in chosen} if prior is not None else {}
     register_attention()
     configs = configurations(model)
@@ -129,9 +138,8 @@ def attach(
     if freeze_content:
         attached._frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
         model.requires_grad_(False)
-    for name, (change, spoken_of) in changes.items():
+    for name, change in changes.items():
         setattr(modules[name], ATTRIBUTE, change)
-        attached.heads[name] = spoken_of
     for config in configs:
         set_attention_implementation(config, IMPLEMENTATION)
     return attached
@@ -140,7 +148,8 @@ def attach(
 def base_model(model: nn.Module) -> nn.Module:
     """The model within the shells of the compiler and of PEFT."""
     model = uncompiled(model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = getattr(model, "get_base_model", None)
+    return model if inner is None else inner()
 
 
 def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -177,9 +186,8 @@ def _check_all_attachable(
         )
 
 
-def _chosen(modules: Mapping[str, nn.Module], layers: Sequence[str | int] | None, prior: GivenPrior) -> list[str]:
+def _chosen(modules: Mapping[str, nn.Module], layers: Sequence[str | int] | None, argument: str) -> list[str]:
     """Names of the chosen layers."""
-    argument = "prior" if isinstance(prior, Mapping) else "layers"
     if layers is None:
         return list(modules)
     is_list = isinstance(layers, Sequence) and not isinstance(layers, str)
@@ -210,27 +218,31 @@ def _num_heads(name: str, module: nn.Module) -> int:
     raise NotImplementedError(f"{OWNER}: the number of heads of {name} is not known. Attach to other layers.")
 
 
-def _layer_prior(
-    name: str, module: nn.Module, given: GivenPrior, heads: Sequence[int] | None
-) -> tuple[LayerPrior, tuple[int, ...]]:
-    """What a layer gets, on its device, and the heads that its prior speaks of."""
+def spoken_of(prior: LogPrior) -> tuple[int, ...]:
+    """Heads that an attached prior speaks of: those that no factor of zero leaves uniform."""
+    factors = prior.factor if isinstance(prior, ScaledPrior) and isinstance(prior.factor, tuple) else None
+    return tuple(head for head in range(prior.num_heads) if factors is None or factors[head] != 0)
+
+
+def _layer_prior(name: str, module: nn.Module, given: GivenPrior, heads: Sequence[int] | None) -> LayerPrior:
+    """What a layer gets, on its device."""
     total = _num_heads(name, module)
-    spoken_of = range(total) if heads is None else check_indices(OWNER, "heads", heads, total, where=f" of {name}")
+    chosen = range(total) if heads is None else check_indices(OWNER, "heads", heads, total, where=f" of {name}")
     prior = given[name] if isinstance(given, Mapping) else given
     if not isinstance(prior, LogPrior) and callable(prior):
-        prior = prior(len(spoken_of))
+        prior = prior(len(chosen))
     check_prior(OWNER, "prior", prior)
     assert isinstance(prior, LogPrior)
     prior = copy.deepcopy(prior)
     on_line, remedy = prior.num_coordinates == 1, "Pass a prior of one coordinate"
     require(on_line, OWNER, "prior", "lie on a sequence", type(prior).__name__, remedy)
-    if prior.num_heads != len(spoken_of):
-        fail(OWNER, "prior", f"have {len(spoken_of)} heads for {name}", prior.num_heads, "Build it for its query heads")
-    if len(spoken_of) < total:
-        places = {head: place for place, head in enumerate(spoken_of)}
+    if prior.num_heads != len(chosen):
+        fail(OWNER, "prior", f"have {len(chosen)} heads for {name}", prior.num_heads, "Build it for its query heads")
+    if len(chosen) < total:
+        places = {head: place for place, head in enumerate(chosen)}
         prior = prior.heads([places.get(head, 0) for head in range(total)])
         prior = prior * tuple(1.0 if head in places else 0.0 for head in range(total))
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
     rule = f"hold the weights of {name}"
     require(device.type != "meta", OWNER, "model", rule, "none (offloaded)", "Load the model onto its device")
-    return LayerPrior(prior.to(device)), tuple(spoken_of)
+    return LayerPrior(prior.to(device))
