@@ -20,7 +20,7 @@ from eotattn.integrations.prior_interface import ATTRIBUTE, IMPLEMENTATION, Laye
 from eotattn.priors import LogPrior, ScaledPrior
 from eotattn.priors.base import check_prior
 
-__all__ = ["Attached", "GivenPrior", "attach", "attention_layers", "base_model", "spoken_of"]
+__all__ = ["Attached", "GivenPrior", "attach", "attention_layers", "base_model", "num_heads", "spoken_of"]
 
 OWNER = "attach"
 
@@ -82,6 +82,7 @@ def attach(
     *,
     layers: Sequence[str | int] | None = None,
     heads: Sequence[int] | None = None,
+    positional: bool = False,
     freeze_content: bool = False,
 ) -> Attached:
     """Run the attention of a transformers model through :func:`eotattn.prior_attention`, with priors of your own.
@@ -97,6 +98,8 @@ def attach(
             heads, e.g. ``goat_prior``; or one for each layer by name. Without one the attention function alone changes.
         layers: Names (as in ``named_modules``) or numbers of self-attention layers; all by default.
         heads: Heads that the prior speaks of, all by default; ``prior`` has as many heads, or is made for as many.
+        positional: Whether the heads that the prior speaks of attend by it alone: their content and biases are left
+            out. Masks, windows and sinks stay.
         freeze_content: Whether nothing but priors trains.
 
     Returns:
@@ -124,14 +127,18 @@ def attach(
     taken = [name for name, module in model.named_modules() if layer_prior(module) is not None]
     require(not taken, OWNER, "model", "have no priors yet", taken, "Detach them first")
     _check_all_attachable(model, modules, layers, prior)
-    for argument, value in (("layers", layers), ("heads", heads)):
+    for argument, value in (("layers", layers), ("heads", heads), ("positional", positional or None)):
         idle = value is not None and prior is None
         require(not idle, OWNER, argument, "come with a prior", value, "Pass one")
     if isinstance(prior, Mapping):
         require(layers is None, OWNER, "layers", "be left out where prior names them", layers, "Drop them")
         layers = list(prior)
     chosen = _chosen(modules, layers, "prior" if isinstance(prior, Mapping) else "layers")
-    changes = {name: _layer_prior(name, modules[name], prior, heads) for name in chosen} if prior is not None else {}
+    changes = (
+        {name: _layer_prior(name, modules[name], prior, heads, positional=positional) for name in chosen}
+        if prior is not None
+        else {}
+    )
     register_attention()
     configs = configurations(model)
     attached = Attached(model, _implementations=[(config, attention_implementation(config)) for config in configs])
@@ -208,7 +215,7 @@ def _chosen(modules: Mapping[str, nn.Module], layers: Sequence[str | int] | None
     return found
 
 
-def _num_heads(name: str, module: nn.Module) -> int:
+def num_heads(name: str, module: nn.Module) -> int:
     """Query heads of an attention module."""
     for owner in (module, getattr(module, "config", None)):
         for attribute in ("num_heads", "num_attention_heads", "n_heads"):
@@ -224,9 +231,11 @@ def spoken_of(prior: LogPrior) -> tuple[int, ...]:
     return tuple(head for head in range(prior.num_heads) if factors is None or factors[head] != 0)
 
 
-def _layer_prior(name: str, module: nn.Module, given: GivenPrior, heads: Sequence[int] | None) -> LayerPrior:
+def _layer_prior(
+    name: str, module: nn.Module, given: GivenPrior, heads: Sequence[int] | None, *, positional: bool
+) -> LayerPrior:
     """What a layer gets, on its device."""
-    total = _num_heads(name, module)
+    total = num_heads(name, module)
     chosen = range(total) if heads is None else check_indices(OWNER, "heads", heads, total, where=f" of {name}")
     prior = given[name] if isinstance(given, Mapping) else given
     if not isinstance(prior, LogPrior) and callable(prior):
@@ -245,4 +254,4 @@ def _layer_prior(name: str, module: nn.Module, given: GivenPrior, heads: Sequenc
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
     rule = f"hold the weights of {name}"
     require(device.type != "meta", OWNER, "model", rule, "none (offloaded)", "Load the model onto its device")
-    return LayerPrior(prior.to(device))
+    return LayerPrior(prior.to(device), spoken_of(prior) if positional else ())

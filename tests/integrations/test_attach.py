@@ -231,7 +231,7 @@ def test_weights_are_returned_where_a_model_asks_its_function_for_them():
 
 def test_packed_and_cross_attention_and_unknown_keywords_are_told():
     model = BY_NAME["gpt-oss"].build()
-    with attach(model, RecencyPrior), pytest.raises(NotImplementedError, match="attach: .* passes s_aux"):
+    with attach(model, RecencyPrior), pytest.raises(NotImplementedError, match=r"attach: .* passes s_aux"):
         model(**BY_NAME["gpt-oss"].inputs())
     assert model.config._attn_implementation == "eager"
     model = BY_NAME["bart"].build()
