@@ -10,13 +10,20 @@ from types import TracebackType
 from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from eotattn.attention import AttentionSinks
 from eotattn.checks import check_indices, check_installed, fail, require, speaking_as
 from eotattn.compat import attention_implementation, set_attention_implementation, uncompiled
 from eotattn.integrations.frames import is_cross_attention, looks_like_attention
 from eotattn.integrations.hugging_face import configurations
-from eotattn.integrations.prior_interface import ATTRIBUTE, IMPLEMENTATION, LayerPrior, layer_prior, register_attention
+from eotattn.integrations.prior_interface import (
+    ATTRIBUTE,
+    IMPLEMENTATION,
+    LayerChange,
+    layer_changes,
+    register_attention,
+)
 from eotattn.priors import LogPrior, ScaledPrior
 from eotattn.priors.base import check_prior
 
@@ -24,6 +31,8 @@ __all__ = ["Attached", "GivenPrior", "attach", "attention_layers", "base_model",
 
 OWNER = "attach"
 
+#: Sinks of which every layer gets a copy, their logits, or what makes them from a number of heads.
+GivenSinks: TypeAlias = "AttentionSinks | Tensor | Callable[[int], AttentionSinks] | None"
 #: One prior, of which every layer gets a copy; what makes one from a number of heads; or one for each layer by name.
 GivenPrior: TypeAlias = "LogPrior | Callable[[int], LogPrior] | Mapping[str, LogPrior] | None"
 
@@ -48,16 +57,22 @@ class Attached:
     @property
     def priors(self) -> dict[str, LogPrior]:
         """Layer -> its log-prior of all H heads."""
-        found = {name: layer_prior(module) for name, module in self.model.named_modules()}
-        return {name: change.prior for name, change in found.items() if change is not None}
+        changes = layer_changes(self.model)
+        return {name: change.prior for name, change in changes.items() if change.prior is not None}
+
+    @property
+    def sinks(self) -> dict[str, AttentionSinks]:
+        """Layer -> what was attached to attend to instead of keys."""
+        changes = layer_changes(self.model)
+        return {name: change.sinks for name, change in changes.items() if change.sinks is not None}
 
     def parameters(self) -> list[nn.Parameter]:
-        """The learned numbers of the priors."""
-        return [parameter for prior in self.priors.values() for parameter in prior.parameters()]
+        """The learned numbers of priors and sinks."""
+        return [parameter for change in layer_changes(self.model).values() for parameter in change.parameters()]
 
     def detach(self) -> nn.Module:
         """Give the model its own attention back, and its parameters their gradients; returns it."""
-        for name in self.priors:
+        for name in layer_changes(self.model):
             delattr(self.model.get_submodule(name), ATTRIBUTE)
         for config, implementation in self._implementations:
             set_attention_implementation(config, implementation)
@@ -82,6 +97,7 @@ def attach(
     *,
     layers: Sequence[str | int] | None = None,
     heads: Sequence[int] | None = None,
+    sinks: GivenSinks = None,
     positional: bool = False,
     freeze_content: bool = False,
 ) -> Attached:
@@ -98,9 +114,11 @@ def attach(
             heads, e.g. ``goat_prior``; or one for each layer by name. Without one the attention function alone changes.
         layers: Names (as in ``named_modules``) or numbers of self-attention layers; all by default.
         heads: Heads that the prior speaks of, all by default; ``prior`` has as many heads, or is made for as many.
+        sinks: What queries of every chosen layer may attend to instead of keys: :class:`AttentionSinks` or (H,) logits,
+            of which every layer gets a copy, or what makes them from the number of heads.
         positional: Whether the heads that the prior speaks of attend by it alone: their content and biases are left
             out. Masks, windows and sinks stay.
-        freeze_content: Whether nothing but priors trains.
+        freeze_content: Whether nothing but priors and sinks trains.
 
     Returns:
         :class:`Attached`. ``with attach(...)`` ends with the block; otherwise ``detach()`` does.
@@ -124,21 +142,22 @@ def attach(
     require(is_module, OWNER, "model", "be a module", type(model), "Load it first", error=TypeError)
     model = base_model(model)
     modules = attention_layers(model)
-    taken = [name for name, module in model.named_modules() if layer_prior(module) is not None]
+    taken = list(layer_changes(model))
     require(not taken, OWNER, "model", "have no priors yet", taken, "Detach them first")
     _check_all_attachable(model, modules, layers, prior)
-    for argument, value in (("layers", layers), ("heads", heads), ("positional", positional or None)):
-        idle = value is not None and prior is None
-        require(not idle, OWNER, argument, "come with a prior", value, "Pass one")
+    for argument, value in (("heads", heads), ("positional", positional or None)):
+        require(value is None or prior is not None, OWNER, argument, "come with a prior", value, "Pass one")
+    idle = layers is not None and prior is None and sinks is None
+    require(not idle, OWNER, "layers", "come with a prior or sinks", layers, "Pass one")
     if isinstance(prior, Mapping):
         require(layers is None, OWNER, "layers", "be left out where prior names them", layers, "Drop them")
         layers = list(prior)
     chosen = _chosen(modules, layers, "prior" if isinstance(prior, Mapping) else "layers")
-    changes = (
-        {name: _layer_prior(name, modules[name], prior, heads, positional=positional) for name in chosen}
-        if prior is not None
-        else {}
-    )
+    changes: dict[str, LayerChange] = {}
+    for name in chosen if prior is not None or sinks is not None else []:
+        own = None if prior is None else _layer_prior(name, modules[name], prior, heads)
+        alone = spoken_of(own) if own is not None and positional else ()
+        changes[name] = LayerChange(own, _layer_sinks(name, modules[name], sinks, positional=positional), alone)
     register_attention()
     configs = configurations(model)
     attached = Attached(model, _implementations=[(config, attention_implementation(config)) for config in configs])
@@ -231,10 +250,8 @@ def spoken_of(prior: LogPrior) -> tuple[int, ...]:
     return tuple(head for head in range(prior.num_heads) if factors is None or factors[head] != 0)
 
 
-def _layer_prior(
-    name: str, module: nn.Module, given: GivenPrior, heads: Sequence[int] | None, *, positional: bool
-) -> LayerPrior:
-    """What a layer gets, on its device."""
+def _layer_prior(name: str, module: nn.Module, given: GivenPrior, heads: Sequence[int] | None) -> LogPrior:
+    """The prior that a layer gets, on its device."""
     total = num_heads(name, module)
     chosen = range(total) if heads is None else check_indices(OWNER, "heads", heads, total, where=f" of {name}")
     prior = given[name] if isinstance(given, Mapping) else given
@@ -251,7 +268,28 @@ def _layer_prior(
         places = {head: place for place, head in enumerate(chosen)}
         prior = prior.heads([places.get(head, 0) for head in range(total)])
         prior = prior * tuple(1.0 if head in places else 0.0 for head in range(total))
+    return prior.to(_device(name, module))
+
+
+def _layer_sinks(name: str, module: nn.Module, given: GivenSinks, *, positional: bool) -> AttentionSinks | None:
+    """The sinks that a layer gets, on its device."""
+    if given is None:
+        return None
+    total = num_heads(name, module)
+    made = given(total) if callable(given) and not isinstance(given, (nn.Module, Tensor)) else given
+    made = AttentionSinks(logits=made) if isinstance(made, Tensor) else made
+    if not isinstance(made, AttentionSinks):
+        remedy = "Pass AttentionSinks.logit(num_heads)"
+        fail(OWNER, "sinks", "be AttentionSinks or a tensor of logits", made, remedy, error=TypeError)
+    fits = made.logits is None or len(made.logits) == total
+    require(fits, OWNER, "sinks", f"have {total} logits for {name}", made.logits, "One a query head")
+    rule = "have no keys where content is left out"
+    require(made.key is None or not positional, OWNER, "sinks", rule, made.key, "Pass logits")
+    return copy.deepcopy(made).to(_device(name, module))
+
+
+def _device(name: str, module: nn.Module) -> torch.device:
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
     rule = f"hold the weights of {name}"
     require(device.type != "meta", OWNER, "model", rule, "none (offloaded)", "Load the model onto its device")
-    return LayerPrior(prior.to(device), spoken_of(prior) if positional else ())
+    return device

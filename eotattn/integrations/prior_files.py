@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eotattn.attention import AttentionSinks
 from eotattn.checks import check_installed, require, speaking_as
 from eotattn.integrations.attachment import base_model, spoken_of
-from eotattn.integrations.prior_interface import layer_prior
+from eotattn.integrations.prior_interface import LayerChange, layer_changes
 from eotattn.priors import LogPrior
 from eotattn.provenance import check_writable, write_atomically
 
@@ -41,11 +42,15 @@ def save_prior(model: nn.Module, path: str | Path) -> Path:
     from safetensors.torch import save
 
     model, path = base_model(model), Path(path)
-    priors = _attached(model, "save_prior", "Attach some first")
-    numbers = {f"{layer}.{name}": value for layer, prior in priors.items() for name, value in _numbers(prior).items()}
+    changes = _attached(model, "save_prior", "Attach some first")
+    numbers = {
+        f"{layer}.{name}": value.detach().cpu().clone().contiguous()
+        for layer, change in changes.items()
+        for name, value in change.state_dict().items()
+    }
     check_writable("save_prior", path.parent, given=path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, save(numbers, metadata={CARD: json.dumps(_card(model, priors))}))
+    write_atomically(path, save(numbers, metadata={CARD: json.dumps(_card(model, changes))}))
     return path
 
 
@@ -64,7 +69,7 @@ def load_prior(model: nn.Module, path: str | Path) -> None:
     from safetensors import SafetensorError, safe_open
 
     model, path = base_model(model), Path(path)
-    priors = _attached(model, "load_prior", "Attach priors of the same kind first")
+    changes = _attached(model, "load_prior", "Attach priors of the same kind first")
     require(path.is_file(), "load_prior", "path", "be an existing file", str(path), "Check the path")
     remedy = "Pass a file that save_prior wrote"
     try:
@@ -74,25 +79,20 @@ def load_prior(model: nn.Module, path: str | Path) -> None:
     except SafetensorError:
         text, numbers = None, {}
     require(text is not None, "load_prior", "path", "hold priors and their card", str(path), remedy)
-    _check_card(json.loads(str(text)), _card(model, priors))
-    for layer, prior in priors.items():
+    _check_card(json.loads(str(text)), _card(model, changes))
+    for layer, change in changes.items():
         start = f"{layer}."
         own = {name[len(start) :]: value for name, value in numbers.items() if name.startswith(start)}
-        prior.load_state_dict(own)
+        change.load_state_dict(own)
 
 
-def _attached(model: nn.Module, owner: str, remedy: str) -> dict[str, LogPrior]:
-    found = {name: layer_prior(module) for name, module in model.named_modules()}
-    priors = {name: change.prior for name, change in found.items() if change is not None}
-    require(len(priors) > 0, owner, "model", "have priors attached", type(model).__name__, remedy)
-    return priors
+def _attached(model: nn.Module, owner: str, remedy: str) -> dict[str, LayerChange]:
+    changes = layer_changes(model)
+    require(len(changes) > 0, owner, "model", "have priors attached", type(model).__name__, remedy)
+    return changes
 
 
-def _numbers(prior: LogPrior) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().clone().contiguous() for name, value in prior.state_dict().items()}
-
-
-def _card(model: nn.Module, priors: dict[str, LogPrior]) -> dict[str, Any]:
+def _card(model: nn.Module, changes: dict[str, LayerChange]) -> dict[str, Any]:
     """What a reader must agree with, and the name of the base model for people."""
     config: Any = getattr(model, "config", None)
     embedding: Any = getattr(model, "get_input_embeddings", lambda: None)
@@ -101,24 +101,24 @@ def _card(model: nn.Module, priors: dict[str, LogPrior]) -> dict[str, Any]:
         "base_model": str(getattr(config, "name_or_path", "")),
         "class": type(model).__name__,
         "embedding_norm": None if weight is None else float(weight.detach().double().norm()),
-        "layers": list(priors),
-        "heads": {name: list(spoken_of(prior)) for name, prior in priors.items()},
-        "priors": {name: _told(prior) for name, prior in priors.items()},
+        "layers": list(changes),
+        "heads": {name: list(spoken_of(change.prior)) for name, change in changes.items() if change.prior is not None},
+        "priors": {name: _told(change) for name, change in changes.items()},
     }
 
 
-def _told(prior: LogPrior) -> str:
-    """Classes and constants of a prior and its parts: what its state dict leaves out."""
+def _told(change: LayerChange) -> str:
+    """Classes and constants of a prior, its parts and sinks: what a state dict leaves out."""
     parts = []
-    for name, part in prior.named_modules():
-        if isinstance(part, LogPrior):
+    for name, part in change.named_modules():
+        if isinstance(part, (LogPrior, AttentionSinks)):
             constants = {
                 key: value
                 for key, value in sorted(vars(part).items())
                 if not key.startswith("_") and isinstance(value, (int, float, str, tuple)) and key != "training"
             }
-            parts.append(f"{name or 'prior'}: {type(part).__name__}({constants})")
-    shapes = {name: tuple(value.shape) for name, value in prior.state_dict().items()}
+            parts.append(f"{name}: {type(part).__name__}({constants})")
+    shapes = {name: tuple(value.shape) for name, value in change.state_dict().items()}
     return "; ".join([*parts, str(shapes)])
 
 

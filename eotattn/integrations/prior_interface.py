@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eotattn.attention import prior_attention
+from eotattn.attention import AttentionSinks, prior_attention
 from eotattn.checks import check_installed
 from eotattn.integrations.captured_call import CapturedCall
 from eotattn.integrations.interface_calls import as_call, mask_function, with_padding
@@ -18,39 +18,59 @@ from eotattn.integrations.lazy_mask import LazyMask
 from eotattn.priors import LogPrior
 from eotattn.priors.memory import constants
 
-__all__ = ["ATTRIBUTE", "IMPLEMENTATION", "LayerPrior", "layer_prior", "register_attention"]
+__all__ = ["ATTRIBUTE", "IMPLEMENTATION", "LayerChange", "layer_change", "layer_changes", "register_attention"]
 
 #: The name that configurations give to the attention function.
 IMPLEMENTATION = "eotattn"
-#: Where an attention module keeps its :class:`LayerPrior`.
+#: Where an attention module keeps its :class:`LayerChange`.
 ATTRIBUTE = "eotattn"
 #: Keywords of attention functions that choose keys in ways that no mask, bias or sink states.
 UNKNOWN = ("indices", "block_indices", "block_table", "cache", "head_mask", "sinks")
 
 
-class LayerPrior(nn.Module):
+class LayerChange(nn.Module):
     """What changes the attention of one layer.
 
     Args:
         prior: Added to the scores of its H heads.
+        sinks: What queries may attend to instead of keys.
         positional: Heads whose content is left out: they attend by the prior alone.
     """
 
-    def __init__(self, prior: LogPrior, positional: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, prior: LogPrior | None = None, sinks: AttentionSinks | None = None, positional: tuple[int, ...] = ()
+    ) -> None:
         super().__init__()
-        self.prior = prior
-        self.content = tuple(0.0 if head in positional else 1.0 for head in range(prior.num_heads))
+        self.prior, self.sinks, self.positional = prior, sinks, positional
 
     def kept(self, by_head: Tensor) -> Tensor:
         """Content (B, H, Q, ...) of the heads that have one, and zeros."""
-        if 0.0 not in self.content:
+        if not self.positional:
             return by_head
-        return by_head * constants(self.content, by_head.device, by_head.dtype)[:, None, None]
+        factors = tuple(0.0 if head in self.positional else 1.0 for head in range(by_head.shape[1]))
+        return by_head * constants(factors, by_head.device, by_head.dtype)[:, None, None]
+
+    def all_sinks(self, own: Tensor | None) -> AttentionSinks | Tensor | None:
+        """Its sinks and those (H,) that the model itself has."""
+        if self.sinks is None or own is None:
+            return own if self.sinks is None else self.sinks
+        if self.sinks.logits is None or self.sinks.key is not None or self.sinks.has_zero_key:
+            raise NotImplementedError(
+                "attach: sinks must be logits alone on a model that has sinks of its own; got other kinds. Pass "
+                "AttentionSinks.logit(num_heads)."
+            )
+        return torch.logaddexp(own.float(), self.sinks.logits.float())
 
 
-def layer_prior(module: nn.Module) -> LayerPrior | None:
+def layer_change(module: nn.Module) -> LayerChange | None:
     """What was attached to an attention module."""
     return getattr(module, ATTRIBUTE, None)
+
+
+def layer_changes(model: nn.Module) -> dict[str, LayerChange]:
+    """Layer -> what was attached to it."""
+    found = {name: layer_change(module) for name, module in model.named_modules()}
+    return {name: change for name, change in found.items() if change is not None}
 
 
 def register_attention() -> str:
@@ -78,7 +98,7 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Serve one call of the attention interface: output (B, Q, H, V), and weights where they are asked for."""
     _check_understood(module, arguments)
-    change = layer_prior(module)
+    change = layer_change(module)
     call = as_call(module, "sdpa", (query, key, value), attention_mask, arguments, crosses=False)
     options: dict[str, Any] = {
         "dropout_p": float(arguments.get("dropout") or 0.0),
@@ -87,16 +107,21 @@ def attend(
         "window": call.window,
         "query_positions": call.query_start,
         "key_positions": call.key_start,
+        "sinks": call.sink_logits,
     }
     if change is not None:
-        _check_places(module, call, attention_mask)
-        options |= {"prior": change.prior, **_from_first_tokens(call, attention_mask)}
+        _check_places(module, call, attention_mask, change)
+        options |= {
+            "prior": change.prior,
+            "sinks": change.all_sinks(call.sink_logits),
+            **_from_first_tokens(call, attention_mask),
+        }
     result = prior_attention(**_content(call, change), **options)
     output, weights = result if isinstance(result, tuple) else (result, None)
     return output.transpose(1, 2).contiguous(), weights
 
 
-def _content(call: CapturedCall, change: LayerPrior | None) -> dict[str, Any]:
+def _content(call: CapturedCall, change: LayerChange | None) -> dict[str, Any]:
     """Query, key, value, scale and mask; scores that are no inner products are part of the mask."""
     query, key, queries = call.query, call.key, call.query.shape[2]
     mask = None if call.mask is None else call.mask(0, queries)
@@ -137,8 +162,6 @@ def _flat_padding(mask: Tensor | None, batch: int) -> Tensor | None:
 
 def _check_understood(module: nn.Module, arguments: dict[str, Any]) -> None:
     named = [name for name in UNKNOWN if arguments.get(name) is not None]
-    if arguments.get("s_aux") is not None:
-        named.append("s_aux")
     if named:
         raise NotImplementedError(
             f"attach: {type(module).__name__} passes {', '.join(named)} to its attention, which prior_attention cannot "
@@ -146,9 +169,13 @@ def _check_understood(module: nn.Module, arguments: dict[str, Any]) -> None:
         )
 
 
-def _check_places(module: nn.Module, call: CapturedCall, mask: Tensor | None) -> None:
+def _check_places(module: nn.Module, call: CapturedCall, mask: Tensor | None, change: LayerChange) -> None:
     """A prior needs positions: of a cache, what the model said when it asked for its mask tells them."""
-    if not isinstance(mask, LazyMask) and call.query.shape[2] != call.key.shape[2]:
+    if call.softcap is not None and change.sinks is not None and change.sinks.key is not None:
+        raise NotImplementedError(
+            f"attach: sinks must have no keys where {type(module).__name__} caps its scores; got keys. Pass logits."
+        )
+    if change.prior is not None and not isinstance(mask, LazyMask) and call.query.shape[2] != call.key.shape[2]:
         raise NotImplementedError(
             f"attach: {type(module).__name__} attends {call.query.shape[2]} queries to {call.key.shape[2]} keys "
             f"under a mask of its own, so that their positions are not known to a prior. Attach to other layers."

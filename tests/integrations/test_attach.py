@@ -11,6 +11,7 @@ from tolerances import TOLERANCE, assert_close
 pytest.importorskip("transformers")
 
 from eotattn import FourierPrior, GridPrior, RecencyPrior, goat_prior
+from eotattn.attention import AttentionSinks
 from eotattn.integrations import attach, capture, register_attention
 from eotattn.integrations.attachment import attention_layers
 
@@ -26,16 +27,27 @@ HELD_OUT = [
 ]
 #: Families whose own fused function lacks what they need: soft caps, explicit sinks.
 EAGER = {"gemma2", "gpt-oss"}
-REFUSED = {"gpt-oss"}
+
 #: Families whose experts, or whose own softmax, run in no more than float32.
 SINGLE = {"qwen3-moe", "mixtral", "deepseek-v3", "gpt-oss", "gemma2"}
 CASES = [
     pytest.param(family, padding, id=f"{family.name}-{padding or 'full'}")
     for family in [*FAMILIES, *HELD_OUT]
-    if family.name not in REFUSED
     for padding in ((None,) if family.kind == "vision" else (None, "left", "right"))
 ]
-GENERATING = ["llama", "mistral", "gemma2", "gemma3", "gpt2", "gpt-neox", "opt", "qwen3", "deepseek-v3", "t5"]
+GENERATING = [
+    "llama",
+    "gpt-oss",
+    "mistral",
+    "gemma2",
+    "gemma3",
+    "gpt2",
+    "gpt-neox",
+    "opt",
+    "qwen3",
+    "deepseek-v3",
+    "t5",
+]
 WAYS = {
     "greedy": {},
     "sampled": {"do_sample": True, "temperature": 2.0},
@@ -229,10 +241,36 @@ def test_weights_are_returned_where_a_model_asks_its_function_for_them():
     assert_close(seen[0], expected, tolerance=1e-5)
 
 
-def test_packed_and_cross_attention_and_unknown_keywords_are_told():
-    model = BY_NAME["gpt-oss"].build()
-    with attach(model, RecencyPrior), pytest.raises(NotImplementedError, match=r"attach: .* passes s_aux"):
-        model(**BY_NAME["gpt-oss"].inputs())
+@torch.no_grad()
+def test_sinks_are_attached_and_join_those_of_the_model():
+    family = BY_NAME["gpt-oss"]
+    model, inputs = build(family), family.inputs("left")
+    own = [layer.self_attn.sinks for layer in model.model.layers]
+    expected = real_rows(result(model(**inputs)), inputs)
+    logits = torch.tensor([-1.0, 0.0, 1.0, 2.0])
+    with attach(model, sinks=lambda heads: AttentionSinks(logits=torch.full((heads,), -40.0))):
+        assert_close(real_rows(result(model(**inputs)), inputs), expected)
+    with attach(model, sinks=logits) as attached:
+        actual = real_rows(result(model(**inputs)), inputs)
+        assert len(attached.sinks) == 2
+    for sinks in own:
+        sinks.copy_(torch.logaddexp(sinks, logits))
+    assert_close(actual, real_rows(result(model(**inputs)), inputs))
+    assert (actual - expected).abs().max() > 1e-3
+    with (
+        attach(model, sinks=AttentionSinks.zero_key()),
+        pytest.raises(NotImplementedError, match="sinks must be logits"),
+    ):
+        model(**inputs)
+
+
+def test_cross_attention_and_unknown_keywords_are_told():
+    model = BY_NAME["llama"].build()
+    model.model.layers[0].self_attn.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, "indices": torch.zeros(1)}), with_kwargs=True
+    )
+    with attach(model, RecencyPrior), pytest.raises(NotImplementedError, match="attach: LlamaAttention passes indices"):
+        model(**BY_NAME["llama"].inputs())
     assert model.config._attn_implementation == "eager"
     model = BY_NAME["bart"].build()
     assert not [name for name in attention_layers(model) if "encoder_attn" in name]
@@ -264,8 +302,11 @@ def test_models_that_compute_softmax_by_hand_are_refused():
         ({"prior": {"nowhere": RecencyPrior(4)}}, "attach: prior must be among"),
         ({"prior": 3.0}, "attach: prior must be a LogPrior"),
         ({"prior": GridPrior(RecencyPrior(4), RecencyPrior(4))}, "attach: prior must lie on a sequence"),
-        ({"layers": [0]}, "attach: layers must come with a prior"),
+        ({"layers": [0]}, "attach: layers must come with a prior or sinks"),
         ({"heads": [0]}, "attach: heads must come with a prior"),
+        ({"sinks": torch.zeros(3)}, "attach: sinks must have 4 logits for model.layers.0.self_attn"),
+        ({"sinks": "first token"}, "attach: sinks must be AttentionSinks"),
+        ({"positional": True}, "attach: positional must come with a prior"),
         (
             {"prior": {"model.layers.0.self_attn": RecencyPrior(4)}, "layers": [0]},
             "attach: layers must be left out where prior names them",
