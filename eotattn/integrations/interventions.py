@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from eotattn.checks import check_positive_int, fail, require, speaking_as
+from eotattn.checks import check_positive_int, require, speaking_as
 from eotattn.integrations.attachment import attach, attention_layers, base_model, num_heads
 from eotattn.integrations.head_fits import Head, HeadFits, fit_heads
 from eotattn.integrations.intervention_report import Array, Effect, InterventionReport
@@ -84,6 +84,9 @@ class HideKey(Intervention):
 
     position: int = 0
 
+    def __post_init__(self) -> None:
+        check_positive_int("HideKey", "position", self.position, minimum=0)
+
     def prior(self, layer: str, total: int, fits: HeadFits | None) -> LogPrior:
         """A table of keys whose entry weighs all scores down."""
         prior = KeyTablePrior(total, self.position + 2)
@@ -102,10 +105,13 @@ class AddPrior(Intervention):
 
     make: Callable[[int], LogPrior] | None = None
 
+    def __post_init__(self) -> None:
+        remedy = "Pass e.g. goat_prior"
+        require(callable(self.make), "AddPrior", "make", "make a prior of H heads", self.make, remedy, error=TypeError)
+
     def prior(self, layer: str, total: int, fits: HeadFits | None) -> LogPrior:
         """What was asked for."""
-        if self.make is None:
-            fail(OWNER, f"interventions: make of {self.name!r}", "be given", None, "Pass what makes a prior of H heads")
+        assert self.make is not None
         return self.make(total)
 
 
