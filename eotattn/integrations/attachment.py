@@ -31,8 +31,10 @@ __all__ = ["Attached", "GivenPrior", "attach", "attention_layers", "base_model",
 
 OWNER = "attach"
 
-#: Sinks of which every layer gets a copy, their logits, or what makes them from a number of heads.
-GivenSinks: TypeAlias = "AttentionSinks | Tensor | Callable[[int], AttentionSinks] | None"
+#: Sinks of which every layer gets a copy, their logits, what makes them from a number of heads, or those of each layer.
+GivenSinks: TypeAlias = (
+    "AttentionSinks | Tensor | Callable[[int], AttentionSinks] | Mapping[str, AttentionSinks | Tensor] | None"
+)
 #: One prior, of which every layer gets a copy; what makes one from a number of heads; or one for each layer by name.
 GivenPrior: TypeAlias = "LogPrior | Callable[[int], LogPrior] | Mapping[str, LogPrior] | None"
 
@@ -115,7 +117,7 @@ def attach(
         layers: Names (as in ``named_modules``) or numbers of self-attention layers; all by default.
         heads: Heads that the prior speaks of, all by default; ``prior`` has as many heads, or is made for as many.
         sinks: What queries of every chosen layer may attend to instead of keys: :class:`AttentionSinks` or (H,) logits,
-            of which every layer gets a copy, or what makes them from the number of heads.
+            of which every layer gets a copy; what makes them from the number of heads; or those of each layer by name.
         positional: Whether the heads that the prior speaks of attend by it alone: their content and biases are left
             out. Masks, windows and sinks stay.
         freeze_content: Whether nothing but priors and sinks trains.
@@ -144,18 +146,23 @@ def attach(
     modules = attention_layers(model)
     taken = list(layer_changes(model))
     require(not taken, OWNER, "model", "have no priors yet", taken, "Detach them first")
-    _check_all_attachable(model, modules, layers, prior)
+    is_for_all = layers is None and not isinstance(prior, Mapping) and not isinstance(sinks, Mapping)
+    _check_all_attachable(model, modules, is_for_all=is_for_all)
     for argument, value in (("heads", heads), ("positional", positional or None)):
         require(value is None or prior is not None, OWNER, argument, "come with a prior", value, "Pass one")
     idle = layers is not None and prior is None and sinks is None
     require(not idle, OWNER, "layers", "come with a prior or sinks", layers, "Pass one")
-    if isinstance(prior, Mapping):
-        require(layers is None, OWNER, "layers", "be left out where prior names them", layers, "Drop them")
-        layers = list(prior)
-    chosen = _chosen(modules, layers, "prior" if isinstance(prior, Mapping) else "layers")
+    named = {
+        argument: list(given) for argument, given in (("prior", prior), ("sinks", sinks)) if isinstance(given, Mapping)
+    }
+    for argument, names in named.items():
+        require(layers is None, OWNER, "layers", f"be left out where {argument} names them", layers, "Drop them")
+        _chosen(modules, names, argument)
+    by_name = [name for names in named.values() for name in names]
+    chosen = [name for name in modules if name in by_name] if by_name else _chosen(modules, layers, "layers")
     changes: dict[str, LayerChange] = {}
     for name in chosen if prior is not None or sinks is not None else []:
-        own = None if prior is None else _layer_prior(name, modules[name], prior, heads)
+        own = _layer_prior(name, modules[name], prior, heads)
         alone = spoken_of(own) if own is not None and positional else ()
         changes[name] = LayerChange(own, _layer_sinks(name, modules[name], sinks, positional=positional), alone)
     register_attention()
@@ -193,9 +200,7 @@ def calls_interface(module: nn.Module) -> bool:
     return "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(forward, "__code__", None), "co_names", ())
 
 
-def _check_all_attachable(
-    model: nn.Module, modules: Mapping[str, nn.Module], layers: Sequence[str | int] | None, prior: GivenPrior
-) -> None:
+def _check_all_attachable(model: nn.Module, modules: Mapping[str, nn.Module], *, is_for_all: bool) -> None:
     leaves = [
         name
         for name, module in model.named_modules()
@@ -203,7 +208,7 @@ def _check_all_attachable(
         and not any(looks_like_attention(part) for part in module.modules() if part is not module)
     ]
     by_hand = [name for name in leaves if name not in modules and not is_cross_attention(name)]
-    if not modules or (by_hand and layers is None and not isinstance(prior, Mapping)):
+    if not modules or (by_hand and is_for_all):
         named = f": {', '.join(by_hand[:4])}" if by_hand else ""
         remedy = "Name the layers that may change" if modules else "Nothing can be attached to it"
         raise NotImplementedError(
@@ -250,8 +255,10 @@ def spoken_of(prior: LogPrior) -> tuple[int, ...]:
     return tuple(head for head in range(prior.num_heads) if factors is None or factors[head] != 0)
 
 
-def _layer_prior(name: str, module: nn.Module, given: GivenPrior, heads: Sequence[int] | None) -> LogPrior:
+def _layer_prior(name: str, module: nn.Module, given: GivenPrior, heads: Sequence[int] | None) -> LogPrior | None:
     """The prior that a layer gets, on its device."""
+    if given is None or (isinstance(given, Mapping) and name not in given):
+        return None
     total = num_heads(name, module)
     chosen = range(total) if heads is None else check_indices(OWNER, "heads", heads, total, where=f" of {name}")
     prior = given[name] if isinstance(given, Mapping) else given
@@ -273,10 +280,11 @@ def _layer_prior(name: str, module: nn.Module, given: GivenPrior, heads: Sequenc
 
 def _layer_sinks(name: str, module: nn.Module, given: GivenSinks, *, positional: bool) -> AttentionSinks | None:
     """The sinks that a layer gets, on its device."""
-    if given is None:
+    if given is None or (isinstance(given, Mapping) and name not in given):
         return None
     total = num_heads(name, module)
-    made = given(total) if callable(given) and not isinstance(given, (nn.Module, Tensor)) else given
+    made = given[name] if isinstance(given, Mapping) else given
+    made = made(total) if callable(made) and not isinstance(made, (nn.Module, Tensor)) else made
     made = AttentionSinks(logits=made) if isinstance(made, Tensor) else made
     if not isinstance(made, AttentionSinks):
         remedy = "Pass AttentionSinks.logit(num_heads)"

@@ -5,7 +5,6 @@ Legend: N texts, L tokens, H heads.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -15,13 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from eotattn.attention import AttentionSinks
 from eotattn.checks import check_positive_int, require, speaking_as
 from eotattn.integrations.attachment import attach, attention_layers, base_model, num_heads
 from eotattn.integrations.head_fits import Head, HeadFits, fit_heads
 from eotattn.integrations.intervention_report import Array, Effect, InterventionReport
 from eotattn.priors import KeyTablePrior, LogPrior
 
-__all__ = ["AddPrior", "HideKey", "Intervention", "ReplaceHeads", "intervene", "next_token_losses"]
+__all__ = ["AddPrior", "AddSink", "HideKey", "Intervention", "ReplaceHeads", "intervene", "next_token_losses"]
 
 OWNER = "intervene"
 #: Nats that hide a key: more than scores of attention ever differ by, and exact in every dtype.
@@ -37,7 +37,7 @@ Loss: TypeAlias = Callable[[nn.Module, Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Intervention(ABC):
+class Intervention:
     """A change of some heads.
 
     Args:
@@ -57,9 +57,13 @@ class Intervention(ABC):
         """Whether implicit priors have to be fitted first."""
         return self.positional or callable(self.heads)
 
-    @abstractmethod
-    def prior(self, layer: str, total: int, fits: HeadFits | None) -> LogPrior:
-        """The prior of all ``total`` heads of a layer."""
+    def prior(self, layer: str, total: int, fits: HeadFits | None) -> LogPrior | None:
+        """The prior of all ``total`` heads of a layer, if it gets one."""
+        return None
+
+    def sinks(self, heads: Sequence[int], total: int) -> AttentionSinks | None:
+        """The sinks of some of ``total`` heads of a layer, if it gets any."""
+        return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +117,23 @@ class AddPrior(Intervention):
         """What was asked for."""
         assert self.make is not None
         return self.make(total)
+
+
+@dataclass(frozen=True, eq=False)
+class AddSink(Intervention):
+    """Heads get a sink beside their keys, that takes weight and adds nothing: softmax with exp(logit) more below.
+
+    Args:
+        logit: Of the sink, nats; zero is "softmax off by one".
+    """
+
+    logit: float = 0.0
+
+    def sinks(self, heads: Sequence[int], total: int) -> AttentionSinks | None:
+        """One logit a head, and none at the others."""
+        logits = torch.full((total,), -torch.inf)
+        logits[list(heads)] = float(self.logit)
+        return AttentionSinks(logits=logits)
 
 
 def standard_interventions() -> list[Intervention]:
@@ -251,13 +272,17 @@ class _Study:
     def under(self, intervention: Intervention, heads: list[Head], part: list[int], fits: HeadFits | None) -> Array:
         """The same with heads changed."""
         priors: dict[str, LogPrior] = {}
+        sinks: dict[str, AttentionSinks] = {}
         for layer in dict.fromkeys(layer for layer, _ in heads):
             total = self.counts[layer]
-            here = tuple(1.0 if (layer, head) in heads else 0.0 for head in range(total))
-            priors[layer] = intervention.prior(layer, total, fits) * here
-        if not priors:
+            here = [head for head in range(total) if (layer, head) in heads]
+            if (prior := intervention.prior(layer, total, fits)) is not None:
+                priors[layer] = prior * tuple(1.0 if head in here else 0.0 for head in range(total))
+            if (added := intervention.sinks(here, total)) is not None:
+                sinks[layer] = added
+        if not priors and not sinks:
             return self.losses(part)
-        with attach(self.model, priors, positional=intervention.positional):
+        with attach(self.model, priors or None, sinks=sinks or None, positional=intervention.positional):
             return self.losses(part)
 
     def under_random(self, intervention: Intervention, count: int, part: list[int], fits: HeadFits | None) -> Array:

@@ -11,7 +11,7 @@ from scipy import stats
 pytest.importorskip("transformers")
 
 from eotattn import RecencyPrior
-from eotattn.integrations import AddPrior, HideKey, InterventionReport, ReplaceHeads, attach, intervene
+from eotattn.integrations import AddPrior, AddSink, HideKey, InterventionReport, ReplaceHeads, attach, intervene
 from eotattn.integrations.head_fits import fit_heads
 from eotattn.integrations.intervention_report import Effect, PairedMean
 from eotattn.integrations.interventions import next_token_losses
@@ -106,6 +106,42 @@ def test_priors_are_added_and_neutral_ones_do_nothing(model, texts):
     assert np.allclose(report["recent"].losses, expected, atol=1e-9)
     assert np.allclose(report["neutral"].losses, report.base, atol=1e-9)
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_sink_is_that_of_the_formula(model, texts):
+    """Weights times Z / (Z + exp(logit)): against a key of zeros with that bias, added to the model's own softmax."""
+    report = intervene(model, texts, [AddSink("sink", [(1, 2)], logit=1.5)])
+    layer = model.model.layers[1].self_attn
+
+    def scaled(module, args):
+        (joined,) = args  # output of the heads side by side, before the projection
+        seen = torch.tril(torch.ones(joined.shape[1], joined.shape[1], dtype=torch.bool))
+        z = (scores[0] * layer.scaling).masked_fill(~seen, -torch.inf).logsumexp(-1)[0, 2]
+        head = joined.unflatten(-1, (4, -1)).clone()
+        head[:, :, 2] *= (z - torch.logaddexp(z, torch.tensor(1.5)))[None, :, None].exp()
+        return (head.flatten(-2),)
+
+    scores = []
+
+    def kept(module, args, kwargs):
+        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+        hidden, (cos, sin) = kwargs["hidden_states"], kwargs["position_embeddings"]
+        query, key = (
+            project(hidden).unflatten(-1, (-1, 8)).transpose(1, 2) for project in (module.q_proj, module.k_proj)
+        )
+        query, key = apply_rotary_pos_emb(query, key, cos, sin)
+        scores[:] = [query @ key.repeat_interleave(2, 1).mT]
+
+    handles = [
+        layer.register_forward_pre_hook(kept, with_kwargs=True),
+        layer.o_proj.register_forward_pre_hook(scaled),
+    ]
+    expected = losses(model, texts)
+    for handle in handles:
+        handle.remove()
+    assert np.allclose(report["sink"].losses, expected, atol=1e-9)
+    assert np.abs(report["sink"].losses - report.base).max() > 1e-4
 
 
 def test_the_standard_study_takes_one_call(model, texts, monkeypatch):
