@@ -298,3 +298,24 @@ def test_constant_in_graphs():
         maker = Maker()
         compiled = torch.compile(lambda x: x + len(maker.name(3)), fullgraph=True, backend="eager")
         assert compiled(torch.ones(1)).item() == 9.0
+
+
+def test_sizes_that_a_graph_knows():
+    seen = []
+
+    def look(x):
+        seen.append(compat.known_size(x.shape[0]))
+        return x + 1
+
+    with moved("torch.fx.experimental.symbolic_shapes.statically_known_true", "tables of features in graphs"):
+        assert [compat.known_size(size) for size in (0, 1, 77, 2**30)] == [0, 1, 77, 2**30]
+        torch.compile(look, backend="eager", fullgraph=True, dynamic=False)(torch.zeros(77))
+        torch.compile(look, backend="eager", fullgraph=True, dynamic=True)(torch.zeros(78))
+        assert seen == [77, None]
+
+
+def test_tensors_that_last():
+    with moved("torch._dynamo.mark_static_address", "constants of compiled graphs"):
+        tensor = torch.zeros(3)
+        assert compat.lasting(tensor) is tensor
+        assert compat.lasting(None) is None
