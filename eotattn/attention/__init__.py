@@ -8,8 +8,10 @@ from eotattn.attention.layer.goat_attention import GoatAttention
 from eotattn.attention.layer.prior_attention_layer import PriorAttention
 from eotattn.attention.layer.rotary import Rotary
 from eotattn.attention.merging import merge
+from eotattn.attention.sinks import AttentionSinks
 
 __all__ = [
+    "AttentionSinks",
     "Explanation",
     "GoatAttention",
     "KeyValueCache",

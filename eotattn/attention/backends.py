@@ -20,7 +20,7 @@ from eotattn.attention.row_constants import row_constants
 from eotattn.kernels import flex, local, log_sum_exp, packed, reference, sdpa, varlen
 from eotattn.priors import LogPrior
 
-__all__ = ["BACKENDS", "Backend", "Served", "choose"]
+__all__ = ["BACKENDS", "Backend", "Served", "answer", "choose"]
 
 
 class Served(NamedTuple):
@@ -76,17 +76,17 @@ class Sdpa:
     def refusal(self, call: AttentionCall) -> str | None:
         """Why it cannot serve the call, or ``None``."""
         mask = call.masks.dense
-        if call.return_lse and mask is not None and mask.requires_grad:
+        if call.needs_lse and mask is not None and mask.requires_grad:
             return "the log-sum-exp of fused calls has no gradient in attn_mask; use backend='reference'"
         return _without_lanes(call) or _rounds_mask(call)
 
     def run(self, call: AttentionCall) -> Served:
         """Output, and the log-sum-exp where it is asked for."""
-        if not call.return_lse:
+        if not call.needs_lse:
             output = self._attend(call, partial(sdpa.attend, dropout_p=call.dropout_p))
             return Served(_without_empty_rows(call, output))
         if call.dropout_p:  # the operators that return both drop nothing
-            output = self.run(replace(call, return_lse=False)).output
+            output = self.run(replace(call, return_lse=False, sinks=None)).output
             return Served(output, lse=self.run(replace(call, dropout_p=0.0)).lse)
         output, lse = self._attend(call, log_sum_exp.attend)
         constants = row_constants(call)
@@ -128,7 +128,7 @@ class Varlen:
         reason = reason or _without_lanes(call)
         if reason is None and call.masks.dense is not None:
             reason = "it takes no mask of pairs; say is_causal, window or documents, with positions as ranges"
-        if reason is None and call.return_lse:
+        if reason is None and call.needs_lse:
             reason = "its log-sum-exp has no gradient; use backend='sdpa'"
         return reason or varlen.width_refusal(self.width(call))
 
@@ -180,7 +180,7 @@ class Flex:
                 name=None if of_caller else (masks.band, masks.documents),
             )
         content = (call.query, call.key, call.value)
-        options: dict[str, Any] = {"score_mod": score_mod, "pattern": pattern, "with_lse": call.return_lse}
+        options: dict[str, Any] = {"score_mod": score_mod, "pattern": pattern, "with_lse": call.needs_lse}
         output, lse = flex.attend(*content, scale=call.scale, **options)
         return Served(output, lse=lse)
 
@@ -188,6 +188,18 @@ class Flex:
 #: Backends by the names that users ask for.
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Sdpa(), Varlen(), Flex(), Reference())}
 NO_WEIGHTS = "fused kernels do not return weights; use backend='reference'"
+
+
+def answer(call: AttentionCall, backend: Backend) -> Served:
+    """What ``backend`` makes of the call, its sinks joined."""
+    served = backend.run(call)
+    if call.sinks is None:
+        return served
+    assert served.lse is not None, "refusal() comes first"
+    options: dict[str, Any] = {"scale": call.scale, "dropout_p": call.dropout_p}
+    output, lse, share = call.sinks.join(served.output, served.lse, call.query, **options)
+    weights = None if served.weights is None else served.weights * share.unsqueeze(-1)
+    return Served(output, weights, lse)
 
 
 def choose(call: AttentionCall) -> Backend:

@@ -17,6 +17,7 @@ from eotattn.attention.cache import KeyValueCache
 from eotattn.attention.call_positions import Band, GivenPositions, Positions, causal_pattern, resolve_positions
 from eotattn.attention.documents import PackedDocuments
 from eotattn.attention.masks import Masks, gather_masks
+from eotattn.attention.sinks import AttentionSinks, SinkKeys
 from eotattn.checks import (
     check_floating,
     check_positive,
@@ -51,6 +52,7 @@ class AttentionCall:
         dropout_p: Probability of dropping a weight.
         return_weights: Whether the weights are asked for.
         return_lse: Whether the log-sum-exp of the rows is asked for.
+        sinks: What queries attend to besides keys; joined to what a backend makes of the keys.
         tolerance: Error that lanes may add, nats; ``None`` for the dtype's own.
         cache: Where ``key`` and ``value`` are stored, with lanes beside the keys.
     """
@@ -68,6 +70,7 @@ class AttentionCall:
     tolerance: float | None = None
     cache: KeyValueCache | None = None
     return_lse: bool = False
+    sinks: SinkKeys | None = None
 
     @classmethod
     def from_arguments(
@@ -90,6 +93,7 @@ class AttentionCall:
         tolerance: float | None = None,
         cache: KeyValueCache | None = None,
         return_lse: bool = False,
+        sinks: AttentionSinks | Tensor | None = None,
     ) -> AttentionCall:
         """Check the arguments of :func:`prior_attention`; raises what that function documents."""
         query, key, value = _as_autocast(query, key, value)
@@ -105,12 +109,15 @@ class AttentionCall:
             check_probability(OWNER, "dropout_p", dropout_p)
         if tolerance is not None:
             check_positive(OWNER, "tolerance", tolerance)
+        of_sinks = None if sinks is None else SinkKeys.of(OWNER, sinks)
+        if of_sinks is not None:
+            of_sinks.check(OWNER, query, value)
         if documents is not None:
             given = (query_positions, key_positions)
             return cls._of_documents(
                 query, key, value, documents, given, prior=prior, attn_mask=attn_mask, padding=key_padding_mask,
                 is_causal=is_causal, window=window, scale=scale, dropout_p=dropout_p, return_weights=return_weights,
-                tolerance=tolerance, return_lse=return_lse,
+                tolerance=tolerance, return_lse=return_lse, sinks=of_sinks,
             )  # fmt: skip
         num_coordinates = 1 if prior is None else prior.num_coordinates
         sizes: dict[str, Any] = {"batch": batch, "device": device, "num_coordinates": num_coordinates}
@@ -126,7 +133,7 @@ class AttentionCall:
         masks = _gather((batch, heads, queries, keys), query, attn_mask, key_padding_mask, seen, None)
         return cls(
             query, key, value, prior, query_at, key_at, masks, scale, dropout_p, return_weights, tolerance, cache,
-            return_lse,
+            return_lse, of_sinks,
         )  # fmt: skip
 
     @classmethod
@@ -175,6 +182,11 @@ class AttentionCall:
     def with_content(self, key: Tensor, value: Tensor) -> AttentionCall:
         """The same call with other keys and values of the same shapes, in the dtype of the call."""
         return replace(self, key=key.to(self.key.dtype), value=value.to(self.value.dtype))
+
+    @property
+    def needs_lse(self) -> bool:
+        """Whether a backend has to return the log-sum-exp of the keys."""
+        return self.return_lse or self.sinks is not None
 
     @property
     def prior_name(self) -> str:
