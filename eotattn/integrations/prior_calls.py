@@ -39,8 +39,12 @@ def listen(recorder: Recorder) -> Iterator[None]:
         if recorder.keeps(layer):
             recorder.priors[layer] = call.prior
             plain = call if call.sinks is None else replace(call, sinks=call.sinks.without_values())
-            captured = replace(_as_call(call), attend=lambda value: answer(replace(plain, value=value), backend).output)
-            output = served.output if call.sinks is None or call.sinks.value is None else captured.attend(call.value)
+
+            def attend(value: Tensor) -> Tensor:
+                return answer(replace(plain, value=value), backend).output
+
+            captured = replace(_as_call(call), attend=attend)
+            output = served.output if call.sinks is None or call.sinks.value is None else attend(call.value)
             recorder.record(layer, captured, None if call.dropout_p else output)
         return served
 

@@ -15,7 +15,6 @@ from eotattn.priors.recency import RecencyPrior, alibi_slopes
 from eotattn.priors.relative_bias import RelativeBiasPrior
 from eotattn.priors.sink import SinkPrior
 from eotattn.priors.terms import Features, KeyTerm, Term
-from eotattn.priors.token_prior import TokenPrior
 
 __all__ = [
     "BilinearPrior",
@@ -39,7 +38,6 @@ __all__ = [
     "SinkPrior",
     "SumPrior",
     "Term",
-    "TokenPrior",
     "alibi_slopes",
     "goat_prior",
     "grid_positions",
