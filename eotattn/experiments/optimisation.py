@@ -27,6 +27,7 @@ class TrainingConfig:
         warmup_steps: Steps of linear warm-up; a cosine to a tenth of the peak follows.
         weight_decay: Decay of matrices, relative to the rate.
         gradient_clip: Largest gradient norm.
+        clip_priors: Whether that norm is of all parameters together, or of the content alone and log-priors are free.
         seed: Seed of the batches.
         accumulation: Parts that a process's share of the batch is computed in, for memory; the step is the same.
         compile: Whether ``torch.compile`` compiles the network's training step; evaluation never is.
@@ -48,6 +49,7 @@ class TrainingConfig:
     warmup_steps: int = 0
     weight_decay: float = 0.1
     gradient_clip: float = 1.0
+    clip_priors: bool = True
     seed: int = 0
     accumulation: int = 1
     compile: bool = False

@@ -50,6 +50,7 @@ class DecoderConfig:
         num_frequencies: Frequencies of the relative part of ``"goat"``.
         min_period: Their shortest period, tokens.
         max_period: Their longest period, tokens.
+        block: ``"gpt"``: LayerNorm, GELU, biases in every projection; ``"llama"``: RMSNorm, SwiGLU, no biases.
 
     Example:
         >>> DecoderConfig("goat", num_layers=1, embed_dim=16, num_heads=2, train_length=8).attention
@@ -65,8 +66,10 @@ class DecoderConfig:
     num_frequencies: int = 4
     min_period: float = 2 * math.pi
     max_period: float = 2 * math.pi * 10_000
+    block: str = "gpt"
 
     def __post_init__(self) -> None:
+        check_choice("DecoderConfig", "block", self.block, ("gpt", "llama"))
         check_choice("DecoderConfig", "attention", self.attention, tuple(ATTENTION_KINDS))
         for name in ("vocabulary_size", "num_layers", "embed_dim", "num_heads", "train_length", "num_frequencies"):
             check_positive_int("DecoderConfig", name, getattr(self, name))
@@ -114,7 +117,7 @@ class AttentionKind:
         parts: dict[str, Any] = {
             "prior": None if self.prior is None else self.prior(config),
             "rotary": None if self.rotary is None else self.rotary(config),
-            "batch_first": True,
+            "bias": config.block == "gpt",
         }
         sizes = (config.embed_dim, config.num_heads)
         if self.scores_grow:
@@ -206,6 +209,12 @@ def _shared_sink(config: DecoderConfig) -> LogPrior:
     return HeadsPrior(SinkPrior(1, length_scale=float(config.train_length)), [0] * config.num_heads)
 
 
+def _alibi_goat(config: DecoderConfig) -> LogPrior:
+    """Waves of the default form, ALiBi's slopes to start with, and its u(j)."""
+    waves = FourierPrior(config.num_heads, config.num_frequencies, 2.5, max(2.5, config.train_length / 4))
+    return SumPrior(waves, RecencyPrior(config.num_heads), _first_token(config))
+
+
 def _sum(*makers: MakePrior) -> MakePrior:
     """The sum of some priors."""
     return lambda config: SumPrior(*(make(config) for make in makers))
@@ -267,6 +276,9 @@ ATTENTION_KINDS = {
     # Log-priors that can move further than content does: AdamW moves a number by its rate a step at most.
     "fast_goat": AttentionKind(prior=_goat, prior_rate_factor=10.0),
     "fast_paper_goat": AttentionKind(prior=_paper_goat(), prior_rate_factor=10.0),
+    "alibi_goat": AttentionKind(prior=_alibi_goat, prior_rate_factor=10.0),
+    # Where a sink can live beside content.
+    "rope_key_only": AttentionKind(prior=_first_token, rotary=_rotary, prior_rate_factor=10.0),
     # What might keep a prior extrapolating.
     "tied_waves": AttentionKind(prior=_tied_goat),
     "shared_waves": AttentionKind(prior=_sum(_shared_waves, _recency, _shared_sink)),
