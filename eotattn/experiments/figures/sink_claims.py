@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -185,7 +186,7 @@ def sink_verdict(study: SinkStudy) -> str:
     order = ("alibi_goat_forgetting", "alibi_goat", "forgetting")
     lines += [
         _saves(study, better, worse, study.lengths[0])
-        for better, worse in zip(order, order[1:], strict=False)
+        for better, worse in pairwise(order)
         if {better, worse} <= set(study.arms)
     ]
     return "\n".join(lines)
@@ -236,7 +237,8 @@ def _falls(study: SinkStudy, protocol: str) -> str:
     for arm in study.arms:
         trained, untrained = (_fall(study, arm, protocol, state) for state in ("trained", "untrained"))
         parts.append(f"{NAMES[arm]} {trained:+.3f} (untrained {untrained:+.3f})")
-    return f"- Figure 2c, {protocol}: mass in the weakest bin of the signal less that in the strongest: {'; '.join(parts)}."
+    what = "mass in the weakest bin of the signal less that in the strongest"
+    return f"- Figure 2c, {protocol}: {what}: {'; '.join(parts)}."
 
 
 def _fall(study: SinkStudy, arm: str, protocol: str, state: str) -> SeedInterval:
