@@ -14,8 +14,10 @@ from torch import Tensor
 from eotattn.attention.call import AttentionCall
 from eotattn.attention.measured import preference
 from eotattn.attention.operands import call_terms, operands, plan_of
+from eotattn.attention.token_bias import expand_heads, is_learned
 from eotattn.kernels import flex, local, packed, reference, sdpa, varlen
 from eotattn.priors import LogPrior
+from eotattn.priors.flex_form import biased_score
 
 __all__ = ["BACKENDS", "Backend", "choose"]
 
@@ -103,7 +105,8 @@ class Varlen:
         """Head width that the call needs."""
         terms = call_terms(call)
         num_lanes = plan_of(call, terms)[0].num_lanes if terms else 0
-        return max(call.query.shape[-1] + num_lanes + (call.masks.padding is not None), call.value.shape[-1])
+        num_lanes += (call.masks.padding is not None) + is_learned(call.query_bias)
+        return max(call.query.shape[-1] + num_lanes, call.value.shape[-1])
 
     def run(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         """Output alone."""
@@ -129,6 +132,7 @@ class Flex:
         if call.return_weights:
             return NO_WEIGHTS
         learned = call.prior is not None and torch.is_grad_enabled() and _learns_in_lanes(call.prior)
+        learned = learned or is_learned(call.key_bias)
         biased = call.masks.dense if call.masks.key_bias is None else call.masks.key_bias
         return flex.refusal(call.query, mask=biased, dropout_p=call.dropout_p, learned=learned)
 
@@ -137,6 +141,8 @@ class Flex:
         score_mod = None
         if call.prior is not None:
             score_mod = call.prior.score_mod(call.query_positions.tensor, call.key_positions.tensor)
+        if call.key_bias is not None:
+            score_mod = biased_score(score_mod, expand_heads(call.key_bias, call.query.shape[1]))
         masks, pattern = call.masks, None
         if any(mask is not None for mask in (masks.dense, masks.padding, masks.band, masks.documents)):
             own, of_caller = masks.documents is not None, masks.padding is not None or masks.dense is not None

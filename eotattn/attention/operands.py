@@ -10,13 +10,14 @@ from torch import Tensor
 
 from eotattn.attention.call import AttentionCall, static_size
 from eotattn.attention.call_positions import Positions
+from eotattn.attention.token_bias import bias_terms, gauge_lanes
 from eotattn.kernels import append, sdpa
 from eotattn.priors.lane_plan import LanePlan, LaneRequest, plan_lanes
 from eotattn.priors.lane_sides import Side
 from eotattn.priors.lanes import Lanes, middle, span_of
 from eotattn.priors.memory import may_remember, remembered
 from eotattn.priors.probing import Span, bits_of
-from eotattn.priors.terms import UNKNOWN_RANGE, KeyTerm, Term, same_for_all_queries
+from eotattn.priors.terms import KeyTerm, Term
 
 __all__ = ["call_terms", "lanes_of", "operands", "plan_of"]
 
@@ -25,14 +26,8 @@ SHORTEST_RUN = 64
 
 
 def call_terms(call: AttentionCall) -> tuple[Term | KeyTerm, ...]:
-    """The terms of the log-prior, and of a mask that depends on the key alone."""
-    terms = () if call.prior is None else call.prior.terms()
-    bias = call.masks.key_bias
-    if bias is None:
-        return terms
-    features = same_for_all_queries(1 if call.prior is None else call.prior.num_coordinates, UNKNOWN_RANGE)
-    floor = sdpa.lowest_bias(call.query.dtype, scale=call.scale)
-    return (*terms, KeyTerm(features, lambda positions: bias.clamp(min=floor)))
+    """The terms of the log-prior, and of what depends on the key alone."""
+    return (*(() if call.prior is None else call.prior.terms()), *bias_terms(call))
 
 
 def operands(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,11 +38,15 @@ def operands(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
             return stored
     terms = call_terms(call)
     padding = call.masks.padding if call.masks.dense is None else None
+    gauge = gauge_lanes(call)
+    query, key = call.query, call.key
+    if not terms and gauge is not None:
+        query, key = (torch.cat([x, y.expand(*x.shape[:-1], 1)], dim=-1) for x, y in zip((query, key), gauge, strict=True))
     if not terms and padding is None:
-        return call.query, call.key, call.value
+        return query, key, call.value
     far = None if padding is None else sdpa.padding_lane(padding, call.query.dtype, scale=call.scale)
-    sides = _sides(call, terms) if terms else (None, None)
-    query, key = append.append(call.query, call.key, sides[0], sides[1], far)
+    sides = _with_gauge(gauge, *_sides(call, terms)) if terms else (None, None)
+    query, key = append.append(query, key, sides[0], sides[1], far)
     return query, key, call.value
 
 
@@ -100,6 +99,16 @@ def _sides(call: AttentionCall, terms: tuple[Term | KeyTerm, ...]) -> tuple[Side
     more = plan.more_of_keys(terms, key_at.tensor.double()) if plan.looked_up else None
     tables = [_table(plan, side, call, origin) for side in ("query", "key")]
     return plan.query.side(tables[0], of_heads), plan.key.side(tables[1], of_key_heads, more)
+
+
+def _with_gauge(gauge: tuple[Tensor, Tensor] | None, query: Side, key: Side) -> tuple[Side, Side]:
+    """Both sides with the lane that has the gradient of a bias of queries."""
+    if gauge is None:
+        return query, key
+    of_query, of_key = gauge
+    if key.more is not None:
+        of_key = torch.cat([key.more, of_key.expand(*key.more.shape[:-1], 1)], dim=-1)
+    return query._replace(more=of_query), key._replace(more=of_key)
 
 
 def _run(at: Positions) -> tuple[int, int]:

@@ -117,10 +117,11 @@ class LanePlan:
             term = terms[number]
             assert isinstance(term, KeyTerm)
             bias = term.bias(positions).to(computing_dtype(request.dtype)) * (request.query_scale / request.lift)
-            bias = bias.expand(*bias.shape[:-2], request.num_heads, -1).unflatten(-2, (request.num_kv_heads, -1))
+            heads = request.num_kv_heads if term.by_key_head else request.num_heads
+            bias = bias.expand(*bias.shape[:-2], heads, -1).unflatten(-2, (request.num_kv_heads, -1))
             rest = split_numbers(bias.detach(), request.dtype, MOST_PIECES)[1:]
             pieces[number] = [bias.to(request.dtype), *rest]  # the leading piece carries the derivative
-        lanes = [pieces[lane.fixed.term][lane.piece][..., lane.member, :] for lane in self.looked_up]
+        lanes = [pieces[lane.fixed.term][lane.piece][..., lane.member or 0, :] for lane in self.looked_up]
         if not lanes:
             return None
         return torch.stack(torch.broadcast_tensors(*lanes), dim=-1)  # some differ by sample, some do not
@@ -137,7 +138,7 @@ def plan_lanes(terms: Sequence[Term | KeyTerm], request: LaneRequest) -> LanePla
 
 def _shape(term: Term | KeyTerm) -> Shape:
     if isinstance(term, KeyTerm):
-        return Shape(term.features.name, 1, 0)
+        return Shape(term.features.name, 1, 0, term.by_key_head)
     return Shape(term.features.name, *term.features.num_features)
 
 
@@ -151,7 +152,7 @@ def _plan(shapes: tuple[Shape, ...], request: LaneRequest) -> LanePlan:
     for number, shape in enumerate(shapes):
         splitting = _Splitting(number, shape, request)
         if shape.num_key == 0:
-            looked_up += splitting.lanes("key", members)
+            looked_up += splitting.lanes("key", (None,) if shape.by_key_head else members)
             continue
         by_query = splitting.lanes("query", (None,))
         by_key = splitting.lanes("key", members if request.group > 1 else (None,))

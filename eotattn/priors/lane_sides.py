@@ -53,6 +53,7 @@ class Shape(NamedTuple):
     features: str
     num_query: int
     num_key: int  # 0: a term of keys that is looked up
+    by_key_head: bool = False  # such a term that query heads share with their key head
 
 
 class Column(NamedTuple):
