@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 from eotattn.checks import check_choice, check_positive, check_positive_int, require
-from eotattn.priors import split_parameters
+from eotattn.priors import ForgettingPrior, split_parameters
 
-__all__ = ["TrainingConfig", "learning_rate_factor", "parameter_groups"]
+__all__ = ["TrainingConfig", "learning_rate_factor", "parameter_groups", "split_by_rate"]
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,22 @@ def learning_rate_factor(step: int, config: TrainingConfig) -> float:
     return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def split_by_rate(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Trainable parameters at the rate of the content, and those of log-priors, which are nats.
+
+    Forgetting gates are projections of the tokens, so they go with the content.
+    """
+    content, priors = split_parameters(network)
+    gates = {id(p) for m in network.modules() if isinstance(m, ForgettingPrior) for p in m.parameters()}
+    return content + [p for p in priors if id(p) in gates], [p for p in priors if id(p) not in gates]
+
+
 def parameter_groups(network: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
     """Matrices with decay, vectors without, log-priors at their own rate; frozen parameters in none.
 
     Log-priors have no decay, but for those whose class says ``weight_decays``.
     """
-    content, of_priors = split_parameters(network)
+    content, of_priors = split_by_rate(network)
     matrices, vectors = [p for p in content if p.dim() >= 2], [p for p in content if p.dim() < 2]
     decaying = {id(p) for m in network.modules() if getattr(m, "weight_decays", False) for p in m.parameters()}
     priors = [p for p in of_priors if id(p) not in decaying]

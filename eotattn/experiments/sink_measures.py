@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
+from eotattn.attention import PriorAttention
 from eotattn.diagnostics import SinkMassReport, score_range, sink_mass_by_score_range
 from eotattn.experiments.networks import Decoder
 from eotattn.experiments.prior_parts import key_only_part
@@ -142,7 +142,7 @@ def _margin(logits: Tensor) -> Tensor:
     return logits[..., 0] - total / others.sum(-1)
 
 
-def _read(attention: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _read(attention: PriorAttention, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Content scores and weights (N, H, L, L), and values (N, H, L, D), of what a layer reads."""
     heads = attention.project(hidden)
     scores = attention.scale * heads.query @ heads.key.transpose(-2, -1)
@@ -150,7 +150,7 @@ def _read(attention: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return scores, weights, heads.value
 
 
-def _attention_inputs(network: Decoder, tokens: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
+def _attention_inputs(network: Decoder, tokens: Tensor) -> Iterator[tuple[PriorAttention, Tensor]]:
     """Every block's attention with what it reads, in float32."""
     device = network.embedding.weight.device
     with torch.autocast(device.type, enabled=False):

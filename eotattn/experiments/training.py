@@ -22,10 +22,9 @@ from tqdm import tqdm
 
 from eotattn.checks import require
 from eotattn.experiments.device import training_device
-from eotattn.experiments.optimisation import TrainingConfig, learning_rate_factor, parameter_groups
+from eotattn.experiments.optimisation import TrainingConfig, learning_rate_factor, parameter_groups, split_by_rate
 from eotattn.experiments.records import Row
 from eotattn.experiments.tasks.batches import IGNORED, Batch
-from eotattn.priors import split_parameters
 
 __all__ = ["Evaluate", "Row", "Task", "TrainingConfig", "TrainingResult", "autocast", "train", "training_rows"]
 
@@ -184,8 +183,10 @@ class _Run:
         optimizer = torch.optim.AdamW(groups, lr=self.config.learning_rate, betas=(0.9, 0.95), **fused)
         self.clipped = [p for p in self.network.parameters() if p.requires_grad]
         if not self.config.clip_priors:
-            self.clipped = split_parameters(self.network)[0]
+            self.clipped = split_by_rate(self.network)[0]
         objective = _Objective(self.network)
+        if self.config.compile:
+            torch.compiler.reset()  # of earlier networks' graphs: after a few, the next one would not be compiled
         trained = torch.compile(objective, dynamic=False) if self.config.compile else objective
         self.model, self.optimizer = self.accelerator.prepare(trained, optimizer)
         self.recent = torch.zeros((), dtype=torch.float64, device=self.device)

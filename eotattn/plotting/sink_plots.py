@@ -80,7 +80,7 @@ def plot_sink_heads(
     shares = to_array("plot_sink_heads", "prior_share", prior_share, num_axes=2)
     blocks, heads = masses.shape
     colours = LinearSegmentedColormap.from_list("share", [OKABE_ITO["vermillion"], "#DDDDDD", OKABE_ITO["blue"]])
-    block, head = np.indices(masses.shape)
+    block, head = np.meshgrid(np.arange(blocks), np.arange(heads), indexing="ij")
     is_sink = masses > threshold
     size = 110 * masses
     axes.scatter(head[~is_sink], block[~is_sink], s=size[~is_sink], color="0.75", linewidths=0)

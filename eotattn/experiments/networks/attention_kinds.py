@@ -20,6 +20,7 @@ from eotattn.experiments.networks.growing_scores import GrowingScoreAttention
 from eotattn.experiments.networks.narrow_lanes import NarrowLanesPrior
 from eotattn.experiments.networks.rotations import LeadingHeadsRotary, StretchedRotary
 from eotattn.priors import (
+    ForgettingPrior,
     FourierPrior,
     HeadsPrior,
     LogPrior,
@@ -215,6 +216,10 @@ def _alibi_goat(config: DecoderConfig) -> LogPrior:
     return SumPrior(waves, RecencyPrior(config.num_heads), _first_token(config))
 
 
+def _forgetting(config: DecoderConfig) -> LogPrior:
+    return ForgettingPrior(config.embed_dim, config.num_heads)
+
+
 def _sum(*makers: MakePrior) -> MakePrior:
     """The sum of some priors."""
     return lambda config: SumPrior(*(make(config) for make in makers))
@@ -277,6 +282,8 @@ ATTENTION_KINDS = {
     "fast_goat": AttentionKind(prior=_goat, prior_rate_factor=10.0),
     "fast_paper_goat": AttentionKind(prior=_paper_goat(), prior_rate_factor=10.0),
     "alibi_goat": AttentionKind(prior=_alibi_goat, prior_rate_factor=10.0),
+    "forgetting": AttentionKind(prior=_forgetting),
+    "alibi_goat_forgetting": AttentionKind(prior=_sum(_alibi_goat, _forgetting), prior_rate_factor=10.0),
     # Where a sink can live beside content.
     "rope_key_only": AttentionKind(prior=_first_token, rotary=_rotary, prior_rate_factor=10.0),
     # What might keep a prior extrapolating.

@@ -135,7 +135,7 @@ class TokenText:
         pieces: list[tuple[int, int, NDArray[Any]]] = []
         for k, document in enumerate(self.documents[part]):
             count = min(per_document, len(document) // (length + 1))
-            starts = np.linspace(0, len(document) - length - 1, count + 2)[1:-1].astype(np.int64) if count else []
+            starts = np.linspace(0, len(document) - length - 1, count + 2)[1:-1].astype(np.int64)
             pieces += [(turn, k, document[start : start + length + 1]) for turn, start in enumerate(starts)]
         rule = f"fit into a document of the {part} part"
         require(bool(pieces), "TokenText.windows", "length", rule, length, "Use shorter windows")
