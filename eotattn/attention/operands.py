@@ -41,9 +41,7 @@ def operands(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     gauge = gauge_lanes(call)
     query, key = call.query, call.key
     if not terms and gauge is not None:
-        query, key = (
-            torch.cat([x, y.expand(*x.shape[:-1], 1)], dim=-1) for x, y in zip((query, key), gauge, strict=True)
-        )
+        query, key = (torch.cat([x, y.expand(*x.shape[:-1], 1)], dim=-1) for x, y in zip((query, key), gauge, strict=True))
     if not terms and padding is None:
         return query, key, call.value
     far = None if padding is None else sdpa.padding_lane(padding, call.query.dtype, scale=call.scale)

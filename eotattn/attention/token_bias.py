@@ -67,7 +67,9 @@ def bias_terms(call: Any) -> tuple[KeyTerm, ...]:
     return (KeyTerm(features, lambda positions: expand_heads(own, heads) + of_masks.clamp(min=floor)),)
 
 
-def key_bias_term(bias: Tensor, num_heads: int, num_kv_heads: int, features: Features = BIAS_TERM.features) -> KeyTerm:
+def key_bias_term(
+    bias: Tensor, num_heads: int, num_kv_heads: int, features: Features = BIAS_TERM.features
+) -> KeyTerm:
     """The term of a bias (B, 1 or Hk or H, K) that tokens bring; heads that share it share its lanes."""
     by_key_head = bias.shape[1] != num_heads or num_heads == num_kv_heads
     return KeyTerm(features, lambda positions: bias, by_key_head=by_key_head)
