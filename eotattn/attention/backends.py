@@ -131,6 +131,8 @@ class Flex:
         """Why it cannot serve the call, or ``None``."""
         if call.return_weights:
             return NO_WEIGHTS
+        if call.query_gains:
+            return "its score modification has no factors of a query's own; use 'sdpa'"
         learned = call.prior is not None and torch.is_grad_enabled() and _learns_in_lanes(call.prior)
         learned = learned or is_learned(call.key_bias)
         biased = call.masks.dense if call.masks.key_bias is None else call.masks.key_bias

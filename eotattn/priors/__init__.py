@@ -12,6 +12,7 @@ from eotattn.priors.joined_prior import JoinedPrior
 from eotattn.priors.key_table import KeyTablePrior
 from eotattn.priors.lanes import Lanes
 from eotattn.priors.parameters import split_parameters
+from eotattn.priors.query_gain import QueryGainPrior
 from eotattn.priors.reading import Reading, Tokens
 from eotattn.priors.recency import RecencyPrior, alibi_slopes
 from eotattn.priors.relative_bias import RelativeBiasPrior
@@ -35,6 +36,7 @@ __all__ = [
     "KeyTerm",
     "Lanes",
     "LogPrior",
+    "QueryGainPrior",
     "Reading",
     "RecencyPrior",
     "RelativeBiasPrior",
