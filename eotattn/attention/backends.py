@@ -131,6 +131,8 @@ class Flex:
         """Why it cannot serve the call, or ``None``."""
         if call.return_weights:
             return NO_WEIGHTS
+        if call.prior is not None and call.prior.num_samples is not None:
+            return "its score modification of a prior reads no sample; use 'reference'"
         if call.query_gains:
             return "its score modification has no factors of a query's own; use 'sdpa'"
         learned = call.prior is not None and torch.is_grad_enabled() and _learns_in_lanes(call.prior)

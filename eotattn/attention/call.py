@@ -109,6 +109,8 @@ class AttentionCall:
             check_prior(OWNER, "prior", prior)
             rule = f"have the query's {heads} heads"
             require(False, OWNER, "prior", rule, prior.num_heads, "Build it for query heads")
+        if prior is not None and prior.num_samples not in (None, batch):
+            require(False, OWNER, "prior", f"be for {batch} samples", prior.num_samples, "Give one matrix a sample")
         if prior is not None and prior.biases_keys and key_bias is None:
             rule = f"be given with {type(prior).__name__}, which reads the tokens"
             fail(OWNER, "key_bias", rule, None, "Pass key_bias and query_bias of prior.read_tokens(...), as layers do")

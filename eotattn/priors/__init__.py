@@ -19,6 +19,7 @@ from eotattn.priors.relative_bias import RelativeBiasPrior
 from eotattn.priors.sink import SinkPrior
 from eotattn.priors.terms import Features, KeyTerm, Term
 from eotattn.priors.token_prior import TokenPrior
+from eotattn.priors.transposed import TransposedPrior
 
 __all__ = [
     "BilinearPrior",
@@ -47,6 +48,7 @@ __all__ = [
     "Term",
     "TokenPrior",
     "Tokens",
+    "TransposedPrior",
     "alibi_slopes",
     "goat_prior",
     "grid_positions",

@@ -67,6 +67,8 @@ class LogPrior(nn.Module):
     biases_keys: bool = False
     #: Numbers N that are kept of every token, where later chunks go on from them.
     num_kept: int = 0
+    #: Samples that the log-prior is given for, each its own; ``None`` where it is one for all.
+    num_samples: int | None = None
 
     def __init__(self, num_heads: int) -> None:
         super().__init__()
@@ -277,6 +279,10 @@ class CombinedPrior(LogPrior):
         self.num_coordinates = parts[0].num_coordinates
         self.biases_keys = any(part.biases_keys for part in parts)
         self.num_kept = sum(part.num_kept for part in parts)
+        samples = {part.num_samples for part in parts} - {None}
+        agree, owner = len(samples) < 2, type(self).__name__
+        require(agree, owner, "parts", "be for equally many samples", tuple(samples), "Rebuild one of them")
+        self.num_samples = next(iter(samples), None)
         self.parts = cast("Sequence[LogPrior]", nn.ModuleList(parts))
 
     @property
