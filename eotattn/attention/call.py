@@ -193,6 +193,11 @@ class AttentionCall:
         return replace(self, key=key.to(self.key.dtype), value=value.to(self.value.dtype))
 
     @property
+    def has_log_prior(self) -> bool:
+        """Whether anything is added to the scores besides masks."""
+        return self.prior is not None or self.key_bias is not None
+
+    @property
     def prior_name(self) -> str:
         """Class of the prior, for messages."""
         return "no prior" if self.prior is None else type(self.prior).__name__
