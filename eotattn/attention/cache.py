@@ -6,6 +6,7 @@ Legend: B batch, Hk key heads, S slots, L new tokens, D key width, V value width
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -244,7 +245,7 @@ class KeyValueCache:
             return None
         query, width = call.query, self._keys.shape[-1]
         if width > self.key_width:
-            query = self._beside(query, self.length - query.shape[2])
+            query = self._beside(query, self.length - query.shape[2], call.query_gains)
         return query, self._keys[:, :, : self.length], self._values[:, :, : self.length]
 
     def crop(self, length: int) -> None:
@@ -367,7 +368,7 @@ class KeyValueCache:
         if self.prior is None and self._plan is None:
             return not self._has_padding or math.isclose(call.scale, self.scale)
         numbers = [] if self.prior is None else self.prior.parameters()
-        learns = is_learned(call.query_bias) or any(is_learned(number) for number in numbers)
+        learns = any(map(is_learned, (call.query_bias, *call.query_gains))) or any(is_learned(number) for number in numbers)
         return self._plan is not None and math.isclose(call.scale, self.scale) and not learns
 
     def _widen(self) -> None:
@@ -407,7 +408,7 @@ class KeyValueCache:
             last = self.key_width + self._plan.num_lanes
             self._keys[:, :, start:end, last - lanes.shape[-1] : last] = lanes
 
-    def _beside(self, query: Tensor, start: int) -> Tensor:
+    def _beside(self, query: Tensor, start: int, gains: Sequence[Tensor | None]) -> Tensor:
         """Queries (B, H, Q, D) of the slots from ``start`` on with their lanes, (B, H, Q, W)."""
         side = far = None
         if self._plan is not None:
@@ -415,7 +416,7 @@ class KeyValueCache:
             if self._query_table is None:
                 self._query_table = plan.table("query", self._slot_positions(), self._origin)
             rows = self._query_table[..., start : start + query.shape[2], :]
-            side = plan.query.side(rows, plan.coefficients(self._terms())[0])
+            side = plan.with_gains(plan.query.side(rows, plan.coefficients(self._terms())[0]), gains)
         if self._has_padding:
             mark = torch.ones(1, 1, dtype=torch.bool, device=query.device)
             far = sdpa.padding_lane(mark, query.dtype, scale=self.scale)[0]

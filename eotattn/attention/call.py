@@ -6,6 +6,7 @@ Legend: B batch, H query heads, Hk key heads, Q queries, K keys, D score width, 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +18,7 @@ from eotattn.attention.cache import KeyValueCache
 from eotattn.attention.call_positions import Band, GivenPositions, Positions, causal_pattern, resolve_positions
 from eotattn.attention.documents import PackedDocuments
 from eotattn.attention.masks import Masks, gather_masks
-from eotattn.attention.token_bias import check_biases, expand_heads
+from eotattn.attention.token_bias import check_biases, check_gains, expand_heads
 from eotattn.checks import (
     check_floating,
     check_positive,
@@ -30,6 +31,7 @@ from eotattn.checks import (
 )
 from eotattn.priors import LogPrior
 from eotattn.priors.base import check_prior
+from eotattn.priors.query_gain import gained
 
 __all__ = ["AttentionCall", "static_size", "without_autocast"]
 
@@ -55,6 +57,7 @@ class AttentionCall:
         cache: Where ``key`` and ``value`` are stored, with lanes beside the keys.
         key_bias: (B, 1 or Hk or H, K), nats, added to every score of a key.
         query_bias: (B, H, Q), nats, a constant of each row.
+        query_gains: Factors (B, H, Q) of a query's own, one for each term of the prior or ``None``; or none at all.
     """
 
     query: Tensor
@@ -71,6 +74,7 @@ class AttentionCall:
     cache: KeyValueCache | None = None
     key_bias: Tensor | None = None
     query_bias: Tensor | None = None
+    query_gains: tuple[Tensor | None, ...] = ()
 
     @classmethod
     def from_arguments(
@@ -94,6 +98,7 @@ class AttentionCall:
         cache: KeyValueCache | None = None,
         key_bias: Tensor | None = None,
         query_bias: Tensor | None = None,
+        query_gains: Tensor | Sequence[Tensor | None] = (),
     ) -> AttentionCall:
         """Check the arguments of :func:`prior_attention`; raises what that function documents."""
         query, key, value = _as_autocast(query, key, value)
@@ -104,12 +109,15 @@ class AttentionCall:
             check_prior(OWNER, "prior", prior)
             rule = f"have the query's {heads} heads"
             require(False, OWNER, "prior", rule, prior.num_heads, "Build it for query heads")
+        if prior is not None and prior.num_samples not in (None, batch):
+            require(False, OWNER, "prior", f"be for {batch} samples", prior.num_samples, "Give one matrix a sample")
         if prior is not None and prior.biases_keys and key_bias is None:
             rule = f"be given with {type(prior).__name__}, which reads the tokens"
-            fail(OWNER, "key_bias", rule, None, "Pass key_bias and query_bias of prior.read(...), as layers do")
+            fail(OWNER, "key_bias", rule, None, "Pass key_bias and query_bias of prior.read_tokens(...), as layers do")
         scale = 1 / math.sqrt(static_size(width)) if scale is None else check_positive(OWNER, "scale", scale)
         if cache is None and (key_bias is not None or query_bias is not None):  # a cache has checked what it holds
             check_biases(OWNER, query, key, key_bias, query_bias, scale)
+        query_gains = check_gains(OWNER, query, prior, query_gains)
         if dropout_p != 0.0:
             check_probability(OWNER, "dropout_p", dropout_p)
         if tolerance is not None:
@@ -120,6 +128,7 @@ class AttentionCall:
                 query, key, value, documents, given, prior=prior, attn_mask=attn_mask, padding=key_padding_mask,
                 is_causal=is_causal, window=window, scale=scale, dropout_p=dropout_p, return_weights=return_weights,
                 tolerance=tolerance, key_bias=key_bias, query_bias=query_bias,
+                query_gains=query_gains,
             )  # fmt: skip
         num_coordinates = 1 if prior is None else prior.num_coordinates
         sizes: dict[str, Any] = {"batch": batch, "device": device, "num_coordinates": num_coordinates}
@@ -133,7 +142,7 @@ class AttentionCall:
             in_slots = cache is not None and window is None  # slots are in the order of positions, padding or not
             seen = Band(keys - queries) if in_slots else causal_pattern(query_at, key_at, window)
         masks = _gather((batch, heads, queries, keys), query, attn_mask, key_padding_mask, seen, None)
-        rest = (scale, dropout_p, return_weights, tolerance, cache, key_bias, query_bias)
+        rest = (scale, dropout_p, return_weights, tolerance, cache, key_bias, query_bias, query_gains)
         return cls(query, key, value, prior, query_at, key_at, masks, *rest)
 
     @classmethod
@@ -184,6 +193,11 @@ class AttentionCall:
         return replace(self, key=key.to(self.key.dtype), value=value.to(self.value.dtype))
 
     @property
+    def has_log_prior(self) -> bool:
+        """Whether anything is added to the scores besides masks."""
+        return self.prior is not None or self.key_bias is not None
+
+    @property
     def prior_name(self) -> str:
         """Class of the prior, for messages."""
         return "no prior" if self.prior is None else type(self.prior).__name__
@@ -200,6 +214,9 @@ class AttentionCall:
             axis = -1 if self.prior.num_coordinates == 1 else -2
             positions = self.query_positions.tensor.narrow(axis, start, count)
             total = self.prior.dense(positions, self.key_positions.tensor, dtype=dtype)
+            if self.query_gains:
+                gains = [None if gain is None else gain[:, :, start : start + count] for gain in self.query_gains]
+                total = total + gained(self.prior.terms(), gains, positions, self.key_positions.tensor).to(dtype)
         sides = [] if self.key_bias is None else [expand_heads(self.key_bias, self.query.shape[1]).unsqueeze(-2)]
         if self.query_bias is not None:
             sides.append(self.query_bias[:, :, start : start + count, None])

@@ -5,6 +5,8 @@ Legend: B batch, H query heads, Hk key heads, Q queries, K keys, D score width, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from eotattn.attention.backends import BACKENDS, choose
@@ -41,6 +43,7 @@ def prior_attention(
     backend: str = "auto",
     key_bias: Tensor | None = None,
     query_bias: Tensor | None = None,
+    query_gains: Tensor | Sequence[Tensor | None] = (),
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute attention_weights = softmax(scale * <query, key> + log_prior) and apply them to the values.
 
@@ -82,6 +85,8 @@ def prior_attention(
             leaves of a sum that is zero in exact arithmetic. Where ``key_bias`` and ``query_bias`` are of the same
             numbers, as the running sums -c and c of log forgetting gates, the gradients of these numbers are
             differences of both, and long sums of them stay exact in 16 bits.
+        query_gains: (B, H, Q), dimensionless: the factor by which a query sees the prior, which needs bilinear terms; or
+            one, or ``None``, for each of ``prior.terms()``.
 
     Returns:
         (B, H, Q, V) in the dtype of ``query``, under autocast in autocast's; with ``return_weights`` also (B, H, Q, K),
@@ -128,6 +133,7 @@ def prior_attention(
         cache=cache,
         key_bias=key_bias,
         query_bias=query_bias,
+        query_gains=query_gains,
     )
     served_by = choose(call) if backend == "auto" else BACKENDS[backend]
     if backend != "auto" and (reason := served_by.refusal(call)):

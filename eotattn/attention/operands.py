@@ -87,6 +87,7 @@ def plan_of(call: AttentionCall, terms: tuple[Term | KeyTerm, ...]) -> tuple[Lan
         span=span,
         tolerance=call.tolerance,
         query_scale=1 / call.scale,
+        gained=tuple([term for term, gain in enumerate(call.query_gains) if gain is not None]),
     )
     return plan_lanes(terms, request), origin
 
@@ -98,7 +99,8 @@ def _sides(call: AttentionCall, terms: tuple[Term | KeyTerm, ...]) -> tuple[Side
     key_at = call.key_positions
     more = plan.more_of_keys(terms, key_at.tensor.double()) if plan.looked_up else None
     tables = [_table(plan, side, call, origin) for side in ("query", "key")]
-    return plan.query.side(tables[0], of_heads), plan.key.side(tables[1], of_key_heads, more)
+    query = plan.with_gains(plan.query.side(tables[0], of_heads), call.query_gains)
+    return query, plan.key.side(tables[1], of_key_heads, more)
 
 
 def _with_gauge(gauge: tuple[Tensor, Tensor] | None, query: Side, key: Side) -> tuple[Side, Side]:

@@ -5,6 +5,7 @@ Legend: B batch, H query heads, Hk key heads, Q queries, K keys.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,10 +13,11 @@ from torch import Tensor
 
 from eotattn.checks import check_floating, check_no_nan, check_same_device, check_shape, fail, require
 from eotattn.kernels import sdpa
+from eotattn.priors import LogPrior
 from eotattn.priors.memory import is_plain
-from eotattn.priors.terms import BIAS_TERM, UNKNOWN_RANGE, Features, KeyTerm, same_for_all_queries
+from eotattn.priors.terms import BIAS_TERM, UNKNOWN_RANGE, Features, KeyTerm, Term, same_for_all_queries
 
-__all__ = ["bias_terms", "check_biases", "expand_heads", "gauge_lanes", "is_learned", "key_bias_term"]
+__all__ = ["bias_terms", "check_biases", "check_gains", "expand_heads", "gauge_lanes", "is_learned", "key_bias_term"]
 
 
 def check_biases(
@@ -37,6 +39,32 @@ def check_biases(
         if bias.device.type == "cpu" and is_plain() and bias.numel() > 0:
             check_no_nan(owner, name, bias.detach())
             _check_range(owner, name, bias, query.dtype, scale)
+
+
+def check_gains(
+    owner: str, query: Tensor, prior: LogPrior | None, gains: Tensor | Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """One factor (B, H, Q) or ``None`` for each term of the prior, or none at all; raises unless they fit."""
+    if not isinstance(gains, Tensor) and all(gain is None for gain in gains):
+        return ()
+    remedy = "Pass those of prior.read_tokens(...), or one for the whole prior"
+    if prior is None or not prior.has_lanes:
+        fail(owner, "query_gains", "belong to a prior with lanes", None if prior is None else type(prior).__name__)
+    terms = prior.terms()
+    each = tuple(gains) if not isinstance(gains, Tensor) else (gains,) * len(terms)
+    rule = f"be one for each of the prior's {len(terms)} terms"
+    require(len(each) == len(terms), owner, "query_gains", rule, len(each), remedy)
+    for term, gain in zip(terms, each, strict=True):
+        if gain is None:
+            continue
+        check_floating(owner, "query_gains", gain)
+        check_same_device(owner, ("query", query), query_gains=gain)
+        check_shape(owner, "query_gains", gain, query.shape[:3], remedy)
+        rule = "belong to terms with weights, not to a table of keys"
+        require(isinstance(term, Term), owner, "query_gains", rule, type(prior).__name__, "Use a BilinearPrior")
+        if gain.device.type == "cpu" and is_plain():
+            check_no_nan(owner, "query_gains", gain.detach())
+    return each
 
 
 def _check_range(owner: str, name: str, bias: Tensor, dtype: torch.dtype, scale: float) -> None:

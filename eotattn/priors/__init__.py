@@ -12,12 +12,14 @@ from eotattn.priors.joined_prior import JoinedPrior
 from eotattn.priors.key_table import KeyTablePrior
 from eotattn.priors.lanes import Lanes
 from eotattn.priors.parameters import split_parameters
+from eotattn.priors.query_gain import QueryGainPrior
 from eotattn.priors.reading import Reading, Tokens
 from eotattn.priors.recency import RecencyPrior, alibi_slopes
 from eotattn.priors.relative_bias import RelativeBiasPrior
 from eotattn.priors.sink import SinkPrior
 from eotattn.priors.terms import Features, KeyTerm, Term
 from eotattn.priors.token_prior import TokenPrior
+from eotattn.priors.transposed import TransposedPrior
 
 __all__ = [
     "BilinearPrior",
@@ -35,6 +37,7 @@ __all__ = [
     "KeyTerm",
     "Lanes",
     "LogPrior",
+    "QueryGainPrior",
     "Reading",
     "RecencyPrior",
     "RelativeBiasPrior",
@@ -45,6 +48,7 @@ __all__ = [
     "Term",
     "TokenPrior",
     "Tokens",
+    "TransposedPrior",
     "alibi_slopes",
     "goat_prior",
     "grid_positions",

@@ -63,10 +63,12 @@ class LogPrior(nn.Module):
 
     #: Numbers that make a position: 1 on a sequence, 2 on a grid.
     num_coordinates: int = 1
-    #: Whether :meth:`read` gives a bias of keys, which takes lanes of its own.
+    #: Whether :meth:`read_tokens` gives a bias of keys, which takes lanes of its own.
     biases_keys: bool = False
     #: Numbers N that are kept of every token, where later chunks go on from them.
     num_kept: int = 0
+    #: Samples that the log-prior is given for, each its own; ``None`` where it is one for all.
+    num_samples: int | None = None
 
     def __init__(self, num_heads: int) -> None:
         super().__init__()
@@ -104,10 +106,10 @@ class LogPrior(nn.Module):
 
     @property
     def reads_tokens(self) -> bool:
-        """Whether the log-prior depends on the tokens besides their positions; then a layer calls :meth:`read`."""
-        return type(self).read is not LogPrior.read
+        """Whether the log-prior depends on the tokens besides their positions; then a layer calls :meth:`read_tokens`."""
+        return type(self).read_tokens is not LogPrior.read_tokens
 
-    def read(self, tokens: Tokens) -> Reading:
+    def read_tokens(self, tokens: Tokens) -> Reading:
         """What the tokens add to the log-prior of their positions, which every other method states; here nothing."""
         return Reading()
 
@@ -277,6 +279,10 @@ class CombinedPrior(LogPrior):
         self.num_coordinates = parts[0].num_coordinates
         self.biases_keys = any(part.biases_keys for part in parts)
         self.num_kept = sum(part.num_kept for part in parts)
+        samples = {part.num_samples for part in parts} - {None}
+        agree, owner = len(samples) < 2, type(self).__name__
+        require(agree, owner, "parts", "be for equally many samples", tuple(samples), "Rebuild one of them")
+        self.num_samples = next(iter(samples), None)
         self.parts = cast("Sequence[LogPrior]", nn.ModuleList(parts))
 
     @property
@@ -289,14 +295,14 @@ class CombinedPrior(LogPrior):
         """Whether a part reads the tokens."""
         return any(part.reads_tokens for part in self.parts)
 
-    def read(self, tokens: Tokens) -> Reading:
+    def read_tokens(self, tokens: Tokens) -> Reading:
         """What the parts read.
 
         Raises:
             NotImplementedError: If the combination has no meaning for what they read.
         """
         name = type(self).__name__
-        raise NotImplementedError(f"{name}.read: parts must read positions alone. Add what reads the tokens to {name}.")
+        raise NotImplementedError(f"{name}.read_tokens: parts must read positions alone. Add what reads the tokens to {name}.")
 
     def check_positions(self, query_positions: Tensor | None, key_positions: Tensor | None) -> None:
         """Raise unless every part understands both positions."""
@@ -327,7 +333,7 @@ def read_each(parts: Sequence[LogPrior], tokens: Tokens) -> list[Reading]:
     readings, start = [], 0
     for part in parts:
         before = None if tokens.before is None else tokens.before[:, start : start + part.num_kept]
-        readings.append(part.read(tokens._replace(before=before)))
+        readings.append(part.read_tokens(tokens._replace(before=before)))
         start += part.num_kept
     if any(reading.query_gains for reading in readings):
         counted = zip(parts, readings, strict=True)
@@ -368,7 +374,7 @@ class SumPrior(CombinedPrior):
         """The terms of all parts."""
         return tuple([term for part in self.parts for term in part.terms()])
 
-    def read(self, tokens: Tokens) -> Reading:
+    def read_tokens(self, tokens: Tokens) -> Reading:
         """The sum of what the parts read."""
         return join_readings(read_each(self.parts, tokens))
 
@@ -436,9 +442,9 @@ class ScaledPrior(CombinedPrior):
         """The terms of the prior with their weights scaled."""
         return tuple([term.weighted(self._scale) for term in self.prior.terms()])
 
-    def read(self, tokens: Tokens) -> Reading:
+    def read_tokens(self, tokens: Tokens) -> Reading:
         """What the prior reads, its biases scaled."""
-        return self.prior.read(tokens).of_heads(self.num_heads).weighted(self._scale)
+        return self.prior.read_tokens(tokens).of_heads(self.num_heads).weighted(self._scale)
 
     def reset_parameters(self) -> None:
         """Reset the prior, and learnable factors to those given at construction."""
@@ -489,10 +495,10 @@ class HeadsPrior(CombinedPrior):
         """The terms of the prior with the weights of the chosen heads."""
         return tuple([term.weighted(self._choose) for term in self.parts[0].terms()])
 
-    def read(self, tokens: Tokens) -> Reading:
+    def read_tokens(self, tokens: Tokens) -> Reading:
         """What the chosen heads read."""
         prior = self.parts[0]
-        return prior.read(tokens).of_heads(prior.num_heads).weighted(self._choose).with_gains(self._choose)
+        return prior.read_tokens(tokens).of_heads(prior.num_heads).weighted(self._choose).with_gains(self._choose)
 
     def _choose(self, weights: Tensor) -> Tensor:
         return weights.index_select(-3, constants(self.chosen, weights.device, torch.int64))

@@ -29,7 +29,7 @@ class ForgettingPrior(LogPrior):
     half rides in one lane (in 16 bits three), its query half is a constant of the row. Use it under a causal mask, in
     self-attention; it adds to any prior on a sequence. The gates start at ``half_lives``, the same for every token.
 
-    It reads the tokens: :class:`~eotattn.attention.PriorAttention` calls :meth:`read` with its input, and a cache keeps
+    It reads the tokens: :class:`~eotattn.attention.PriorAttention` calls :meth:`read_tokens` with its input, and a cache keeps
     the running sums. The forms of positions alone (``dense``, ``lanes``) are without it.
 
     Args:
@@ -49,7 +49,7 @@ class ForgettingPrior(LogPrior):
     Example:
         >>> prior = ForgettingPrior(8, 2, half_lives=(1.0, 4.0))
         >>> tokens = torch.ones(1, 3, 8)  # (B, L, E)
-        >>> prior.read(Tokens(tokens, tokens)).query_bias[0].exp()
+        >>> prior.read_tokens(Tokens(tokens, tokens)).query_bias[0].exp()
         tensor([[0.5000, 0.2500, 0.1250],
                 [0.8409, 0.7071, 0.5946]], dtype=torch.float64, grad_fn=<ExpBackward0>)
     """
@@ -93,7 +93,7 @@ class ForgettingPrior(LogPrior):
         wide = torch.promote_types(logits.dtype, torch.float32)
         return functional.logsigmoid(logits.to(wide) + self.bias).transpose(1, 2)
 
-    def read(self, tokens: Tokens) -> Reading:
+    def read_tokens(self, tokens: Tokens) -> Reading:
         """The running sums of log gates, as a bias of keys and of queries."""
         log_gates = self.log_gates(tokens.key)
         sums = running_sums(

@@ -52,7 +52,7 @@ class JoinedPrior(CombinedPrior):
             ]
         )
 
-    def read(self, tokens: Tokens) -> Reading:
+    def read_tokens(self, tokens: Tokens) -> Reading:
         """What the parts read, each nothing at the heads of the others."""
         each = zip(self._starts, self.parts, read_each(self.parts, tokens), strict=True)
         readings = []

@@ -229,6 +229,7 @@ class PriorAttention(ProjectedHeads):
             backend=self.backend,
             key_bias=reading.key_bias,
             query_bias=reading.query_bias,
+            query_gains=reading.query_gains,
         )
         if cache is not None and reading.kept is not None:
             cache.keep(reading.kept)
@@ -261,7 +262,7 @@ class PriorAttention(ProjectedHeads):
             document_positions=None if documents is None else documents.positions(*key.shape[:2], key.device),
             before=None if cache is None else cache.kept,
         )
-        reading = self.prior.read(tokens)
+        reading = self.prior.read_tokens(tokens)
         return reading if key_bias is None else join_readings([given, reading])
 
     def _inputs(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
