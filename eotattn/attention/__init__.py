@@ -7,8 +7,11 @@ from eotattn.attention.functional import prior_attention
 from eotattn.attention.layer.goat_attention import GoatAttention
 from eotattn.attention.layer.prior_attention_layer import PriorAttention
 from eotattn.attention.layer.rotary import Rotary
+from eotattn.attention.merging import merge
+from eotattn.attention.sinks import AttentionSinks
 
 __all__ = [
+    "AttentionSinks",
     "Explanation",
     "GoatAttention",
     "KeyValueCache",
@@ -16,5 +19,6 @@ __all__ = [
     "PriorAttention",
     "Rotary",
     "explain",
+    "merge",
     "prior_attention",
 ]

@@ -18,6 +18,7 @@ from eotattn.attention.cache import KeyValueCache
 from eotattn.attention.call_positions import Band, GivenPositions, Positions, causal_pattern, resolve_positions
 from eotattn.attention.documents import PackedDocuments
 from eotattn.attention.masks import Masks, gather_masks
+from eotattn.attention.sinks import AttentionSinks, SinkKeys
 from eotattn.attention.token_bias import check_biases, check_gains, expand_heads
 from eotattn.checks import (
     check_floating,
@@ -53,6 +54,8 @@ class AttentionCall:
         scale: Factor on the inner products.
         dropout_p: Probability of dropping a weight.
         return_weights: Whether the weights are asked for.
+        return_lse: Whether the log-sum-exp of the rows is asked for.
+        sinks: What queries attend to besides keys; joined to what a backend makes of the keys.
         tolerance: Error that lanes may add, nats; ``None`` for the dtype's own.
         cache: Where ``key`` and ``value`` are stored, with lanes beside the keys.
         key_bias: (B, 1 or Hk or H, K), nats, added to every score of a key.
@@ -75,6 +78,8 @@ class AttentionCall:
     key_bias: Tensor | None = None
     query_bias: Tensor | None = None
     query_gains: tuple[Tensor | None, ...] = ()
+    return_lse: bool = False
+    sinks: SinkKeys | None = None
 
     @classmethod
     def from_arguments(
@@ -99,6 +104,8 @@ class AttentionCall:
         key_bias: Tensor | None = None,
         query_bias: Tensor | None = None,
         query_gains: Tensor | Sequence[Tensor | None] = (),
+        return_lse: bool = False,
+        sinks: AttentionSinks | Tensor | None = None,
     ) -> AttentionCall:
         """Check the arguments of :func:`prior_attention`; raises what that function documents."""
         query, key, value = _as_autocast(query, key, value)
@@ -122,13 +129,16 @@ class AttentionCall:
             check_probability(OWNER, "dropout_p", dropout_p)
         if tolerance is not None:
             check_positive(OWNER, "tolerance", tolerance)
+        of_sinks = None if sinks is None else SinkKeys.of(OWNER, sinks)
+        if of_sinks is not None:
+            of_sinks.check(OWNER, query, value)
         if documents is not None:
             given = (query_positions, key_positions)
             return cls._of_documents(
                 query, key, value, documents, given, prior=prior, attn_mask=attn_mask, padding=key_padding_mask,
                 is_causal=is_causal, window=window, scale=scale, dropout_p=dropout_p, return_weights=return_weights,
                 tolerance=tolerance, key_bias=key_bias, query_bias=query_bias,
-                query_gains=query_gains,
+                query_gains=query_gains, return_lse=return_lse, sinks=of_sinks,
             )  # fmt: skip
         num_coordinates = 1 if prior is None else prior.num_coordinates
         sizes: dict[str, Any] = {"batch": batch, "device": device, "num_coordinates": num_coordinates}
@@ -143,7 +153,7 @@ class AttentionCall:
             seen = Band(keys - queries) if in_slots else causal_pattern(query_at, key_at, window)
         masks = _gather((batch, heads, queries, keys), query, attn_mask, key_padding_mask, seen, None)
         rest = (scale, dropout_p, return_weights, tolerance, cache, key_bias, query_bias, query_gains)
-        return cls(query, key, value, prior, query_at, key_at, masks, *rest)
+        return cls(query, key, value, prior, query_at, key_at, masks, *rest, return_lse, of_sinks)
 
     @classmethod
     def _of_documents(
@@ -196,6 +206,11 @@ class AttentionCall:
     def has_log_prior(self) -> bool:
         """Whether anything is added to the scores besides masks."""
         return self.prior is not None or self.key_bias is not None
+
+    @property
+    def needs_lse(self) -> bool:
+        """Whether a backend has to return the log-sum-exp of the keys."""
+        return self.return_lse or self.sinks is not None
 
     @property
     def prior_name(self) -> str:

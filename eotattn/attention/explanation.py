@@ -18,7 +18,7 @@ from eotattn.attention.measured import TIMES, Times, pattern_of
 from eotattn.attention.operands import lanes_of
 from eotattn.checks import check_choice, require
 from eotattn.compat import fused_attention_choice
-from eotattn.kernels import sdpa
+from eotattn.kernels import log_sum_exp, sdpa
 
 __all__ = ["Explanation", "explain"]
 
@@ -27,6 +27,13 @@ _WORDS = {
     "varlen": "one variable-length call that skips what is not seen",
     "flex": "one compiled call that skips blocks that are not seen",
     "reference": "dense tensor operations; Q x K weights in memory",
+}
+#: Operators that return the log-sum-exp too, by their route.
+_OPERATORS = {
+    "cpu": "flash_attention",
+    "cudnn": "cudnn_attention",
+    "efficient": "efficient_attention",
+    "blocks": "blocks of rows",
 }
 _PRIOR_WORDS = {
     "sdpa": "; the prior rides in lanes",
@@ -134,7 +141,8 @@ def explain(query: Tensor, key: Tensor, value: Tensor, *, backend: str = "auto",
 def _words(name: str, call: AttentionCall) -> str:
     """What backend ``name`` would do with the call."""
     calls = _sdpa_words(call.masks) if name == "sdpa" else _WORDS[name]
-    return calls + _PRIOR_WORDS[name] if call.has_log_prior else calls
+    calls += _PRIOR_WORDS[name] if call.has_log_prior else ""
+    return calls if call.sinks is None else calls + "; sinks are joined by the log-sum-exp"
 
 
 def _sdpa_words(masks: Masks) -> str:
@@ -153,6 +161,10 @@ def _kernel(backend: Backend, call: AttentionCall, width: int) -> str | None:
     if backend.name != "sdpa":
         return "varlen_attn" if backend.name == "varlen" else None
     query, key, value = call.query, call.key, call.value
+    if call.needs_lse:
+        with_gradient = torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value))
+        wide = query.new_empty(*query.shape[:-1], width)
+        return _OPERATORS[log_sum_exp.route(wide, value, call.masks.dense, with_gradient=with_gradient)]
     if query.device.type == "cpu" and value.shape[-1] < width:
         value = value.new_empty(*value.shape[:-1], width)  # as the call itself pads it
     plain = call.masks.triangle or (call.masks.band is None and call.masks.dense is None)

@@ -15,6 +15,7 @@ from eotattn.attention.call import AttentionCall, without_autocast
 from eotattn.attention.call_positions import GivenPositions
 from eotattn.attention.documents import PackedDocuments
 from eotattn.attention.observers import serve
+from eotattn.attention.sinks import AttentionSinks
 from eotattn.attention.token_bias import check_biases
 from eotattn.checks import check_choice, check_floating, fail, require
 from eotattn.priors import LogPrior
@@ -36,15 +37,17 @@ def prior_attention(
     window: int | None = None,
     documents: PackedDocuments | None = None,
     cache: KeyValueCache | None = None,
+    sinks: AttentionSinks | Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     return_weights: bool = False,
+    return_lse: bool = False,
     tolerance: float | None = None,
     backend: str = "auto",
     key_bias: Tensor | None = None,
     query_bias: Tensor | None = None,
     query_gains: Tensor | Sequence[Tensor | None] = (),
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """Compute attention_weights = softmax(scale * <query, key> + log_prior) and apply them to the values.
 
     This is the solution of the one-sided entropic transport problem with score scale * <query, key>, temperature one
@@ -68,9 +71,13 @@ def prior_attention(
         documents: Documents packed into the batch, each of which attends to itself alone, at positions from 0 on.
         cache: Earlier keys and values. ``key`` and ``value`` are appended to it, all positions follow from it, and
             ``key_padding_mask`` (B, Q) speaks of the new tokens. For inference: no gradient reaches cached tensors.
+        sinks: What queries may attend to instead of keys, out of reach of the prior, masks, positions and caches:
+            :class:`AttentionSinks`, or (H,) logits, one a head, nats.
         scale: Factor on the inner products, default 1 / sqrt(D).
         dropout_p: Probability of dropping a weight, in [0, 1).
         return_weights: Also return the weights (backend ``"reference"``).
+        return_lse: Also return ln sum_j exp(scale * <query, key_j> + log_prior_j) over admissible keys and sinks,
+            differentiable as the output is; :func:`merge` joins calls over disjoint keys by it.
         tolerance: Error that the prior's lanes may add in 16 bits, nats; by default about what content's own rounding
             costs. A smaller one takes more lanes.
         backend: ``"auto"``, ``"sdpa"`` (lanes through stock fused calls), ``"varlen"`` (lanes through the
@@ -89,8 +96,9 @@ def prior_attention(
             one, or ``None``, for each of ``prior.terms()``.
 
     Returns:
-        (B, H, Q, V) in the dtype of ``query``, under autocast in autocast's; with ``return_weights`` also (B, H, Q, K),
-        rows sum to one.
+        (B, H, Q, V) in the dtype of ``query``, under autocast in autocast's. In a tuple behind it: with
+        ``return_weights`` the weights (B, H, Q, K), rows sum to one less what sinks take; with ``return_lse`` the
+        log-sum-exp (B, H, Q), nats, float64 for float64 and float32 otherwise, -inf at queries without admissible keys.
 
     Raises:
         ValueError: For shapes, devices, positions or values that do not fit.
@@ -129,6 +137,8 @@ def prior_attention(
         scale=scale,
         dropout_p=dropout_p,
         return_weights=return_weights,
+        return_lse=return_lse,
+        sinks=sinks,
         tolerance=tolerance,
         cache=cache,
         key_bias=key_bias,
@@ -144,8 +154,9 @@ def prior_attention(
         cache.append(*new)
         call = call.with_content(cache.keys, cache.values)
     with without_autocast(call.query.device):
-        output, weights = serve(call, served_by)
-    return (output, weights) if return_weights and weights is not None else output
+        output, weights, lse = serve(call, served_by)
+    more = tuple(one for one, asked in ((weights, return_weights), (lse, return_lse)) if asked and one is not None)
+    return (output, *more) if more else output
 
 
 def _check_left_to_cache(

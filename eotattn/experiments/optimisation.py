@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from eotattn.attention import AttentionSinks
 from eotattn.checks import check_choice, check_positive, check_positive_int, require
 from eotattn.priors import ForgettingPrior, split_parameters
 
@@ -96,13 +97,20 @@ def learning_rate_factor(step: int, config: TrainingConfig) -> float:
 
 
 def split_by_rate(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Trainable parameters at the rate of the content, and those of log-priors, which are nats.
+    """Trainable parameters at the rate of the content, and those of log-priors and sinks, which are nats.
 
     Forgetting gates are projections of the tokens, so they go with the content.
     """
     content, priors = split_parameters(network)
-    gates = {id(p) for m in network.modules() if isinstance(m, ForgettingPrior) for p in m.parameters()}
-    return content + [p for p in priors if id(p) in gates], [p for p in priors if id(p) not in gates]
+    gates = _ids(network, ForgettingPrior) & {id(p) for p in priors}
+    nats = {id(p) for p in priors} - gates | _ids(network, AttentionSinks)
+    trainable = [*content, *priors]
+    return [p for p in trainable if id(p) not in nats], [p for p in trainable if id(p) in nats]
+
+
+def _ids(network: nn.Module, kind: type[nn.Module]) -> set[int]:
+    """Of the parameters of all parts of a kind."""
+    return {id(p) for module in network.modules() if isinstance(module, kind) for p in module.parameters()}
 
 
 def parameter_groups(network: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:

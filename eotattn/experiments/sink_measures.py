@@ -42,6 +42,7 @@ class SinkHeads:
         prior_margin: The part of it that is not in the content scores.
         value_norm: Norm of the first token's value over the mean norm of the others.
         key_only: u(0) less the mean of u over the other keys; NaN without u.
+        outside: Weight on explicit sinks, which are no keys.
     """
 
     mass: NDArray[np.float64]
@@ -49,6 +50,7 @@ class SinkHeads:
     prior_margin: NDArray[np.float64]
     value_norm: NDArray[np.float64]
     key_only: NDArray[np.float64]
+    outside: NDArray[np.float64]
 
     def arrays(self) -> dict[str, NDArray[np.float64]]:
         """Arrays by name."""
@@ -62,8 +64,7 @@ class SinkHeads:
             of_sinks = getattr(self, name)[sinks]
             found[f"{name}_of_sinks"] = float(of_sinks.mean()) if sinks.any() else float("nan")
         found["prior_share"] = found["prior_margin_of_sinks"] / found["margin_of_sinks"]
-        found["value_norm"] = float(self.value_norm.mean())
-        found["key_only"] = float(self.key_only.mean())
+        found |= {name: float(getattr(self, name).mean()) for name in ("value_norm", "key_only", "outside")}
         return found
 
 
@@ -89,6 +90,7 @@ def measure_sinks(network: Decoder, tokens: Tensor) -> SinkHeads:
             "margin": whole,
             "prior_margin": whole - content,
             "value_norm": (norm[..., 0] / norm[..., 1:].mean(-1)).mean(0),
+            "outside": 1 - weights[..., 1:, :].sum(-1).mean((0, 2)),
             "key_only": nothing if u is None else (u[:, 0] - u[:, 1:].mean(-1)).to(nothing),
         }
         rows.append(row)

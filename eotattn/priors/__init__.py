@@ -18,7 +18,6 @@ from eotattn.priors.recency import RecencyPrior, alibi_slopes
 from eotattn.priors.relative_bias import RelativeBiasPrior
 from eotattn.priors.sink import SinkPrior
 from eotattn.priors.terms import Features, KeyTerm, Term
-from eotattn.priors.token_prior import TokenPrior
 from eotattn.priors.transposed import TransposedPrior
 
 __all__ = [
@@ -46,7 +45,6 @@ __all__ = [
     "SinkPrior",
     "SumPrior",
     "Term",
-    "TokenPrior",
     "Tokens",
     "TransposedPrior",
     "alibi_slopes",

@@ -127,11 +127,6 @@ class Term:
         """The term of one coordinate of a grid, zero where either position is a class token (negative)."""
         return replace(self, features=_on_axis(self.features, axis))
 
-    def of_tokens(self) -> Term:
-        """The term without keys before the first token. What was a constant of each row counts then, in full."""
-        gate, at = (lambda positions: positions >= 0), (lambda positions: positions.clamp(min=0))
-        return replace(self, features=_gated(self.features, "tokens", gate, at, ("key",), UNKNOWN_RANGE))
-
 
 @dataclass(frozen=True, eq=False)
 class KeyTerm:
@@ -158,10 +153,6 @@ class KeyTerm:
             return self.bias(positions[..., axis].clamp(min=0)) * on_grid(positions).unsqueeze(-2)
 
         return KeyTerm(_on_axis(self.features, axis), bias)
-
-    def of_tokens(self) -> KeyTerm:
-        """The term without keys before the first token."""
-        return replace(self, bias=lambda at: self.bias(at.clamp(min=0)) * (at >= 0).unsqueeze(-2))
 
 
 def dense_weights(coefficients: Tensor, entries: tuple[Entry, ...], num_features: tuple[int, int]) -> Tensor:

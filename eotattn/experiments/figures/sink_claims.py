@@ -148,7 +148,7 @@ class SinkStudy:
         for length in self.lengths:
             row[f"nats at {length}"] = _said(self.interval(arm, "test_loss", length=length), ".3f")
         columns = {"sink_rate": ".2f", "margin_of_sinks": ".2f", "prior_share": ".2f", "key_only_of_sinks": ".2f"}
-        columns |= {"massive": ".0f", "kurtosis": ".0f", "value_norm_of_sinks": ".2f"}
+        columns |= {"outside": ".2f", "massive": ".0f", "kurtosis": ".0f", "value_norm_of_sinks": ".2f"}
         row |= {name.replace("_", " "): _said(self.interval(arm, name), spec) for name, spec in columns.items()}
         for label, removed, beyond in (
             ("8 bits cost", "eight_bits", "nothing"),

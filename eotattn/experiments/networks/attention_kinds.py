@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from eotattn.attention import PriorAttention, Rotary
+from eotattn.attention import AttentionSinks, PriorAttention, Rotary
 from eotattn.checks import check_choice, check_positive_int, require
 from eotattn.experiments.networks.decaying_waves import DecayingFourierPrior
 from eotattn.experiments.networks.growing_scores import GrowingScoreAttention
@@ -96,17 +96,19 @@ class AttentionKind:
     Args:
         prior: Makes the log-prior of one block.
         rotary: Makes the rotation of its queries and keys.
+        sinks: Makes what its queries attend to besides keys.
         embedding: What is added to the embeddings of the tokens: fixed waves, or a learned table whose last entry
             stands for all positions beyond the training length.
         interpolated: Positions are squeezed into the training window where the sequence is longer.
         scores_grow: Scores grow with the logarithm of the position, see :class:`GrowingScoreAttention`.
-        prior_rate_factor: Learning rate of the log-prior over that of the content.
+        prior_rate_factor: Learning rate of the log-prior, and of sinks, over that of the content.
         trained_as: Name of a kind that it equals up to the training length, so that the trained weights of that kind
             serve this one too; see :meth:`Decoder.read_as`.
     """
 
     prior: MakePrior | None = None
     rotary: MakeRotary | None = None
+    sinks: Callable[[DecoderConfig], AttentionSinks] | None = None
     embedding: Literal["sinusoidal", "learned"] | None = None
     interpolated: bool = False
     scores_grow: bool = False
@@ -118,6 +120,7 @@ class AttentionKind:
         parts: dict[str, Any] = {
             "prior": None if self.prior is None else self.prior(config),
             "rotary": None if self.rotary is None else self.rotary(config),
+            "sinks": None if self.sinks is None else self.sinks(config),
             "bias": config.block == "gpt",
         }
         sizes = (config.embed_dim, config.num_heads)
@@ -220,6 +223,14 @@ def _forgetting(config: DecoderConfig) -> LogPrior:
     return ForgettingPrior(config.embed_dim, config.num_heads)
 
 
+def _sink_logit(config: DecoderConfig) -> AttentionSinks:
+    return AttentionSinks.logit(config.num_heads)
+
+
+def _zero_key(config: DecoderConfig) -> AttentionSinks:
+    return AttentionSinks.zero_key()
+
+
 def _sum(*makers: MakePrior) -> MakePrior:
     """The sum of some priors."""
     return lambda config: SumPrior(*(make(config) for make in makers))
@@ -286,6 +297,8 @@ ATTENTION_KINDS = {
     "alibi_goat_forgetting": AttentionKind(prior=_sum(_alibi_goat, _forgetting), prior_rate_factor=10.0),
     # Where a sink can live beside content.
     "rope_key_only": AttentionKind(prior=_first_token, rotary=_rotary, prior_rate_factor=10.0),
+    "rope_sink_logit": AttentionKind(rotary=_rotary, sinks=_sink_logit, prior_rate_factor=10.0),
+    "rope_zero_key": AttentionKind(rotary=_rotary, sinks=_zero_key),
     # What might keep a prior extrapolating.
     "tied_waves": AttentionKind(prior=_tied_goat),
     "shared_waves": AttentionKind(prior=_sum(_shared_waves, _recency, _shared_sink)),
