@@ -104,7 +104,7 @@ def explain(query: Tensor, key: Tensor, value: Tensor, *, backend: str = "auto",
     call = AttentionCall.from_arguments(query, key, value, **options)
     wanted = choose(call) if backend == "auto" else BACKENDS[backend]
     refused = wanted.refusal(call)
-    times = TIMES[pattern_of(call.masks, call.query.shape[2], has_prior=call.prior is not None)]
+    times = TIMES[pattern_of(call.masks, call.query.shape[2], has_prior=call.has_log_prior)]
     others = {
         name: BACKENDS[name].refusal(call) or f"would serve: {_words(name, call)}, {times[name]}"
         for name in times
@@ -134,7 +134,7 @@ def explain(query: Tensor, key: Tensor, value: Tensor, *, backend: str = "auto",
 def _words(name: str, call: AttentionCall) -> str:
     """What backend ``name`` would do with the call."""
     calls = _sdpa_words(call.masks) if name == "sdpa" else _WORDS[name]
-    return calls if call.prior is None else calls + _PRIOR_WORDS[name]
+    return calls + _PRIOR_WORDS[name] if call.has_log_prior else calls
 
 
 def _sdpa_words(masks: Masks) -> str:

@@ -101,6 +101,10 @@ class AppendedKeys(nn.Module):
         every = mask.expand(*mask.shape[:-1], keys) if mask.shape[-1] == 1 else mask
         return functional.pad(every, (self.count, 0), value=visible and mask.dtype == torch.bool)
 
+    def widen_bias(self, bias: Tensor | None) -> Tensor | None:
+        """A bias of keys (B, heads, K), zero at these keys."""
+        return None if bias is None else functional.pad(bias, (self.count, 0))
+
     def last(self, weights: Tensor) -> Tensor:
         """Weights (B, H, Q, K) with the appended keys last, as ``nn.MultiheadAttention`` returns them."""
         return weights.roll(-self.count, dims=-1)
