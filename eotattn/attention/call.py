@@ -19,7 +19,7 @@ from eotattn.attention.call_positions import Band, GivenPositions, Positions, ca
 from eotattn.attention.documents import PackedDocuments
 from eotattn.attention.masks import Masks, gather_masks
 from eotattn.attention.sinks import AttentionSinks, SinkKeys
-from eotattn.attention.token_bias import check_biases, check_gains, expand_heads
+from eotattn.attention.token_bias import check_biases, check_gains
 from eotattn.checks import (
     check_floating,
     check_positive,
@@ -33,6 +33,7 @@ from eotattn.checks import (
 from eotattn.priors import LogPrior
 from eotattn.priors.base import check_prior
 from eotattn.priors.query_gain import gained
+from eotattn.priors.reading import expand_heads
 
 __all__ = ["AttentionCall", "static_size", "without_autocast"]
 

@@ -42,7 +42,9 @@ def operands(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     gauge = gauge_lanes(call)
     query, key = call.query, call.key
     if not terms and gauge is not None:
-        query, key = (torch.cat([x, y.expand(*x.shape[:-1], 1)], dim=-1) for x, y in zip((query, key), gauge, strict=True))
+        query, key = (
+            torch.cat([x, y.expand(*x.shape[:-1], 1)], dim=-1) for x, y in zip((query, key), gauge, strict=True)
+        )
     if not terms and padding is None:
         return query, key, call.value
     far = None if padding is None else sdpa.padding_lane(padding, call.query.dtype, scale=call.scale)
@@ -88,7 +90,7 @@ def plan_of(call: AttentionCall, terms: tuple[Term | KeyTerm, ...]) -> tuple[Lan
         span=span,
         tolerance=call.tolerance,
         query_scale=1 / call.scale,
-        gained=_gained_terms(call),
+        gained=_gained(call),
     )
     return plan_lanes(terms, request), origin
 
@@ -112,14 +114,13 @@ def _planned(call: AttentionCall, terms: tuple[Term | KeyTerm, ...]) -> tuple[La
 
     if query_at.first is None or key_at.first is None or not may_remember(device):
         return make()
-    names = tuple([term.features for term in terms])
+    names = tuple([(term.features, term.by_key_head) for term in terms])
     shape = (*call.query.shape[1:3], *call.key.shape[1:3], query_at.first, key_at.first)
-    options = (call.query.dtype, call.scale, call.tolerance, _gained_terms(call))
-    return remembered((names, shape, options), device, make)
+    return remembered((names, _gained(call), shape, call.query.dtype, call.scale, call.tolerance), device, make)
 
 
-def _gained_terms(call: AttentionCall) -> tuple[int, ...]:
-    """Which terms the queries weigh by factors of their own."""
+def _gained(call: AttentionCall) -> tuple[int, ...]:
+    """Terms on which queries have factors of their own."""
     return tuple([term for term, gain in enumerate(call.query_gains) if gain is not None])
 
 

@@ -257,7 +257,9 @@ class PriorAttention(ProjectedHeads):
             query,
             key,
             padding=padding,
-            document_positions=None if documents is None else documents.positions(*key.shape[:2], key.device),
+            document_positions=None
+            if documents is None
+            else documents.positions(key.shape[0], key.shape[1], key.device),
             before=None if cache is None else cache.kept,
         )
         reading = self.prior.read_tokens(tokens)
