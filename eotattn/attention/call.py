@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eotattn.attention.attention_sinks import AttentionSinks, SinkKeys
 from eotattn.attention.cache import KeyValueCache
 from eotattn.attention.call_positions import Band, GivenPositions, Positions, causal_pattern, resolve_positions
 from eotattn.attention.documents import PackedDocuments
 from eotattn.attention.masks import Masks, gather_masks
-from eotattn.attention.sinks import AttentionSinks, SinkKeys
 from eotattn.attention.token_bias import check_biases, check_gains
 from eotattn.checks import (
     check_floating,

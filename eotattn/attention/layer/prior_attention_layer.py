@@ -13,6 +13,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
+from eotattn.attention.attention_sinks import AttentionSinks, SinkKeys
 from eotattn.attention.backends import BACKENDS
 from eotattn.attention.cache import KeyValueCache
 from eotattn.attention.documents import PackedDocuments
@@ -28,7 +29,6 @@ from eotattn.attention.layer.output_gate import KINDS, OutputGate
 from eotattn.attention.layer.projected_heads import Heads, ProjectedHeads
 from eotattn.attention.layer.rotary import Rotary
 from eotattn.attention.masks import from_multihead_convention
-from eotattn.attention.sinks import AttentionSinks, SinkKeys
 from eotattn.checks import check_choice, check_floating, check_positive_int, check_probability, fail, require
 from eotattn.compat import first_parameter
 from eotattn.kernels.sdpa import WIDTH_STEP
