@@ -29,6 +29,7 @@ __all__ = [
     "fused_attention_choice",
     "has_forward_hooks",
     "in_backward_pass",
+    "in_export",
     "is_intercepted",
     "map_tensors",
     "names_attention_implementation",
@@ -75,6 +76,11 @@ def constant_in_graphs(function: Function) -> Function:
     """Let graphs take what a function returns as a constant, without the second that importing the compiler takes."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def in_export() -> bool:
+    """Whether ``torch.export`` traces; ``torch.compiler.is_exporting`` is true in every compiled graph before 2.13."""
+    return torch.compiler._is_exporting_flag
 
 
 def allows_tf32() -> bool:
