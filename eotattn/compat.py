@@ -29,6 +29,7 @@ __all__ = [
     "fused_attention_choice",
     "has_forward_hooks",
     "in_backward_pass",
+    "in_export",
     "is_intercepted",
     "known_size",
     "lasting",
@@ -95,6 +96,11 @@ def lasting(tensor: Tensor | None) -> Tensor | None:
     if tensor is not None:
         torch._dynamo.mark_static_address(tensor)
     return tensor
+
+
+def in_export() -> bool:
+    """Whether ``torch.export`` traces; ``torch.compiler.is_exporting`` is true in every compiled graph before 2.13."""
+    return torch.compiler._is_exporting_flag
 
 
 def allows_tf32() -> bool:
