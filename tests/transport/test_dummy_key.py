@@ -28,7 +28,7 @@ def test_attention_with_sinks_solves_it(kind):
             parameter.copy_(normal(*parameter.shape, seed=2))
         places = {"query_positions": range(N), "key_positions": range(M)}
         _, weights = prior_attention(query, key, key, prior=prior, sinks=sinks, return_weights=True, **places)
-        logit = sinks.keys_of_call().log_sum_exp(query, D**-0.5)[0].expand(H, N)
+        logit = sinks().log_sum_exp(query, D**-0.5)[0].expand(H, N)
     log_prior = prior.dense(torch.arange(N), torch.arange(M), dtype=torch.float64).detach()
     for h in range(H):
         score = query[0, h] @ key[0, h].T
