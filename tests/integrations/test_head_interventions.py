@@ -14,7 +14,7 @@ from eotattn import RecencyPrior
 from eotattn.integrations import AddPrior, AddSink, HideKey, InterventionReport, ReplaceHeads, attach, intervene
 from eotattn.integrations.head_fits import fit_heads
 from eotattn.integrations.intervention_report import Effect, PairedMean
-from eotattn.integrations.interventions import next_token_losses
+from eotattn.integrations.head_interventions import next_token_losses
 
 NAMES = ("model.layers.0.self_attn", "model.layers.1.self_attn")
 
@@ -146,7 +146,7 @@ def test_a_sink_is_that_of_the_formula(model, texts):
 
 def test_the_standard_study_takes_one_call(model, texts, monkeypatch):
     ranked = fit_heads(model, [ids[None] for ids in texts]).ranked
-    monkeypatch.setattr("eotattn.integrations.interventions.EXPLAINED", ranked[len(ranked) // 2][0])
+    monkeypatch.setattr("eotattn.integrations.head_interventions.EXPLAINED", ranked[len(ranked) // 2][0])
     report = intervene(model, texts, num_splits=3, num_controls=1)
     assert len(report.effects) == 3
     explained, least, _ = report.effects
