@@ -17,8 +17,11 @@ from eotattn.attention.call import AttentionCall
 from eotattn.attention.measured import preference
 from eotattn.attention.operands import call_terms, operands, plan_of
 from eotattn.attention.row_constants import row_constants
+from eotattn.attention.token_bias import is_learned
 from eotattn.kernels import flex, local, log_sum_exp, packed, reference, sdpa, varlen
 from eotattn.priors import LogPrior
+from eotattn.priors.flex_form import ScoreMod, biased_score
+from eotattn.priors.reading import expand_heads
 
 __all__ = ["BACKENDS", "Backend", "Served", "answer", "choose"]
 
@@ -136,7 +139,8 @@ class Varlen:
         """Head width that the call needs."""
         terms = call_terms(call)
         num_lanes = plan_of(call, terms)[0].num_lanes if terms else 0
-        return max(call.query.shape[-1] + num_lanes + (call.masks.padding is not None), call.value.shape[-1])
+        num_lanes += (call.masks.padding is not None) + is_learned(call.query_bias)
+        return max(call.query.shape[-1] + num_lanes, call.value.shape[-1])
 
     def run(self, call: AttentionCall) -> Served:
         """Output alone."""
@@ -161,15 +165,17 @@ class Flex:
         """Why it cannot serve the call, or ``None``."""
         if call.return_weights:
             return NO_WEIGHTS
+        if call.prior is not None and call.prior.num_samples is not None:
+            return "its score modification of a prior reads no sample; use 'reference'"
+        if call.query_gains:
+            return "its score modification has no factors of a query's own; use 'sdpa'"
         learned = call.prior is not None and torch.is_grad_enabled() and _learns_in_lanes(call.prior)
+        learned = learned or is_learned(call.key_bias) or is_learned(call.query_bias)
         biased = call.masks.dense if call.masks.key_bias is None else call.masks.key_bias
         return flex.refusal(call.query, mask=biased, dropout_p=call.dropout_p, learned=learned)
 
     def run(self, call: AttentionCall) -> Served:
         """Output, and the log-sum-exp where it is asked for."""
-        score_mod = None
-        if call.prior is not None:
-            score_mod = call.prior.score_mod(call.query_positions.tensor, call.key_positions.tensor)
         masks, pattern = call.masks, None
         if any(mask is not None for mask in (masks.dense, masks.padding, masks.band, masks.documents)):
             own, of_caller = masks.documents is not None, masks.padding is not None or masks.dense is not None
@@ -180,9 +186,18 @@ class Flex:
                 name=None if of_caller else (masks.band, masks.documents),
             )
         content = (call.query, call.key, call.value)
-        options: dict[str, Any] = {"score_mod": score_mod, "pattern": pattern, "with_lse": call.needs_lse}
+        options: dict[str, Any] = {"score_mod": self.score_mod(call), "pattern": pattern, "with_lse": call.needs_lse}
         output, lse = flex.attend(*content, scale=call.scale, **options)
         return Served(output, lse=lse)
+
+    def score_mod(self, call: AttentionCall) -> ScoreMod | None:
+        """The log-prior and what tokens add to it as a score modification."""
+        modified = None
+        if call.prior is not None:
+            modified = call.prior.score_mod(call.query_positions.tensor, call.key_positions.tensor)
+        heads, of_keys = call.query.shape[1], call.key_bias
+        of_keys = of_keys if of_keys is None or of_keys.shape[1] == 1 else expand_heads(of_keys, heads)
+        return biased_score(modified, of_keys, call.query_bias)
 
 
 #: Backends by the names that users ask for.
@@ -206,7 +221,7 @@ def choose(call: AttentionCall) -> Backend:
     """The first backend that can serve the call, fastest first as measured."""
     if call.return_weights:
         return BACKENDS["reference"]
-    names = preference(call.masks, call.query.shape[2], has_prior=call.prior is not None)
+    names = preference(call.masks, call.query.shape[2], has_prior=call.has_log_prior)
     return next(backend for backend in map(BACKENDS.__getitem__, names) if backend.refusal(call) is None)
 
 

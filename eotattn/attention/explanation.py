@@ -111,7 +111,7 @@ def explain(query: Tensor, key: Tensor, value: Tensor, *, backend: str = "auto",
     call = AttentionCall.from_arguments(query, key, value, **options)
     wanted = choose(call) if backend == "auto" else BACKENDS[backend]
     refused = wanted.refusal(call)
-    times = TIMES[pattern_of(call.masks, call.query.shape[2], has_prior=call.prior is not None)]
+    times = TIMES[pattern_of(call.masks, call.query.shape[2], has_prior=call.has_log_prior)]
     others = {
         name: BACKENDS[name].refusal(call) or f"would serve: {_words(name, call)}, {times[name]}"
         for name in times
@@ -141,7 +141,7 @@ def explain(query: Tensor, key: Tensor, value: Tensor, *, backend: str = "auto",
 def _words(name: str, call: AttentionCall) -> str:
     """What backend ``name`` would do with the call."""
     calls = _sdpa_words(call.masks) if name == "sdpa" else _WORDS[name]
-    calls += "" if call.prior is None else _PRIOR_WORDS[name]
+    calls += _PRIOR_WORDS[name] if call.has_log_prior else ""
     return calls if call.sinks is None else calls + "; sinks are joined by the log-sum-exp"
 
 

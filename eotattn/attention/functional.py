@@ -5,6 +5,8 @@ Legend: B batch, H query heads, Hk key heads, Q queries, K keys, D score width, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from eotattn.attention.backends import BACKENDS, choose
@@ -14,6 +16,7 @@ from eotattn.attention.call_positions import GivenPositions
 from eotattn.attention.documents import PackedDocuments
 from eotattn.attention.observers import serve
 from eotattn.attention.sinks import AttentionSinks
+from eotattn.attention.token_bias import check_biases
 from eotattn.checks import check_choice, check_floating, fail, require
 from eotattn.priors import LogPrior
 
@@ -41,6 +44,9 @@ def prior_attention(
     return_lse: bool = False,
     tolerance: float | None = None,
     backend: str = "auto",
+    key_bias: Tensor | None = None,
+    query_bias: Tensor | None = None,
+    query_gains: Tensor | Sequence[Tensor | None] = (),
 ) -> Tensor | tuple[Tensor, ...]:
     """Compute attention_weights = softmax(scale * <query, key> + log_prior) and apply them to the values.
 
@@ -78,6 +84,16 @@ def prior_attention(
             variable-length kernel; GPU, 16 bits), ``"flex"`` (GPU) or ``"reference"`` (dense). A backend asked for by
             name is used or refused, never replaced; ``"auto"`` takes the fastest that can serve the call, as measured;
             :func:`explain` says which, and why.
+        key_bias: A log-prior of keys that the tokens decide: (B, H, K), or (B, Hk, K) or (B, 1, K) where heads share
+            it and its lanes; nats, finite, any floating dtype, with gradient. Beside a cache (B, ..., Q), of the new
+            tokens, with every call or with none. Lanes carry it exactly to the last digit of float32; float64 keeps
+            sums over many tokens exact until then. Hide keys by ``key_padding_mask`` instead.
+        query_bias: (B, H, Q), nats: a constant of each row. Softmax does not see it; sinks and the log-sum-exp do. Its
+            gradient is what rounding leaves of a sum that is zero in exact arithmetic. Where both biases are of the
+            same numbers, as the running sums -c and c of log forgetting gates, the gradient of these numbers is a
+            difference of both, in which that cancels: long sums of it stay right in 16 bits.
+        query_gains: (B, H, Q), dimensionless: the factor by which a query sees the prior, which needs bilinear terms;
+            or one, or ``None``, for each of ``prior.terms()``.
 
     Returns:
         (B, H, Q, V) in the dtype of ``query``, under autocast in autocast's. In a tuple behind it: with
@@ -101,10 +117,11 @@ def prior_attention(
     """
     if backend != "auto":
         check_choice("prior_attention", "backend", backend, ("auto", *BACKENDS))
-    new = (key, value, key_padding_mask)
+    new = (key, value, key_padding_mask, key_bias)
     if cache is not None:
         _check_left_to_cache(query, key, cache, query_positions, key_positions, documents)
-        key, value, query_positions, key_positions, key_padding_mask = cache.after(*new)
+        check_biases("prior_attention", query, key, key_bias, query_bias, cache.scale if scale is None else scale)
+        key, value, query_positions, key_positions, key_padding_mask, key_bias = cache.after(*new)
     call = AttentionCall.from_arguments(
         query,
         key,
@@ -124,6 +141,9 @@ def prior_attention(
         sinks=sinks,
         tolerance=tolerance,
         cache=cache,
+        key_bias=key_bias,
+        query_bias=query_bias,
+        query_gains=query_gains,
     )
     served_by = choose(call) if backend == "auto" else BACKENDS[backend]
     if backend != "auto" and (reason := served_by.refusal(call)):

@@ -97,27 +97,30 @@ def _sink_logits(call: AttentionCall) -> Tensor | None:
 
 def _reads_lanes(call: AttentionCall) -> bool:
     """Whether statistics read the log-prior as lanes: their kernel does, as that of the output did."""
-    return call.prior is not None and call.prior.has_lanes and call.query.is_cuda
+    return (call.prior is None or call.prior.has_lanes) and call.query.is_cuda
 
 
 def _prior_rows(call: AttentionCall) -> RowSource | None:
-    prior = call.prior
-    if prior is None:
+    if call.prior is None and call.key_bias is None:
         return None
     dtype = torch.promote_types(call.query.dtype, torch.float32)
-    positions, keys = call.query_positions.tensor, call.key_positions.tensor
     if _reads_lanes(call):
-        lanes = lanes_of(replace(call, scale=1.0))
+        lanes = lanes_of(replace(call, scale=1.0, masks=replace(call.masks, key_bias=None)))
         return None if lanes is None else LaneRows(lanes)
-    axis = -1 if prior.num_coordinates == 1 else -2
-    return lambda start, stop: prior.dense(positions.narrow(axis, start, stop - start), keys, dtype=dtype)
+
+    def rows(start: int, stop: int) -> Tensor:
+        log_prior = call.log_prior(dtype, start, stop)
+        assert log_prior is not None
+        return log_prior
+
+    return rows
 
 
 def _admissible(call: AttentionCall, shift: int) -> dict[str, Any]:
     """Causality and window where positions say them, and rows of the mask for the rest."""
     masks, band = call.masks, call.masks.band
+    known: dict[str, Any] = {}
     if band is not None and band.offset == shift and masks.documents is None:
-        rows = None if masks.padding is None else TensorRows(~masks.padding[:, None, None, :])
-        return {"is_causal": True, "window": band.window, "mask": rows}
+        known, masks = {"is_causal": True, "window": band.window}, replace(masks, band=None)
     dense = masks.as_dense(call.query.shape[0], call.query.shape[2], call.key.shape[2], call.query.device)
-    return {"mask": None if dense is None else TensorRows(dense)}
+    return {**known, "mask": None if dense is None else TensorRows(dense)}

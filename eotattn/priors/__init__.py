@@ -3,6 +3,7 @@
 from eotattn.priors.base import HeadsPrior, LogPrior, ScaledPrior, ScoreMod, SumPrior
 from eotattn.priors.bilinear import BilinearPrior
 from eotattn.priors.dense_prior import DensePrior
+from eotattn.priors.forgetting import ForgettingPrior, running_sums
 from eotattn.priors.fourier import FourierPrior
 from eotattn.priors.goat import goat_prior, num_local_heads
 from eotattn.priors.grid import ClassTokenPrior, GridPrior, grid_positions
@@ -11,16 +12,20 @@ from eotattn.priors.joined_prior import JoinedPrior
 from eotattn.priors.key_table import KeyTablePrior
 from eotattn.priors.lanes import Lanes
 from eotattn.priors.parameters import split_parameters
+from eotattn.priors.query_gain import QueryGainPrior
+from eotattn.priors.reading import Reading, Tokens
 from eotattn.priors.recency import RecencyPrior, alibi_slopes
 from eotattn.priors.relative_bias import RelativeBiasPrior
 from eotattn.priors.sink import SinkPrior
 from eotattn.priors.terms import Features, KeyTerm, Term
+from eotattn.priors.transposed import TransposedPrior
 
 __all__ = [
     "BilinearPrior",
     "ClassTokenPrior",
     "DensePrior",
     "Features",
+    "ForgettingPrior",
     "FourierPrior",
     "GridKeyPrior",
     "GridPrior",
@@ -31,6 +36,8 @@ __all__ = [
     "KeyTerm",
     "Lanes",
     "LogPrior",
+    "QueryGainPrior",
+    "Reading",
     "RecencyPrior",
     "RelativeBiasPrior",
     "ScaledPrior",
@@ -38,9 +45,12 @@ __all__ = [
     "SinkPrior",
     "SumPrior",
     "Term",
+    "Tokens",
+    "TransposedPrior",
     "alibi_slopes",
     "goat_prior",
     "grid_positions",
     "num_local_heads",
+    "running_sums",
     "split_parameters",
 ]

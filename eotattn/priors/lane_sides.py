@@ -30,6 +30,8 @@ class Side(NamedTuple):
         piece: (P,) int8: which piece of its product a lane is.
         depth: Pieces of a product at most.
         more: (..., heads, L, P') further lanes behind them, in the kernel's dtype, or ``None``.
+        gains: (B, heads, L, P) factors of a query's own on the products, or ``None``.
+        constant: (P,) boolean: which products, where there are such factors, have no value but a gradient.
     """
 
     table: Tensor
@@ -37,10 +39,17 @@ class Side(NamedTuple):
     piece: Tensor
     depth: int
     more: Tensor | None = None
+    gains: Tensor | None = None
+    constant: Tensor | None = None
 
     def lanes(self, dtype: torch.dtype) -> Tensor:
         """(heads, L, P + P') or (B, heads, L, P + P') in ``dtype``."""
-        lanes = write_pieces(multiply(self.table, self.matrix), self.piece, self.depth, dtype)
+        products = multiply(self.table, self.matrix)
+        if self.gains is not None:
+            products = self.gains.to(products.dtype) * products
+            assert self.constant is not None
+            products = torch.where(self.constant, products - products.detach(), products)
+        lanes = write_pieces(products, self.piece, self.depth, dtype)
         if self.more is None:
             return lanes
         lead = torch.broadcast_shapes(lanes.shape[:-1], self.more.shape[:-1])
@@ -53,6 +62,7 @@ class Shape(NamedTuple):
     features: str
     num_query: int
     num_key: int  # 0: a term of keys that is looked up
+    by_key_head: bool = False  # such a term that query heads share with their key head
 
 
 class Column(NamedTuple):
@@ -196,6 +206,7 @@ class SideLayout:
         group: M.
         query_scale: Factor on what is learned.
         lift: The query's share of it where the key's number is looked up.
+        gained: Terms on which queries have factors of their own.
     """
 
     shapes: Sequence[Shape]
@@ -203,6 +214,7 @@ class SideLayout:
     group: int
     query_scale: float
     lift: float
+    gained: Sequence[int] = ()
 
     def side(self, side: str, lanes: Sequence[Lane]) -> SidePlan:
         """The plan of one side."""
@@ -222,7 +234,8 @@ class SideLayout:
                 row = n + (lane.member or 0) * num_weights
                 selection[row, at[Column(lane.fixed.term, feature)], p] = sign * self.query_scale * lane.fixed.divisor
         pieces = [lane.piece if lane.learned == side else 0 for lane in lanes]
-        is_constant = torch.tensor([lane.is_constant and lane.learned == side for lane in lanes], dtype=torch.bool)
+        zeroed = [lane.is_constant and lane.learned == side and lane.fixed.term not in self.gained for lane in lanes]
+        is_constant = torch.tensor(zeroed, dtype=torch.bool)
         learns = any(lane.learned == side for lane in lanes)
         return SidePlan(
             columns=tuple(columns),

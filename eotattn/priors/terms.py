@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from eotattn.compat import constant_in_graphs
 from eotattn.priors.memory import remembered
 
 __all__ = [
+    "BIAS_TERM",
     "FEATURES",
     "PREPARED",
     "UNKNOWN_RANGE",
@@ -104,6 +105,7 @@ class Term:
 
     features: Features
     coefficients: Tensor
+    by_key_head: ClassVar[bool] = False
 
     @property
     def weights(self) -> Tensor:
@@ -134,10 +136,12 @@ class KeyTerm:
     Args:
         features: The query's one feature, (..., L, 1); keys have none.
         bias: Positions (..., K) or (..., K, C) -> (..., H, K), nats.
+        by_key_head: Whether query heads that share a key head share the bias, (..., 1 or Hk, K); they share lanes then.
     """
 
     features: Features
     bias: Callable[[Tensor], Tensor]
+    by_key_head: bool = False
 
     def weighted(self, change: Callable[[Tensor], Tensor]) -> KeyTerm:
         """The same with ``change`` applied to the numbers, (..., H, K, 1)."""
@@ -215,3 +219,6 @@ def same_for_all_queries(num_coordinates: int, typical_range: float = 8.0) -> Fe
 for _count in range(1, 5):  # before any graph is traced
     same_for_all_queries(_count)
     same_for_all_queries(_count, UNKNOWN_RANGE)
+
+#: Stands for a bias of keys that only a call brings, where lanes are counted.
+BIAS_TERM = KeyTerm(same_for_all_queries(1, UNKNOWN_RANGE), lambda positions: torch.zeros_like(positions))

@@ -32,8 +32,9 @@ from eotattn.attention.sinks import AttentionSinks, SinkKeys
 from eotattn.checks import check_choice, check_floating, check_positive_int, check_probability, fail, require
 from eotattn.compat import first_parameter
 from eotattn.kernels.sdpa import WIDTH_STEP
-from eotattn.priors import LogPrior
+from eotattn.priors import LogPrior, Reading, Tokens
 from eotattn.priors.base import check_prior
+from eotattn.priors.reading import join_readings
 
 __all__ = ["Heads", "PriorAttention", "num_reserved"]
 
@@ -164,6 +165,7 @@ class PriorAttention(ProjectedHeads):
         key_positions: Tensor | ArrayLike | range | None = None,
         documents: PackedDocuments | None = None,
         cache: KeyValueCache | None = None,
+        key_bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend; the arguments up to ``is_causal`` are those of ``nn.MultiheadAttention``, in its order.
 
@@ -186,6 +188,8 @@ class PriorAttention(ProjectedHeads):
             documents: Documents packed into the batch; each attends to itself alone, at positions from 0 on.
             cache: Earlier keys and values of this layer; the new ones are appended to it, positions follow from it, and
                 ``key_padding_mask`` speaks of the new tokens. For inference: no gradient reaches cached tensors.
+            key_bias: (B, H, K), (B, Hk, K) or (B, 1, K), nats, added to every score of a key, and to what the prior
+                reads; with a cache, of the new tokens.
 
         Returns:
             Output shaped like ``query``, and the weights (B, Q, K) or (B, H, Q, K), or ``None``.
@@ -203,6 +207,7 @@ class PriorAttention(ProjectedHeads):
         key_positions = query_positions if key is query and key_positions is None else key_positions
         at = self._positions(inputs, query_positions, key_positions, padding, documents, cache)
         content = self.project(*inputs, query_positions=at[0], key_positions=at[1])
+        reading = self._read(inputs, padding, documents, cache, key_bias)
         if documents is not None or cache is not None:
             at = (None, None)  # they say it themselves
         result = prior_attention(
@@ -220,7 +225,12 @@ class PriorAttention(ProjectedHeads):
             dropout_p=self.dropout if self.training else 0.0,
             return_weights=self.backend in WITH_WEIGHTS if need_weights is None else need_weights,
             backend=self.backend,
+            key_bias=reading.key_bias,
+            query_bias=reading.query_bias,
+            query_gains=reading.query_gains,
         )
+        if cache is not None and reading.kept is not None:
+            cache.keep(reading.kept)
         heads, weights = result if isinstance(result, tuple) else (result, None)
         heads = heads if self.output_gate is None else self.output_gate(heads, inputs[0])
         output: Tensor = self.out_proj(heads.transpose(1, 2).flatten(2))
@@ -229,6 +239,24 @@ class PriorAttention(ProjectedHeads):
         if query.dim() == 2:
             return output.squeeze(0), None if weights is None else weights.squeeze(0)
         return output if self.batch_first else output.transpose(0, 1), weights
+
+    def _read(
+        self,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        padding: Tensor | None,
+        documents: PackedDocuments | None,
+        cache: KeyValueCache | None,
+        key_bias: Tensor | None,
+    ) -> Reading:
+        """What the prior reads from the inputs, and the bias that the caller adds."""
+        given = Reading(key_bias=key_bias)
+        if self.prior is None or not self.prior.reads_tokens:
+            return given
+        query, key, _ = inputs
+        of_documents = None if documents is None else documents.positions(key.shape[0], key.shape[1], key.device)
+        before = None if cache is None else cache.kept
+        reading = self.prior.read_tokens(Tokens(query, key, padding, of_documents, before))
+        return reading if key_bias is None else join_readings([given, reading])
 
     def _inputs(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Checked inputs as (B, length, width)."""
