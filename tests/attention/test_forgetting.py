@@ -278,9 +278,9 @@ def test_sinks_see_the_natural_form(has_cache, backend):
     expected = with_sink[..., :-1] @ inputs[2].repeat_interleave(H // HK, 1)
     cache = KeyValueCache(B, HK, L, 8, 8, prior=prior, dtype=torch.float64) if has_cache else None
     with torch.no_grad():
-        gains = read.query_gains
-        output = prior_attention(*inputs, prior=prior, is_causal=True, key_bias=read.key_bias, sinks=logits,
-                                 query_bias=read.query_bias, query_gains=gains, cache=cache, backend=backend)  # fmt: skip
+        of_tokens = {name: getattr(read, name) for name in ("key_bias", "query_bias", "query_gains")}
+        options = {"is_causal": True, "sinks": logits, "cache": cache, "backend": backend}
+        output = prior_attention(*inputs, prior=prior, **of_tokens, **options)
     assert_close(output, expected.detach(), tolerance=1e-6 if has_cache else 1e-11)
 
 
@@ -310,7 +310,7 @@ def test_bad_input(name):
 
 def test_combinations_without_meaning_are_refused():
     prior, x = GridPrior(gates(), gates()), torch.ones(1, 3, E)
-    with pytest.raises(NotImplementedError, match="GridPrior.read_tokens: parts must read positions alone"):
+    with pytest.raises(NotImplementedError, match=r"GridPrior\.read_tokens: parts must read positions alone"):
         prior.read_tokens(Tokens(x, x))
 
 
