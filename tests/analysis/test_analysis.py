@@ -49,7 +49,7 @@ def loaded(folder):
     return load_local_model(folder)
 
 
-def test_folder_page_and_tables(folder, loaded, tmp_path):
+def test_folder_page_and_tables(folder, loaded, tmp_path, drawn):
     out = tmp_path / "report"
     result = analyze(folder, TEXTS, out=out)
     record = json.loads((out / "report.json").read_text())
