@@ -27,7 +27,7 @@ def bisection(score, log_prior, epsilon, alpha):
     distance = np.longdouble(1)
     while (weights(low).sum(-1) < 1).any():
         low, distance = low - distance, 2 * distance
-    for _ in range(130):
+    for _ in range(90):
         middle = (low + high) / 2
         above = weights(middle).sum(-1, keepdims=True) > 1
         low, high = np.where(above, middle, low), np.where(above, high, middle)
@@ -79,6 +79,7 @@ def test_sparsemax_is_pots_projection_onto_the_simplex(m):
     assert float((found.T - torch.as_tensor(expected)).abs().max()) <= 1e-12
 
 
+@pytest.mark.filterwarnings("ignore:.*`disp` and `iprint`:DeprecationWarning")
 def test_sparsemax_is_pots_transport_at_its_own_key_marginal():
     """There the constraint is idle, and POT's dual solver of quadratic transport shares nothing with a threshold."""
     import ot
@@ -143,7 +144,7 @@ def test_the_coupling_is_the_best_one(alpha):
 
     best = objective(solution.coupling)
     generator = torch.Generator().manual_seed(0)
-    for _ in range(100):
+    for _ in range(20):
         other = torch.rand(5, 6, generator=generator, dtype=torch.float64) * (reference > 0)
         other = other / other.sum(-1, keepdim=True) / 5
         for step in (1e-3, 1e-1, 1.0):
@@ -190,7 +191,7 @@ def central(function, x, size=1e-6):
     return found
 
 
-@pytest.mark.parametrize("alpha", (1.1, 1.5, 1.7, 2.0))
+@pytest.mark.parametrize("alpha", [1.1, 1.5, 1.7, 2.0])
 @pytest.mark.parametrize("read", ["attention_weights", "coupling", "query_potential", "primal", "dual", "attend"])
 def test_gradients_are_those_of_finite_differences(alpha, read):
     generator = torch.Generator().manual_seed(5)
@@ -227,7 +228,7 @@ def test_gradients_are_those_of_finite_differences(alpha, read):
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_the_jacobian_is_its_formula(alpha):
     """diag(b) - b b^T / sum(b), b = prior^(alpha - 1) weight^(2 - alpha) on the support, over epsilon."""
-    score, log_prior = random_rows(10, shape=(1, 9))
+    score, log_prior = random_rows(10, shape=(1, 9), scale=0.3)
 
     def weights(row):
         problem = TransportProblem(row, epsilon=0.6, log_prior=log_prior, regulariser=Tsallis(alpha))
@@ -241,7 +242,7 @@ def test_the_jacobian_is_its_formula(alpha):
     assert float(expected.abs().max()) > 1e-2
 
 
-@pytest.mark.parametrize("alpha", (1.1, 1.5, 2.0))
+@pytest.mark.parametrize("alpha", [1.1, 1.5, 2.0])
 def test_second_derivatives(alpha):
     score = torch.tensor([[0.3, -0.2, 0.9, 0.1], [0.0, 2.0, 0.2, -0.4]]).double().requires_grad_()
     log_prior = torch.tensor([[0.1, 0.4, -0.3, 0.2]]).double().expand(2, 4).clone().requires_grad_()
@@ -267,13 +268,13 @@ def test_an_exact_solution_is_certified_as_one(alpha):
 @pytest.mark.parametrize("size", [1e-13, 1e-9, 1e-4, 0.3])
 def test_the_certificate_of_any_potentials_and_any_weights_is_sound(alpha, size):
     generator = torch.Generator().manual_seed(6)
-    for seed in range(4):
-        problem = stated(seed, alpha, shape=(40, 7, 9), scale=3.0)
+    for seed in range(2):
+        problem = stated(seed, alpha, shape=(9, 7, 9), scale=3.0)
         exact = bisection(problem.score, problem.log_prior, 0.7, alpha)
         solution = solve(problem)
-        noise = size * torch.randn(2, 40, 7, 9, generator=generator, dtype=torch.float64)
+        noise = size * torch.randn(2, 9, 7, 9, generator=generator, dtype=torch.float64)
         moved = solution.query_potential + noise[0, ..., 0]
-        none = torch.zeros(40, dtype=torch.int64)
+        none = torch.zeros(9, dtype=torch.int64)
         other = TransportSolution(problem, moved, solution.key_potential, none, none > 0, "given").certificate
         optimum = float(solution.primal.abs().max())
         assert (other.dual <= solution.primal + 1e-13 * optimum).all()

@@ -19,12 +19,12 @@ _TERMS = 6
 
 @dataclass(frozen=True)
 class Tsallis:
-    r"""The regulariser ``sum_ij R_ij f(P_ij / R_ij)`` with ``f(t) = (t^alpha - alpha t + alpha - 1) / (alpha (alpha - 1))``.
+    r"""Tsallis's divergence ``sum_ij R_ij f(P_ij / R_ij)``, ``f(t) = (t^alpha - alpha t + alpha - 1) / (alpha beta)``.
 
-    The prior enters as the reference of a divergence (the alpha-divergence, a Tsallis relative entropy), as it does in
-    the entropic problem, which is the limit of alpha = 1. So -inf forbids a pair, and the weights of a query are
-    ``prior_j [1 + (alpha - 1) (score_j / epsilon - threshold)]_+^(1 / (alpha - 1))``. Under a log-prior of zero they
-    are sparsemax for alpha = 2 and alpha-entmax below it.
+    Here and below ``beta = alpha - 1``. The prior enters as the reference of a divergence (the alpha-divergence, or
+    Tsallis relative entropy), as it does in the entropic problem, which is the limit of alpha = 1. So -inf forbids a
+    pair, and the weights of a query are ``prior_j [1 + beta (score_j / epsilon - threshold)]_+^(1 / beta)``. Under a
+    log-prior of zero they are sparsemax for alpha = 2 and alpha-entmax below it.
 
     Args:
         alpha: In (1, 2]; the larger, the sparser.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eotattn.checks import fail, require
 from eotattn.transport.arithmetic import product
-from eotattn.transport.problems.affinity import Number, Rows, pairwise
+from eotattn.transport.problems.affinity import Affinity, Number, Rows, pairwise
 from eotattn.transport.problems.dense import DenseAffinity
 from eotattn.transport.problems.regulariser import Tsallis
 
@@ -89,7 +89,7 @@ class TsallisAffinity(DenseAffinity):
         value = score + torch.where(potential.isfinite(), potential, 0.0)[..., None, :]
         nats = torch.where(removed, -math.inf, value.new_zeros(()) if log_prior is None else log_prior)
         with torch.no_grad():
-            # No weight exceeds one: every key bounds the threshold from below. The best bound is where numbers are small.
+            # No weight exceeds one, so every key bounds the threshold from below; at the best bound numbers are small.
             peak = (value / epsilon - torch.expm1(-beta * nats) / beta).argmax(-1, keepdim=True)
             top = value.expand(*peak.shape[:-1], value.shape[-1]).gather(-1, peak)
         logits = (value - top) / epsilon
@@ -150,9 +150,7 @@ def _solve(logits: Tensor, nats: Tensor, regulariser: Tsallis) -> Tensor:
     return threshold
 
 
-def tsallis_affinity(
-    owner: str, regulariser: Tsallis, affinity: DenseAffinity, *, one_sided: bool
-) -> TsallisAffinity:
+def tsallis_affinity(owner: str, regulariser: Tsallis, affinity: Affinity, *, one_sided: bool) -> TsallisAffinity:
     """Check and build the affinity of a problem with this regulariser."""
     remedy = "Pass e.g. Tsallis(2.0), or leave it out for the entropy"
     is_one = isinstance(regulariser, Tsallis)
@@ -161,8 +159,7 @@ def tsallis_affinity(
     remedy = "State score and log_prior of one side only"
     if not one_sided or not affinity.holds_pairs:
         fail(owner, "regulariser", rule, regulariser, remedy, error=NotImplementedError)
-    score, log_prior = affinity.tensors
-    assert score is not None
+    score, log_prior = affinity.score, affinity.log_prior
     if log_prior is not None:
         reach = float(log_prior.detach().amax(-1).abs().max())
         limit = _HEADROOM * math.log(torch.finfo(score.dtype).max) / regulariser.beta
