@@ -148,7 +148,11 @@ def test_the_coupling_is_the_best_one(alpha):
         other = torch.rand(5, 6, generator=generator, dtype=torch.float64) * (reference > 0)
         other = other / other.sum(-1, keepdim=True) / 5
         for step in (1e-3, 1e-1, 1.0):
-            assert objective(torch.lerp(solution.coupling, other, step)) > best - 1e-9
+            value = objective(torch.lerp(solution.coupling, other, step)) - best
+            assert value > -1e-9
+            rows = 5 * torch.lerp(solution.coupling, other, step)
+            gap = certify(rows, problem.score, problem.log_prior, 0.7, regulariser=problem.regulariser).gap
+            assert float((gap - value).abs()) <= 1e-10 / beta
     size = max(1.0, float(best.abs()))
     for value in (solution.primal, solution.dual, primal_objective(problem, solution.coupling)):
         assert float((value - best).abs()) <= 1e-10 * size / beta  # what the definition loses by cancellation
@@ -257,7 +261,12 @@ def test_second_derivatives(alpha):
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_an_exact_solution_is_certified_as_one(alpha):
     for scale in (0.1, 2.0, 50.0):
-        certificate = solve(stated(11, alpha, scale=scale)).certificate
+        problem = stated(11, alpha, scale=scale, shape=(30, 5, 9))
+        solution = solve(problem)
+        certificate, weights = solution.certificate, solution.attention_weights
+        true = (weights - bisection(problem.score, problem.log_prior, 0.7, alpha)).abs().sum(-1).mean(-1)
+        given = certify(weights, problem.score, problem.log_prior, 0.7, regulariser=problem.regulariser)
+        assert (true <= torch.minimum(certificate.distance, given.distance)).all()
         assert (certificate.gap >= 0).all()
         assert float(certificate.gap.max()) <= 1e-13
         assert float(certificate.distance.max()) <= 1e-10 * max(1.0, scale)
