@@ -30,14 +30,18 @@ from typing import TYPE_CHECKING, Any
 
 from eotattn.attention import GoatAttention, PriorAttention, Rotary, prior_attention
 from eotattn.priors import (
+    AlibiPrior,
     ClassTokenPrior,
     DensePrior,
     FourierPrior,
     GridPrior,
+    GridTablePrior,
+    KerplePrior,
     LogPrior,
     RecencyPrior,
     RelativeBiasPrior,
     SinkPrior,
+    T5Prior,
     goat_prior,
     grid_positions,
     split_parameters,
@@ -50,17 +54,21 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "AlibiPrior",
     "ClassTokenPrior",
     "DensePrior",
     "FourierPrior",
     "GoatAttention",
     "GridPrior",
+    "GridTablePrior",
+    "KerplePrior",
     "LogPrior",
     "PriorAttention",
     "RecencyPrior",
     "RelativeBiasPrior",
     "Rotary",
     "SinkPrior",
+    "T5Prior",
     "TransportProblem",
     "TransportSolution",
     "__version__",

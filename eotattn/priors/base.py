@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from eotattn.checks import check_positive, check_positive_int, require
+from eotattn.priors.far_form import FarForm, Tail
 from eotattn.priors.flex_form import ScoreMod, score_mod_of
 from eotattn.priors.lane_plan import LaneRequest, plan_lanes
 from eotattn.priors.lanes import Lanes, make_lanes
@@ -61,6 +62,8 @@ class LogPrior(nn.Module):
 
     #: Numbers that make a position: 1 on a sequence, 2 on a grid.
     num_coordinates: int = 1
+    #: Whether the log-prior depends on differences of positions only.
+    is_relative: bool = False
 
     def __init__(self, num_heads: int) -> None:
         super().__init__()
@@ -95,6 +98,11 @@ class LogPrior(nn.Module):
     def has_lanes(self) -> bool:
         """Whether the prior is a finite inner product, so that any fused kernel can carry it."""
         return type(self).terms is not LogPrior.terms
+
+    def far_form(self) -> FarForm | None:
+        """What the log-prior is far away, if it is simpler there: a constant a head, or a prior with lanes."""
+        tail = Tail(prior=self)
+        return FarForm(0, tail, tail) if self.has_lanes and self.num_coordinates == 1 else None
 
     def dense(self, query_positions: Tensor, key_positions: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
         """The log-prior of every pair: the truth that other forms are measured against.
@@ -259,6 +267,7 @@ class CombinedPrior(LogPrior):
     def __init__(self, parts: Sequence[LogPrior], num_heads: int) -> None:
         super().__init__(num_heads)
         self.num_coordinates = parts[0].num_coordinates
+        self.is_relative = all(part.is_relative for part in parts)
         self.parts = cast("Sequence[LogPrior]", nn.ModuleList(parts))
 
     @property
@@ -319,6 +328,11 @@ class SumPrior(CombinedPrior):
     def terms(self) -> tuple[Term | KeyTerm, ...]:
         """The terms of all parts."""
         return tuple([term for part in self.parts for term in part.terms()])
+
+    def far_form(self) -> FarForm | None:
+        """The sum of the parts' forms."""
+        forms = [form for part in self.parts if (form := part.far_form()) is not None]
+        return reduce(operator.add, forms) if len(forms) == len(self.parts) else None
 
     def dense(self, query_positions: Tensor, key_positions: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
         """The sum of the dense parts, in float64 before it is rounded."""
@@ -384,12 +398,27 @@ class ScaledPrior(CombinedPrior):
         """The terms of the prior with their weights scaled."""
         return tuple([term.weighted(self._scale) for term in self.prior.terms()])
 
+    def far_form(self) -> FarForm | None:
+        """The prior's form, scaled."""
+        form = self.prior.far_form()
+        return (
+            None
+            if form is None
+            else form.changed(self._like, lambda constant: self._factors(constant.double()) * constant)
+        )
+
     def reset_parameters(self) -> None:
         """Reset the prior, and learnable factors to those given at construction."""
         super().reset_parameters()
         if isinstance(self.factor, nn.Parameter):
             with torch.no_grad():
                 self.factor.copy_(torch.tensor(self._start))
+
+    def _like(self, prior: LogPrior) -> ScaledPrior:
+        """Another prior with the same factors."""
+        scaled = ScaledPrior(prior, self._start)
+        scaled.factor = self.factor
+        return scaled
 
     def _factors(self, like: Tensor) -> Tensor:
         """(H,) in the dtype of ``like``."""
@@ -432,6 +461,13 @@ class HeadsPrior(CombinedPrior):
     def terms(self) -> tuple[Term | KeyTerm, ...]:
         """The terms of the prior with the weights of the chosen heads."""
         return tuple([term.weighted(self._choose) for term in self.parts[0].terms()])
+
+    def far_form(self) -> FarForm | None:
+        """The prior's form, of the chosen heads."""
+        form, chosen = self.parts[0].far_form(), list(self.chosen)
+        if form is None:
+            return None
+        return form.changed(lambda prior: HeadsPrior(prior, chosen), lambda constant: constant[chosen])
 
     def _choose(self, weights: Tensor) -> Tensor:
         return weights.index_select(-3, constants(self.chosen, weights.device, torch.int64))
