@@ -141,14 +141,17 @@ def fused_attention_choice(query: Tensor, key: Tensor, value: Tensor, **options:
     return next(name for name, member in backends if member.value == index).lower()
 
 
-def cpu_flash_attention(*operands: Any, scale: float) -> tuple[Tensor, Tensor]:
+def cpu_flash_attention(*operands: Any, scale: float, attn_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """``(query, key, value, dropout, is_causal)`` -> output and log-sum-exp, on a CPU."""
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*operands, scale=scale)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*operands, scale=scale, attn_mask=attn_mask)
 
 
-def cpu_flash_attention_backward(*operands: Any, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def cpu_flash_attention_backward(
+    *operands: Any, scale: float, attn_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """``(grad, query, key, value, output, log_sum_exp, dropout, is_causal)`` -> gradients of the operands."""
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*operands, scale=scale)
+    operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return operator(*operands, scale=scale, attn_mask=attn_mask)
 
 
 def cudnn_attention(*operands: Any, scale: float) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ from eotattn.attention.functional import prior_attention
 from eotattn.attention.layer.goat_attention import GoatAttention
 from eotattn.attention.layer.prior_attention_layer import PriorAttention
 from eotattn.attention.layer.rotary import Rotary
+from eotattn.attention.merging import merge
 
 __all__ = [
     "Explanation",
@@ -16,5 +17,6 @@ __all__ = [
     "PriorAttention",
     "Rotary",
     "explain",
+    "merge",
     "prior_attention",
 ]

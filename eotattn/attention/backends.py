@@ -6,7 +6,9 @@ Legend: B batch, H query heads, Q queries, K keys, V value width, W kernel width
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,10 +16,25 @@ from torch import Tensor
 from eotattn.attention.call import AttentionCall
 from eotattn.attention.measured import preference
 from eotattn.attention.operands import call_terms, operands, plan_of
-from eotattn.kernels import flex, local, packed, reference, sdpa, varlen
+from eotattn.attention.row_constants import row_constants
+from eotattn.kernels import flex, local, log_sum_exp, packed, reference, sdpa, varlen
 from eotattn.priors import LogPrior
 
-__all__ = ["BACKENDS", "Backend", "choose"]
+__all__ = ["BACKENDS", "Backend", "Served", "choose"]
+
+
+class Served(NamedTuple):
+    """What a backend makes of a call.
+
+    Args:
+        output: (B, H, Q, V).
+        weights: (B, H, Q, K), where the backend has them.
+        lse: (B, H, Q) nats, where the call asks for it.
+    """
+
+    output: Tensor
+    weights: Tensor | None = None
+    lse: Tensor | None = None
 
 
 class Backend(Protocol):
@@ -29,8 +46,8 @@ class Backend(Protocol):
     def refusal(self, call: AttentionCall) -> str | None:
         """Why it cannot serve the call, or ``None`` if it can."""
 
-    def run(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-        """Serve the call: output (B, H, Q, V), and weights (B, H, Q, K) where the backend has them."""
+    def run(self, call: AttentionCall) -> Served:
+        """Serve the call."""
 
 
 class Reference:
@@ -42,14 +59,13 @@ class Reference:
         """Never."""
         return None
 
-    def run(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-        """Output and weights."""
+    def run(self, call: AttentionCall) -> Served:
+        """Output, weights and log-sum-exp."""
         mask, log_prior = call.dense_mask(), call.log_prior(torch.promote_types(call.query.dtype, torch.float32))
         if mask is not None and mask.dtype != torch.bool:
             log_prior, mask = mask if log_prior is None else log_prior + mask, None
-        return reference.attend(
-            call.query, call.key, call.value, scale=call.scale, log_prior=log_prior, mask=mask, dropout_p=call.dropout_p
-        )
+        options: dict[str, Any] = {"scale": call.scale, "dropout_p": call.dropout_p}
+        return Served(*reference.attend(call.query, call.key, call.value, log_prior=log_prior, mask=mask, **options))
 
 
 class Sdpa:
@@ -59,31 +75,46 @@ class Sdpa:
 
     def refusal(self, call: AttentionCall) -> str | None:
         """Why it cannot serve the call, or ``None``."""
+        mask = call.masks.dense
+        if call.return_lse and mask is not None and mask.requires_grad:
+            return "the log-sum-exp of fused calls has no gradient in attn_mask; use backend='reference'"
         return _without_lanes(call) or _rounds_mask(call)
 
-    def run(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-        """Output alone."""
+    def run(self, call: AttentionCall) -> Served:
+        """Output, and the log-sum-exp where it is asked for."""
+        if not call.return_lse:
+            output = self._attend(call, partial(sdpa.attend, dropout_p=call.dropout_p))
+            return Served(_without_empty_rows(call, output))
+        if call.dropout_p:  # the operators that return both drop nothing
+            output = self.run(replace(call, return_lse=False)).output
+            return Served(output, lse=self.run(replace(call, dropout_p=0.0)).lse)
+        output, lse = self._attend(call, log_sum_exp.attend)
+        constants = row_constants(call)
+        if constants is not None:
+            lse = (lse.double() + constants).to(lse.dtype)
+        return Served(_without_empty_rows(call, output), lse=_of_rows_with_keys(call, lse, float("-inf")))
+
+    def _attend(self, call: AttentionCall, fused: Callable[..., Any]) -> Any:
+        """What ``fused`` makes of the whole call, or of its blocks or documents side by side."""
         query, key, value = operands(call)
-        shared: dict[str, Any] = {"scale": call.scale, "dropout_p": call.dropout_p}
+        shared: dict[str, Any] = {"scale": call.scale}
         masks, band = call.masks, call.masks.band
         window = None if band is None else band.window
         if masks.dense is not None:
-            output = sdpa.attend(query, key, value, mask=_fused_mask(call), **shared)
-        elif masks.documents is not None and torch.compiler.is_compiling():  # one graph serves all packings
+            return fused(query, key, value, mask=_fused_mask(call), **shared)
+        if masks.documents is not None and torch.compiler.is_compiling():  # one graph serves all packings
             batch, length, device = query.shape[0], query.shape[2], query.device
             allowed = masks.documents.mask(batch, length, device)
             allowed = allowed if band is None else allowed & band.mask(length, length, device)
-            output = sdpa.attend(query, key, value, mask=allowed, **shared)
-        elif masks.documents is not None:
-            lengths, is_causal = masks.documents.lengths, band is not None
-            output = packed.attend(query, key, value, lengths=lengths, is_causal=is_causal, window=window, **shared)
-        elif band is not None and window is not None:
-            output = local.attend(query, key, value, window=window, offset=band.offset, **shared)
-        else:
-            oblong = band is not None and not band.is_triangle
-            mask = band.mask(query.shape[2], key.shape[2], query.device) if oblong and band is not None else None
-            output = sdpa.attend(query, key, value, mask=mask, is_causal=masks.triangle, **shared)
-        return _without_empty_rows(call, output), None
+            return fused(query, key, value, mask=allowed, **shared)
+        if masks.documents is not None:
+            shared |= {"lengths": masks.documents.lengths, "is_causal": band is not None, "window": window}
+            return packed.attend(query, key, value, fused=fused, **shared)
+        if band is not None and window is not None:
+            return local.attend(query, key, value, window=window, offset=band.offset, fused=fused, **shared)
+        oblong = band is not None and not band.is_triangle
+        mask = band.mask(query.shape[2], key.shape[2], query.device) if oblong and band is not None else None
+        return fused(query, key, value, mask=mask, is_causal=masks.triangle, **shared)
 
 
 class Varlen:
@@ -97,6 +128,8 @@ class Varlen:
         reason = reason or _without_lanes(call)
         if reason is None and call.masks.dense is not None:
             reason = "it takes no mask of pairs; say is_causal, window or documents, with positions as ranges"
+        if reason is None and call.return_lse:
+            reason = "its log-sum-exp has no gradient; use backend='sdpa'"
         return reason or varlen.width_refusal(self.width(call))
 
     def width(self, call: AttentionCall) -> int:
@@ -105,7 +138,7 @@ class Varlen:
         num_lanes = plan_of(call, terms)[0].num_lanes if terms else 0
         return max(call.query.shape[-1] + num_lanes + (call.masks.padding is not None), call.value.shape[-1])
 
-    def run(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+    def run(self, call: AttentionCall) -> Served:
         """Output alone."""
         query, key, value = operands(call)
         band, documents = call.masks.band, call.masks.documents
@@ -116,7 +149,7 @@ class Varlen:
         elif band is not None:
             seen = band.offset + query.shape[2]
             key, value = key[:, :, :seen], value[:, :, :seen]
-        return _without_empty_rows(call, varlen.attend(query, key, value, **pattern)), None
+        return Served(_without_empty_rows(call, varlen.attend(query, key, value, **pattern)))
 
 
 class Flex:
@@ -132,8 +165,8 @@ class Flex:
         biased = call.masks.dense if call.masks.key_bias is None else call.masks.key_bias
         return flex.refusal(call.query, mask=biased, dropout_p=call.dropout_p, learned=learned)
 
-    def run(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-        """Output alone."""
+    def run(self, call: AttentionCall) -> Served:
+        """Output, and the log-sum-exp where it is asked for."""
         score_mod = None
         if call.prior is not None:
             score_mod = call.prior.score_mod(call.query_positions.tensor, call.key_positions.tensor)
@@ -147,7 +180,9 @@ class Flex:
                 name=None if of_caller else (masks.band, masks.documents),
             )
         content = (call.query, call.key, call.value)
-        return flex.attend(*content, scale=call.scale, score_mod=score_mod, pattern=pattern), None
+        options: dict[str, Any] = {"score_mod": score_mod, "pattern": pattern, "with_lse": call.return_lse}
+        output, lse = flex.attend(*content, scale=call.scale, **options)
+        return Served(output, lse=lse)
 
 
 #: Backends by the names that users ask for.
@@ -204,9 +239,15 @@ def _fused_mask(call: AttentionCall) -> Tensor | None:
 
 def _without_empty_rows(call: AttentionCall, output: Tensor) -> Tensor:
     """Output (B, H, Q, V) with zeros where a query has no admissible key."""
-    output = output[..., : call.value.shape[-1]]
+    return _of_rows_with_keys(call, output[..., : call.value.shape[-1]], 0.0)
+
+
+def _of_rows_with_keys(call: AttentionCall, rows: Tensor, otherwise: float) -> Tensor:
+    """Rows (B, H, Q, ...) and ``otherwise`` where a query has no admissible key."""
     has_keys = call.masks.has_keys(call.query.shape[2])
-    return output if has_keys is None else output.masked_fill(~has_keys.unsqueeze(-1), 0.0)
+    if has_keys is None:
+        return rows
+    return rows.masked_fill(~(has_keys.unsqueeze(-1) if rows.dim() == 4 else has_keys), otherwise)
 
 
 def _visible(call: AttentionCall) -> Callable[..., Tensor]:

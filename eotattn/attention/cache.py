@@ -221,6 +221,10 @@ class KeyValueCache:
             query = self._beside(query, self.length - query.shape[2])
         return query, self._keys[:, :, : self.length], self._values[:, :, : self.length]
 
+    def stored_plan(self, call: Any) -> tuple[LanePlan, int] | None:
+        """The lanes beside the stored keys and the origin that they count from, where they serve the call."""
+        return None if self._plan is None or not self._serves(call) else (self._plan, self._origin)
+
     def crop(self, length: int) -> None:
         """Forget all but the first ``length`` slots."""
         check_positive_int("KeyValueCache", "length", length, minimum=0)

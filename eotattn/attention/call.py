@@ -50,6 +50,7 @@ class AttentionCall:
         scale: Factor on the inner products.
         dropout_p: Probability of dropping a weight.
         return_weights: Whether the weights are asked for.
+        return_lse: Whether the log-sum-exp of the rows is asked for.
         tolerance: Error that lanes may add, nats; ``None`` for the dtype's own.
         cache: Where ``key`` and ``value`` are stored, with lanes beside the keys.
     """
@@ -66,6 +67,7 @@ class AttentionCall:
     return_weights: bool = False
     tolerance: float | None = None
     cache: KeyValueCache | None = None
+    return_lse: bool = False
 
     @classmethod
     def from_arguments(
@@ -87,6 +89,7 @@ class AttentionCall:
         return_weights: bool = False,
         tolerance: float | None = None,
         cache: KeyValueCache | None = None,
+        return_lse: bool = False,
     ) -> AttentionCall:
         """Check the arguments of :func:`prior_attention`; raises what that function documents."""
         query, key, value = _as_autocast(query, key, value)
@@ -107,7 +110,7 @@ class AttentionCall:
             return cls._of_documents(
                 query, key, value, documents, given, prior=prior, attn_mask=attn_mask, padding=key_padding_mask,
                 is_causal=is_causal, window=window, scale=scale, dropout_p=dropout_p, return_weights=return_weights,
-                tolerance=tolerance,
+                tolerance=tolerance, return_lse=return_lse,
             )  # fmt: skip
         num_coordinates = 1 if prior is None else prior.num_coordinates
         sizes: dict[str, Any] = {"batch": batch, "device": device, "num_coordinates": num_coordinates}
@@ -122,8 +125,9 @@ class AttentionCall:
             seen = Band(keys - queries) if in_slots else causal_pattern(query_at, key_at, window)
         masks = _gather((batch, heads, queries, keys), query, attn_mask, key_padding_mask, seen, None)
         return cls(
-            query, key, value, prior, query_at, key_at, masks, scale, dropout_p, return_weights, tolerance, cache
-        )
+            query, key, value, prior, query_at, key_at, masks, scale, dropout_p, return_weights, tolerance, cache,
+            return_lse,
+        )  # fmt: skip
 
     @classmethod
     def _of_documents(

@@ -36,9 +36,10 @@ def prior_attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     return_weights: bool = False,
+    return_lse: bool = False,
     tolerance: float | None = None,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """Compute attention_weights = softmax(scale * <query, key> + log_prior) and apply them to the values.
 
     This is the solution of the one-sided entropic transport problem with score scale * <query, key>, temperature one
@@ -65,6 +66,8 @@ def prior_attention(
         scale: Factor on the inner products, default 1 / sqrt(D).
         dropout_p: Probability of dropping a weight, in [0, 1).
         return_weights: Also return the weights (backend ``"reference"``).
+        return_lse: Also return ln sum_j exp(scale * <query, key_j> + log_prior_j) over admissible keys, differentiable
+            as the output is; :func:`merge` joins calls over disjoint keys by it.
         tolerance: Error that the prior's lanes may add in 16 bits, nats; by default about what content's own rounding
             costs. A smaller one takes more lanes.
         backend: ``"auto"``, ``"sdpa"`` (lanes through stock fused calls), ``"varlen"`` (lanes through the
@@ -73,8 +76,9 @@ def prior_attention(
             :func:`explain` says which, and why.
 
     Returns:
-        (B, H, Q, V) in the dtype of ``query``, under autocast in autocast's; with ``return_weights`` also (B, H, Q, K),
-        rows sum to one.
+        (B, H, Q, V) in the dtype of ``query``, under autocast in autocast's. In a tuple behind it: with
+        ``return_weights`` the weights (B, H, Q, K), rows sum to one; with ``return_lse`` the log-sum-exp (B, H, Q),
+        nats, float64 for float64 and float32 otherwise, -inf at queries without admissible keys.
 
     Raises:
         ValueError: For shapes, devices, positions or values that do not fit.
@@ -112,6 +116,7 @@ def prior_attention(
         scale=scale,
         dropout_p=dropout_p,
         return_weights=return_weights,
+        return_lse=return_lse,
         tolerance=tolerance,
         cache=cache,
     )
@@ -124,8 +129,9 @@ def prior_attention(
         cache.append(*new)
         call = call.with_content(cache.keys, cache.values)
     with without_autocast(call.query.device):
-        output, weights = serve(call, served_by)
-    return (output, weights) if return_weights and weights is not None else output
+        output, weights, lse = serve(call, served_by)
+    more = tuple(one for one, asked in ((weights, return_weights), (lse, return_lse)) if asked and one is not None)
+    return (output, *more) if more else output
 
 
 def _check_left_to_cache(

@@ -6,15 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from torch import Tensor
-
-from eotattn.attention.backends import Backend
+from eotattn.attention.backends import Backend, Served
 from eotattn.attention.call import AttentionCall
 
 __all__ = ["OBSERVERS", "Observer", "Served", "observe", "serve"]
 
-#: Given (call, backend, serve), it returns what ``serve()`` returned: output, and weights or ``None``.
-Served = tuple[Tensor, Tensor | None]
+#: Given (call, backend, serve), it returns what ``serve()`` returned.
 Observer = Callable[[AttentionCall, Backend, Callable[[], Served]], Served]
 
 OBSERVERS: list[Observer] = []

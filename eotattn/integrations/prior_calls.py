@@ -32,13 +32,13 @@ def listen(recorder: Recorder) -> Iterator[None]:
         if not recorder.is_listening:
             return serve()
         with recorder.muted():
-            output, weights = serve()
+            served = serve()
         layer = recorder.frames.layer_name(recorder.frames.stack[-1].name, call.query, call.key)
         if recorder.keeps(layer):
             recorder.priors[layer] = call.prior
-            captured = replace(_as_call(call), attend=lambda value: backend.run(replace(call, value=value))[0])
-            recorder.record(layer, captured, None if call.dropout_p else output)
-        return output, weights
+            captured = replace(_as_call(call), attend=lambda value: backend.run(replace(call, value=value)).output)
+            recorder.record(layer, captured, None if call.dropout_p else served.output)
+        return served
 
     with observe(record):
         yield

@@ -71,7 +71,8 @@ def attend(
     scale: float,
     score_mod: Callable[..., Tensor] | None = None,
     pattern: Pattern | None = None,
-) -> Tensor:
+    with_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     """Compute attention with ``score_mod`` inside the kernel; blocks without a visible pair are skipped.
 
     Args:
@@ -81,16 +82,31 @@ def attend(
         scale: Factor on the inner products.
         score_mod: Function (score, batch, head, query_index, key_index) -> score, e.g. ``LogPrior.score_mod()``.
         pattern: Which keys each query sees; all of them by default.
+        with_lse: Whether the log-sum-exp is wanted.
 
     Returns:
-        (B, H, Q, V) in the dtype of ``query``.
+        (B, H, Q, V) in the dtype of ``query``, and the log-sum-exp (B, H, Q) in float32, nats, or ``None``.
     """
     block_mask = None
     if pattern is not None:
         sizes = (*query.shape[:3], key.shape[2], query.device)
         block_mask = _blocks(pattern, *sizes) if pattern.name is None else _blocks_once(pattern, *sizes)
     grouped = query.shape[1] != key.shape[1]
-    return _compiled()(query, key, value, score_mod=score_mod, block_mask=block_mask, scale=scale, enable_gqa=grouped)
+    options: dict[str, Any] = {"score_mod": score_mod, "block_mask": block_mask, "scale": scale, "enable_gqa": grouped}
+    if not with_lse:
+        return _compiled()(query, key, value, **options), None
+    output, lse = _compiled()(query, key, value, **_asking_for_lse(), **options)
+    return output, getattr(lse, "lse", lse)
+
+
+@cache
+def _asking_for_lse() -> dict[str, Any]:
+    """The argument by which this version of PyTorch is asked for the log-sum-exp."""
+    try:
+        from torch.nn.attention.flex_attention import AuxRequest
+    except ImportError:
+        return {"return_lse": True}
+    return {"return_aux": AuxRequest(lse=True)}
 
 
 def _blocks(pattern: Pattern, batch: int, heads: int, queries: int, keys: int, device: torch.device) -> Any:

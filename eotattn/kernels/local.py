@@ -5,12 +5,15 @@ Legend: B batch, H query heads, G query heads a key head, Q queries, K keys, D s
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from eotattn.kernels import sdpa
 
-__all__ = ["attend"]
+__all__ = ["attend", "each", "joined"]
 
 #: A window is so many blocks of queries. Every block copies the keys that it sees, so more blocks copy more; and it
 #: computes pairs beyond the window only to mask them, so fewer blocks mask more. Two: three copies, a third masked.
@@ -20,8 +23,15 @@ MIN_BLOCK = 64
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int, offset: int = 0, dropout_p: float = 0.0
-) -> Tensor:
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    window: int,
+    offset: int = 0,
+    fused: Callable[..., Any] | None = None,
+    **options: Any,
+) -> Any:
     """Compute attention in which query i sees keys i + offset - window + 1 to i + offset.
 
     Blocks of queries with all keys that any of them sees become samples of one fused call, under one small mask. The
@@ -31,14 +41,15 @@ def attend(
         query: (B, H, Q, D), lanes included.
         key: (B, H / G, K, D) with K at least Q + offset.
         value: (B, H / G, K, V).
-        scale: Factor on the inner products.
         window: Keys W that a query sees at most, itself included.
         offset: Keys before the first query, at least 0.
-        dropout_p: Probability of dropping a weight.
+        fused: The call that serves a block, by default :func:`eotattn.kernels.sdpa.attend`.
+        options: What that call takes besides, e.g. ``scale``.
 
     Returns:
-        (B, H, Q, V) in the dtype of ``query``.
+        What that call returns: (B, H, Q, V), or a tuple of such tensors, (B, H, Q, ...).
     """
+    fused = sdpa.attend if fused is None else fused
     queries, before = query.shape[2], window - 1
     unseen = max(0, offset - before)
     key, value = (side[:, :, unseen : offset + queries] for side in (key, value))
@@ -50,19 +61,27 @@ def attend(
     if head > 0:
         seen = head + offset
         mask = None if head == 1 and seen <= window else _band(head, seen, offset, window, query.device)
-        parts.append(_attend(query[:, :, :head], key[:, :, :seen], value[:, :, :seen], mask, scale, dropout_p))
+        parts.append(fused(query[:, :, :head], key[:, :, :seen], value[:, :, :seen], mask=mask, **options))
     if num_blocks > 0:
         start = head + offset - before
         rows = query[:, :, head:].unflatten(2, (num_blocks, block)).transpose(1, 2).flatten(0, 1)
         keys, values = (_spans(side[:, :, start:], block + before, block) for side in (key, value))
         mask = _band(block, block + before, before, window, query.device)
-        output = _attend(rows, keys, values, mask, scale, dropout_p)
-        parts.append(output.unflatten(0, (-1, num_blocks)).transpose(1, 2).flatten(2, 3))
-    return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+        found = fused(rows, keys, values, mask=mask, **options)
+        parts.append(each(lambda one: one.unflatten(0, (-1, num_blocks)).transpose(1, 2).flatten(2, 3), found))
+    return joined(parts)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, dropout_p: float) -> Tensor:
-    return sdpa.attend(query, key, value, scale=scale, mask=mask, dropout_p=dropout_p)
+def joined(parts: Sequence[Any]) -> Any:
+    """What calls for one run of queries after the other returned, for all of them: tensors, or tuples of tensors."""
+    if isinstance(parts[0], tuple):
+        return tuple(joined(part) for part in zip(*parts, strict=True))
+    return torch.cat(list(parts), dim=2) if len(parts) > 1 else parts[0]
+
+
+def each(change: Callable[[Tensor], Tensor], found: Any) -> Any:
+    """A change of a tensor, or of every tensor of a tuple."""
+    return tuple(change(one) for one in found) if isinstance(found, tuple) else change(found)
 
 
 def _band(queries: int, keys: int, offset: int, window: int, device: torch.device) -> Tensor:

@@ -1,9 +1,9 @@
 """One fused attention call that also returns the log-sum-exp of its rows, differentiable in both.
 
-Legend: B batch, H heads, Q queries, K keys, D score width, V value width.
+Legend: B batch, H query heads, G query heads a key head, Q queries, K keys, D score width, V value width.
 
 The row log-sum-exp is what transport needs of attention: it is a half-step of Sinkhorn's algorithm, and the call with
-queries and keys exchanged is the other half.
+queries and keys exchanged is the other half. It also joins calls over disjoint keys, and sinks to them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from eotattn.compat import (
     efficient_attention,
     efficient_attention_backward,
 )
-from eotattn.kernels.sdpa import WIDTH_STEP
+from eotattn.kernels.sdpa import WIDE_STEP, WIDTH_STEP
 
 __all__ = ["attend", "biased_log_sum_exp", "route"]
 
@@ -33,7 +33,13 @@ _WIDEST = 128
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor | None = None, *, scale: float, is_causal: bool = False
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None = None,
+    *,
+    scale: float,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute ``softmax(scale <query, key>) value`` and ``log sum_k exp(scale <query, key_k>)``.
 
@@ -43,9 +49,11 @@ def attend(
 
     Args:
         query: (B, H, Q, D), finite.
-        key: (B, H, K, D), finite.
-        value: (B, H, K, V) in the dtype of ``query``; ``None`` where only the log-sum-exp is wanted.
+        key: (B, H / G, K, D), finite.
+        value: (B, H / G, K, V) in the dtype of ``query``; ``None`` where only the log-sum-exp is wanted.
         scale: Factor on the inner products, positive.
+        mask: Boolean (true may attend) or additive, nats, broadcastable to (B, H, Q, K), without gradient. A query
+            that it leaves no key has output zero and log-sum-exp -inf.
         is_causal: Query i sees keys 0 to i.
 
     Returns:
@@ -60,21 +68,30 @@ def attend(
     """
     width = 0 if value is None else value.shape[-1]
     value = key.new_zeros((*key.shape[:-1], WIDTH_STEP)) if value is None else value
+    if query.shape[1] != key.shape[1]:
+        return _grouped(query, key, value, width, scale, mask, is_causal)
+    has_keys = None
+    if mask is not None:
+        mask, has_keys = _finite_rows(mask)
     operands = (query, key, value)
     with torch.autocast(query.device.type, enabled=False):  # the dtype is the caller's choice
         if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
-            output, log_sum_exp = _Differentiable.apply(*operands, scale, is_causal)
+            output, log_sum_exp = _Differentiable.apply(*operands, mask, scale, is_causal)
         else:
-            output, log_sum_exp = _forward(*operands, scale, is_causal, route(query, value))
-    return output[..., :width], log_sum_exp
+            output, log_sum_exp = _forward(*operands, mask, scale, is_causal, route(query, value, mask))
+    output = output[..., :width]
+    if has_keys is None:
+        return output, log_sum_exp
+    return output.masked_fill(~has_keys, 0.0), log_sum_exp.masked_fill(~has_keys.squeeze(-1), float("-inf"))
 
 
-def route(query: Tensor, value: Tensor, *, with_gradient: bool = False) -> str:
+def route(query: Tensor, value: Tensor, mask: Tensor | None = None, *, with_gradient: bool = False) -> str:
     """Name the operator that serves a call: ``"cpu"``, ``"cudnn"``, ``"efficient"`` or ``"blocks"``.
 
     Args:
         query: (B, H, Q, D).
         value: (B, H, K, V).
+        mask: Broadcastable to (B, H, Q, K), if there is one.
         with_gradient: Whether gradients will be followed.
 
     Example:
@@ -86,7 +103,8 @@ def route(query: Tensor, value: Tensor, *, with_gradient: bool = False) -> str:
     if query.device.type != "cuda" or query.dtype == torch.float64:
         return "blocks"
     narrow = max(_padded(query.shape[-1]), _padded(value.shape[-1])) <= _WIDEST
-    if query.dtype == torch.float32 or with_gradient or not narrow or not torch.backends.cuda.cudnn_sdp_enabled():
+    plain = mask is None and not with_gradient and query.dtype != torch.float32
+    if not plain or not narrow or not torch.backends.cuda.cudnn_sdp_enabled():
         return "efficient"
     return "cudnn"
 
@@ -143,18 +161,45 @@ def _padded(width: int) -> int:
 
 
 def _widened(tensor: Tensor, width: int) -> Tensor:
-    """The tensor with zeros behind its last axis up to ``width``, contiguous."""
+    """The tensor with zeros behind its last axis up to ``width``; rows of numbers side by side."""
     spare = width - tensor.shape[-1]
-    return functional.pad(tensor, (0, spare)) if spare else tensor.contiguous()
+    if spare:
+        return functional.pad(tensor, (0, spare))
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _grouped(
+    query: Tensor, key: Tensor, value: Tensor, width: int, scale: float, mask: Tensor | None, is_causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Query heads that share a key head: as further queries of it where all queries see alike, else keys repeat."""
+    group = query.shape[1] // key.shape[1]
+    alike = mask is None or mask.dim() < 2 or (mask.shape[-2] == 1 and (mask.dim() < 3 or mask.shape[-3] == 1))
+    if alike and not is_causal:
+        folded = query.unflatten(1, (-1, group)).flatten(2, 3)
+        output, log_sum_exp = attend(folded, key, value, scale=scale, mask=mask)
+        output, log_sum_exp = (one.unflatten(2, (group, -1)).flatten(1, 2) for one in (output, log_sum_exp))
+    else:
+        key, value = (side.repeat_interleave(group, dim=1) for side in (key, value))
+        output, log_sum_exp = attend(query, key, value, scale=scale, mask=mask, is_causal=is_causal)
+    return output[..., :width], log_sum_exp
+
+
+def _finite_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The mask with all keys in rows that have none, and which rows have some, (..., 1)."""
+    mask = mask.detach()
+    seen = mask if mask.dtype == torch.bool else mask > float("-inf")
+    has_keys = seen.any(-1, keepdim=True)
+    return (mask | ~has_keys if mask.dtype == torch.bool else torch.where(has_keys, mask, 0.0)), has_keys
 
 
 def _forward(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, is_causal: bool, name: str
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, is_causal: bool, name: str
 ) -> tuple[Tensor, Tensor]:
     if name == "blocks":
-        return _blocks_forward(query, key, value, scale, is_causal)
+        return _blocks_forward(query, key, value, mask, scale, is_causal)
     width = value.shape[-1]
-    output, log_sum_exp, _ = _fused_forward(*_fused_operands(query, key, value, name), scale, is_causal, name)
+    operands = _fused_operands(query, key, value, name)
+    output, log_sum_exp, _ = _fused_forward(*operands, _fused_mask(mask, *operands[:2]), scale, is_causal, name)
     return output[..., :width], log_sum_exp
 
 
@@ -168,17 +213,33 @@ def _fused_operands(query: Tensor, key: Tensor, value: Tensor, name: str) -> tup
     return _widened(query, score_width), _widened(key, score_width), _widened(value, value_width)
 
 
+def _fused_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    """What fused operators add to the logits, (B, H, Q, K), its rows aligned as they want them."""
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(~mask, float("-inf"))
+    keys = key.shape[-2]
+    if query.device.type == "cuda":
+        mask = mask.expand(*mask.shape[:-1], keys).to(query.dtype)
+        mask = functional.pad(mask, (0, -keys % WIDE_STEP))[..., :keys]
+    elif query.dtype == torch.float64 or mask.dtype == torch.float64:
+        mask = mask.to(query.dtype)
+    return mask.expand(*query.shape[:-1], keys)
+
+
 def _fused_forward(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, is_causal: bool, name: str
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, is_causal: bool, name: str
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """The output, the log-sum-exp, and what the backward operator wants besides."""
     if name == "cpu":
-        output, log_sum_exp = cpu_flash_attention(query, key, value, 0.0, is_causal, scale=scale)
+        operands = (query, key, value, 0.0, is_causal)
+        output, log_sum_exp = cpu_flash_attention(*operands, scale=scale, attn_mask=mask)
         return output, log_sum_exp, (log_sum_exp,)
     if name == "cudnn":
         output, log_sum_exp, *_ = cudnn_attention(query, key, value, None, True, 0.0, is_causal, False, scale=scale)
         return output, log_sum_exp.reshape(query.shape[:-1]), ()
-    output, padded, seed, offset = efficient_attention(query, key, value, None, True, 0.0, is_causal, scale=scale)
+    output, padded, seed, offset = efficient_attention(query, key, value, mask, True, 0.0, is_causal, scale=scale)
     return output, padded[..., : query.shape[-2]], (padded, seed, offset)
 
 
@@ -191,18 +252,25 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, is_causal: bool
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        is_causal: bool,
     ) -> tuple[Tensor, Tensor]:
-        name = route(query, value, with_gradient=True)
+        name = route(query, value, mask, with_gradient=True)
         ctx.options = (scale, is_causal, name, query.shape[-1], value.shape[-1])
         if name == "blocks":
-            output, log_sum_exp = _blocks_forward(query, key, value, scale, is_causal)
-            ctx.save_for_backward(query, key, value, output, log_sum_exp)
+            output, log_sum_exp = _blocks_forward(query, key, value, mask, scale, is_causal)
+            ctx.save_for_backward(query, key, value, mask, output, log_sum_exp)
             return output, log_sum_exp
         width = value.shape[-1]
         operands = _fused_operands(query, key, _widened(value, width + 1), name)
-        output, log_sum_exp, rest = _fused_forward(*operands, scale, is_causal, name)
-        ctx.save_for_backward(*operands, output, *rest)
+        mask = _fused_mask(mask, *operands[:2])
+        output, log_sum_exp, rest = _fused_forward(*operands, mask, scale, is_causal, name)
+        ctx.save_for_backward(*operands, mask, output, *rest)
         return output[..., :width], log_sum_exp.clone()
 
     @staticmethod
@@ -213,14 +281,12 @@ class _Differentiable(torch.autograd.Function):
                 "State a dense problem for second derivatives."
             )
         scale, is_causal, name, score_width, width = ctx.options
-        query, key, value, output, *rest = ctx.saved_tensors
+        query, key, value, mask, output, *rest = ctx.saved_tensors
         grads: tuple[Tensor, ...]
         if name == "blocks":
             with torch.autocast(query.device.type, enabled=False):
-                grads = _blocks_backward(
-                    query, key, value, output, rest[0], grad_output, grad_log_sum_exp, scale, is_causal
-                )
-            return (*grads, None, None)
+                given = (query, key, value, mask, output, rest[0], grad_output, grad_log_sum_exp)
+                return (*_blocks_backward(*given, scale, is_causal), None, None, None)
         grad = grad_output.new_zeros(output.shape)
         grad[..., :width] = grad_output
         grad[..., width] = grad_log_sum_exp
@@ -228,11 +294,12 @@ class _Differentiable(torch.autograd.Function):
         output = output.clone()
         output[..., width] = -1.0
         if name == "cpu":
-            grads = cpu_flash_attention_backward(grad, query, key, value, output, *rest, 0.0, is_causal, scale=scale)
+            operands = (grad, query, key, value, output, *rest, 0.0, is_causal)
+            grads = cpu_flash_attention_backward(*operands, scale=scale, attn_mask=mask)
         else:
-            operands = (grad, query, key, value, None, output, *rest, 0.0, [True, True, True, False], is_causal)
+            operands = (grad, query, key, value, mask, output, *rest, 0.0, [True, True, True, False], is_causal)
             grads = efficient_attention_backward(*operands, scale=scale)
-        return grads[0][..., :score_width], grads[1][..., :score_width], grads[2][..., :width], None, None
+        return grads[0][..., :score_width], grads[1][..., :score_width], grads[2][..., :width], None, None, None
 
 
 def _computing(dtype: torch.dtype) -> torch.dtype:
@@ -246,21 +313,26 @@ def _spans(query: Tensor, key: Tensor) -> list[slice]:
     return [slice(start, min(start + rows, query.shape[-2])) for start in range(0, query.shape[-2], rows)]
 
 
-def _logits(query: Tensor, key: Tensor, rows: slice, scale: float, is_causal: bool) -> Tensor:
+def _logits(query: Tensor, key: Tensor, mask: Tensor | None, rows: slice, scale: float, is_causal: bool) -> Tensor:
     logits = scale * (query[..., rows, :].to(key.dtype) @ key.mT)
+    if mask is not None:
+        own = mask if mask.dim() < 2 or mask.shape[-2] == 1 else mask[..., rows, :]
+        logits = logits.masked_fill(~own, float("-inf")) if mask.dtype == torch.bool else logits + own
     if is_causal:
         position = torch.arange(rows.start, rows.stop, device=key.device)[:, None]
         logits = logits.masked_fill(torch.arange(key.shape[-2], device=key.device) > position, float("-inf"))
     return logits
 
 
-def _blocks_forward(query: Tensor, key: Tensor, value: Tensor, scale: float, is_causal: bool) -> tuple[Tensor, Tensor]:
+def _blocks_forward(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, is_causal: bool
+) -> tuple[Tensor, Tensor]:
     dtype = _computing(query.dtype)
     wide_key, wide_value = key.to(dtype), value.to(dtype)
     output = query.new_empty((*query.shape[:-1], value.shape[-1]))
     log_sum_exp = query.new_empty(query.shape[:-1], dtype=dtype)
     for rows in _spans(query, key):
-        logits = _logits(query, wide_key, rows, scale, is_causal)
+        logits = _logits(query, wide_key, mask, rows, scale, is_causal)
         log_sum_exp[..., rows] = logits.logsumexp(-1)
         output[..., rows, :] = (logits.softmax(-1) @ wide_value).to(query.dtype)
     return output, log_sum_exp
@@ -270,6 +342,7 @@ def _blocks_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    mask: Tensor | None,
     output: Tensor,
     log_sum_exp: Tensor,
     grad_output: Tensor,
@@ -283,7 +356,7 @@ def _blocks_backward(
     grad_query = query.new_empty(query.shape)
     grad_key, grad_value = torch.zeros_like(wide_key), torch.zeros_like(wide_value)
     for rows in _spans(query, key):
-        weights = (_logits(query, wide_key, rows, scale, is_causal) - log_sum_exp[..., rows, None]).exp()
+        weights = (_logits(query, wide_key, mask, rows, scale, is_causal) - log_sum_exp[..., rows, None]).exp()
         above = upstream[..., rows, :]
         grad_logits = scale * weights * (above @ wide_value.mT + shift[..., rows, None])
         grad_query[..., rows, :] = (grad_logits @ wide_key).to(query.dtype)

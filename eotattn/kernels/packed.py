@@ -5,9 +5,9 @@ Legend: B batch, H query heads, G query heads a key head, L tokens of a row, D s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from eotattn.kernels import local, sdpa
@@ -21,11 +21,11 @@ def attend(
     value: Tensor,
     *,
     lengths: Sequence[int],
-    scale: float,
     is_causal: bool = False,
     window: int | None = None,
-    dropout_p: float = 0.0,
-) -> Tensor:
+    fused: Callable[..., Any] | None = None,
+    **options: Any,
+) -> Any:
     """Compute attention within each document.
 
     Args:
@@ -33,20 +33,22 @@ def attend(
         key: (B, H / G, L, D).
         value: (B, H / G, L, V).
         lengths: Tokens of each document, row after row; they fill B rows of L tokens.
-        scale: Factor on the inner products.
         is_causal: Queries see no later keys.
         window: Keys that a query sees at most, itself included; with ``is_causal``.
-        dropout_p: Probability of dropping a weight.
+        fused: The call that serves a document, by default :func:`eotattn.kernels.sdpa.attend`.
+        options: What that call takes besides, e.g. ``scale``.
 
     Returns:
-        (B, H, L, V) in the dtype of ``query``.
+        What that call returns: (B, H, L, V), or a tuple of such tensors, (B, H, L, ...).
     """
+    fused = sdpa.attend if fused is None else fused
     rows = [side.transpose(0, 1).flatten(1, 2).unsqueeze(0) for side in (query, key, value)]
     parts = []
     for document in zip(*(side.split(list(lengths), dim=2) for side in rows), strict=True):
         if window is not None and window < document[0].shape[2]:
-            part = local.attend(*document, scale=scale, window=window, dropout_p=dropout_p)
+            part = local.attend(*document, window=window, fused=fused, **options)
         else:
-            part = sdpa.attend(*document, scale=scale, is_causal=is_causal, dropout_p=dropout_p)
+            part = fused(*document, is_causal=is_causal, **options)
         parts.append(part)
-    return torch.cat(parts, dim=2).squeeze(0).unflatten(1, (query.shape[0], -1)).transpose(0, 1)
+    found, batch = local.joined(parts), query.shape[0]
+    return local.each(lambda one: one.squeeze(0).unflatten(1, (batch, -1)).transpose(0, 1), found)

@@ -21,7 +21,7 @@ def attend(
     log_prior: Tensor | None = None,
     mask: Tensor | None = None,
     dropout_p: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Compute softmax(scale * <query, key> + log_prior) and apply it to the values.
 
     16-bit inputs are computed in float32 and rounded once, at the end. A query without admissible keys has weights and
@@ -37,8 +37,8 @@ def attend(
         dropout_p: Probability of dropping a weight.
 
     Returns:
-        ``(output, weights)``: (B, H, Q, V) in the dtype of ``query`` and (B, H, Q, K) in float32 or float64; rows sum
-        to one before dropout.
+        ``(output, weights, log_sum_exp)``: (B, H, Q, V) in the dtype of ``query``; (B, H, Q, K), rows sum to one before
+        dropout, and (B, H, Q), nats, -inf without keys, both in float32 or float64.
     """
     computing = torch.promote_types(query.dtype, torch.float32)
     groups = query.shape[1] // key.shape[1]
@@ -50,8 +50,10 @@ def attend(
     if mask is not None:
         score = score.masked_fill(~mask, float("-inf"))
     admissible = (score != float("-inf")).any(-1, keepdim=True)  # NaN is not "inadmissible": it must stay visible
-    weights = torch.softmax(torch.where(admissible, score, 0.0), dim=-1)
+    score = torch.where(admissible, score, 0.0)
+    log_sum_exp = torch.where(admissible.squeeze(-1), score.logsumexp(-1), float("-inf"))
+    weights = torch.softmax(score, dim=-1)
     weights = torch.where(admissible, weights, 0.0)
     dropped = functional.dropout(weights, dropout_p) if dropout_p else weights
     output = dropped.unflatten(1, (key.shape[1], groups)) @ value.to(computing).unsqueeze(2)
-    return output.flatten(1, 2).to(query.dtype), weights
+    return output.flatten(1, 2).to(query.dtype), weights, log_sum_exp

@@ -76,6 +76,7 @@ class LanePlan:
         looked_up: Those lanes, behind the others.
         truncation: P relative errors.
         is_relative: Which terms may count positions from anywhere.
+        left_out: (term, key feature) whose products are constants of each row, in no lane's value.
     """
 
     names: tuple[str, ...]
@@ -85,6 +86,7 @@ class LanePlan:
     looked_up: tuple[Lane, ...]
     truncation: tuple[float, ...]
     is_relative: tuple[bool, ...]
+    left_out: tuple[tuple[int, int], ...] = ()
 
     @property
     def num_lanes(self) -> int:
@@ -147,6 +149,7 @@ def _plan(shapes: tuple[Shape, ...], request: LaneRequest) -> LanePlan:
     """The plan that these constants decide."""
     lanes: list[Lane] = []
     looked_up: list[Lane] = []
+    left_out: list[tuple[int, int]] = []
     members: Iterable[int | None] = range(request.group)
     for number, shape in enumerate(shapes):
         splitting = _Splitting(number, shape, request)
@@ -155,10 +158,9 @@ def _plan(shapes: tuple[Shape, ...], request: LaneRequest) -> LanePlan:
             continue
         by_query = splitting.lanes("query", (None,))
         by_key = splitting.lanes("key", members if request.group > 1 else (None,))
-        if request.has_fixed_keys:
-            lanes += [lane for lane in by_query if not lane.is_constant]
-        else:
-            lanes += by_query if len(by_query) <= len(by_key) else by_key
+        chosen = by_query if request.has_fixed_keys or len(by_query) <= len(by_key) else by_key
+        left_out += dict.fromkeys((number, lane.fixed.feature) for lane in chosen if lane.is_constant)
+        lanes += [lane for lane in chosen if not (request.has_fixed_keys and lane.is_constant)]
     layout = SideLayout(shapes, request.num_heads, request.group, request.query_scale, request.lift)
     return LanePlan(
         names=tuple(shape.features for shape in shapes),
@@ -167,6 +169,7 @@ def _plan(shapes: tuple[Shape, ...], request: LaneRequest) -> LanePlan:
         key=layout.side("key", lanes),
         looked_up=tuple(looked_up),
         is_relative=tuple(FEATURES[shape.features].is_relative for shape in shapes),
+        left_out=tuple(left_out),
         truncation=tuple(lane.truncation for lane in (*lanes, *looked_up)),
     )
 

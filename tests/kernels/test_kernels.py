@@ -51,7 +51,7 @@ def test_reference(kv_heads, dtype):
     mask = normal(B, 1, Q, K, seed=4) > -0.8
     bias = (log_prior + torch.where(mask, 0.0, -math.inf)).expand(B, H, Q, K)
     expected, expected_weights = oracle(query, key, value, 0.3, bias)
-    output, weights = reference.attend(query, key, value, scale=0.3, log_prior=log_prior, mask=mask)
+    output, weights, _ = reference.attend(query, key, value, scale=0.3, log_prior=log_prior, mask=mask)
     assert output.dtype == dtype
     assert weights.dtype == torch.promote_types(dtype, torch.float32)
     assert_close(output, expected)
@@ -72,7 +72,7 @@ def test_sdpa_with_lanes(kv_heads, dtype, value_width):
     factors = torch.einsum("qc,hcp->hqp", tables[0], scale * matrices[0])
     features = torch.einsum("bkc,hcp->bhkp", tables[1], matrices[1]).repeat_interleave(H // kv_heads, dim=1)
     log_prior = factors @ features.mT
-    expected, _ = reference.attend(query, key, value, scale=scale, log_prior=log_prior)
+    expected, *_ = reference.attend(query, key, value, scale=scale, log_prior=log_prior)
     output = sdpa.attend(append_plainly(query, sides[0]), append_plainly(key, sides[1]), value, scale=scale)
     assert output.shape == (B, H, Q, value_width)
     assert_close(output, expected)
@@ -81,11 +81,11 @@ def test_sdpa_with_lanes(kv_heads, dtype, value_width):
 def test_sdpa_triangle_and_masks():
     query, key, value = content()
     triangle = torch.ones(Q, K, dtype=torch.bool).tril()
-    expected, _ = reference.attend(query, key, value, scale=0.3, mask=triangle)
+    expected, *_ = reference.attend(query, key, value, scale=0.3, mask=triangle)
     assert_close(sdpa.attend(query, key, value, scale=0.3, is_causal=True), expected)
     assert_close(sdpa.attend(query, key, value, scale=0.3, mask=triangle), expected)
     bias = normal(H, 1, K, seed=7)
-    expected, _ = reference.attend(query, key, value, scale=0.3, log_prior=bias)
+    expected, *_ = reference.attend(query, key, value, scale=0.3, log_prior=bias)
     assert_close(sdpa.attend(query, key, value, scale=0.3, mask=bias), expected)
 
 
@@ -97,7 +97,7 @@ def test_a_padding_lane_removes_padding_and_nothing_else(dtype):
     assert lane[1].isfinite().all()
     sides = append_plainly(query, None, lane[0]), append_plainly(key, None, lane[1])
     output = sdpa.attend(*sides, value, scale=0.3)
-    expected, _ = reference.attend(query, key, value, scale=0.3, mask=~padding[:, None, None, :])
+    expected, *_ = reference.attend(query, key, value, scale=0.3, mask=~padding[:, None, None, :])
     assert_close(output, expected)
     changed = value.masked_fill(padding[:, None, :, None], 1000.0)
     again = sdpa.attend(*sides, changed, scale=0.3)
@@ -121,7 +121,7 @@ def test_reference_does_not_hide_nan():
     """A row of NaN is an error upstream, not a row without admissible keys."""
     query, key, value = content()
     query[1, 2, 3] = math.nan
-    output, weights = reference.attend(query, key, value, scale=0.3)
+    output, weights, _ = reference.attend(query, key, value, scale=0.3)
     assert output[1, 2, 3].isnan().all()
     assert weights[1, 2, 3].isnan().all()
     assert output[0].isfinite().all()
@@ -137,9 +137,9 @@ def test_flex_says_why_it_refuses():
 def test_flex_against_the_reference():
     query, key, value = (x.cuda().float() for x in (normal(B, H, Q, 16), normal(B, 3, K, 16), normal(B, 3, K, 16)))
     mask = (normal(B, 1, Q, K, seed=4) > -0.8).cuda()
-    expected, _ = reference.attend(query, key, value, scale=0.3, mask=mask)
+    expected, *_ = reference.attend(query, key, value, scale=0.3, mask=mask)
     seen = lambda b, h, q, k: mask[b, 0, q, k]  # noqa: E731
-    assert_close(flex.attend(query, key, value, scale=0.3, pattern=flex.Pattern(seen, by_sample=True)), expected)
+    assert_close(flex.attend(query, key, value, scale=0.3, pattern=flex.Pattern(seen, by_sample=True))[0], expected)
     assert flex.refusal(query, mask=mask, dropout_p=0.0, learned=False) is None
     assert "dropout" in flex.refusal(query, mask=None, dropout_p=0.1, learned=False)
     assert "additive" in flex.refusal(query, mask=mask.float(), dropout_p=0.0, learned=False)

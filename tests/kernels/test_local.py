@@ -25,7 +25,7 @@ def content(queries, keys, dtype=torch.float64):
 def test_any_length_window_and_offset(queries, window, offset, later):
     query, key, value = content(queries, queries + offset + later)
     lag = torch.arange(queries)[:, None] + offset - torch.arange(queries + offset + later)
-    expected, _ = reference.attend(query, key, value, scale=0.3, mask=(lag >= 0) & (lag < window))
+    expected, *_ = reference.attend(query, key, value, scale=0.3, mask=(lag >= 0) & (lag < window))
     assert_close(local.attend(query, key, value, scale=0.3, window=window, offset=offset), expected)
 
 
@@ -33,7 +33,7 @@ def test_any_length_window_and_offset(queries, window, offset, later):
 def test_windows_in_other_dtypes(dtype):
     query, key, value = content(200, 200, dtype)
     lag = torch.arange(200)[:, None] - torch.arange(200)
-    expected, _ = reference.attend(query, key, value, scale=0.3, mask=(lag >= 0) & (lag < 70))
+    expected, *_ = reference.attend(query, key, value, scale=0.3, mask=(lag >= 0) & (lag < 70))
     output = local.attend(query, key, value, scale=0.3, window=70)
     assert output.dtype == dtype
     assert_close(output, expected)
@@ -72,7 +72,7 @@ def test_documents_one_by_one(is_causal, window):
     mask = ids[:, None, :, None] == ids[:, None, None, :]
     mask = mask & (lag >= 0) if is_causal else mask
     mask = mask & (lag < window) if window else mask
-    expected, _ = reference.attend(query, key, value, scale=0.3, mask=mask)
+    expected, *_ = reference.attend(query, key, value, scale=0.3, mask=mask)
     output = packed.attend(query, key, value, lengths=lengths, scale=0.3, is_causal=is_causal, window=window)
     assert_close(output, expected)
 
