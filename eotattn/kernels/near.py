@@ -96,8 +96,8 @@ def attend(
         blocks: Which keys are near.
 
     Returns:
-        ``(output, lse)``: (B, H, Q, V) in the dtype of ``query``, and (B, H, Q) nats, float64 for float64 and float32
-        otherwise. A query without keys has output zero and log-sum-exp -inf.
+        ``(output, lse)``: (B, H, Q, V) and (B, H, Q) nats, float64 for float64 and float32 otherwise. A query without
+        keys has output zero and log-sum-exp -inf.
     """
     output, lse = _Near.apply(query, key, value, tile, key_bias, scale, blocks)
     return output, lse
@@ -117,7 +117,7 @@ class _Near(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(query.dtype, torch.float32)
         work = _Work(query, key, value, tile, key_bias, scale, blocks, dtype)
-        output = query.new_empty(*query.shape[:3], value.shape[-1])
+        output = query.new_empty(*query.shape[:3], value.shape[-1], dtype=dtype)
         lse = query.new_empty(query.shape[:3], dtype=dtype)
         for first, count in work.chunks():
             scores, _, _ = work.scores(first, count)
@@ -127,7 +127,7 @@ class _Near(torch.autograd.Function):
             total = masses.sum(-1, keepdim=True)
             part = masses @ work.spans(value, first, count)
             rows = work.rows(first, count)
-            output[:, :, rows] = work.unblocked(part / torch.where(total == 0, 1.0, total), first).to(output.dtype)
+            output[:, :, rows] = work.unblocked(part / torch.where(total == 0, 1.0, total), first)
             lse[:, :, rows] = work.unblocked(top + total.log(), first).squeeze(-1)
         ctx.save_for_backward(query, key, value, tile, key_bias, output, lse)
         ctx.options = (scale, blocks)
@@ -137,7 +137,7 @@ class _Near(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, tile, key_bias, output, lse = ctx.saved_tensors
         work = _Work(query, key, value, tile, key_bias, *ctx.options, lse.dtype)
-        shift = (grad_lse - (grad_output.to(lse.dtype) * output.to(lse.dtype)).sum(-1)).unsqueeze(-1)
+        shift = (grad_lse - (grad_output * output).sum(-1)).unsqueeze(-1)
         finite = torch.where(lse == float("-inf"), 0.0, lse).unsqueeze(-1)
         needs_tile, needs_bias = ctx.needs_input_grad[3:5]
         grad_query = query.new_empty(query.shape)
@@ -147,7 +147,7 @@ class _Near(torch.autograd.Function):
         grad_tile = lse.new_zeros(tile.shape) if needs_tile else None
         for first, count in work.chunks():
             scores, queries, keys = work.scores(first, count)
-            weights = scores.sub_(work.blocked(finite, first, count)).exp_()
+            weights = scores.sub_(work.blocked(finite, first, count, fill=float("inf"))).exp_()
             above = work.blocked(grad_output, first, count)
             work.add_spans(grad_value, weights.mT @ above, first)
             grads = (above @ work.spans(value, first, count).mT).add_(work.blocked(shift, first, count)).mul_(weights)
@@ -200,10 +200,10 @@ class _Work:
         size = self.blocks.size
         return slice(first * size, min((first + count) * size, self.blocks.queries))
 
-    def blocked(self, side: Tensor, first: int, count: int) -> Tensor:
-        """(B, H, Q, X) as (B, H, count, b, X), zero beyond the last query."""
+    def blocked(self, side: Tensor, first: int, count: int, fill: float = 0.0) -> Tensor:
+        """(B, H, Q, X) as (B, H, count, b, X); ``fill`` beyond the last query."""
         size, rows = self.blocks.size, side[:, :, self.rows(first, count)].to(self.dtype)
-        rows = functional.pad(rows, (0, 0, 0, count * size - rows.shape[2]))
+        rows = functional.pad(rows, (0, 0, 0, count * size - rows.shape[2]), value=fill)
         return rows.unflatten(2, (count, size))
 
     def unblocked(self, side: Tensor, first: int) -> Tensor:
