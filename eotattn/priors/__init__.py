@@ -4,6 +4,7 @@ from eotattn.priors.alibi import AlibiPrior
 from eotattn.priors.base import HeadsPrior, LogPrior, ScaledPrior, ScoreMod, SumPrior
 from eotattn.priors.bilinear import BilinearPrior
 from eotattn.priors.dense_prior import DensePrior
+from eotattn.priors.factorise import Factorisation, FactorisedPrior, factorise
 from eotattn.priors.fourier import FourierPrior
 from eotattn.priors.goat import goat_prior, num_local_heads
 from eotattn.priors.grid import ClassTokenPrior, GridPrior, grid_positions
@@ -25,6 +26,8 @@ __all__ = [
     "BilinearPrior",
     "ClassTokenPrior",
     "DensePrior",
+    "Factorisation",
+    "FactorisedPrior",
     "Features",
     "FourierPrior",
     "GridKeyPrior",
@@ -47,6 +50,7 @@ __all__ = [
     "Term",
     "TokenPrior",
     "alibi_slopes",
+    "factorise",
     "goat_prior",
     "grid_positions",
     "num_local_heads",
