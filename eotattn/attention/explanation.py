@@ -121,7 +121,8 @@ def explain(query: Tensor, key: Tensor, value: Tensor, *, backend: str = "auto",
     if refused:
         reason = f"{wanted.name} cannot serve the call with {call.prior_name}: {refused}"
         return Explanation(None, reason, None, call.query.shape[-1], 0, 0.0, None, others)
-    fused = list(near_far.far_calls(call)) if wanted.name == "near_far" else [call]
+    is_near_far = wanted.name == "near_far"
+    fused = near_far.far_calls(call) if is_near_far else [call]
     each = [lanes for one in fused if (lanes := lanes_of(one)) is not None] if wanted.name in IN_LANES else []
     num_lanes = max((lanes.num_lanes for lanes in each), default=0)
     if wanted.name in IN_LANES:
@@ -134,7 +135,8 @@ def explain(query: Tensor, key: Tensor, value: Tensor, *, backend: str = "auto",
         kernel=_kernel(wanted, call, width),
         width=width,
         num_lanes=num_lanes,
-        error_bound=max((lanes.error_bound for lanes in each), default=0.0) * call.scale,
+        error_bound=max((lanes.error_bound for lanes in each), default=0.0) * call.scale
+        + (near_far.far_error(call) if is_near_far else 0.0),
         times=times[wanted.name],
         alternatives=others,
     )

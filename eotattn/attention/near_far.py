@@ -7,6 +7,7 @@ Legend: B batch, H query heads, Q queries, K keys, V value width, b queries of a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple, Protocol
@@ -15,14 +16,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from eotattn.attention import rebased
 from eotattn.attention.call import AttentionCall
 from eotattn.attention.call_positions import Band, Positions
 from eotattn.attention.masks import Masks
 from eotattn.attention.merging import merge
 from eotattn.kernels import near
+from eotattn.priors import exponentials
 from eotattn.priors.far_form import FarForm, Tail
+from eotattn.priors.splitting import unit_roundoff
 
-__all__ = ["attend", "describe", "refusal"]
+__all__ = ["attend", "describe", "far_calls", "far_error", "refusal"]
 
 
 class _WithLse(Protocol):
@@ -59,12 +63,36 @@ def refusal(call: AttentionCall) -> str | None:
         return "it has no dropout"
     form = call.prior.far_form()
     if form is None:
-        return "this prior is neither constant far away nor carried by lanes there"
+        return "this prior is neither constant far away, nor smooth, nor carried by lanes there"
     if masks.band is not None and masks.band.offset != _offset(call):
         return "its positions must be those of the slots of the cache"
     if _furthest(call) < form.reach:
         return f"no key is {form.reach} tokens away, so that nothing is far"
-    return None
+    return _smooth_refusal(call) if _is_smooth(form) and _window(call) is None else None
+
+
+def _smooth_refusal(call: AttentionCall) -> str | None:
+    """Why a smooth decay is not a sum of exponentials for this call, or ``None``."""
+    if not 0 <= _offset(call) <= call.key.shape[2] - call.query.shape[2]:
+        return "a smooth decay wants queries that are among the keys"
+    if any(tail.prior is not None for tail, _ in _sides(call)):
+        return "a smooth decay beside a prior with lanes has no form far away"
+    allowed = 2 * unit_roundoff(call.query.dtype) if call.tolerance is None else call.tolerance
+    fits = [_fit(call, tail, is_past=is_past) for tail, is_past in _sides(call)]
+    error = max(found.error + found.rounding for found in fits)
+    if error <= allowed:
+        return None
+    return (
+        f"its decay is a sum of exponentials within {error:.1e} nats far away, and {allowed:.1e} are allowed; pass a "
+        f"larger tolerance or use backend='reference'"
+    )
+
+
+def far_error(call: AttentionCall) -> float:
+    """Largest error of the log-prior of far keys, nats: of fitted exponentials, evaluated at every lag."""
+    if not _is_smooth(_form(call)) or _window(call) is not None:
+        return 0.0
+    return max((_fit(call, tail, is_past=is_past).error for tail, is_past in _sides(call)), default=0.0)
 
 
 def describe(call: AttentionCall) -> str:
@@ -72,6 +100,9 @@ def describe(call: AttentionCall) -> str:
     form = _form(call)
     lanes = any(tail.prior is not None for tail in (form.past, form.future))
     far = "lanes" if lanes else "a constant a head"
+    if _is_smooth(form) and _window(call) is None:
+        error = far_error(call)
+        far = f"exponentials within {error:.1e} nats (total variation at most {math.tanh(error / 2):.1e})"
     if form.reach == 0:
         return f"a stock call a side with {far}, merged"
     near_keys = f"the log-prior in full within {form.reach} tokens, by blocks"
@@ -81,7 +112,10 @@ def describe(call: AttentionCall) -> str:
 def far_calls(call: AttentionCall) -> Iterator[AttentionCall]:
     """The stock calls for far keys."""
     for tail, is_past in _sides(call):
-        yield from (part for part, _ in _far_parts(call, tail, is_past=is_past))
+        if _is_smooth(_form(call)):
+            yield from (part.call for part in _smooth_parts(call, tail, is_past=is_past)[0])
+        else:
+            yield from (part for part, _ in _far_parts(call, tail, is_past=is_past))
 
 
 def attend(call: AttentionCall, fused: _Fused) -> tuple[Tensor, Tensor]:
@@ -91,7 +125,8 @@ def attend(call: AttentionCall, fused: _Fused) -> tuple[Tensor, Tensor]:
         call: The call.
         fused: Serves a call whose prior has lanes, with its log-sum-exp.
     """
-    parts = [_far(call, tail, fused, is_past=is_past) for tail, is_past in _sides(call)]
+    far = _smooth if _is_smooth(_form(call)) else _far
+    parts = [far(call, tail, fused, is_past=is_past) for tail, is_past in _sides(call)]
     if _form(call).reach > 0:
         parts.append(_near(call))
     output, lse = _merged([part for part in parts if part is not None])
@@ -135,6 +170,71 @@ def _sides(call: AttentionCall) -> list[tuple[Tail, bool]]:
     if call.masks.band is None:
         sides.append((form.future, False))
     return sides if _window(call) is None or form.reach == 0 else []
+
+
+def _is_smooth(form: FarForm) -> bool:
+    return form.past.decay is not None or form.future.decay is not None
+
+
+def _smooth_blocks(call: AttentionCall) -> near.Blocks:
+    """Blocks whose edges are those of the far rectangles."""
+    reach, offset, queries, keys = _form(call).reach, _offset(call), call.query.shape[2], call.key.shape[2]
+    block = min(rebased.BLOCK, queries)
+    before = rebased.reach_of(reach, offset, block)
+    after = (
+        0 if call.masks.band is not None else rebased.reach_of(reach, keys - offset - _padded(queries, block), block)
+    )
+    return near.Blocks(queries, keys, offset, before, after, block=block, whole=True)
+
+
+def _padded(queries: int, block: int) -> int:
+    return -(-queries // block) * block
+
+
+def _fit(call: AttentionCall, tail: Tail, *, is_past: bool, evaluate: bool = True) -> exponentials.Fit:
+    blocks = _smooth_blocks(call)
+    offset = blocks.offset if is_past else blocks.keys - blocks.queries - blocks.offset
+    reach = blocks.before if is_past else blocks.after
+    assert tail.decay is not None
+    furthest = max(1, blocks.queries - 1 + offset - reach)
+    return exponentials.fit(tail.decay, reach, furthest, call.query.device, evaluate=evaluate)
+
+
+def _smooth_parts(call: AttentionCall, tail: Tail, *, is_past: bool) -> tuple[Iterator[rebased.Part], Tensor]:
+    """The calls for far keys of one side, in the order of tokens or in reverse, and a constant to add."""
+    blocks, found = _smooth_blocks(call), _fit(call, tail, is_past=is_past, evaluate=False)
+    if is_past:
+        side = rebased.Side(call, blocks.offset - blocks.before, blocks.size)
+    else:
+        rows = _padded(blocks.queries, blocks.size)
+        query = functional.pad(call.query, (0, 0, 0, rows - blocks.queries))
+        padding, bias = (None if mask is None else mask.flip(-1) for mask in (call.masks.padding, call.masks.key_bias))
+        turned = replace(
+            call,
+            query=query.flip(2),
+            key=call.key.flip(2),
+            value=call.value.flip(2),
+            masks=Masks(padding=padding, key_bias=bias),
+        )
+        side = rebased.Side(turned, blocks.keys - blocks.offset - rows - blocks.after, blocks.size)
+    constant = found.constant if tail.constant is None else found.constant + tail.constant
+    return rebased.parts(side, found.prior), constant
+
+
+def _smooth(call: AttentionCall, tail: Tail, fused: _Fused, *, is_past: bool) -> tuple[Tensor, Tensor] | None:
+    """Output and log-sum-exp over the far keys of one side of a smooth decay, if there are any."""
+    parts, constant = _smooth_parts(call, tail, is_past=is_past)
+    joined: tuple[Tensor, Tensor] | None = None
+    for part in parts:
+        served = fused(part.call)
+        lse = served.lse
+        assert lse is not None
+        one = part.placed(served.output.to(lse.dtype), 0.0), part.placed(lse, float("-inf"))
+        joined = one if joined is None else _merged([joined, one])
+    if joined is None:
+        return None
+    output, lse = joined if is_past else (side.flip(2)[:, :, : call.query.shape[2]] for side in joined)
+    return output, lse + constant.to(lse.dtype).unsqueeze(-1)
 
 
 def _far(call: AttentionCall, tail: Tail, fused: _Fused, *, is_past: bool) -> tuple[Tensor, Tensor] | None:
@@ -216,6 +316,8 @@ def _near(call: AttentionCall) -> tuple[Tensor, Tensor]:
     before = reach - 1 if window is None else window - 1
     after = reach - 1 if masks.band is None else 0
     blocks = near.Blocks(call.query.shape[2], call.key.shape[2], _offset(call), before, after)
+    if _is_smooth(_form(call)) and window is None:
+        blocks = _smooth_blocks(call)
     bias = masks.key_bias
     if masks.padding is not None:
         bias = call.query.new_zeros(()) if bias is None else bias

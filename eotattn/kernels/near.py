@@ -35,6 +35,8 @@ class Blocks:
         offset: Query i and key i + offset have the same position.
         before: Query i sees keys from i + offset - before on.
         after: Query i sees keys up to i + offset + after.
+        block: Queries of a block; by default half of what a query sees, so that two thirds of the scores count.
+        whole: Whether a query sees all keys that any query of its block sees; without later ones if ``after`` is zero.
     """
 
     queries: int
@@ -42,11 +44,13 @@ class Blocks:
     offset: int
     before: int
     after: int
+    block: int | None = None
+    whole: bool = False
 
     @property
     def size(self) -> int:
-        """Queries b of a block: half of what a query sees, so that two thirds of the scores count."""
-        return min(max((self.before + self.after + 1) // 2, MIN_BLOCK), self.queries)
+        """Queries b of a block."""
+        return self.block or min(max((self.before + self.after + 1) // 2, MIN_BLOCK), self.queries)
 
     @property
     def span(self) -> int:
@@ -61,6 +65,8 @@ class Blocks:
     def visible(self, device: torch.device) -> Tensor:
         """(b, S) boolean: which keys of its block a query sees."""
         lag = self.before + torch.arange(self.size, device=device)[:, None] - torch.arange(self.span, device=device)
+        if self.whole:
+            return (lag >= 0) | (self.after > 0)
         return (lag <= self.before) & (lag >= -self.after)
 
     def query_index(self, device: torch.device) -> Tensor:

@@ -401,11 +401,8 @@ class ScaledPrior(CombinedPrior):
     def far_form(self) -> FarForm | None:
         """The prior's form, scaled."""
         form = self.prior.far_form()
-        return (
-            None
-            if form is None
-            else form.changed(self._like, lambda constant: self._factors(constant.double()) * constant)
-        )
+        scale = lambda numbers: self._factors(numbers.double()).unsqueeze(1) * numbers  # noqa: E731
+        return None if form is None else form.changed(self._like, scale)
 
     def reset_parameters(self) -> None:
         """Reset the prior, and learnable factors to those given at construction."""
@@ -467,7 +464,7 @@ class HeadsPrior(CombinedPrior):
         form, chosen = self.parts[0].far_form(), list(self.chosen)
         if form is None:
             return None
-        return form.changed(lambda prior: HeadsPrior(prior, chosen), lambda constant: constant[chosen])
+        return form.changed(lambda prior: HeadsPrior(prior, chosen), lambda numbers: numbers[chosen])
 
     def _choose(self, weights: Tensor) -> Tensor:
         return weights.index_select(-3, constants(self.chosen, weights.device, torch.int64))

@@ -23,18 +23,17 @@ class Tail:
     Args:
         prior: A :class:`~eotattn.priors.LogPrior` with lanes.
         constant: (H,) nats, with gradients to learned numbers.
+        decay: A smooth function of the distance: (N,) tokens, float64 -> (H, N) nats.
     """
 
     prior: Any = None
     constant: Tensor | None = None
+    decay: Callable[[Tensor], Tensor] | None = None
 
     def __add__(self, other: Tail) -> Tail:
-        prior, constant = self.prior, self.constant
-        if other.prior is not None:
-            prior = other.prior if prior is None else prior + other.prior
-        if other.constant is not None:
-            constant = other.constant if constant is None else constant + other.constant
-        return Tail(prior, constant)
+        one, more = self.decay, other.decay
+        both = one if more is None else more if one is None else lambda distance: one(distance) + more(distance)
+        return Tail(_sum(self.prior, other.prior), _sum(self.constant, other.constant), both)
 
 
 @dataclass(frozen=True)
@@ -55,11 +54,19 @@ class FarForm:
     def __add__(self, other: FarForm) -> FarForm:
         return FarForm(max(self.reach, other.reach), self.past + other.past, self.future + other.future)
 
-    def changed(self, of_prior: Callable[[Any], Any], of_constant: Callable[[Tensor], Tensor]) -> FarForm:
-        """The same form with every prior and every constant changed."""
+    def changed(self, of_prior: Callable[[Any], Any], of_numbers: Callable[[Tensor], Tensor]) -> FarForm:
+        """The same form with every prior changed, and all numbers, (H, N) nats."""
 
         def change(tail: Tail) -> Tail:
-            prior, constant = tail.prior, tail.constant
-            return Tail(None if prior is None else of_prior(prior), None if constant is None else of_constant(constant))
+            prior, constant, decay = tail.prior, tail.constant, tail.decay
+            return Tail(
+                None if prior is None else of_prior(prior),
+                None if constant is None else of_numbers(constant.unsqueeze(1)).squeeze(1),
+                None if decay is None else lambda distance: of_numbers(decay(distance)),
+            )
 
         return FarForm(self.reach, change(self.past), change(self.future))
+
+
+def _sum(one: Any, other: Any) -> Any:
+    return other if one is None else one if other is None else one + other

@@ -7,8 +7,12 @@ from torch import Tensor, nn
 
 from eotattn.checks import check_choice
 from eotattn.priors.base import LogPrior
+from eotattn.priors.far_form import FarForm, Tail
 
 __all__ = ["KerplePrior"]
+
+#: Beyond these tokens a sum of a few exponentials is the decay.
+SMOOTH_FROM = 128
 
 
 class KerplePrior(LogPrior):
@@ -58,6 +62,12 @@ class KerplePrior(LogPrior):
             return -amplitude * torch.log1p(shape * distance)
         tiny = torch.finfo(distance.dtype).tiny  # a power of zero has no derivative
         return -amplitude * torch.where(distance > 0, distance.clamp(min=tiny) ** shape.clamp(max=2.0), 0.0)
+
+    def far_form(self) -> FarForm:
+        """The decay, far enough away to be smooth."""
+        heads = torch.arange(self.num_heads, device=self.amplitude.device)[:, None]
+        tail = Tail(decay=lambda distance: self.decay(heads, distance))
+        return FarForm(SMOOTH_FROM, tail, tail)
 
     def log_prior(self, head: Tensor, query_position: Tensor, key_position: Tensor) -> Tensor:
         """The decay of the lag's size, in nats."""
