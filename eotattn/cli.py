@@ -7,6 +7,7 @@ user gets wrong is one line and exit status 2; an interruption is one line and 1
 from __future__ import annotations
 
 import argparse
+import math
 import signal
 import sys
 import threading
@@ -47,7 +48,7 @@ def _add_figure_arguments(parser: _Parser) -> None:
     """What ``reproduce`` and ``train`` share."""
     figures = "figures by number or name (default: all)"
     parser.add_argument("--figure", dest="figures", nargs="+", action="extend", metavar="N", help=figures)
-    parser.add_argument("--scale", default="laptop", help="smoke, laptop, h200 or paper (default: laptop)")
+    parser.add_argument("--scale", default="laptop", help="smoke, laptop, h200, gpu or paper (default: laptop)")
     parser.add_argument("--out", default="figures", metavar="DIR", help="folder of results (default: figures)")
     parser.add_argument("--jobs", type=int, metavar="K", help="runs side by side (default: 1 on a GPU, else threads)")
     parser.add_argument("--fresh", action="store_true", help="forget stored runs and make them anew")
@@ -82,13 +83,34 @@ def _add_train(subparsers: Subparsers[_Parser]) -> None:
     parser = subparsers.add_parser("train", help=text, description=text)
     _add_figure_arguments(parser)
     parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help='runs by name or pattern, e.g. "goat-*"')
+    parser.add_argument("--data", metavar="DIR", help="prepared corpus, for the figure that reads one (see prepare)")
+    parser.add_argument("--minutes", type=float, default=math.inf, metavar="M", help="start no run later than this")
     parser.set_defaults(run=_train)
 
 
 def _train(arguments: argparse.Namespace) -> int:
     from eotattn.experiments.reproduce import make_runs
 
-    return _with_runs(make_runs, arguments, "scale", "out", "jobs", "only", "fresh")
+    return _with_runs(make_runs, arguments, "scale", "out", "jobs", "only", "fresh", "data", "minutes")
+
+
+def _add_prepare(subparsers: Subparsers[_Parser]) -> None:
+    text = "make a corpus of tokens out of a folder of books, one folder an author"
+    parser = subparsers.add_parser("prepare", help=text, description=text)
+    parser.add_argument("folder", help="folder of .txt files, e.g. a mirror of Project Gutenberg")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the prepared corpus")
+    parser.add_argument("--vocabulary-size", type=int, default=16_384, metavar="V", help="tokens (default: 16384)")
+    count = "characters of the training part (default: 400000000)"
+    parser.add_argument("--train-characters", type=int, default=400_000_000, metavar="N", help=count)
+    parser.set_defaults(run=_prepare, kept="the corpus is not whole")
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    from eotattn.experiments.tasks.books import prepare_books
+
+    names = ("folder", "out", "vocabulary_size", "train_characters")
+    prepare_books(**{name: getattr(arguments, name) for name in names}, report=_report)
+    return 0
 
 
 def _add_verify(subparsers: Subparsers[_Parser]) -> None:
@@ -111,7 +133,7 @@ def _add_bench(subparsers: Subparsers[_Parser]) -> None:
     text = "time, memory and error against every peer that is installed"
     parser = subparsers.add_parser("bench", help=text, description=text)
     suites = "overview (a GPU's bounds in minutes), attention, layer, decode, padding, patterns, relative, precision, "
-    suites += "gradients, training, rotary, transport or statistics"
+    suites += "gradients, training, rotary, sinks, transport or statistics"
     parser.add_argument("suite", help=suites)
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default: float32)")
@@ -179,6 +201,7 @@ WRONG, INTERRUPTED = 2, 130
 SUBCOMMANDS: tuple[Callable[[Subparsers[_Parser]], None], ...] = (
     _add_reproduce,
     _add_train,
+    _add_prepare,
     _add_verify,
     _add_bench,
     _add_analyze,

@@ -1,5 +1,6 @@
 """Attention with priors: the functional door, the module, rotary content."""
 
+from eotattn.attention.attention_sinks import AttentionSinks
 from eotattn.attention.cache import KeyValueCache
 from eotattn.attention.documents import PackedDocuments
 from eotattn.attention.explanation import Explanation, explain
@@ -10,6 +11,7 @@ from eotattn.attention.layer.rotary import Rotary
 from eotattn.attention.merging import merge
 
 __all__ = [
+    "AttentionSinks",
     "Explanation",
     "GoatAttention",
     "KeyValueCache",

@@ -18,10 +18,13 @@ from eotattn.attention.call import AttentionCall
 from eotattn.attention.measured import preference
 from eotattn.attention.operands import call_terms, operands, plan_of
 from eotattn.attention.row_constants import row_constants
+from eotattn.attention.token_bias import is_learned
 from eotattn.kernels import flex, local, log_sum_exp, packed, reference, sdpa, varlen
 from eotattn.priors import LogPrior
+from eotattn.priors.flex_form import ScoreMod, biased_score
+from eotattn.priors.reading import expand_heads
 
-__all__ = ["BACKENDS", "Backend", "Served", "choose"]
+__all__ = ["BACKENDS", "Backend", "Served", "answer", "choose"]
 
 
 class Served(NamedTuple):
@@ -77,17 +80,17 @@ class Sdpa:
     def refusal(self, call: AttentionCall) -> str | None:
         """Why it cannot serve the call, or ``None``."""
         mask = call.masks.dense
-        if call.return_lse and mask is not None and mask.requires_grad:
+        if call.needs_lse and mask is not None and mask.requires_grad:
             return "the log-sum-exp of fused calls has no gradient in attn_mask; use backend='reference'"
         return _without_lanes(call) or _rounds_mask(call)
 
     def run(self, call: AttentionCall) -> Served:
         """Output, and the log-sum-exp where it is asked for."""
-        if not call.return_lse:
+        if not call.needs_lse:
             output = self._attend(call, partial(sdpa.attend, dropout_p=call.dropout_p))
             return Served(_without_empty_rows(call, output))
         if call.dropout_p:  # the operators that return both drop nothing
-            output = self.run(replace(call, return_lse=False)).output
+            output = self.run(replace(call, return_lse=False, sinks=None)).output
             return Served(output, lse=self.run(replace(call, dropout_p=0.0)).lse)
         output, lse = self._attend(call, log_sum_exp.attend)
         constants = row_constants(call)
@@ -144,7 +147,7 @@ class Varlen:
         reason = reason or _without_lanes(call)
         if reason is None and call.masks.dense is not None:
             reason = "it takes no mask of pairs; say is_causal, window or documents, with positions as ranges"
-        if reason is None and call.return_lse:
+        if reason is None and call.needs_lse:
             reason = "its log-sum-exp has no gradient; use backend='sdpa'"
         return reason or varlen.width_refusal(self.width(call))
 
@@ -152,7 +155,8 @@ class Varlen:
         """Head width that the call needs."""
         terms = call_terms(call)
         num_lanes = plan_of(call, terms)[0].num_lanes if terms else 0
-        return max(call.query.shape[-1] + num_lanes + (call.masks.padding is not None), call.value.shape[-1])
+        num_lanes += (call.masks.padding is not None) + is_learned(call.query_bias)
+        return max(call.query.shape[-1] + num_lanes, call.value.shape[-1])
 
     def run(self, call: AttentionCall) -> Served:
         """Output alone."""
@@ -177,15 +181,17 @@ class Flex:
         """Why it cannot serve the call, or ``None``."""
         if call.return_weights:
             return NO_WEIGHTS
+        if call.prior is not None and call.prior.num_samples is not None:
+            return "its score modification of a prior reads no sample; use 'reference'"
+        if call.query_gains:
+            return "its score modification has no factors of a query's own; use 'sdpa'"
         learned = call.prior is not None and torch.is_grad_enabled() and _learns_in_lanes(call.prior)
+        learned = learned or is_learned(call.key_bias)
         biased = call.masks.dense if call.masks.key_bias is None else call.masks.key_bias
         return flex.refusal(call.query, mask=biased, dropout_p=call.dropout_p, learned=learned)
 
     def run(self, call: AttentionCall) -> Served:
         """Output, and the log-sum-exp where it is asked for."""
-        score_mod = None
-        if call.prior is not None:
-            score_mod = call.prior.score_mod(call.query_positions.tensor, call.key_positions.tensor)
         masks, pattern = call.masks, None
         if any(mask is not None for mask in (masks.dense, masks.padding, masks.band, masks.documents)):
             own, of_caller = masks.documents is not None, masks.padding is not None or masks.dense is not None
@@ -196,9 +202,18 @@ class Flex:
                 name=None if of_caller else (masks.band, masks.documents),
             )
         content = (call.query, call.key, call.value)
-        options: dict[str, Any] = {"score_mod": score_mod, "pattern": pattern, "with_lse": call.return_lse}
+        options: dict[str, Any] = {"score_mod": self.score_mod(call), "pattern": pattern, "with_lse": call.needs_lse}
         output, lse = flex.attend(*content, scale=call.scale, **options)
         return Served(output, lse=lse)
+
+    def score_mod(self, call: AttentionCall) -> ScoreMod | None:
+        """The log-prior and the bias of keys as a score modification."""
+        modified = None
+        if call.prior is not None:
+            modified = call.prior.score_mod(call.query_positions.tensor, call.key_positions.tensor)
+        if call.key_bias is None:
+            return modified
+        return biased_score(modified, expand_heads(call.key_bias, call.query.shape[1]))
 
 
 #: Backends by the names that users ask for.
@@ -206,11 +221,23 @@ BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Sdpa(), Ne
 NO_WEIGHTS = "fused kernels do not return weights; use backend='reference'"
 
 
+def answer(call: AttentionCall, backend: Backend) -> Served:
+    """What ``backend`` makes of the call, its sinks joined."""
+    served = backend.run(call)
+    if call.sinks is None:
+        return served
+    assert served.lse is not None, "refusal() comes first"
+    options: dict[str, Any] = {"scale": call.scale, "dropout_p": call.dropout_p}
+    output, lse, share = call.sinks.join(served.output, served.lse, call.query, **options)
+    weights = None if served.weights is None else served.weights * share.unsqueeze(-1)
+    return Served(output, weights, lse)
+
+
 def choose(call: AttentionCall) -> Backend:
     """The first backend that can serve the call, fastest first as measured."""
     if call.return_weights:
         return BACKENDS["reference"]
-    names = preference(call.masks, call.query.shape[2], has_prior=call.prior is not None)
+    names = preference(call.masks, call.query.shape[2], has_prior=call.has_log_prior)
     return next(backend for backend in map(BACKENDS.__getitem__, names) if backend.refusal(call) is None)
 
 

@@ -6,6 +6,7 @@ Legend: B batch, Hk key heads, S slots, L new tokens, D key width, V value width
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from eotattn.attention.masks import check_padding_mask
+from eotattn.attention.token_bias import is_learned, key_bias_term
 from eotattn.checks import check_floating, check_positive_int, check_same_device, check_shape, fail, require
 from eotattn.kernels import sdpa
 from eotattn.kernels.append import append_one
@@ -21,6 +23,7 @@ from eotattn.priors import LogPrior
 from eotattn.priors.base import check_prior
 from eotattn.priors.lane_plan import LanePlan, LaneRequest, plan_lanes
 from eotattn.priors.probing import Span, bits_of
+from eotattn.priors.terms import KeyTerm, Term
 
 __all__ = ["CacheView", "KeyValueCache"]
 
@@ -34,6 +37,7 @@ class CacheView(NamedTuple):
         query_positions: Positions of the new tokens, a ``range`` or (B, L).
         key_positions: Positions of all slots, a ``range`` or (B, K).
         padding: (B, K), true where a slot is padding, or ``None`` while there is none.
+        key_bias: (B, heads, K) float64, likewise a view, or ``None`` where tokens bring none.
     """
 
     keys: Tensor
@@ -41,6 +45,7 @@ class CacheView(NamedTuple):
     query_positions: Tensor | range
     key_positions: Tensor | range
     padding: Tensor | None
+    key_bias: Tensor | None
 
 
 class KeyValueCache:
@@ -51,7 +56,8 @@ class KeyValueCache:
 
     With ``prior``, keys are stored with the prior's lanes beside them: a decoding step writes one row and attends to
     views, nothing is copied. Those lanes hold features of positions alone; what is learned enters with the queries of
-    each step, so parameters of the prior may change between steps.
+    each step, so parameters of the prior may change between steps. A bias that tokens bring has lanes there too, and is
+    kept in float64, as is what a prior keeps of tokens that it read.
 
     Args:
         batch_size: Samples B.
@@ -105,11 +111,11 @@ class KeyValueCache:
         self._positions = slots.repeat(batch_size, 1)  # those of free slots are what comes if no padding comes
         self._padding = torch.zeros(batch_size, max_length, dtype=torch.bool, device=device)
         self._has_padding = False
-        self._plan = self._plan_lanes()
+        self._key_bias: Tensor | None = None
+        self._kept: Tensor | None = None
         self._origin = first_position + max_length // 2
         self._query_table: Tensor | None = None
-        self._widen()
-        self._write_lanes(0)
+        self._set_bias(0)
 
     @property
     def keys(self) -> Tensor:
@@ -137,6 +143,18 @@ class KeyValueCache:
     def lengths(self) -> Tensor:
         """(B,) tokens of each sample, padding not counted."""
         return (~self._padding[:, : self.length]).sum(dim=1)
+
+    @property
+    def kept(self) -> Tensor | None:
+        """(B, N) float64, what was kept of the last token, or ``None`` in an empty cache."""
+        return None if self._kept is None or self.length == 0 else self._kept[:, :, self.length - 1]
+
+    def keep(self, numbers: Tensor) -> None:
+        """Keep (B, N, L) numbers of the L tokens that were appended last."""
+        check_shape("KeyValueCache", "numbers", numbers, (self._values.shape[0], None, None), "Match the cache")
+        if self._kept is None:
+            self._kept = self._slots_of(numbers.shape[1])
+        self._kept[:, :, self.length - numbers.shape[2] : self.length] = numbers.detach()
 
     def has_room(self, count: int) -> bool:
         """Whether ``count`` more tokens fit."""
@@ -167,27 +185,36 @@ class KeyValueCache:
             return self._positions[0, self.length : end]
         return range(self.first_position + self.length, self.first_position + end)
 
-    def after(self, key: Tensor, value: Tensor, padding: Tensor | None = None) -> CacheView:
+    def after(
+        self, key: Tensor, value: Tensor, padding: Tensor | None = None, key_bias: Tensor | None = None
+    ) -> CacheView:
         """What :meth:`append` would make of the cache; raises what it raises, and writes nothing."""
-        self._check_new(key, value)
+        self._check_new(key, value, key_bias)
         count = key.shape[-2]
         new, end = self.next_positions(count, padding), self.length + count
         sides = (self._keys[:, :, :end, : self.key_width], self._values[:, :, :end, : self.value_width])
+        bias = None
+        if key_bias is not None:
+            self._expect_bias(key_bias.shape[1])
+            bias = None if self._key_bias is None else self._key_bias[:, :, :end]
         if isinstance(new, range):
-            return CacheView(*sides, new, range(self.first_position, new.stop), None)
+            return CacheView(*sides, new, range(self.first_position, new.stop), None, bias)
         if new.dim() == 1:
-            return CacheView(*sides, new, self._positions[0, :end], None)
+            return CacheView(*sides, new, self._positions[0, :end], None, bias)
         marks = self._padding[:, self.length : end] if padding is None else padding
         earlier, marked = self._positions[:, : self.length], self._padding[:, : self.length]
-        return CacheView(*sides, new, torch.cat([earlier, new], dim=1), torch.cat([marked, marks], dim=1))
+        return CacheView(*sides, new, torch.cat([earlier, new], dim=1), torch.cat([marked, marks], dim=1), bias)
 
-    def append(self, key: Tensor, value: Tensor, padding: Tensor | None = None) -> Tensor | range:
+    def append(
+        self, key: Tensor, value: Tensor, padding: Tensor | None = None, key_bias: Tensor | None = None
+    ) -> Tensor | range:
         """Write new tokens into the next slots.
 
         Args:
             key: (B, Hk, L, D).
             value: (B, Hk, L, V).
             padding: (B, L), true where a token is padding.
+            key_bias: (B, 1 or Hk or H, L), nats, added to every score of the new keys; for all tokens or for none.
 
         Returns:
             The positions of the new tokens.
@@ -196,10 +223,11 @@ class KeyValueCache:
             ValueError: If the shapes do not fit or the slots do not suffice.
             TypeError: If the padding is not boolean.
         """
-        self._check_new(key, value)
+        self._check_new(key, value, key_bias)
         start, count = self.length, key.shape[-2]
         positions, end = self.next_positions(count, padding), start + count
-        self._write(key, value)
+        self._expect_bias(0 if key_bias is None else key_bias.shape[1])
+        self._write(key, value, key_bias)
         if padding is not None and not isinstance(positions, range):
             self._has_padding = True
             self._padding[:, start:end], self._positions[:, start:end] = padding, positions
@@ -218,7 +246,7 @@ class KeyValueCache:
             return None
         query, width = call.query, self._keys.shape[-1]
         if width > self.key_width:
-            query = self._beside(query, self.length - query.shape[2])
+            query = self._beside(query, self.length - query.shape[2], call.query_gains)
         return query, self._keys[:, :, : self.length], self._values[:, :, : self.length]
 
     def stored_plan(self, call: Any) -> tuple[LanePlan, int] | None:
@@ -241,23 +269,41 @@ class KeyValueCache:
         remedy = "Pass the sample that each one continues"
         require(is_index, "KeyValueCache", "samples", "be an integer tensor", samples, remedy, error=TypeError)
         check_shape("KeyValueCache", "samples", samples, (self._values.shape[0],), "One index a sample")
-        for storage in (self._keys, self._values):
+        for storage in (self._keys, self._values, self._key_bias, self._kept):
+            if storage is None:
+                continue
             storage[:, :, : self.length] = storage[samples, :, : self.length]
         if self._has_padding:
             self._padding[:, : self.length] = self._padding[samples, : self.length]
             self._positions[:, : self.length] = self._positions[samples, : self.length]
             self._expect_no_padding(self.length)
 
-    def _check_new(self, key: Tensor, value: Tensor) -> None:
+    def _check_new(self, key: Tensor, value: Tensor, key_bias: Tensor | None) -> None:
         for name, side, width in (("key", key, self.key_width), ("value", value, self.value_width)):
             check_floating("KeyValueCache", name, side)
             check_shape("KeyValueCache", name, side, (*self._values.shape[:2], key.shape[-2], width), "Match the cache")
+        rule, agree = "be given for every token or for none", (key_bias is None) == (self._key_bias is None)
+        require(self.length == 0 or agree, "KeyValueCache", "key_bias", rule, key_bias, "Pass that of the new tokens")
+        if key_bias is not None:
+            heads = self._bias_heads if self.length else None
+            check_floating("KeyValueCache", "key_bias", key_bias)
+            shape = (self._values.shape[0], heads, key.shape[-2])
+            check_shape("KeyValueCache", "key_bias", key_bias, shape, "Match the cache")
 
-    def _write(self, key: Tensor, value: Tensor) -> None:
+    def _write(self, key: Tensor, value: Tensor, key_bias: Tensor | None) -> None:
         start, end = self.length, self.length + key.shape[2]
         self._keys[:, :, start:end, : self.key_width] = key.detach()
         self._values[:, :, start:end, : self.value_width] = value.detach()
+        if key_bias is not None and self._key_bias is not None:
+            self._key_bias[:, :, start:end] = key_bias.detach()
+            self._write_bias_lanes(start, end)
         self.length = end
+
+    def _slots_of(self, count: int) -> Tensor:
+        """Room for ``count`` numbers a token, (B, count, S) float64."""
+        with torch.inference_mode(False):
+            shape = (self._values.shape[0], count, self.max_length)
+            return torch.zeros(shape, dtype=torch.float64, device=self._values.device)
 
     def _counts(self, new: Tensor) -> Tensor:
         """(B, L) tokens of each sample before each new one, ``new`` being 1 for a token and 0 for padding."""
@@ -272,30 +318,64 @@ class KeyValueCache:
 
     # Lanes ------------------------------------------------------------------------------------------------------------
 
+    def _expect_bias(self, heads: int) -> None:
+        """Let the first tokens decide how many heads their bias has, 0 for none."""
+        if self.length == 0 and heads != self._bias_heads:
+            self._set_bias(heads)
+
+    def _set_bias(self, heads: int) -> None:
+        self._key_bias = self._slots_of(heads) if heads else None
+        self._plan = self._plan_lanes()
+        self._query_table = None
+        self._widen()
+        self._write_lanes(0)
+
+    @property
+    def _bias_heads(self) -> int:
+        return 0 if self._key_bias is None else self._key_bias.shape[1]
+
+    def _terms(self, start: int = 0, end: int | None = None) -> tuple[Term | KeyTerm, ...]:
+        """The terms of the log-prior, with the bias of the slots from ``start`` to ``end``."""
+        terms = () if self.prior is None else self.prior.terms()
+        if self._key_bias is None:
+            return terms
+        bias = self._key_bias[:, :, start:end]
+        return (*terms, key_bias_term(bias, self._num_heads, self._keys.shape[1]))
+
+    @property
+    def _num_heads(self) -> int:
+        return max(self._bias_heads, self._keys.shape[1]) if self.prior is None else self.prior.num_heads
+
     def _plan_lanes(self) -> LanePlan | None:
         """The lanes that stored keys have beside their content."""
         prior = self.prior
-        if prior is None or not prior.has_lanes or prior.num_coordinates > 1:
+        if prior is not None and (not prior.has_lanes or prior.num_coordinates > 1):
             return None
-        last = self.first_position + self.max_length
+        if prior is not None and any(isinstance(term, KeyTerm) for term in prior.terms()):
+            return None  # numbers of keys that are learned, and may change
+        terms, last = self._terms(), self.first_position + self.max_length
+        if not terms:
+            return None
         request = LaneRequest(
-            num_heads=prior.num_heads,
+            num_heads=self._num_heads,
             num_kv_heads=self._keys.shape[1],
             dtype=self._keys.dtype,
             span=Span(bits_of(max(last, -self.first_position)), bits_of(self.max_length // 2)),
             query_scale=1 / self.scale,
             has_fixed_keys=True,
         )
-        plan = plan_lanes(prior.terms(), request)
-        return None if plan.looked_up else plan
+        return plan_lanes(terms, request)
 
     def _serves(self, call: Any) -> bool:
         """Whether what is stored is right for a call."""
         if call.prior is not self.prior or call.query.dtype != self._keys.dtype or call.masks.key_bias is not None:
             return False
-        if self.prior is None:
+        if self.prior is None and self._plan is None:
             return not self._has_padding or math.isclose(call.scale, self.scale)
-        learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.prior.parameters())
+        numbers = [] if self.prior is None else self.prior.parameters()
+        learns = any(map(is_learned, (call.query_bias, *call.query_gains))) or any(
+            is_learned(number) for number in numbers
+        )
         return self._plan is not None and math.isclose(call.scale, self.scale) and not learns
 
     def _widen(self) -> None:
@@ -320,20 +400,30 @@ class KeyValueCache:
             table = plan.table("key", positions, self._origin)
             lanes = plan.key.side(table, None).lanes(dtype)
             self._keys[:, :, start:, width : width + lanes.shape[-1]] = lanes
-            width += lanes.shape[-1]
+            width += plan.num_lanes
         if self._has_padding:
             far = sdpa.far_lane(dtype, scale=self.scale)
             self._keys[:, :, start:, width] = (far * self._padding[:, start:]).to(dtype).unsqueeze(1)
 
-    def _beside(self, query: Tensor, start: int) -> Tensor:
+    @torch.no_grad()
+    def _write_bias_lanes(self, start: int, end: int) -> None:
+        """Write the lanes of the bias of the slots from ``start`` to ``end``."""
+        if self._plan is None:
+            return
+        lanes = self._plan.more_of_keys(self._terms(start, end), self._slot_positions()[..., start:end])
+        if lanes is not None:
+            last = self.key_width + self._plan.num_lanes
+            self._keys[:, :, start:end, last - lanes.shape[-1] : last] = lanes
+
+    def _beside(self, query: Tensor, start: int, gains: Sequence[Tensor | None]) -> Tensor:
         """Queries (B, H, Q, D) of the slots from ``start`` on with their lanes, (B, H, Q, W)."""
         side = far = None
-        if self._plan is not None and self.prior is not None:
+        if self._plan is not None:
             plan = self._plan
             if self._query_table is None:
                 self._query_table = plan.table("query", self._slot_positions(), self._origin)
             rows = self._query_table[..., start : start + query.shape[2], :]
-            side = plan.query.side(rows, plan.coefficients(self.prior.terms())[0])
+            side = plan.with_gains(plan.query.side(rows, plan.coefficients(self._terms())[0]), gains)
         if self._has_padding:
             mark = torch.ones(1, 1, dtype=torch.bool, device=query.device)
             far = sdpa.padding_lane(mark, query.dtype, scale=self.scale)[0]

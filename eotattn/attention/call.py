@@ -6,6 +6,7 @@ Legend: B batch, H query heads, Hk key heads, Q queries, K keys, D score width, 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eotattn.attention.attention_sinks import AttentionSinks, SinkKeys
 from eotattn.attention.cache import KeyValueCache
 from eotattn.attention.call_positions import Band, GivenPositions, Positions, causal_pattern, resolve_positions
 from eotattn.attention.documents import PackedDocuments
 from eotattn.attention.masks import Masks, gather_masks
+from eotattn.attention.token_bias import check_biases, check_gains
 from eotattn.checks import (
     check_floating,
     check_positive,
@@ -29,6 +32,8 @@ from eotattn.checks import (
 )
 from eotattn.priors import LogPrior
 from eotattn.priors.base import check_prior
+from eotattn.priors.query_gain import gained
+from eotattn.priors.reading import expand_heads
 
 __all__ = ["AttentionCall", "static_size", "without_autocast"]
 
@@ -51,8 +56,12 @@ class AttentionCall:
         dropout_p: Probability of dropping a weight.
         return_weights: Whether the weights are asked for.
         return_lse: Whether the log-sum-exp of the rows is asked for.
+        sinks: What queries attend to besides keys; joined to what a backend makes of the keys.
         tolerance: Error that lanes may add, nats; ``None`` for the dtype's own.
         cache: Where ``key`` and ``value`` are stored, with lanes beside the keys.
+        key_bias: (B, 1 or Hk or H, K), nats, added to every score of a key.
+        query_bias: (B, H, Q), nats, a constant of each row.
+        query_gains: Factors (B, H, Q) of a query's own, one for each term of the prior or ``None``; or none at all.
     """
 
     query: Tensor
@@ -67,7 +76,11 @@ class AttentionCall:
     return_weights: bool = False
     tolerance: float | None = None
     cache: KeyValueCache | None = None
+    key_bias: Tensor | None = None
+    query_bias: Tensor | None = None
+    query_gains: tuple[Tensor | None, ...] = ()
     return_lse: bool = False
+    sinks: SinkKeys | None = None
 
     @classmethod
     def from_arguments(
@@ -89,7 +102,11 @@ class AttentionCall:
         return_weights: bool = False,
         tolerance: float | None = None,
         cache: KeyValueCache | None = None,
+        key_bias: Tensor | None = None,
+        query_bias: Tensor | None = None,
+        query_gains: Tensor | Sequence[Tensor | None] = (),
         return_lse: bool = False,
+        sinks: AttentionSinks | Tensor | None = None,
     ) -> AttentionCall:
         """Check the arguments of :func:`prior_attention`; raises what that function documents."""
         query, key, value = _as_autocast(query, key, value)
@@ -100,17 +117,29 @@ class AttentionCall:
             check_prior(OWNER, "prior", prior)
             rule = f"have the query's {heads} heads"
             require(False, OWNER, "prior", rule, prior.num_heads, "Build it for query heads")
+        if prior is not None and prior.num_samples not in (None, batch):
+            require(False, OWNER, "prior", f"be for {batch} samples", prior.num_samples, "Give one matrix a sample")
+        if prior is not None and prior.biases_keys and key_bias is None:
+            rule = f"be given with {type(prior).__name__}, which reads the tokens"
+            fail(OWNER, "key_bias", rule, None, "Pass key_bias and query_bias of prior.read_tokens(...), as layers do")
         scale = 1 / math.sqrt(static_size(width)) if scale is None else check_positive(OWNER, "scale", scale)
+        if cache is None and (key_bias is not None or query_bias is not None):  # a cache has checked what it holds
+            check_biases(OWNER, query, key, key_bias, query_bias, scale)
+        query_gains = check_gains(OWNER, query, prior, query_gains)
         if dropout_p != 0.0:
             check_probability(OWNER, "dropout_p", dropout_p)
         if tolerance is not None:
             check_positive(OWNER, "tolerance", tolerance)
+        of_sinks = None if sinks is None else SinkKeys.of(OWNER, sinks)
+        if of_sinks is not None:
+            of_sinks.check(OWNER, query, value)
         if documents is not None:
             given = (query_positions, key_positions)
             return cls._of_documents(
                 query, key, value, documents, given, prior=prior, attn_mask=attn_mask, padding=key_padding_mask,
                 is_causal=is_causal, window=window, scale=scale, dropout_p=dropout_p, return_weights=return_weights,
-                tolerance=tolerance, return_lse=return_lse,
+                tolerance=tolerance, key_bias=key_bias, query_bias=query_bias,
+                query_gains=query_gains, return_lse=return_lse, sinks=of_sinks,
             )  # fmt: skip
         num_coordinates = 1 if prior is None else prior.num_coordinates
         sizes: dict[str, Any] = {"batch": batch, "device": device, "num_coordinates": num_coordinates}
@@ -124,10 +153,8 @@ class AttentionCall:
             in_slots = cache is not None and window is None  # slots are in the order of positions, padding or not
             seen = Band(keys - queries) if in_slots else causal_pattern(query_at, key_at, window)
         masks = _gather((batch, heads, queries, keys), query, attn_mask, key_padding_mask, seen, None)
-        return cls(
-            query, key, value, prior, query_at, key_at, masks, scale, dropout_p, return_weights, tolerance, cache,
-            return_lse,
-        )  # fmt: skip
+        rest = (scale, dropout_p, return_weights, tolerance, cache, key_bias, query_bias, query_gains)
+        return cls(query, key, value, prior, query_at, key_at, masks, *rest, return_lse, of_sinks)
 
     @classmethod
     def _of_documents(
@@ -177,6 +204,16 @@ class AttentionCall:
         return replace(self, key=key.to(self.key.dtype), value=value.to(self.value.dtype))
 
     @property
+    def has_log_prior(self) -> bool:
+        """Whether anything is added to the scores besides masks."""
+        return self.prior is not None or self.key_bias is not None
+
+    @property
+    def needs_lse(self) -> bool:
+        """Whether a backend has to return the log-sum-exp of the keys."""
+        return self.return_lse or self.sinks is not None
+
+    @property
     def prior_name(self) -> str:
         """Class of the prior, for messages."""
         return "no prior" if self.prior is None else type(self.prior).__name__
@@ -185,11 +222,24 @@ class AttentionCall:
         """All masks as one, boolean or floating."""
         return self.masks.as_dense(self.query.shape[0], self.query.shape[2], self.key.shape[2], self.query.device)
 
-    def log_prior(self, dtype: torch.dtype) -> Tensor | None:
-        """The log-prior of every pair, (H, Q, K) or (B, H, Q, K), in ``dtype``."""
-        if self.prior is None:
-            return None
-        return self.prior.dense(self.query_positions.tensor, self.key_positions.tensor, dtype=dtype)
+    def log_prior(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor | None:
+        """The log-prior of queries ``start`` to ``stop`` and all keys, ([B,] H, stop - start, K), in ``dtype``."""
+        count = (self.query.shape[2] if stop is None else stop) - start
+        total: Tensor | None = None
+        if self.prior is not None:
+            axis = -1 if self.prior.num_coordinates == 1 else -2
+            positions = self.query_positions.tensor.narrow(axis, start, count)
+            total = self.prior.dense(positions, self.key_positions.tensor, dtype=dtype)
+            if self.query_gains:
+                gains = [None if gain is None else gain[:, :, start : start + count] for gain in self.query_gains]
+                total = total + gained(self.prior.terms(), gains, positions, self.key_positions.tensor).to(dtype)
+        sides = [] if self.key_bias is None else [expand_heads(self.key_bias, self.query.shape[1]).unsqueeze(-2)]
+        if self.query_bias is not None:
+            sides.append(self.query_bias[:, :, start : start + count, None])
+        if not sides:
+            return total
+        bias = sum(sides[1:], start=sides[0]).to(dtype)  # large numbers that cancel, before they are rounded
+        return bias if total is None else total + bias
 
 
 def static_size(size: int) -> int:

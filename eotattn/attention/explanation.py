@@ -19,7 +19,7 @@ from eotattn.attention.measured import TIMES, Times, pattern_of
 from eotattn.attention.operands import lanes_of
 from eotattn.checks import check_choice, require
 from eotattn.compat import fused_attention_choice
-from eotattn.kernels import sdpa
+from eotattn.kernels import log_sum_exp, sdpa
 
 __all__ = ["Explanation", "explain"]
 
@@ -31,6 +31,13 @@ _WORDS = {
 }
 #: Backends whose fused calls carry priors in lanes.
 IN_LANES = ("sdpa", "near_far", "varlen")
+#: Operators that return the log-sum-exp too, by their route.
+_OPERATORS = {
+    "cpu": "flash_attention",
+    "cudnn": "cudnn_attention",
+    "efficient": "efficient_attention",
+    "blocks": "blocks of rows",
+}
 _PRIOR_WORDS = {
     "sdpa": "; the prior rides in lanes",
     "varlen": "; the prior rides in lanes",
@@ -112,7 +119,7 @@ def explain(query: Tensor, key: Tensor, value: Tensor, *, backend: str = "auto",
     call = AttentionCall.from_arguments(query, key, value, **options)
     wanted = choose(call) if backend == "auto" else BACKENDS[backend]
     refused = wanted.refusal(call)
-    times = TIMES[pattern_of(call.masks, call.query.shape[2], has_prior=call.prior is not None)]
+    times = TIMES[pattern_of(call.masks, call.query.shape[2], has_prior=call.has_log_prior)]
     others = {
         name: BACKENDS[name].refusal(call) or f"would serve: {_words(name, call)}, {times[name]}"
         for name in times
@@ -144,10 +151,11 @@ def explain(query: Tensor, key: Tensor, value: Tensor, *, backend: str = "auto",
 
 def _words(name: str, call: AttentionCall) -> str:
     """What backend ``name`` would do with the call."""
-    if name == "near_far":
-        return near_far.describe(call)
-    calls = _sdpa_words(call.masks) if name == "sdpa" else _WORDS[name]
-    return calls if call.prior is None else calls + _PRIOR_WORDS[name]
+    calls = (
+        _sdpa_words(call.masks) if name == "sdpa" else near_far.describe(call) if name == "near_far" else _WORDS[name]
+    )
+    calls += _PRIOR_WORDS[name] if call.has_log_prior else ""
+    return calls if call.sinks is None else calls + "; sinks are joined by the log-sum-exp"
 
 
 def _sdpa_words(masks: Masks) -> str:
@@ -166,6 +174,10 @@ def _kernel(backend: Backend, call: AttentionCall, width: int) -> str | None:
     if backend.name != "sdpa":
         return "varlen_attn" if backend.name == "varlen" else None
     query, key, value = call.query, call.key, call.value
+    if call.needs_lse:
+        with_gradient = torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value))
+        wide = query.new_empty(*query.shape[:-1], width)
+        return _OPERATORS[log_sum_exp.route(wide, value, call.masks.dense, with_gradient=with_gradient)]
     if query.device.type == "cpu" and value.shape[-1] < width:
         value = value.new_empty(*value.shape[:-1], width)  # as the call itself pads it
     plain = call.masks.triangle or (call.masks.band is None and call.masks.dense is None)

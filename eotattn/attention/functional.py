@@ -5,14 +5,18 @@ Legend: B batch, H query heads, Hk key heads, Q queries, K keys, D score width, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
+from eotattn.attention.attention_sinks import AttentionSinks
 from eotattn.attention.backends import BACKENDS, choose
 from eotattn.attention.cache import KeyValueCache
 from eotattn.attention.call import AttentionCall, without_autocast
 from eotattn.attention.call_positions import GivenPositions
 from eotattn.attention.documents import PackedDocuments
 from eotattn.attention.observers import serve
+from eotattn.attention.token_bias import check_biases
 from eotattn.checks import check_choice, check_floating, fail, require
 from eotattn.priors import LogPrior
 
@@ -33,12 +37,16 @@ def prior_attention(
     window: int | None = None,
     documents: PackedDocuments | None = None,
     cache: KeyValueCache | None = None,
+    sinks: AttentionSinks | Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     return_weights: bool = False,
     return_lse: bool = False,
     tolerance: float | None = None,
     backend: str = "auto",
+    key_bias: Tensor | None = None,
+    query_bias: Tensor | None = None,
+    query_gains: Tensor | Sequence[Tensor | None] = (),
 ) -> Tensor | tuple[Tensor, ...]:
     """Compute attention_weights = softmax(scale * <query, key> + log_prior) and apply them to the values.
 
@@ -63,11 +71,13 @@ def prior_attention(
         documents: Documents packed into the batch, each of which attends to itself alone, at positions from 0 on.
         cache: Earlier keys and values. ``key`` and ``value`` are appended to it, all positions follow from it, and
             ``key_padding_mask`` (B, Q) speaks of the new tokens. For inference: no gradient reaches cached tensors.
+        sinks: What queries may attend to instead of keys, out of reach of the prior, masks, positions and caches:
+            :class:`AttentionSinks`, or (H,) logits, one a head, nats.
         scale: Factor on the inner products, default 1 / sqrt(D).
         dropout_p: Probability of dropping a weight, in [0, 1).
         return_weights: Also return the weights (backend ``"reference"``).
-        return_lse: Also return ln sum_j exp(scale * <query, key_j> + log_prior_j) over admissible keys, differentiable
-            as the output is; :func:`merge` joins calls over disjoint keys by it.
+        return_lse: Also return ln sum_j exp(scale * <query, key_j> + log_prior_j) over admissible keys and sinks,
+            differentiable as the output is; :func:`merge` joins calls over disjoint keys by it.
         tolerance: Error that the prior's lanes may add in 16 bits, nats; by default about what content's own rounding
             costs. A smaller one takes more lanes.
         backend: ``"auto"``, ``"sdpa"`` (lanes through stock fused calls), ``"near_far"`` (priors that are a constant,
@@ -75,11 +85,21 @@ def prior_attention(
             variable-length kernel; GPU, 16 bits), ``"flex"`` (GPU) or ``"reference"`` (dense). A backend asked for by
             name is used or refused, never replaced; ``"auto"`` takes the fastest that can serve the call, as measured;
             :func:`explain` says which, and why.
+        key_bias: A log-prior of keys that the tokens decide: (B, H, K), or (B, Hk, K) or (B, 1, K) where heads share
+            it and its lanes; nats, finite, any floating dtype, with gradient. Beside a cache (B, ..., Q), of the new
+            tokens, with every call or with none. Lanes carry it exactly to the last digit of float32; float64 keeps
+            sums over many tokens exact until then. Hide keys by ``key_padding_mask`` instead.
+        query_bias: (B, H, Q), nats: a constant of each row, which softmax does not see. Its gradient is what rounding
+            leaves of a sum that is zero in exact arithmetic. Where ``key_bias`` and ``query_bias`` are of the same
+            numbers, as the running sums -c and c of log forgetting gates, the gradients of these numbers are
+            differences of both, and long sums of them stay exact in 16 bits.
+        query_gains: (B, H, Q), dimensionless: the factor by which a query sees the prior, which needs bilinear terms; or
+            one, or ``None``, for each of ``prior.terms()``.
 
     Returns:
         (B, H, Q, V) in the dtype of ``query``, under autocast in autocast's. In a tuple behind it: with
-        ``return_weights`` the weights (B, H, Q, K), rows sum to one; with ``return_lse`` the log-sum-exp (B, H, Q),
-        nats, float64 for float64 and float32 otherwise, -inf at queries without admissible keys.
+        ``return_weights`` the weights (B, H, Q, K), rows sum to one less what sinks take; with ``return_lse`` the
+        log-sum-exp (B, H, Q), nats, float64 for float64 and float32 otherwise, -inf at queries without admissible keys.
 
     Raises:
         ValueError: For shapes, devices, positions or values that do not fit.
@@ -98,10 +118,11 @@ def prior_attention(
     """
     if backend != "auto":
         check_choice("prior_attention", "backend", backend, ("auto", *BACKENDS))
-    new = (key, value, key_padding_mask)
+    new = (key, value, key_padding_mask, key_bias)
     if cache is not None:
         _check_left_to_cache(query, key, cache, query_positions, key_positions, documents)
-        key, value, query_positions, key_positions, key_padding_mask = cache.after(*new)
+        check_biases("prior_attention", query, key, key_bias, query_bias, cache.scale if scale is None else scale)
+        key, value, query_positions, key_positions, key_padding_mask, key_bias = cache.after(*new)
     call = AttentionCall.from_arguments(
         query,
         key,
@@ -118,8 +139,12 @@ def prior_attention(
         dropout_p=dropout_p,
         return_weights=return_weights,
         return_lse=return_lse,
+        sinks=sinks,
         tolerance=tolerance,
         cache=cache,
+        key_bias=key_bias,
+        query_bias=query_bias,
+        query_gains=query_gains,
     )
     served_by = choose(call) if backend == "auto" else BACKENDS[backend]
     if backend != "auto" and (reason := served_by.refusal(call)):

@@ -5,14 +5,16 @@ Legend: B batch, H query heads, Q queries, V value width, N parts.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from eotattn.checks import check_floating, check_same_device, check_shape, require
 
-__all__ = ["merge"]
+__all__ = ["combine", "merge"]
 
 OWNER = "merge"
 
@@ -46,6 +48,17 @@ def merge(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Te
         tensor([[[[0.2500, 0.2500, 0.2500, 0.2500]]]])
     """
     _check(outputs, lses)
+    output, lse, _ = combine(outputs, lses)
+    return output.to(outputs[0].dtype), lse
+
+
+def combine(outputs: Sequence[Tensor | None], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`merge` computes, in float32 or finer, and the share (N, B, H, Q) of every part.
+
+    Args:
+        outputs: (B, H, Q, V) each, or ``None`` for zero; the first is a tensor.
+        lses: (B, H, Q) each.
+    """
     parts = torch.stack(list(lses))
     parts = parts.to(torch.promote_types(parts.dtype, torch.float32))
     top = parts.detach().amax(0)
@@ -53,12 +66,14 @@ def merge(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Te
     peak = torch.where(has_keys, top, 0.0)
     masses = torch.exp(parts - peak)
     total = torch.where(has_keys, masses.sum(0), 1.0)
-    joined = torch.zeros_like(outputs[0], dtype=masses.dtype)
-    for output, share in zip(outputs, masses / total, strict=True):
-        share = share.unsqueeze(-1)
-        joined = joined + share * torch.where(share == 0, 0.0, output)
+    shares = masses / total
+    weighted = [
+        share.unsqueeze(-1) * torch.where(share.unsqueeze(-1) == 0, 0.0, output)
+        for output, share in zip(outputs, shares, strict=True)
+        if output is not None
+    ]
     lse = torch.where(has_keys, peak + total.log(), float("-inf"))
-    return joined.to(outputs[0].dtype), lse
+    return reduce(operator.add, weighted), lse, shares
 
 
 def _check(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:

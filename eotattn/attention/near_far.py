@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from eotattn.attention.call import AttentionCall
 from eotattn.attention.call_positions import Band, Positions
 from eotattn.attention.masks import Masks
 from eotattn.attention.merging import merge
+from eotattn.attention.token_bias import expand_heads
 from eotattn.kernels import near
 from eotattn.priors import exponentials
 from eotattn.priors.far_form import FarForm, Tail
@@ -42,6 +43,10 @@ class _WithLse(Protocol):
 _Fused = Callable[[AttentionCall], _WithLse]
 
 
+#: What a stock call for far keys has, besides its content; sinks and biases of queries count once, beside all parts.
+STOCK: dict[str, Any] = {"return_lse": True, "cache": None, "sinks": None, "query_bias": None}
+
+
 class Region(NamedTuple):
     """Queries and keys of one stock call."""
 
@@ -61,6 +66,8 @@ def refusal(call: AttentionCall) -> str | None:
         return "its positions must be consecutive: ranges, or left out"
     if call.dropout_p:
         return "it has no dropout"
+    if call.query_gains:
+        return "it has no factors of a query's own"
     form = call.prior.far_form()
     if form is None:
         return "this prior is neither constant far away, nor smooth, nor carried by lanes there"
@@ -130,6 +137,8 @@ def attend(call: AttentionCall, fused: _Fused) -> tuple[Tensor, Tensor]:
     if _form(call).reach > 0:
         parts.append(_near(call))
     output, lse = _merged([part for part in parts if part is not None])
+    if call.query_bias is not None:
+        lse = lse + call.query_bias.to(lse.dtype)
     return output.to(call.query.dtype), lse
 
 
@@ -208,13 +217,14 @@ def _smooth_parts(call: AttentionCall, tail: Tail, *, is_past: bool) -> tuple[It
     else:
         rows = _padded(blocks.queries, blocks.size)
         query = functional.pad(call.query, (0, 0, 0, rows - blocks.queries))
-        padding, bias = (None if mask is None else mask.flip(-1) for mask in (call.masks.padding, call.masks.key_bias))
+        turn = lambda side: None if side is None else side.flip(-1)  # noqa: E731
         turned = replace(
             call,
             query=query.flip(2),
             key=call.key.flip(2),
             value=call.value.flip(2),
-            masks=Masks(padding=padding, key_bias=bias),
+            masks=Masks(padding=turn(call.masks.padding), key_bias=turn(call.masks.key_bias)),
+            key_bias=turn(call.key_bias),
         )
         side = rebased.Side(turned, blocks.keys - blocks.offset - rows - blocks.after, blocks.size)
     constant = found.constant if tail.constant is None else found.constant + tail.constant
@@ -269,8 +279,10 @@ def _far_parts(call: AttentionCall, tail: Tail, *, is_past: bool) -> Iterator[tu
     window = _window(call)
     for region in _regions(queries, keys, last) if window is None else [whole]:
         rows, columns = region.queries, region.keys
-        of_keys = (call.masks.padding, call.masks.key_bias)
-        padding, bias = (None if mask is None else turned(mask, -1)[..., columns] for mask in of_keys)
+        padding, of_mask, of_tokens = (
+            None if side is None else turned(side, -1)[..., columns]
+            for side in (call.masks.padding, call.masks.key_bias, call.key_bias)
+        )
         band = call.masks.band if window is not None else Band() if region.is_causal else None
         part = replace(
             call,
@@ -280,9 +292,9 @@ def _far_parts(call: AttentionCall, tail: Tail, *, is_past: bool) -> Iterator[tu
             prior=tail.prior,
             query_positions=_part_of(call.query_positions, rows, is_past=is_past),
             key_positions=_part_of(call.key_positions, columns, is_past=is_past),
-            masks=Masks(padding=padding, key_bias=bias, band=band),
-            return_lse=True,
-            cache=None,
+            masks=Masks(padding=padding, key_bias=of_mask, band=band),
+            key_bias=of_tokens,
+            **STOCK,
         )
         yield part, rows
 
@@ -319,6 +331,9 @@ def _near(call: AttentionCall) -> tuple[Tensor, Tensor]:
     if _is_smooth(_form(call)) and window is None:
         blocks = _smooth_blocks(call)
     bias = masks.key_bias
+    if call.key_bias is not None:
+        own = expand_heads(call.key_bias, call.query.shape[1])
+        bias = own if bias is None else own + bias
     if masks.padding is not None:
         bias = call.query.new_zeros(()) if bias is None else bias
         bias = torch.where(masks.padding.unsqueeze(1), float("-inf"), bias)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from eotattn.attention.backends import Backend, Served
+from eotattn.attention.backends import Backend, Served, answer
 from eotattn.attention.call import AttentionCall
 
 __all__ = ["OBSERVERS", "Observer", "Served", "observe", "serve"]
@@ -40,8 +40,8 @@ def observe(observer: Observer) -> Iterator[None]:
 def serve(call: AttentionCall, backend: Backend) -> Served:
     """Let ``backend`` serve the call, with every observer around it."""
     if not OBSERVERS:
-        return backend.run(call)
-    served = partial(backend.run, call)
+        return answer(call, backend)
+    served = partial(answer, call, backend)
     for observer in OBSERVERS:
         served = partial(observer, call, backend, served)
     return served()

@@ -118,9 +118,9 @@ def _call(
         return chosen.flatten(0, 1)
 
     batch = call.query.shape[0]
-    padding, bias = (
-        None if mask is None else stretches(mask.expand(batch, *mask.shape[1:]), -1)
-        for mask in (call.masks.padding, call.masks.key_bias)
+    padding, of_mask, of_tokens = (
+        None if side is None else stretches(side.expand(batch, *side.shape[1:]), -1)
+        for side in (call.masks.padding, call.masks.key_bias, call.key_bias)
     )
     distances = torch.arange(size, 0, -1, device=query.device)
     return replace(
@@ -131,7 +131,10 @@ def _call(
         prior=prior,
         query_positions=at,
         key_positions=Positions(distances, None, size, query.device),
-        masks=Masks(padding=padding, key_bias=bias),
+        masks=Masks(padding=padding, key_bias=of_mask),
+        key_bias=of_tokens,
+        query_bias=None,
+        sinks=None,
         return_lse=True,
         cache=None,
     )

@@ -50,7 +50,7 @@ class TokenStatistics:
             source: Its logits, e.g. :class:`~eotattn.attention.statistics.score_rows.ScoreRows`.
             token_ids: (B, K), one a key; as many queries as keys.
             counted: (B, Q) boolean, false where a query is padding.
-            sink_logits: (H,) logit of an explicit sink, nats.
+            sink_logits: (H,), or broadcastable to (B, H, Q): logit of an explicit sink, nats.
 
         Raises:
             ValueError: If shapes do not fit.

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from eotattn.attention import AttentionSinks
 from eotattn.checks import check_choice, check_positive, check_positive_int, require
-from eotattn.priors import split_parameters
+from eotattn.priors import ForgettingPrior, split_parameters
 
-__all__ = ["TrainingConfig", "learning_rate_factor", "parameter_groups"]
+__all__ = ["TrainingConfig", "learning_rate_factor", "parameter_groups", "split_by_rate"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class TrainingConfig:
         warmup_steps: Steps of linear warm-up; a cosine to a tenth of the peak follows.
         weight_decay: Decay of matrices, relative to the rate.
         gradient_clip: Largest gradient norm.
+        clip_priors: Whether that norm is of all parameters together, or of the content alone and log-priors are free.
         seed: Seed of the batches.
         accumulation: Parts that a process's share of the batch is computed in, for memory; the step is the same.
         compile: Whether ``torch.compile`` compiles the network's training step; evaluation never is.
@@ -48,6 +50,7 @@ class TrainingConfig:
     warmup_steps: int = 0
     weight_decay: float = 0.1
     gradient_clip: float = 1.0
+    clip_priors: bool = True
     seed: int = 0
     accumulation: int = 1
     compile: bool = False
@@ -93,12 +96,29 @@ def learning_rate_factor(step: int, config: TrainingConfig) -> float:
     return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def split_by_rate(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Trainable parameters at the rate of the content, and those of log-priors and sinks, which are nats.
+
+    Forgetting gates are projections of the tokens, so they go with the content.
+    """
+    content, priors = split_parameters(network)
+    gates = _ids(network, ForgettingPrior) & {id(p) for p in priors}
+    nats = {id(p) for p in priors} - gates | _ids(network, AttentionSinks)
+    trainable = [*content, *priors]
+    return [p for p in trainable if id(p) not in nats], [p for p in trainable if id(p) in nats]
+
+
+def _ids(network: nn.Module, kind: type[nn.Module]) -> set[int]:
+    """Of the parameters of all parts of a kind."""
+    return {id(p) for module in network.modules() if isinstance(module, kind) for p in module.parameters()}
+
+
 def parameter_groups(network: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
     """Matrices with decay, vectors without, log-priors at their own rate; frozen parameters in none.
 
     Log-priors have no decay, but for those whose class says ``weight_decays``.
     """
-    content, of_priors = split_parameters(network)
+    content, of_priors = split_by_rate(network)
     matrices, vectors = [p for p in content if p.dim() >= 2], [p for p in content if p.dim() < 2]
     decaying = {id(p) for m in network.modules() if getattr(m, "weight_decays", False) for p in m.parameters()}
     priors = [p for p in of_priors if id(p) not in decaying]

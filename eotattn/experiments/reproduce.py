@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import tempfile
@@ -12,14 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eotattn.checks import check_installed, check_positive_int, require, speaking_as
+from eotattn.checks import check_installed, check_positive, check_positive_int, require, speaking_as
 from eotattn.experiments import recipes
+from eotattn.experiments.figures import sink_study
 from eotattn.experiments.records import RunFolder
 from eotattn.experiments.results import ResultFolder
 from eotattn.experiments.runs import Plan, RunsFailedError, UnknownRunsError, perform
-from eotattn.experiments.scales import check_scale
+from eotattn.experiments.scales import ALL_SCALES, SCALES, check_scale
 from eotattn.experiments.studies import ablations, copy_mixture, dna, language, retrieval, vision
-from eotattn.provenance import write_atomically
+from eotattn.experiments.tasks.token_text import DATA_VARIABLE
+from eotattn.provenance import check_writable, write_atomically
 
 __all__ = ["FIGURES", "Figure", "find_notebooks", "make_runs", "reproduce", "strip_machine"]
 
@@ -32,11 +35,13 @@ class Figure:
         name: Of the notebook and of all its files.
         recipe: Scale -> recipe.
         runs: Lists the runs of a recipe, as in :mod:`eotattn.experiments.runs`.
+        scales: Names of the scales that it has.
     """
 
     name: str
     recipe: Callable[[str], Any]
     runs: Plan
+    scales: tuple[str, ...] = tuple(SCALES)
 
 
 #: Number in the paper, or name -> figure. A new figure is one line.
@@ -47,6 +52,7 @@ FIGURES = {
     "4": Figure("fig4_dna", recipes.dna, dna.runs),
     "5": Figure("fig5_vision", recipes.vision, vision.runs),
     "ablations": Figure("ablations", recipes.ablations, ablations.runs),
+    "sinks": Figure("fig_sinks", sink_study.recipe, sink_study.runs, tuple(sink_study.RECIPES)),
 }
 
 #: What the notebooks need beyond the package's own requirements.
@@ -69,17 +75,21 @@ def find_notebooks(figures: Iterable[Figure]) -> Path:
     return folder
 
 
-def choose_figures(owner: str, figures: Sequence[int | str] | None) -> dict[str, Figure]:
-    """Figures by number or by name, each once, in the order of :data:`FIGURES`; all of them by default."""
-    wanted = [str(figure) for figure in figures or FIGURES]
+def choose_figures(owner: str, figures: Sequence[int | str] | None, scale: str) -> dict[str, Figure]:
+    """Figures by number or by name, each once, in the order of :data:`FIGURES`; by default all that have the scale."""
+    at_scale = [key for key, figure in FIGURES.items() if scale in figure.scales]
+    wanted = [str(figure) for figure in figures or at_scale]
     known = {name for key, figure in FIGURES.items() for name in (key, figure.name)}
     unknown = [name for name in wanted if name not in known]
     require(not unknown, owner, "figures", f"be among {', '.join(FIGURES)}", unknown, "Choose among these")
-    return {key: figure for key, figure in FIGURES.items() if key in wanted or figure.name in wanted}
+    found = {key: figure for key, figure in FIGURES.items() if key in wanted or figure.name in wanted}
+    for figure in found.values():
+        check_scale(owner, scale, figure.scales)
+    return found
 
 
 @speaking_as("train")
-def make_runs(
+def make_runs(  # noqa: PLR0913 - what the command line offers
     figures: Sequence[int | str] | None = None,
     *,
     scale: str = "laptop",
@@ -87,17 +97,21 @@ def make_runs(
     jobs: int | None = None,
     only: Sequence[str] = (),
     fresh: bool = False,
+    data: str | None = None,
+    minutes: float = math.inf,
     report: Callable[[str], None] = print,
 ) -> None:
     """Make the missing runs of figures, without notebooks: the function behind ``eotattn train``.
 
     Args:
         figures: Keys of :data:`FIGURES` or names of figures; all of them by default.
-        scale: A name in :data:`eotattn.experiments.scales.SCALES`.
+        scale: A name in :data:`eotattn.experiments.scales.ALL_SCALES`.
         out: Folder of results, relative to the working directory or absolute.
         jobs: Runs side by side, as in :func:`eotattn.experiments.runs.perform`.
         only: Names of runs, or patterns, each of a run of some of the figures; all by default.
         fresh: Forget these runs' records first.
+        data: Folder of a prepared corpus, for figures that read one.
+        minutes: No run of a figure starts later than this, as in :func:`eotattn.experiments.runs.perform`.
         report: Receives one line a run.
 
     Raises:
@@ -105,13 +119,19 @@ def make_runs(
             end, for a pattern that names a run of none of the figures.
         RunsFailedError: In the end, if a run failed.
     """
-    check_scale("train", scale)
+    check_scale("train", scale, ALL_SCALES)
     require(
         not isinstance(only, str), "train", "only", "be a list of names", only, "Put it into a list", error=TypeError
     )
     if jobs is not None:
         check_positive_int("train", "jobs", jobs)
-    targets = [(figure, ResultFolder(out, scale, figure.name)) for figure in choose_figures("train", figures).values()]
+    check_positive("train", "minutes", minutes, allow_inf=True)
+    if data is not None:
+        require(Path(data).is_dir(), "train", "data", "be a folder that exists", data, "Prepare a corpus first")
+        os.environ[DATA_VARIABLE] = str(Path(data).absolute())
+    targets = [
+        (figure, ResultFolder(out, scale, figure.name)) for figure in choose_figures("train", figures, scale).values()
+    ]
     failed: list[str] = []
     unknown: list[UnknownRunsError] = []
     for figure, target in targets:
@@ -119,7 +139,7 @@ def make_runs(
         if fresh:
             RunFolder(target).forget(only)
         try:
-            perform(figure.runs, figure.recipe(scale), target, jobs=jobs, only=only, report=report)
+            perform(figure.runs, figure.recipe(scale), target, jobs=jobs, only=only, minutes=minutes, report=report)
         except UnknownRunsError as error:
             unknown.append(error)
         except RunsFailedError as error:
@@ -147,7 +167,7 @@ def reproduce(
 
     Args:
         figures: Keys of :data:`FIGURES` or names of figures; all of them by default.
-        scale: A name in :data:`eotattn.experiments.scales.SCALES`.
+        scale: A name in :data:`eotattn.experiments.scales.ALL_SCALES`.
         out: Folder of results, relative to the working directory or absolute.
         jobs: Runs side by side, as in :func:`eotattn.experiments.runs.perform`.
         fresh: Forget stored runs first.
@@ -161,10 +181,11 @@ def reproduce(
             notebooks.
         RunsFailedError: If a run failed; its figure is not drawn.
     """
-    check_scale("reproduce", scale)
+    check_scale("reproduce", scale, ALL_SCALES)
     if jobs is not None:
         check_positive_int("reproduce", "jobs", jobs)
-    found = choose_figures("reproduce", figures)
+    found = choose_figures("reproduce", figures, scale)
+    check_writable("reproduce", Path(out) / scale, given=out)
     check_installed("reproduce", "experiments", *REQUIREMENTS)
     folder = find_notebooks(found.values())
     targets = {key: ResultFolder(out, scale, figure.name) for key, figure in found.items()}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eotattn.experiments.scales import check_scale
+from eotattn.experiments.scales import ALL_SCALES, check_scale
 from eotattn.provenance import check_writable, table_bytes, write_atomically
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class ResultFolder:
 
     Args:
         out: Folder of all results; made if it is missing.
-        scale: A name in :data:`eotattn.experiments.scales.SCALES`.
+        scale: A name in :data:`eotattn.experiments.scales.ALL_SCALES`.
         figure: Name of the figure, e.g. ``"fig1_copy_mixture"``.
 
     Raises:
@@ -42,7 +42,7 @@ class ResultFolder:
     figure: str
 
     def __post_init__(self) -> None:
-        check_scale("ResultFolder", self.scale)
+        check_scale("ResultFolder", self.scale, ALL_SCALES)
         check_writable("ResultFolder", self.path, given=self.out)
         self.path.mkdir(parents=True, exist_ok=True)
 

@@ -36,6 +36,7 @@ One line in :data:`eotattn.experiments.reproduce.FIGURES` then gives the study t
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 import traceback
@@ -48,7 +49,7 @@ from typing import Any
 
 import torch
 
-from eotattn.checks import called, check_positive_int
+from eotattn.checks import called, check_positive, check_positive_int
 from eotattn.experiments.device import training_device
 from eotattn.experiments.records import Measurement, Record, Records, Run, RunFolder, make
 from eotattn.experiments.results import ResultFolder
@@ -96,8 +97,8 @@ class UnknownRunsError(ValueError):
 
 
 def default_jobs() -> int:
-    """One run at a time on a GPU, as many as torch has threads on a CPU."""
-    return 1 if training_device().type == "cuda" else torch.get_num_threads()
+    """One run a GPU, as many as torch has threads on a CPU."""
+    return torch.cuda.device_count() if training_device().type == "cuda" else torch.get_num_threads()
 
 
 def perform(
@@ -107,6 +108,7 @@ def perform(
     *,
     jobs: int | None = None,
     only: Sequence[str] = (),
+    minutes: float = math.inf,
     report: Callable[[str], None] = print,
 ) -> dict[str, Record]:
     """Make the runs of a study that are missing, and return the records of all.
@@ -121,6 +123,7 @@ def perform(
         jobs: Runs side by side, each in a process of its own; 1 makes them in this process. By default
             :func:`default_jobs`. Results do not depend on it.
         only: Names of runs, or patterns such as ``"goat-*"``; all runs by default. Others are read, not made.
+        minutes: No run starts later than this after the call; those that have started are finished.
         report: Receives one line a run.
 
     Returns:
@@ -131,6 +134,7 @@ def perform(
         UnknownRunsError: In the end, a ValueError, if a pattern of ``only`` names no run.
     """
     jobs = default_jobs() if jobs is None else check_positive_int("perform", "jobs", jobs)
+    deadline = time.monotonic() + 60 * check_positive("perform", "minutes", minutes, allow_inf=True)
     store = RunFolder(folder)
     records: dict[str, Record] = {}
     failed: list[str] = []
@@ -146,7 +150,7 @@ def perform(
             elif not only or any(fnmatch(run.name, pattern) for pattern in only):
                 missing.append(run)
         started = time.monotonic()
-        for made, (name, outcome) in enumerate(_made(missing, store, min(jobs, len(missing))), 1):
+        for made, (name, outcome) in enumerate(_made(missing, store, min(jobs, len(missing)), deadline), 1):
             if isinstance(outcome, Record):
                 records[name] = outcome
                 left = (time.monotonic() - started) / made * (len(missing) - made)
@@ -155,6 +159,9 @@ def perform(
             else:
                 failed.append(name)
                 report(f"{name}: FAILED\n{outcome}")
+        late = sum(run.name not in records and run.name not in failed for run in missing)
+        if late:
+            report(f"{late} runs did not start within {minutes:g} minutes; the same command goes on")
     unknown = [pattern for pattern in only if not any(fnmatch(name, pattern) for name in named)]
     if failed:
         raise RunsFailedError([name for name in named if name in failed])
@@ -175,13 +182,14 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.2g} h"
 
 
-def _made(runs: Sequence[Run], store: RunFolder, jobs: int) -> Iterator[tuple[str, Record | str]]:
-    """Make runs; yield the record of each, or the traceback where it failed, as they finish."""
+def _made(runs: Sequence[Run], store: RunFolder, jobs: int, deadline: float) -> Iterator[tuple[str, Record | str]]:
+    """Make runs until the deadline; yield the record of each, or the traceback where it failed, as they finish."""
     if jobs > 1:
-        yield from _side_by_side(runs, store, jobs)
+        yield from _side_by_side(runs, store, jobs, deadline)
         return
     for run in runs:
-        yield run.name, _attempt(run, store)
+        if time.monotonic() < deadline:
+            yield run.name, _attempt(run, store)
 
 
 def _attempt(run: Run, store: RunFolder) -> Record | str:
@@ -251,7 +259,9 @@ def _work(pipe: connection.Connection, store: RunFolder, threads: int, device: i
         return
 
 
-def _side_by_side(runs: Sequence[Run], store: RunFolder, jobs: int) -> Iterator[tuple[str, Record | str]]:
+def _side_by_side(
+    runs: Sequence[Run], store: RunFolder, jobs: int, deadline: float
+) -> Iterator[tuple[str, Record | str]]:
     """Like :func:`_made` in ``jobs`` processes; a process that dies loses one run, and another takes its place."""
     threads = max(1, torch.get_num_threads() // jobs)
     devices = max(1, torch.cuda.device_count())
@@ -266,7 +276,7 @@ def _side_by_side(runs: Sequence[Run], store: RunFolder, jobs: int) -> Iterator[
                 run, error = workers[k].run, workers[k].result()
                 assert run is not None
                 workers[k].run = None
-                if waiting:
+                if waiting and time.monotonic() < deadline:
                     if not workers[k].process.is_alive():
                         workers[k] = _Worker.start(store, threads, k % devices)
                     workers[k].give(waiting.pop(0))

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from eotattn.checks import require
 from eotattn.experiments.device import training_device
-from eotattn.experiments.optimisation import TrainingConfig, learning_rate_factor, parameter_groups
+from eotattn.experiments.optimisation import TrainingConfig, learning_rate_factor, parameter_groups, split_by_rate
 from eotattn.experiments.records import Row
 from eotattn.experiments.tasks.batches import IGNORED, Batch
 
@@ -147,6 +147,19 @@ def _is_due(step: int, every: int, at_end: bool) -> bool:
     return at_end or (every > 0 and step % every == 0)
 
 
+class _Objective(nn.Module):
+    """A network with its loss, so that both are compiled together and float32 logits are never stored."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Sum of the cross-entropies of the targets that count, nats."""
+        logits = self.network(inputs).flatten(0, -2).float()
+        return functional.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
 @dataclass
 class _Run:
     """A run in progress: everything that a checkpoint holds, and the step that advances it."""
@@ -168,7 +181,13 @@ class _Run:
         groups = parameter_groups(self.network, self.config)
         fused = {"fused": True} if self.device.type == "cuda" else {}
         optimizer = torch.optim.AdamW(groups, lr=self.config.learning_rate, betas=(0.9, 0.95), **fused)
-        trained = torch.compile(self.network, dynamic=False) if self.config.compile else self.network
+        self.clipped = [p for p in self.network.parameters() if p.requires_grad]
+        if not self.config.clip_priors:
+            self.clipped = split_by_rate(self.network)[0]
+        objective = _Objective(self.network)
+        if self.config.compile:
+            torch.compiler.reset()  # of earlier networks' graphs: after a few, the next one would not be compiled
+        trained = torch.compile(objective, dynamic=False) if self.config.compile else objective
         self.model, self.optimizer = self.accelerator.prepare(trained, optimizer)
         self.recent = torch.zeros((), dtype=torch.float64, device=self.device)
         self.unread: list[tuple[Row, Tensor]] = []
@@ -189,7 +208,7 @@ class _Run:
                 loss = self._loss(part, counted)
                 self.accelerator.backward(loss)
             self.recent += loss.detach()
-        self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip)
+        self.accelerator.clip_grad_norm_(self.clipped, self.config.gradient_clip)
         self.optimizer.step()
         self.step += 1
         if self.step % self.config.log_every == 0:
@@ -257,7 +276,5 @@ class _Run:
         Times the number of processes, because gradients are averaged over them.
         """
         with autocast(self.config, self.device):
-            logits: Tensor = self.model(part.inputs)
-        target = part.targets.flatten()
-        total = functional.cross_entropy(logits.flatten(0, -2).float(), target, ignore_index=IGNORED, reduction="sum")
+            total: Tensor = self.model(part.inputs, part.targets)
         return total * (self.accelerator.num_processes / counted)

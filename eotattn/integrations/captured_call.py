@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from eotattn.attention.statistics import AttentionStatistics, row_statistics
+from eotattn.attention.statistics.block_statistics import sink_of_rows
 from eotattn.attention.statistics.score_rows import RowSource, ScoreRows
 
 __all__ = ["CapturedCall"]
@@ -33,7 +34,7 @@ class CapturedCall:
         mask: Rows of the mask.
         is_causal: Whether later positions are inadmissible.
         window: Sliding window, tokens.
-        sink_logits: (H,) explicit sink, nats.
+        sink_logits: (H,), or (B or 1, H, Q or 1): logit of an explicit sink, nats.
         query_start: Position of the first query, tokens.
         key_start: Position of the first key, tokens.
         sequence_start: (B,) position of the first token that is not padding.
@@ -86,6 +87,7 @@ class CapturedCall:
             query=self.query[:, :, skipped:],
             log_prior=shifted(self.log_prior),
             mask=shifted(self.mask),
+            sink_logits=None if self.sink_logits is None else sink_of_rows(self.sink_logits, skipped),
             query_start=self.query_start + skipped,
             counted=None if self.counted is None else self.counted[:, skipped:],
             attend=None,

@@ -65,8 +65,8 @@ def call_certificate(call: CapturedCall, *, rows: int) -> Tensor | None:
         return None
     tail = call.tail(rows)
     weights, logits = _computed_weights(call, tail.query.shape[2]).double(), _logits(tail)
-    if call.sink_logits is not None:
-        sink = call.sink_logits.double()[:, None, None].expand(*logits.shape[:3], 1)
+    if tail.sink_logits is not None:
+        sink = tail.sink_logits.double().unsqueeze(-1).expand(*logits.shape[:3], 1)
         rest = (1 - weights.sum(-1, keepdim=True)).clamp(min=0)
         weights, logits = torch.cat([weights, rest], -1), torch.cat([logits, sink], -1)
     gaps = row_certificate(weights.nan_to_num(), logits)

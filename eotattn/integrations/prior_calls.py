@@ -11,12 +11,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from eotattn.attention.backends import Backend
+from eotattn.attention.backends import Backend, Served, answer
 from eotattn.attention.call import AttentionCall
 from eotattn.attention.call_positions import Positions
-from eotattn.attention.observers import Served, observe
+from eotattn.attention.observers import observe
 from eotattn.attention.operands import lanes_of
+from eotattn.attention.row_constants import row_constants
 from eotattn.attention.statistics.score_rows import LaneRows, RowSource, TensorRows
 from eotattn.integrations.captured_call import CapturedCall
 from eotattn.integrations.recorder import Recorder
@@ -36,8 +38,14 @@ def listen(recorder: Recorder) -> Iterator[None]:
         layer = recorder.frames.layer_name(recorder.frames.stack[-1].name, call.query, call.key)
         if recorder.keeps(layer):
             recorder.priors[layer] = call.prior
-            captured = replace(_as_call(call), attend=lambda value: backend.run(replace(call, value=value)).output)
-            recorder.record(layer, captured, None if call.dropout_p else served.output)
+            plain = call if call.sinks is None else replace(call, sinks=call.sinks.without_values())
+
+            def attend(value: Tensor) -> Tensor:
+                return answer(replace(plain, value=value), backend).output
+
+            captured = replace(_as_call(call), attend=attend)
+            output = served.output if call.sinks is None or call.sinks.value is None else attend(call.value)
+            recorder.record(layer, captured, None if call.dropout_p else output)
         return served
 
     with observe(record):
@@ -62,6 +70,7 @@ def _as_call(call: AttentionCall) -> CapturedCall:
         call.value,
         scale=call.scale,
         log_prior=_prior_rows(call),
+        sink_logits=_sink_logits(call),
         **_admissible(call, places["query_start"] - places["key_start"]),
         **places,
     )
@@ -77,24 +86,41 @@ def _first(positions: Positions) -> int | None:
     return int(first) if bool((rows == first + steps).all()) else None
 
 
+def _sink_logits(call: AttentionCall) -> Tensor | None:
+    """Those of the call's sinks, as far from the logits of the keys as they are in it, (B or 1, H, Q or 1)."""
+    if call.sinks is None:
+        return None
+    logits = call.sinks.log_sum_exp(call.query, call.scale)
+    left_out = row_constants(replace(call, cache=None)) if _reads_lanes(call) else None
+    return logits if left_out is None else (logits - left_out).to(logits.dtype)
+
+
+def _reads_lanes(call: AttentionCall) -> bool:
+    """Whether statistics read the log-prior as lanes: their kernel does, as that of the output did."""
+    return call.has_log_prior and (call.prior is None or call.prior.has_lanes) and call.query.is_cuda
+
+
 def _prior_rows(call: AttentionCall) -> RowSource | None:
-    prior = call.prior
-    if prior is None:
+    if call.prior is None and call.key_bias is None:
         return None
     dtype = torch.promote_types(call.query.dtype, torch.float32)
-    positions, keys = call.query_positions.tensor, call.key_positions.tensor
-    if prior.has_lanes and call.query.is_cuda:  # the kernel of statistics reads lanes, as that of the output did
-        lanes = lanes_of(replace(call, scale=1.0))
+    if _reads_lanes(call):
+        lanes = lanes_of(replace(call, scale=1.0, masks=replace(call.masks, key_bias=None)))
         return None if lanes is None else LaneRows(lanes)
-    axis = -1 if prior.num_coordinates == 1 else -2
-    return lambda start, stop: prior.dense(positions.narrow(axis, start, stop - start), keys, dtype=dtype)
+
+    def rows(start: int, stop: int) -> Tensor:
+        log_prior = call.log_prior(dtype, start, stop)
+        assert log_prior is not None
+        return log_prior
+
+    return rows
 
 
 def _admissible(call: AttentionCall, shift: int) -> dict[str, Any]:
     """Causality and window where positions say them, and rows of the mask for the rest."""
     masks, band = call.masks, call.masks.band
+    known: dict[str, Any] = {}
     if band is not None and band.offset == shift and masks.documents is None:
-        rows = None if masks.padding is None else TensorRows(~masks.padding[:, None, None, :])
-        return {"is_causal": True, "window": band.window, "mask": rows}
+        known, masks = {"is_causal": True, "window": band.window}, replace(masks, band=None)
     dense = masks.as_dense(call.query.shape[0], call.query.shape[2], call.key.shape[2], call.query.device)
-    return {"mask": None if dense is None else TensorRows(dense)}
+    return {**known, "mask": None if dense is None else TensorRows(dense)}

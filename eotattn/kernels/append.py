@@ -51,6 +51,10 @@ class LaneSide(Protocol):
     def more(self) -> Tensor | None:
         """(..., H, L, P') further lanes in the kernel's dtype."""
 
+    @property
+    def gains(self) -> Tensor | None:
+        """(B, H, L, P) factors of a query's own, which the plain form alone knows."""
+
     def lanes(self, dtype: torch.dtype) -> Tensor:
         """All of them, (..., 1 or H, L, P + P')."""
 
@@ -127,6 +131,8 @@ def uses_kernel(contents: Sequence[Tensor], sides: Sequence[LaneSide | None]) ->
         return False
     for content, side in zip(contents, sides, strict=True):
         if type(content) is not Tensor or content.dtype not in DTYPES or content.numel() == 0:
+            return False
+        if side is not None and side.gains is not None:
             return False
         if side is not None and not (
             type(side.table) is type(side.matrix) is Tensor and side.table.dtype == side.matrix.dtype == torch.float32

@@ -11,7 +11,7 @@ from eotattn.plotting.prior_plots import (
 )
 from eotattn.plotting.ranking import plot_ranking
 from eotattn.plotting.retrieval_plots import plot_depth_grid, plot_log_prior_by_lag
-from eotattn.plotting.sink_plots import plot_sink_mass
+from eotattn.plotting.sink_plots import plot_sink_heads, plot_sink_mass
 from eotattn.plotting.style import OKABE_ITO, line_styles, mosaic, panels, resolve_axes, shade_lines, title_panels
 from eotattn.plotting.theory_plots import plot_identity, plot_measured_and_bound
 
@@ -32,6 +32,7 @@ __all__ = [
     "plot_ranking",
     "plot_relative",
     "plot_row_centred",
+    "plot_sink_heads",
     "plot_sink_mass",
     "resolve_axes",
     "shade_lines",

@@ -9,12 +9,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from numpy.typing import ArrayLike
 
 from eotattn.checks import require
 from eotattn.diagnostics import SinkMassReport
-from eotattn.plotting.style import line_styles, resolve_axes
+from eotattn.plotting.style import OKABE_ITO, line_styles, resolve_axes, to_array
 
-__all__ = ["plot_sink_mass"]
+__all__ = ["plot_sink_heads", "plot_sink_mass"]
 
 
 def plot_sink_mass(
@@ -53,4 +55,46 @@ def plot_sink_mass(
     axes.set_xlabel("signal strength ω: range of content scores (nats)")
     axes.set_ylabel("mass on the first token")
     axes.legend(frameon=False, fontsize=9)
+    return axes
+
+
+def plot_sink_heads(
+    mass: ArrayLike,
+    prior_share: ArrayLike,
+    *,
+    threshold: float,
+    legend: bool = False,
+    axes: Axes | None = None,
+) -> Axes:
+    """Draw every head of a network as a disc: its area is the mass on the first token, its colour what makes it.
+
+    Args:
+        mass: (A, H) mean mass on the first token, in [0, 1].
+        prior_share: (A, H) share of the log-prior in the margin, in [0, 1]: 0 is content, drawn orange, 1 blue.
+        threshold: Heads with less mass than this are no sinks and stay grey.
+        legend: Whether a colour bar stands beside the heads.
+        axes: Where to draw; a new figure by default.
+    """
+    axes = resolve_axes(axes)
+    masses = to_array("plot_sink_heads", "mass", mass, num_axes=2)
+    shares = to_array("plot_sink_heads", "prior_share", prior_share, num_axes=2)
+    blocks, heads = masses.shape
+    colours = LinearSegmentedColormap.from_list("share", [OKABE_ITO["vermillion"], "#DDDDDD", OKABE_ITO["blue"]])
+    block, head = np.meshgrid(np.arange(blocks), np.arange(heads), indexing="ij")
+    is_sink = masses > threshold
+    size = 110 * masses
+    axes.scatter(head[~is_sink], block[~is_sink], s=size[~is_sink], color="0.75", linewidths=0)
+    discs = axes.scatter(
+        head[is_sink], block[is_sink], s=size[is_sink], c=shares[is_sink], cmap=colours, vmin=0, vmax=1, linewidths=0
+    )
+    axes.set_xlim(-0.7, heads - 0.3)
+    axes.set_ylim(-0.7, blocks - 0.3)
+    axes.set_xticks(range(heads), [])
+    axes.set_yticks([0, blocks - 1], ["1", str(blocks)])
+    axes.tick_params(length=0)
+    axes.set_xlabel("heads", fontsize=8)
+    axes.set_ylabel("block", fontsize=8)
+    if legend and is_sink.any():
+        bar = axes.figure.colorbar(discs, ax=axes, ticks=[0, 1], fraction=0.08)
+        bar.ax.set_yticklabels(["content", "prior"], fontsize=7)
     return axes

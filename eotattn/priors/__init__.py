@@ -5,6 +5,7 @@ from eotattn.priors.base import HeadsPrior, LogPrior, ScaledPrior, ScoreMod, Sum
 from eotattn.priors.bilinear import BilinearPrior
 from eotattn.priors.dense_prior import DensePrior
 from eotattn.priors.factorise import Factorisation, FactorisedPrior, factorise
+from eotattn.priors.forgetting import ForgettingPrior, running_sums
 from eotattn.priors.fourier import FourierPrior
 from eotattn.priors.goat import goat_prior, num_local_heads
 from eotattn.priors.grid import ClassTokenPrior, GridPrior, grid_positions
@@ -14,12 +15,14 @@ from eotattn.priors.kerple import KerplePrior
 from eotattn.priors.key_table import KeyTablePrior
 from eotattn.priors.lanes import Lanes
 from eotattn.priors.parameters import split_parameters
+from eotattn.priors.query_gain import QueryGainPrior
+from eotattn.priors.reading import Reading, Tokens
 from eotattn.priors.recency import RecencyPrior, alibi_slopes
 from eotattn.priors.relative_bias import RelativeBiasPrior
 from eotattn.priors.sink import SinkPrior
 from eotattn.priors.t5 import T5Prior
 from eotattn.priors.terms import Features, KeyTerm, Term
-from eotattn.priors.token_prior import TokenPrior
+from eotattn.priors.transposed import TransposedPrior
 
 __all__ = [
     "AlibiPrior",
@@ -29,6 +32,7 @@ __all__ = [
     "Factorisation",
     "FactorisedPrior",
     "Features",
+    "ForgettingPrior",
     "FourierPrior",
     "GridKeyPrior",
     "GridPrior",
@@ -40,6 +44,8 @@ __all__ = [
     "KeyTerm",
     "Lanes",
     "LogPrior",
+    "QueryGainPrior",
+    "Reading",
     "RecencyPrior",
     "RelativeBiasPrior",
     "ScaledPrior",
@@ -48,11 +54,13 @@ __all__ = [
     "SumPrior",
     "T5Prior",
     "Term",
-    "TokenPrior",
+    "Tokens",
+    "TransposedPrior",
     "alibi_slopes",
     "factorise",
     "goat_prior",
     "grid_positions",
     "num_local_heads",
+    "running_sums",
     "split_parameters",
 ]

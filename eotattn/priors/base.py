@@ -24,7 +24,8 @@ from eotattn.priors.lane_plan import LaneRequest, plan_lanes
 from eotattn.priors.lanes import Lanes, make_lanes
 from eotattn.priors.memory import constants
 from eotattn.priors.prior_positions import check_positions, pair_positions, position_lookup
-from eotattn.priors.terms import KeyTerm, Term, computing_dtype
+from eotattn.priors.reading import Reading, Tokens, join_readings
+from eotattn.priors.terms import BIAS_TERM, KeyTerm, Term, computing_dtype
 
 __all__ = [
     "CombinedPrior",
@@ -35,6 +36,7 @@ __all__ = [
     "SumPrior",
     "check_prior",
     "checked_parts",
+    "read_each",
 ]
 
 #: Number formats that lanes can be written in.
@@ -64,6 +66,12 @@ class LogPrior(nn.Module):
     num_coordinates: int = 1
     #: Whether the log-prior depends on differences of positions only.
     is_relative: bool = False
+    #: Whether :meth:`read_tokens` gives a bias of keys, which takes lanes of its own.
+    biases_keys: bool = False
+    #: Numbers N that are kept of every token, where later chunks go on from them.
+    num_kept: int = 0
+    #: Samples that the log-prior is given for, each its own; ``None`` where it is one for all.
+    num_samples: int | None = None
 
     def __init__(self, num_heads: int) -> None:
         super().__init__()
@@ -103,6 +111,15 @@ class LogPrior(nn.Module):
         """What the log-prior is far away, if it is simpler there: a constant a head, or a prior with lanes."""
         tail = Tail(prior=self)
         return FarForm(0, tail, tail) if self.has_lanes and self.num_coordinates == 1 else None
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the log-prior depends on tokens besides their positions; then a layer calls :meth:`read_tokens`."""
+        return type(self).read_tokens is not LogPrior.read_tokens
+
+    def read_tokens(self, tokens: Tokens) -> Reading:
+        """What the tokens add to the log-prior of their positions, which every other method states; here nothing."""
+        return Reading()
 
     def dense(self, query_positions: Tensor, key_positions: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
         """The log-prior of every pair: the truth that other forms are measured against.
@@ -155,7 +172,8 @@ class LogPrior(nn.Module):
             num_kv_heads: Key heads, by default H; fewer need more lanes where key lanes differ between query heads.
             tolerance: As in :meth:`lanes`.
         """
-        return plan_lanes(self.terms(), self._lane_request(dtype, num_kv_heads, tolerance)).num_lanes
+        terms = (*self.terms(), BIAS_TERM) if self.biases_keys else self.terms()
+        return plan_lanes(terms, self._lane_request(dtype, num_kv_heads, tolerance)).num_lanes
 
     def lanes(
         self,
@@ -268,12 +286,34 @@ class CombinedPrior(LogPrior):
         super().__init__(num_heads)
         self.num_coordinates = parts[0].num_coordinates
         self.is_relative = all(part.is_relative for part in parts)
+        self.biases_keys = any(part.biases_keys for part in parts)
+        self.num_kept = sum(part.num_kept for part in parts)
+        samples = {part.num_samples for part in parts} - {None}
+        agree, owner = len(samples) < 2, type(self).__name__
+        require(agree, owner, "parts", "be for equally many samples", tuple(samples), "Rebuild one of them")
+        self.num_samples = next(iter(samples), None)
         self.parts = cast("Sequence[LogPrior]", nn.ModuleList(parts))
 
     @property
     def has_lanes(self) -> bool:
         """Whether every part has lanes."""
         return all(part.has_lanes for part in self.parts)
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether a part reads the tokens."""
+        return any(part.reads_tokens for part in self.parts)
+
+    def read_tokens(self, tokens: Tokens) -> Reading:
+        """What the parts read.
+
+        Raises:
+            NotImplementedError: If the combination has no meaning for what they read.
+        """
+        name = type(self).__name__
+        raise NotImplementedError(
+            f"{name}.read_tokens: parts must read positions alone. Add what reads the tokens to {name}."
+        )
 
     def check_positions(self, query_positions: Tensor | None, key_positions: Tensor | None) -> None:
         """Raise unless every part understands both positions."""
@@ -297,6 +337,22 @@ def checked_parts(owner: str, parts: Iterable[object]) -> list[LogPrior]:
     rule = "agree in num_coordinates"
     require(len(set(coordinates)) == 1, owner, "parts", rule, tuple(coordinates), "Rebuild one of them")
     return priors
+
+
+def read_each(parts: Sequence[LogPrior], tokens: Tokens) -> list[Reading]:
+    """What each prior reads, going on from its own share of what was kept."""
+    readings, start = [], 0
+    for part in parts:
+        before = None if tokens.before is None else tokens.before[:, start : start + part.num_kept]
+        readings.append(part.read_tokens(tokens._replace(before=before)))
+        start += part.num_kept
+    if any(reading.query_gains for reading in readings):
+        counted = zip(parts, readings, strict=True)
+        readings = [
+            reading if reading.query_gains else reading._replace(query_gains=(None,) * len(part.terms()))
+            for part, reading in counted
+        ]
+    return readings
 
 
 class SumPrior(CombinedPrior):
@@ -333,6 +389,10 @@ class SumPrior(CombinedPrior):
         """The sum of the parts' forms."""
         forms = [form for part in self.parts if (form := part.far_form()) is not None]
         return reduce(operator.add, forms) if len(forms) == len(self.parts) else None
+
+    def read_tokens(self, tokens: Tokens) -> Reading:
+        """The sum of what the parts read."""
+        return join_readings(read_each(self.parts, tokens))
 
     def dense(self, query_positions: Tensor, key_positions: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
         """The sum of the dense parts, in float64 before it is rounded."""
@@ -404,6 +464,10 @@ class ScaledPrior(CombinedPrior):
         scale = lambda numbers: self._factors(numbers.double()).unsqueeze(1) * numbers  # noqa: E731
         return None if form is None else form.changed(self._like, scale)
 
+    def read_tokens(self, tokens: Tokens) -> Reading:
+        """What the prior reads, its biases scaled."""
+        return self.prior.read_tokens(tokens).of_heads(self.num_heads).weighted(self._scale)
+
     def reset_parameters(self) -> None:
         """Reset the prior, and learnable factors to those given at construction."""
         super().reset_parameters()
@@ -465,6 +529,11 @@ class HeadsPrior(CombinedPrior):
         if form is None:
             return None
         return form.changed(lambda prior: HeadsPrior(prior, chosen), lambda numbers: numbers[chosen])
+
+    def read_tokens(self, tokens: Tokens) -> Reading:
+        """What the chosen heads read."""
+        prior = self.parts[0]
+        return prior.read_tokens(tokens).of_heads(prior.num_heads).weighted(self._choose).with_gains(self._choose)
 
     def _choose(self, weights: Tensor) -> Tensor:
         return weights.index_select(-3, constants(self.chosen, weights.device, torch.int64))

@@ -12,7 +12,7 @@ from torch import Tensor
 from eotattn.priors.prior_positions import table_lookup
 from eotattn.priors.terms import KeyTerm, Term
 
-__all__ = ["ScoreMod", "score_mod_of"]
+__all__ = ["ScoreMod", "biased_score", "score_mod_of"]
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -44,5 +44,16 @@ def _term(term: Term | KeyTerm, query_positions: Tensor, key_positions: Tensor) 
         for g in range(features.shape[-1]):
             score = score + query_at(b, i, h, g) * key_at(b, j, g)
         return score
+
+    return modified
+
+
+def biased_score(score_mod: ScoreMod | None, bias: Tensor) -> ScoreMod:
+    """``score_mod``, or nothing, and a bias of keys (B, 1 or H, K), nats."""
+    table, by_head = bias.float(), bias.shape[1] > 1
+
+    def modified(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        score = score if score_mod is None else score_mod(score, b, h, i, j)
+        return score + table[b, h if by_head else 0, j]
 
     return modified

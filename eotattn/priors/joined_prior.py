@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from eotattn.priors.base import CombinedPrior, LogPrior, checked_parts
+from eotattn.priors.base import CombinedPrior, LogPrior, checked_parts, read_each
+from eotattn.priors.reading import Reading, Tokens, join_readings
 from eotattn.priors.terms import KeyTerm, Term
 
 __all__ = ["JoinedPrior"]
@@ -50,6 +51,15 @@ class JoinedPrior(CombinedPrior):
                 for term in part.terms()
             ]
         )
+
+    def read_tokens(self, tokens: Tokens) -> Reading:
+        """What the parts read, each nothing at the heads of the others."""
+        each = zip(self._starts, self.parts, read_each(self.parts, tokens), strict=True)
+        readings = []
+        for start, part, reading in each:
+            among = self._among(start, part.num_heads)
+            readings.append(reading.of_heads(part.num_heads).weighted(among).with_gains(among))
+        return join_readings(readings)
 
     def _among(self, start: int, count: int) -> Callable[[Tensor], Tensor]:
         after = self.num_heads - start - count

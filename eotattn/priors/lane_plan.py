@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from eotattn.compat import plain_tensors
-from eotattn.priors.lane_sides import Column, Lane, Shape, SideLayout, SidePlan
+from eotattn.priors.lane_sides import Column, Lane, Shape, Side, SideLayout, SidePlan
+from eotattn.priors.memory import MadeInGraphs
 from eotattn.priors.probing import FeatureFacts, Span, probe
 from eotattn.priors.splitting import MOST_PIECES, significant_digits, split_numbers, unit_roundoff
 from eotattn.priors.terms import FEATURES, PREPARED, KeyTerm, Term, computing_dtype
@@ -42,6 +43,7 @@ class LaneRequest(NamedTuple):
         query_scale: Factor on the inner product.
         has_fixed_keys: Whether keys must be free of weights, as stored ones are; then lanes that only have gradients
             are left out. Otherwise weights are on the side that makes fewer lanes.
+        gained: Terms on which queries have factors of their own; their weights are with the queries.
     """
 
     num_heads: int
@@ -52,6 +54,7 @@ class LaneRequest(NamedTuple):
     tolerance: float | None = None
     query_scale: float = 1.0
     has_fixed_keys: bool = False
+    gained: tuple[int, ...] = ()
 
     @property
     def group(self) -> int:
@@ -65,7 +68,7 @@ class LaneRequest(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class LanePlan:
+class LanePlan(MadeInGraphs):
     """Which lane holds what.
 
     Args:
@@ -76,6 +79,7 @@ class LanePlan:
         looked_up: Those lanes, behind the others.
         truncation: P relative errors.
         is_relative: Which terms may count positions from anywhere.
+        lanes: The lanes themselves, in order.
         left_out: (term, key feature) whose products are constants of each row, in no lane's value.
     """
 
@@ -86,6 +90,7 @@ class LanePlan:
     looked_up: tuple[Lane, ...]
     truncation: tuple[float, ...]
     is_relative: tuple[bool, ...]
+    lanes: tuple[Lane, ...]
     left_out: tuple[tuple[int, int], ...] = ()
 
     @property
@@ -112,6 +117,20 @@ class LanePlan:
         numbers = (each[0] if len(each) == 1 else torch.cat(each, dim=1)).squeeze(-1).double()
         return numbers, numbers if self.request.group == 1 else numbers.view(self.request.num_kv_heads, -1)
 
+    def with_gains(self, side: Side, gains: Sequence[Tensor | None]) -> Side:
+        """The side of queries with their own factors (B, H, Q), one a term or ``None``, on the lanes of the terms."""
+        given = [gain for gain in gains if gain is not None]
+        if not given:
+            return side
+        at = {term: n for n, term in enumerate(t for t, gain in enumerate(gains) if gain is not None)}
+        table = torch.stack([*given, torch.ones_like(given[0])], dim=-1)
+        chosen = [at.get(lane.fixed.term, len(given)) for lane in self.lanes]
+        constant = [lane.is_constant and lane.fixed.term in at for lane in self.lanes]
+        device = table.device
+        return side._replace(
+            gains=table[..., torch.tensor(chosen, device=device)], constant=torch.tensor(constant, device=device)
+        )
+
     def more_of_keys(self, terms: Sequence[Term | KeyTerm], positions: Tensor) -> Tensor | None:
         """Lanes of what is looked up by key: (..., Hk, K, P')."""
         request, pieces = self.request, {}
@@ -119,10 +138,11 @@ class LanePlan:
             term = terms[number]
             assert isinstance(term, KeyTerm)
             bias = term.bias(positions).to(computing_dtype(request.dtype)) * (request.query_scale / request.lift)
-            bias = bias.expand(*bias.shape[:-2], request.num_heads, -1).unflatten(-2, (request.num_kv_heads, -1))
+            heads = request.num_kv_heads if term.by_key_head else request.num_heads
+            bias = bias.expand(*bias.shape[:-2], heads, -1).unflatten(-2, (request.num_kv_heads, -1))
             rest = split_numbers(bias.detach(), request.dtype, MOST_PIECES)[1:]
             pieces[number] = [bias.to(request.dtype), *rest]  # the leading piece carries the derivative
-        lanes = [pieces[lane.fixed.term][lane.piece][..., lane.member, :] for lane in self.looked_up]
+        lanes = [pieces[lane.fixed.term][lane.piece][..., lane.member or 0, :] for lane in self.looked_up]
         if not lanes:
             return None
         return torch.stack(torch.broadcast_tensors(*lanes), dim=-1)  # some differ by sample, some do not
@@ -139,7 +159,7 @@ def plan_lanes(terms: Sequence[Term | KeyTerm], request: LaneRequest) -> LanePla
 
 def _shape(term: Term | KeyTerm) -> Shape:
     if isinstance(term, KeyTerm):
-        return Shape(term.features.name, 1, 0)
+        return Shape(term.features.name, 1, 0, term.by_key_head)
     return Shape(term.features.name, *term.features.num_features)
 
 
@@ -154,14 +174,15 @@ def _plan(shapes: tuple[Shape, ...], request: LaneRequest) -> LanePlan:
     for number, shape in enumerate(shapes):
         splitting = _Splitting(number, shape, request)
         if shape.num_key == 0:
-            looked_up += splitting.lanes("key", members)
+            looked_up += splitting.lanes("key", (None,) if shape.by_key_head else members)
             continue
         by_query = splitting.lanes("query", (None,))
         by_key = splitting.lanes("key", members if request.group > 1 else (None,))
         chosen = by_query if request.has_fixed_keys or len(by_query) <= len(by_key) else by_key
+        chosen = by_query if number in request.gained else chosen
         left_out += dict.fromkeys((number, lane.fixed.feature) for lane in chosen if lane.is_constant)
         lanes += [lane for lane in chosen if not (request.has_fixed_keys and lane.is_constant)]
-    layout = SideLayout(shapes, request.num_heads, request.group, request.query_scale, request.lift)
+    layout = SideLayout(shapes, request.num_heads, request.group, request.query_scale, request.lift, request.gained)
     return LanePlan(
         names=tuple(shape.features for shape in shapes),
         request=request,
@@ -171,6 +192,7 @@ def _plan(shapes: tuple[Shape, ...], request: LaneRequest) -> LanePlan:
         is_relative=tuple(FEATURES[shape.features].is_relative for shape in shapes),
         left_out=tuple(left_out),
         truncation=tuple(lane.truncation for lane in (*lanes, *looked_up)),
+        lanes=(*lanes, *looked_up),
     )
 
 

@@ -77,6 +77,8 @@ def _sizes(side: Side) -> Tensor:
     """(P + P',) float64: the largest that the terms of every lane can sum to."""
     table = side.table.detach().double().abs().flatten(0, -2).amax(0)
     sizes = (table @ side.matrix.detach().double().abs()).amax(0)
+    if side.gains is not None:
+        sizes = sizes * side.gains.detach().double().abs().flatten(0, -2).amax(0)
     if side.more is not None:
         sizes = torch.cat([sizes, side.more.detach().double().abs().flatten(0, -2).amax(0)])
     return sizes

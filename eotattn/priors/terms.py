@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from eotattn.compat import constant_in_graphs
 from eotattn.priors.memory import remembered
 
 __all__ = [
+    "BIAS_TERM",
     "FEATURES",
     "PREPARED",
     "UNKNOWN_RANGE",
@@ -104,6 +105,7 @@ class Term:
 
     features: Features
     coefficients: Tensor
+    by_key_head: ClassVar[bool] = False
 
     @property
     def weights(self) -> Tensor:
@@ -126,11 +128,6 @@ class Term:
         """The term of one coordinate of a grid, zero where either position is a class token (negative)."""
         return replace(self, features=_on_axis(self.features, axis))
 
-    def of_tokens(self) -> Term:
-        """The term without keys before the first token. What was a constant of each row counts then, in full."""
-        gate, at = (lambda positions: positions >= 0), (lambda positions: positions.clamp(min=0))
-        return replace(self, features=_gated(self.features, "tokens", gate, at, ("key",), UNKNOWN_RANGE))
-
 
 @dataclass(frozen=True, eq=False)
 class KeyTerm:
@@ -139,10 +136,12 @@ class KeyTerm:
     Args:
         features: The query's one feature, (..., L, 1); keys have none.
         bias: Positions (..., K) or (..., K, C) -> (..., H, K), nats.
+        by_key_head: Whether query heads that share a key head share the bias, (..., 1 or Hk, K); they share lanes then.
     """
 
     features: Features
     bias: Callable[[Tensor], Tensor]
+    by_key_head: bool = False
 
     def weighted(self, change: Callable[[Tensor], Tensor]) -> KeyTerm:
         """The same with ``change`` applied to the numbers, (..., H, K, 1)."""
@@ -155,10 +154,6 @@ class KeyTerm:
             return self.bias(positions[..., axis].clamp(min=0)) * on_grid(positions).unsqueeze(-2)
 
         return KeyTerm(_on_axis(self.features, axis), bias)
-
-    def of_tokens(self) -> KeyTerm:
-        """The term without keys before the first token."""
-        return replace(self, bias=lambda at: self.bias(at.clamp(min=0)) * (at >= 0).unsqueeze(-2))
 
 
 def dense_weights(coefficients: Tensor, entries: tuple[Entry, ...], num_features: tuple[int, int]) -> Tensor:
@@ -224,3 +219,6 @@ def same_for_all_queries(num_coordinates: int, typical_range: float = 8.0) -> Fe
 for _count in range(1, 5):  # before any graph is traced
     same_for_all_queries(_count)
     same_for_all_queries(_count, UNKNOWN_RANGE)
+
+#: Stands for a bias of keys that only a call brings, where lanes are counted.
+BIAS_TERM = KeyTerm(same_for_all_queries(1, UNKNOWN_RANGE), lambda positions: torch.zeros_like(positions))

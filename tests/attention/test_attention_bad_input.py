@@ -7,6 +7,7 @@ import torch
 from attention.oracles import normal
 
 from eotattn.attention import (
+    AttentionSinks,
     GoatAttention,
     KeyValueCache,
     PackedDocuments,
@@ -305,10 +306,16 @@ MODULE = {
         TypeError,
         "lane_dtype must be a floating dtype; got 'bf16'",
     ),
-    "appended keys on a grid": (
-        layer(24, 4, prior=ClassTokenPrior(4), add_zero_attn=True),
+    "sinks of no kind": (layer(24, 4, sinks=torch.zeros(4)), TypeError, "PriorAttention: sinks must be AttentionSinks"),
+    "sinks of other heads": (
+        layer(24, 4, sinks=AttentionSinks.logit(3)),
         ValueError,
-        "prior must lie on a sequence with appended keys; got 'ClassTokenPrior'",
+        r"PriorAttention: sinks must have shape \(4\)",
+    ),
+    "registers of another width": (
+        layer(24, 4, sinks=AttentionSinks.registers(4, 8)),
+        ValueError,
+        r"PriorAttention: sinks \(keys\) must have shape",
     ),
     "conversion of another layer": (
         lambda: PriorAttention.from_multihead_attention(torch.nn.Linear(2, 2)),
@@ -395,16 +402,6 @@ MODULE = {
         ValueError,
         r"query_positions must have shape \(5,\)",
     ),
-    "tokens where appended keys are": (
-        lambda: PriorAttention(24, 4, add_zero_attn=True, batch_first=True)(X, query_positions=-1),
-        ValueError,
-        r"PriorAttention: key_positions must count from 0 beside appended keys; got range\(-1, 4\)",
-    ),
-    "tokens of a sample where appended keys are": (
-        lambda: PriorAttention(24, 4, add_zero_attn=True, batch_first=True)(X, query_positions=[0, 1, -2, 3, 4]),
-        ValueError,
-        "PriorAttention: key_positions must count from 0 beside appended keys",
-    ),
     "layout unsaid": (
         layer(24, 4, batch_first=None),
         TypeError,
@@ -437,11 +434,6 @@ MODULE = {
         r"KeyValueCache: key must have shape \(3, 4, 5, 6\)",
     ),
     "empty cache": (lambda: KeyValueCache(1, 2, 0, 4, 4), ValueError, "max_length must be at least 1"),
-    "appended keys beside documents": (
-        lambda: PriorAttention(24, 4, add_zero_attn=True, batch_first=True)(X, documents=PackedDocuments([Q] * B)),
-        ValueError,
-        "documents must be left out with appended keys",
-    ),
     "positions beside documents": (
         lambda: LAYER(X, documents=PackedDocuments([Q] * B), query_positions=range(Q)),
         ValueError,

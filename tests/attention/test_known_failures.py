@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eotattn import FourierPrior, GoatAttention, GridPrior, PriorAttention, RecencyPrior, SinkPrior, goat_prior
-from eotattn.attention import prior_attention
+from eotattn.attention import AttentionSinks, prior_attention
 from eotattn.priors import ScaledPrior
 
 H, D, WIDTH = 4, 8, 32
@@ -205,10 +205,10 @@ def test_14_a_cache_holds_one_entry_a_token():
     assert cache.length == cache.keys.shape[2] == 24
     with pytest.raises(ValueError, match="leave room in 24 slots"):
         run(layer, x[:, :1], cache=cache)
-    layer = goat_layer(add_bias_kv=True, add_zero_attn=True)
+    layer = goat_layer(sinks=AttentionSinks.zero_key())
     cache = layer.make_cache(1, 24)
     steps = [run(layer, x[:, t : t + 1], cache=cache) for t in range(24)]
-    assert cache.length == 24 + 2  # once, and not once a step
+    assert cache.length == 24  # a sink is no token
     assert_close(torch.cat(steps, dim=1), run(layer, x))
 
 

@@ -12,7 +12,7 @@ from tolerances import assert_close
 from torch import nn
 from torch.nn import functional
 
-from eotattn.attention import GoatAttention, PriorAttention, Rotary
+from eotattn.attention import AttentionSinks, GoatAttention, PriorAttention, Rotary
 from eotattn.priors import RecencyPrior, goat_prior
 
 B, E, H, Q, K = 2, 24, 4, 5, 7
@@ -276,13 +276,14 @@ def test_layouts_are_one_another_transposed():
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
-@pytest.mark.parametrize("options", [{}, {"add_bias_kv": True}, {"rotary": Rotary(E // H)}, {"window": 2}])
+@pytest.mark.parametrize(
+    "options", [{}, {"sinks": AttentionSinks.registers(H, E // H)}, {"rotary": Rotary(E // H)}, {"window": 2}]
+)
 def test_an_empty_batch(options, need_weights):
     layer, x = made(**options), normal(0, Q, E).requires_grad_()
     output, weights = layer(x, is_causal=True, need_weights=need_weights)
-    keys = Q + bool(layer.appended)
     assert output.shape == (0, Q, E)
-    assert weights is None or weights.shape == (0, Q, keys)
+    assert weights is None or weights.shape == (0, Q, Q)
     output.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in (layer.in_proj.weight, layer.out_proj.weight))
     padding = torch.zeros(0, Q, dtype=torch.bool)
@@ -339,7 +340,7 @@ def test_goat_fits_its_frequencies_to_the_head(width, heads, dtype):
 
 
 def test_goat_takes_every_argument_of_the_layer():
-    other = {"kdim": 10, "vdim": 13, "dropout": 0.1, "window": 4, "add_zero_attn": True, "num_kv_heads": 2}
+    other = {"kdim": 10, "vdim": 13, "dropout": 0.1, "window": 4, "sinks": AttentionSinks.zero_key(), "num_kv_heads": 2}
     layer = GoatAttention(64, H, dtype=torch.bfloat16, rotary=Rotary(16, rotary_width=8), **WIDE, **other)
     assert layer.in_proj.key.weight.dtype == torch.bfloat16
     assert (layer.kdim, layer.vdim, layer.window, layer.lanes, layer.content_dim) == (10, 13, 4, "appended", 16)
@@ -371,7 +372,7 @@ def test_goat_errors_name_goat(arguments, error, message):
 
 def test_a_layer_holds_no_buffer_that_a_loader_could_miss():
     """Built on a meta device and filled parameter by parameter, as loaders do, it is what it was."""
-    make = {"rotary": Rotary(E // H), "add_bias_kv": True, "prior": None}
+    make = {"rotary": Rotary(E // H), "sinks": AttentionSinks.registers(H, E // H), "prior": None}
     layer, x = made(**make), normal(B, Q, E)
     with torch.device("meta"):
         other = PriorAttention(E, H, batch_first=True, dtype=torch.float64, **{**make, "rotary": Rotary(E // H)})

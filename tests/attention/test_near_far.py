@@ -103,6 +103,25 @@ def test_outputs_and_every_gradient_are_those_of_dense_attention(name, pattern):
         assert_close(ours, expected)
 
 
+@pytest.mark.parametrize("name", ["t5", "alibi", "sum with a prior of keys", "kerple"])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_sinks_and_what_tokens_decide_count_once(name, is_causal):
+    length = 300 if name == "kerple" else L
+    make = PRIORS.get(name, lambda: off_neutral(KerplePrior(H)))
+    generator = torch.Generator().manual_seed(5)
+    random = lambda *shape: torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_()  # noqa: E731
+    operands = [side.requires_grad_() for side in content(length, length)]
+    more = {"sinks": random(H), "key_bias": random(B, 2, length), "query_bias": random(B, H, length)}
+    results = []
+    for backend in ("near_far", "reference"):
+        call = {"prior": make(), "is_causal": is_causal, "return_lse": True, "tolerance": 1e-3, **more}
+        output, lse = prior_attention(*operands, backend=backend, **call)
+        loss = output.sin().sum() + lse.cos().sum()
+        results.append((output, lse, *torch.autograd.grad(loss, [*operands, *more.values()])))
+    for ours, expected in zip(*results, strict=True):
+        assert_close(ours, expected, tolerance=1e-6 if name == "kerple" else 1e-12)
+
+
 @pytest.mark.parametrize("elements", [1, 2**14])
 def test_blocks_do_not_depend_on_how_many_are_computed_at_a_time(elements, monkeypatch):
     prior, operands = PRIORS["sum with a prior of keys"](), [side.requires_grad_() for side in content(300, 300)]
@@ -214,7 +233,7 @@ def call(**options):
 TABLE = RelativeBiasPrior(H, 5)
 REFUSED = {
     "no prior": (call(), "there is no prior to treat near and far apart"),
-    "smooth": (call(prior=KerplePrior(H)), "this prior is neither constant far away nor carried by lanes there"),
+    "grid": (call(prior=off_neutral(T5Prior(H)) + DensePrior(torch.zeros(H, L, L))), "neither constant far away"),
     "matrix": (call(prior=DensePrior(torch.zeros(H, L, L))), "neither constant far away"),
     "short": (call(prior=RelativeBiasPrior(H, L)), "no key is 50 tokens away, so that nothing is far"),
     "positions": (call(prior=TABLE, query_positions=torch.arange(L)), "its positions must be consecutive"),

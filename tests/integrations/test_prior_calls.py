@@ -5,8 +5,9 @@ import torch
 from tolerances import assert_close
 
 from eotattn import PriorAttention
+from eotattn.attention import AttentionSinks
 from eotattn.attention.statistics import streaming
-from eotattn.integrations import capture
+from eotattn.integrations import capture, prior_calls
 from eotattn.priors import RecencyPrior, SinkPrior
 
 E, H, L = 16, 2, 23
@@ -33,6 +34,8 @@ CALLS = {
     "window": ({"window": 5}, {}),
     "padding": ({}, {"key_padding_mask": padding()}),
     "window and padding": ({"window": 5}, {"key_padding_mask": padding()}),
+    "logits": ({"sinks": AttentionSinks.logit(H)}, {"key_padding_mask": padding()}),
+    "registers": ({"sinks": AttentionSinks.registers(H, E // H, 2), "window": 5}, {}),
     "mask and padding": ({}, {"key_padding_mask": padding(), "attn_mask": torch.ones(L, L).triu(4).bool()}),
 }
 
@@ -51,13 +54,34 @@ def test_masks_keep_their_meaning(name):
     expected = weights.sum(2)
     for sample, start in enumerate((~real).sum(-1).tolist()):
         assert_close(found.column_mass[sample, :, : L - start], expected[sample, :, start:], tolerance=1e-10)
-    assert_close(found.sums["participation"], weights.square().sum((-1, -2)), tolerance=1e-10)
-    assert_close(found.sums["entropy"], -torch.special.xlogy(weights, weights).sum((-1, -2)), tolerance=1e-10)
+    sink = (1 - weights.sum(-1)) * real[:, None] if "sinks" in made else torch.zeros_like(weights[..., 0])
+    assert_close(found.sums["explicit_sink_mass"], sink.sum(-1), tolerance=1e-10)
+    outcomes = torch.cat([weights, sink.unsqueeze(-1)], -1)
+    assert_close(found.sums["participation"], outcomes.square().sum((-1, -2)), tolerance=1e-10)
+    entropy = -torch.special.xlogy(outcomes, outcomes).sum((-1, -2))
+    assert_close(found.sums["entropy"], entropy, tolerance=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["logits", "registers"])
+def test_lanes_leave_sinks_where_they_are(kind, monkeypatch):
+    """A GPU's statistics read lanes, which leave out a number a row: the sink's logit has to follow."""
+    made, _ = CALLS[kind]
+    layer, tokens = layer_and_tokens(torch.float64, **made)
+    found = []
+    for reads_lanes in (False, True):
+        monkeypatch.setattr(prior_calls, "_reads_lanes", lambda _, answer=reads_lanes: answer)
+        with torch.no_grad(), capture(layer, certify=True) as captured:
+            layer(tokens, is_causal=True, need_weights=False)
+        found += captured.layers.values()
+        assert float(captured.certificates.popitem()[1].max()) < 1e-12
+    for name, sums in found[0].sums.items():
+        if not name.startswith("prior"):
+            assert_close(found[1].sums[name], sums, tolerance=1e-9)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", ["causal", "window", "padding", "window and padding"])
+@pytest.mark.parametrize("name", ["causal", "window", "padding", "window and padding", "logits", "registers"])
 def test_on_the_gpu_the_kernel_computes_them(name, monkeypatch):
     made, called = CALLS[name]
     layer, tokens = layer_and_tokens(torch.float32, **made)

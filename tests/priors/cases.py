@@ -21,6 +21,7 @@ from eotattn.priors import (
     ScaledPrior,
     SinkPrior,
     T5Prior,
+    TransposedPrior,
     goat_prior,
 )
 
@@ -77,6 +78,9 @@ CASES = {
     "key table": (lambda: off_neutral(KeyTablePrior(HEADS, length=4)), ()),
     "given": (lambda: DensePrior(matrix()), ("reset",)),
     "given with -inf": (lambda: DensePrior(matrix(masked=True)), ("reset",)),
+    "given and trained": (lambda: off_neutral(DensePrior(matrix(), trainable=True)), ("start",)),
+    "transposed": (lambda: TransposedPrior(fourier(7) + recency()), ()),
+    "sum with a transposed": (lambda: fourier() + TransposedPrior(off_neutral(SinkPrior(HEADS, 0, 40.0))), ("start",)),
     "grid": (lambda: GridPrior(fourier(1), off_neutral(FourierPrior(HEADS, 2, 4.0, 30.0), seed=2)), ()),
     "grid of recencies": (lambda: GridPrior(recency(), recency()), ()),
     "grid of tables": (lambda: GridPrior(off_neutral(RelativeBiasPrior(HEADS, 2)), fourier()), ()),

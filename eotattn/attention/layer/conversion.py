@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eotattn.attention.attention_sinks import AttentionSinks
 from eotattn.checks import fail
 
 __all__ = ["NO_FUSED_ENCODER", "as_batch", "as_positions", "multihead_arguments", "multihead_state"]
@@ -26,8 +27,7 @@ def multihead_arguments(attention: nn.MultiheadAttention) -> dict[str, Any]:
         "vdim": None if packed else attention.vdim,
         "dropout": attention.dropout,
         "bias": attention.in_proj_bias is not None,
-        "add_bias_kv": attention.bias_k is not None,
-        "add_zero_attn": attention.add_zero_attn,
+        "sinks": _multihead_sinks(attention),
         "batch_first": attention.batch_first,
         "device": weight.device,
         "dtype": weight.dtype,
@@ -41,19 +41,21 @@ def multihead_state(attention: nn.MultiheadAttention) -> dict[str, Tensor]:
     named = {name: tensor for name, tensor in state.items() if name.startswith("out_proj.")}
     if attention._qkv_same_embed_dim:
         named["in_proj.weight"] = state["in_proj_weight"]
-        return _with_appended(attention, named if bias is None else {**named, "in_proj.bias": bias})
+        return named if bias is None else {**named, "in_proj.bias": bias}
     for k, side in enumerate(("query", "key", "value")):
         named[f"in_proj.{side}.weight"] = state[f"{side[0]}_proj_weight"]
         if bias is not None:
             named[f"in_proj.{side}.bias"] = bias.chunk(3)[k]
-    return _with_appended(attention, named)
+    return named
 
 
-def _with_appended(attention: nn.MultiheadAttention, named: dict[str, Tensor]) -> dict[str, Tensor]:
-    if attention.bias_k is None or attention.bias_v is None:
-        return named
+def _multihead_sinks(attention: nn.MultiheadAttention) -> AttentionSinks | None:
+    """What ``add_bias_kv`` and ``add_zero_attn`` put beside the tokens."""
     shape = (attention.num_heads, 1, -1)
-    return {**named, "appended.key": attention.bias_k.view(shape), "appended.value": attention.bias_v.view(shape)}
+    key, value = (None if side is None else side.view(shape) for side in (attention.bias_k, attention.bias_v))
+    if key is None and not attention.add_zero_attn:
+        return None
+    return AttentionSinks(has_zero_key=attention.add_zero_attn, key=key, value=value)
 
 
 class _NoFusedEncoder:

@@ -13,11 +13,11 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
+from eotattn.attention.attention_sinks import AttentionSinks, SinkKeys
 from eotattn.attention.backends import BACKENDS
 from eotattn.attention.cache import KeyValueCache
 from eotattn.attention.documents import PackedDocuments
 from eotattn.attention.functional import prior_attention
-from eotattn.attention.layer.appended_keys import AppendedKeys
 from eotattn.attention.layer.conversion import (
     NO_FUSED_ENCODER,
     as_batch,
@@ -25,14 +25,16 @@ from eotattn.attention.layer.conversion import (
     multihead_arguments,
     multihead_state,
 )
+from eotattn.attention.layer.output_gate import KINDS, OutputGate
 from eotattn.attention.layer.projected_heads import Heads, ProjectedHeads
 from eotattn.attention.layer.rotary import Rotary
 from eotattn.attention.masks import from_multihead_convention
 from eotattn.checks import check_choice, check_floating, check_positive_int, check_probability, fail, require
 from eotattn.compat import first_parameter
 from eotattn.kernels.sdpa import WIDTH_STEP
-from eotattn.priors import LogPrior, TokenPrior
+from eotattn.priors import LogPrior, Reading, Tokens
 from eotattn.priors.base import check_prior
+from eotattn.priors.reading import join_readings
 
 __all__ = ["Heads", "PriorAttention", "num_reserved"]
 
@@ -45,7 +47,8 @@ class PriorAttention(ProjectedHeads):
 
     It is called like ``nn.MultiheadAttention`` and returns the same pair, so ``nn.TransformerEncoderLayer`` can hold it
     as ``self_attn``. Differences: the layout is always said (below), ``key`` and ``value`` default to ``query``,
-    ``is_causal`` needs no mask beside it, and a query without admissible keys gets zeros instead of NaN.
+    ``is_causal`` needs no mask beside it, a query without admissible keys gets zeros instead of NaN, and what stood
+    beside the tokens there (``add_bias_kv``, ``add_zero_attn``) is a matter of ``sinks``, which returned weights omit.
 
     Layout, one rule: inputs are (B, length, E) unless ``batch_first=False`` is said; ``nn.MultiheadAttention`` and
     ``nn.TransformerEncoderLayer`` read (length, B, E) unless told otherwise. Shapes do not tell the two apart, and the
@@ -70,9 +73,10 @@ class PriorAttention(ProjectedHeads):
         window: Keys that a query sees at most, itself included; calls are then causal ones.
         dropout: Probability of dropping a weight in training.
         bias: Whether the projections have biases.
-        add_bias_kv: Whether there is a learned key and value beside those of tokens (:class:`AppendedKeys`): a sink
-            that the prior does not touch. Positions of tokens then count from 0.
-        add_zero_attn: Whether there is a key and value of zeros beside them, likewise.
+        sinks: :class:`AttentionSinks`, which queries may attend to instead of any token; no prior, mask or cache
+            reaches them. Registers are as wide as the layer's ``content_dim``, their values as ``head_dim``.
+        output_gate: ``"elementwise"`` or ``"head"``: an :class:`OutputGate` by which the input of each query scales
+            the output of its heads, before the output projection.
         batch_first: Whether inputs are (B, length, E) rather than (length, B, E).
         backend: As in :func:`prior_attention`.
         device: Device of the parameters, those of the prior too.
@@ -106,8 +110,8 @@ class PriorAttention(ProjectedHeads):
         window: int | None = None,
         dropout: float = 0.0,
         bias: bool = True,
-        add_bias_kv: bool = False,
-        add_zero_attn: bool = False,
+        sinks: AttentionSinks | None = None,
+        output_gate: str | None = None,
         batch_first: bool = True,
         backend: str = "auto",
         device: torch.device | str | None = None,
@@ -117,9 +121,10 @@ class PriorAttention(ProjectedHeads):
         remedy = "Pass False for (length, B, E), which nn.MultiheadAttention has by default"
         is_said = isinstance(batch_first, bool)
         require(is_said, owner, "batch_first", "be true or false", batch_first, remedy, error=TypeError)
-        has_appended = add_bias_kv or add_zero_attn
         if prior is not None:
-            prior = _checked_prior(owner, prior, num_heads, has_appended=has_appended)
+            check_prior(owner, "prior", prior)
+            rule, have = f"have {num_heads} heads", prior.num_heads
+            require(have == num_heads, owner, "prior", rule, have, "Build it for query heads")
             prior = prior if device is None else prior.to(device=device)
         widths: dict[str, Any] = {"num_kv_heads": num_kv_heads, "kdim": kdim, "vdim": vdim}
         reserved = num_reserved(owner, prior, lanes, lane_dtype)
@@ -129,16 +134,19 @@ class PriorAttention(ProjectedHeads):
         self.lanes, self.dropout, self.batch_first = lanes, check_probability(owner, "dropout", dropout), batch_first
         self.scale = 1 / math.sqrt(self.content_dim)
         self.prior = prior  # not reset: it may come trained
-        self.appended: AppendedKeys | None = None
-        if has_appended:
-            sizes = (self.num_kv_heads, self.content_dim, self.head_dim)
-            self.appended = AppendedKeys(*sizes, learned=add_bias_kv, zero=add_zero_attn, **make)
+        self.output_gate: OutputGate | None = None
+        if output_gate is not None:
+            check_choice(owner, "output_gate", output_gate, KINDS)
+            sizes = (embed_dim, num_heads, self.head_dim)
+            self.output_gate = OutputGate(*sizes, kind=output_gate, bias=bias, **make)
+        self.sinks = None if sinks is None else self._checked_sinks(owner, sinks).to(**make)
 
     def reset_parameters(self) -> None:
         """Initialise the projections as ``nn.MultiheadAttention`` does (Xavier, zero biases); reset the prior."""
         self.reset_projections()
-        if self.appended is not None:
-            self.appended.reset_parameters()
+        for part in (self.sinks, self.output_gate):
+            if part is not None:
+                part.reset_parameters()
         if self.prior is not None:
             self.prior.reset_parameters()
 
@@ -157,6 +165,7 @@ class PriorAttention(ProjectedHeads):
         key_positions: Tensor | ArrayLike | range | None = None,
         documents: PackedDocuments | None = None,
         cache: KeyValueCache | None = None,
+        key_bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend; the arguments up to ``is_causal`` are those of ``nn.MultiheadAttention``, in its order.
 
@@ -179,10 +188,11 @@ class PriorAttention(ProjectedHeads):
             documents: Documents packed into the batch; each attends to itself alone, at positions from 0 on.
             cache: Earlier keys and values of this layer; the new ones are appended to it, positions follow from it, and
                 ``key_padding_mask`` speaks of the new tokens. For inference: no gradient reaches cached tensors.
+            key_bias: (B, H, K), (B, Hk, K) or (B, 1, K), nats, added to every score of a key, and to what the prior
+                reads; with a cache, of the new tokens. Appended keys have none.
 
         Returns:
-            Output shaped like ``query``, and the weights (B, Q, K) or (B, H, Q, K), or ``None``. Appended keys come
-            last in the weights.
+            Output shaped like ``query``, and the weights (B, Q, K) or (B, H, Q, K), or ``None``.
         """
         owner = type(self).__name__
         key = query if key is None else key
@@ -197,16 +207,9 @@ class PriorAttention(ProjectedHeads):
         key_positions = query_positions if key is query and key_positions is None else key_positions
         at = self._positions(inputs, query_positions, key_positions, padding, documents, cache)
         content = self.project(*inputs, query_positions=at[0], key_positions=at[1])
+        reading = self._read(inputs, padding, documents, cache, key_bias)
         if documents is not None or cache is not None:
             at = (None, None)  # they say it themselves
-        if self.appended is not None:
-            require(documents is None, owner, "documents", "be left out with appended keys", documents, "Drop one")
-            length = content.key.shape[2] + (0 if cache is None else cache.length - self.appended.count)
-            mask = self.appended.widen(mask, length, visible=True)
-        if self.appended is not None and cache is None:  # a cache has them since it was made
-            padding = self.appended.widen(padding, length, visible=False)
-            at = (at[0], self.appended.positions(owner, at[1], length, query.device))
-            content = Heads(content.query, *self.appended(content.key, content.value))
         result = prior_attention(
             *content,
             prior=self.prior,
@@ -218,18 +221,49 @@ class PriorAttention(ProjectedHeads):
             window=self.window,
             documents=documents,
             cache=cache,
+            sinks=self.sinks,
             dropout_p=self.dropout if self.training else 0.0,
             return_weights=self.backend in WITH_WEIGHTS if need_weights is None else need_weights,
             backend=self.backend,
+            key_bias=reading.key_bias,
+            query_bias=reading.query_bias,
+            query_gains=reading.query_gains,
         )
+        if cache is not None and reading.kept is not None:
+            cache.keep(reading.kept)
         heads, weights = result if isinstance(result, tuple) else (result, None)
+        heads = heads if self.output_gate is None else self.output_gate(heads, inputs[0])
         output: Tensor = self.out_proj(heads.transpose(1, 2).flatten(2))
         if weights is not None:
-            weights = weights if self.appended is None else self.appended.last(weights)
             weights = weights.mean(dim=1) if average_attn_weights else weights
         if query.dim() == 2:
             return output.squeeze(0), None if weights is None else weights.squeeze(0)
         return output if self.batch_first else output.transpose(0, 1), weights
+
+    def _read(
+        self,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        padding: Tensor | None,
+        documents: PackedDocuments | None,
+        cache: KeyValueCache | None,
+        key_bias: Tensor | None,
+    ) -> Reading:
+        """What the prior reads from the inputs, and the bias that the caller adds."""
+        given = Reading(key_bias=key_bias)
+        if self.prior is None or not self.prior.reads_tokens:
+            return given
+        query, key, _ = inputs
+        tokens = Tokens(
+            query,
+            key,
+            padding=padding,
+            document_positions=None
+            if documents is None
+            else documents.positions(key.shape[0], key.shape[1], key.device),
+            before=None if cache is None else cache.kept,
+        )
+        reading = self.prior.read_tokens(tokens)
+        return reading if key_bias is None else join_readings([given, reading])
 
     def _inputs(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Checked inputs as (B, length, width)."""
@@ -286,26 +320,31 @@ class PriorAttention(ProjectedHeads):
     ) -> KeyValueCache:
         """An empty :class:`KeyValueCache` for this layer and its prior, ``max_length`` tokens long.
 
-        Appended keys take its first slots.
-
         Args:
             batch_size: Samples B.
             max_length: Tokens to allocate.
             dtype: Dtype of keys and values; by default that of the output projection.
             device: Device of the storage, likewise; to be given where weights are loaded call by call.
         """
-        weight, appended = self.out_proj.weight, self.appended
+        weight = self.out_proj.weight
         dtype, device = dtype or weight.dtype, torch.device(device or weight.device)
         rule, remedy, owner = "be where the layer computes", "Pass the device of the input", type(self).__name__
         require(device.type != "meta", owner, "device", rule, str(device), remedy)
         if self.prior is not None:
             _make_ready(owner, self.prior, device)
-        count = 0 if appended is None else appended.count
-        sizes = (batch_size, self.num_kv_heads, max_length + count, self.content_dim, self.head_dim)
-        cache = KeyValueCache(*sizes, prior=self.prior, first_position=-count, dtype=dtype, device=device)
-        if appended is not None:
-            cache.append(*appended(cache.keys, cache.values))
-        return cache
+        sizes = (batch_size, self.num_kv_heads, max_length, self.content_dim, self.head_dim)
+        return KeyValueCache(*sizes, prior=self.prior, dtype=dtype, device=device)
+
+    def _checked_sinks(self, owner: str, sinks: AttentionSinks) -> AttentionSinks:
+        """The sinks, once they fit heads and widths."""
+        remedy = "Pass e.g. AttentionSinks.logit(num_heads)"
+        known = isinstance(sinks, AttentionSinks)
+        require(known, owner, "sinks", "be AttentionSinks", sinks, remedy, error=TypeError)
+        device = next((parameter.device for parameter in sinks.parameters()), torch.device("cpu"))
+        shapes = ((1, self.num_heads, 1, self.content_dim), (1, self.num_kv_heads, 1, self.head_dim))
+        query, value = (torch.empty(shape, device=device) for shape in shapes)
+        SinkKeys.of(owner, sinks).check(owner, query, value)
+        return sinks
 
     @classmethod
     def from_multihead_attention(
@@ -328,19 +367,6 @@ class PriorAttention(ProjectedHeads):
     def extra_repr(self) -> str:
         """The numbers that define the layer."""
         return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}"
-
-
-def _checked_prior(owner: str, prior: LogPrior, num_heads: int, *, has_appended: bool) -> LogPrior:
-    """The prior of a layer, once it fits; beside appended keys it is one of the tokens alone."""
-    check_prior(owner, "prior", prior)
-    have = prior.num_heads
-    require(have == num_heads, owner, "prior", f"have {num_heads} heads", have, "Build it for query heads")
-    rule, remedy = (
-        "lie on a sequence with appended keys",
-        "Drop add_bias_kv and add_zero_attn, or add a ClassTokenPrior",
-    )
-    require(prior.num_coordinates == 1 or not has_appended, owner, "prior", rule, type(prior).__name__, remedy)
-    return TokenPrior(prior) if has_appended else prior
 
 
 def _make_ready(owner: str, prior: nn.Module, device: torch.device) -> None:

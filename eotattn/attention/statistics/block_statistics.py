@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eotattn.attention.statistics.score_rows import ScoreBlock
 
-__all__ = ["block_statistics"]
+__all__ = ["block_statistics", "sink_of_rows"]
 
 
 def block_statistics(
@@ -23,13 +23,14 @@ def block_statistics(
     Args:
         block: Logits of some rows.
         chosen: (B, N) indices of the chosen keys among all keys; the first one is the margin's.
-        sink: (H,) logit of an explicit sink, nats, or ``None``.
+        sink: (H,), or broadcastable to (B, H, Q): logit of an explicit sink, nats, or ``None``.
         value: (B, Hk, K, V), or ``None``.
 
     Returns:
         Weights (B, H, r, k), rows sum to one less the explicit sink's mass, or to zero where no key is admissible; and
         the row fields of :class:`eotattn.attention.statistics.streaming.AttentionStatistics` by name.
     """
+    sink = None if sink is None else sink_of_rows(sink, block.start, block.stop)
     content, prior, seen = block.content, block.prior, block.admissible
     num_keys = _num_keys(content, seen)
     has = num_keys > 0
@@ -41,7 +42,7 @@ def block_statistics(
     score = _products(weights, content)
     logit = score if prior is None else score + _products(weights, prior)
     if sink is not None:
-        logit = logit + sink_mass * sink[:, None]
+        logit = logit + sink_mass * sink
     highest = top if prior is None else _shifted(content, hidden, 1).amax(-1)
     own = chosen - block.first_key
     rows = {
@@ -61,6 +62,13 @@ def block_statistics(
     if value is not None:
         rows["output"] = _output(weights, value[:, :, block.first_key : block.first_key + content.shape[-1]])
     return weights, rows
+
+
+def sink_of_rows(sink: Tensor, start: int, stop: int | None = None) -> Tensor:
+    """(B or 1, H, stop - start or 1): an explicit sink's logits of some rows."""
+    if sink.dim() == 1:
+        return sink[None, :, None]
+    return sink if sink.shape[-1] == 1 else sink[..., start:stop]
 
 
 def _hidden(seen: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -85,10 +93,10 @@ def _normalised(logits: Tensor, top: Tensor, has: Tensor, sink: Tensor | None) -
     """
     peak = torch.where(has, top, 0.0)
     if sink is not None:
-        peak = torch.maximum(peak, sink[:, None])
+        peak = torch.maximum(peak, sink)
     weights = torch.exp(logits - peak.unsqueeze(-1))
     keys = weights.sum(-1)
-    sink_part = torch.zeros_like(peak) if sink is None else torch.exp(sink[:, None] - peak)
+    sink_part = torch.zeros_like(peak) if sink is None else torch.exp(sink - peak)
     safe = torch.where(has, keys + sink_part, 1.0)
     weights /= safe.unsqueeze(-1)
     lse, key_lse = (

@@ -82,7 +82,7 @@ def row_statistics(
             or the dtype's lowest number at inadmissible keys.
         is_causal: Keys at later positions than the query are inadmissible.
         window: Keys ``window`` or more tokens before the query are inadmissible.
-        sink_logits: (H,) logit of an explicit sink, nats.
+        sink_logits: (H,), or (B or 1, H, Q or 1): logit of an explicit sink, nats; several by their log-sum-exp.
         query_start: Position of the first query, tokens; with a cache, the number of earlier tokens.
         key_start: Position of the first key, tokens.
         sequence_start: (B,) position of the first token that is not padding; chosen keys and columns count from it.
@@ -286,5 +286,11 @@ def _check_content(query: Tensor, key: Tensor, value: Tensor | None, sink: Tenso
             OWNER, "value", value, (batch, key.shape[1], key.shape[2], None), "Match the key's heads and length"
         )
     if sink is not None:
-        check_shape(OWNER, "sink_logits", sink, (heads,), "One logit a head")
+        wanted, have = (batch, heads, query.shape[2]), tuple(sink.shape)
+        fits = have == (heads,) or (
+            len(have) == 3
+            and have[1] == heads
+            and all(size in (1, want) for size, want in zip(have, wanted, strict=True))
+        )
+        require(fits, OWNER, "sink_logits", f"have shape ({heads},) or broadcast to {wanted}", sink, "One logit a head")
     check_same_device(OWNER, ("query", query), key=key, value=value, sink_logits=sink)

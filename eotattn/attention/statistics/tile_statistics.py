@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from eotattn.attention.statistics.block_statistics import sink_of_rows
 from eotattn.attention.statistics.column_sums import ColumnSums
 from eotattn.attention.statistics.key_intervals import KeyIntervals
 from eotattn.attention.statistics.score_rows import LaneRows, ScoreRows, TensorRows, split_table
@@ -51,7 +52,7 @@ def tile_statistics(
         rows: The call.
         tiles: The same call, as :func:`as_tiles` states it.
         chosen: (B, N) indices of the chosen keys; the first one is the margin's.
-        sink: (H,) logit of an explicit sink, nats, or ``None``.
+        sink: (H,), or broadcastable to (B, H, Q): logit of an explicit sink, nats, or ``None``.
         counted: (B, Q) queries whose weights columns and lags sum.
     """
     batch, heads, queries, keys = rows.shape
@@ -102,7 +103,8 @@ def _row_fields(sums: RowSums, num_keys: Tensor, *, has_prior: bool) -> dict[str
 
 def _with_sink(fields: dict[str, Tensor], sink: Tensor) -> dict[str, Tensor]:
     """The same rows with one more outcome: its mass is m, and the keys share the rest."""
-    lse, sink = fields["log_sum_exp"], sink[:, None]
+    lse = fields["log_sum_exp"]
+    sink = sink_of_rows(sink, 0)
     has = lse > -math.inf
     share, mass = (torch.where(has, torch.sigmoid(difference), 0.0) for difference in (lse - sink, sink - lse))
     mixing = -torch.special.xlogy(share, share) - torch.special.xlogy(mass, mass)

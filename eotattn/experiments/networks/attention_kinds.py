@@ -13,13 +13,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from eotattn.attention import PriorAttention, Rotary
+from eotattn.attention import AttentionSinks, PriorAttention, Rotary
 from eotattn.checks import check_choice, check_positive_int, require
 from eotattn.experiments.networks.decaying_waves import DecayingFourierPrior
 from eotattn.experiments.networks.growing_scores import GrowingScoreAttention
 from eotattn.experiments.networks.narrow_lanes import NarrowLanesPrior
 from eotattn.experiments.networks.rotations import LeadingHeadsRotary, StretchedRotary
 from eotattn.priors import (
+    ForgettingPrior,
     FourierPrior,
     HeadsPrior,
     LogPrior,
@@ -50,6 +51,7 @@ class DecoderConfig:
         num_frequencies: Frequencies of the relative part of ``"goat"``.
         min_period: Their shortest period, tokens.
         max_period: Their longest period, tokens.
+        block: ``"gpt"``: LayerNorm, GELU, biases in every projection; ``"llama"``: RMSNorm, SwiGLU, no biases.
 
     Example:
         >>> DecoderConfig("goat", num_layers=1, embed_dim=16, num_heads=2, train_length=8).attention
@@ -65,8 +67,10 @@ class DecoderConfig:
     num_frequencies: int = 4
     min_period: float = 2 * math.pi
     max_period: float = 2 * math.pi * 10_000
+    block: str = "gpt"
 
     def __post_init__(self) -> None:
+        check_choice("DecoderConfig", "block", self.block, ("gpt", "llama"))
         check_choice("DecoderConfig", "attention", self.attention, tuple(ATTENTION_KINDS))
         for name in ("vocabulary_size", "num_layers", "embed_dim", "num_heads", "train_length", "num_frequencies"):
             check_positive_int("DecoderConfig", name, getattr(self, name))
@@ -92,17 +96,19 @@ class AttentionKind:
     Args:
         prior: Makes the log-prior of one block.
         rotary: Makes the rotation of its queries and keys.
+        sinks: Makes what its queries attend to besides keys.
         embedding: What is added to the embeddings of the tokens: fixed waves, or a learned table whose last entry
             stands for all positions beyond the training length.
         interpolated: Positions are squeezed into the training window where the sequence is longer.
         scores_grow: Scores grow with the logarithm of the position, see :class:`GrowingScoreAttention`.
-        prior_rate_factor: Learning rate of the log-prior over that of the content.
+        prior_rate_factor: Learning rate of the log-prior, and of sinks, over that of the content.
         trained_as: Name of a kind that it equals up to the training length, so that the trained weights of that kind
             serve this one too; see :meth:`Decoder.read_as`.
     """
 
     prior: MakePrior | None = None
     rotary: MakeRotary | None = None
+    sinks: Callable[[DecoderConfig], AttentionSinks] | None = None
     embedding: Literal["sinusoidal", "learned"] | None = None
     interpolated: bool = False
     scores_grow: bool = False
@@ -114,7 +120,8 @@ class AttentionKind:
         parts: dict[str, Any] = {
             "prior": None if self.prior is None else self.prior(config),
             "rotary": None if self.rotary is None else self.rotary(config),
-            "batch_first": True,
+            "sinks": None if self.sinks is None else self.sinks(config),
+            "bias": config.block == "gpt",
         }
         sizes = (config.embed_dim, config.num_heads)
         if self.scores_grow:
@@ -206,6 +213,24 @@ def _shared_sink(config: DecoderConfig) -> LogPrior:
     return HeadsPrior(SinkPrior(1, length_scale=float(config.train_length)), [0] * config.num_heads)
 
 
+def _alibi_goat(config: DecoderConfig) -> LogPrior:
+    """Waves of the default form, ALiBi's slopes to start with, and its u(j)."""
+    waves = FourierPrior(config.num_heads, config.num_frequencies, 2.5, max(2.5, config.train_length / 4))
+    return SumPrior(waves, RecencyPrior(config.num_heads), _first_token(config))
+
+
+def _forgetting(config: DecoderConfig) -> LogPrior:
+    return ForgettingPrior(config.embed_dim, config.num_heads)
+
+
+def _sink_logit(config: DecoderConfig) -> AttentionSinks:
+    return AttentionSinks.logit(config.num_heads)
+
+
+def _zero_key(config: DecoderConfig) -> AttentionSinks:
+    return AttentionSinks.zero_key()
+
+
 def _sum(*makers: MakePrior) -> MakePrior:
     """The sum of some priors."""
     return lambda config: SumPrior(*(make(config) for make in makers))
@@ -267,6 +292,13 @@ ATTENTION_KINDS = {
     # Log-priors that can move further than content does: AdamW moves a number by its rate a step at most.
     "fast_goat": AttentionKind(prior=_goat, prior_rate_factor=10.0),
     "fast_paper_goat": AttentionKind(prior=_paper_goat(), prior_rate_factor=10.0),
+    "alibi_goat": AttentionKind(prior=_alibi_goat, prior_rate_factor=10.0),
+    "forgetting": AttentionKind(prior=_forgetting),
+    "alibi_goat_forgetting": AttentionKind(prior=_sum(_alibi_goat, _forgetting), prior_rate_factor=10.0),
+    # Where a sink can live beside content.
+    "rope_key_only": AttentionKind(prior=_first_token, rotary=_rotary, prior_rate_factor=10.0),
+    "rope_sink_logit": AttentionKind(rotary=_rotary, sinks=_sink_logit, prior_rate_factor=10.0),
+    "rope_zero_key": AttentionKind(rotary=_rotary, sinks=_zero_key),
     # What might keep a prior extrapolating.
     "tied_waves": AttentionKind(prior=_tied_goat),
     "shared_waves": AttentionKind(prior=_sum(_shared_waves, _recency, _shared_sink)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 from eotattn.experiments.networks import DecoderConfig
 from eotattn.experiments.scales import check_scale
@@ -104,7 +105,7 @@ def ablations(scale: str = "laptop") -> AblationRecipe:
     check_scale("ablations", scale)
     is_small = scale in ("smoke", "laptop")
     length = 64 if is_small else 256
-    sizes = {"num_layers": 2, "embed_dim": 64, "num_heads": 4}
+    sizes: dict[str, Any] = {"num_layers": 2, "embed_dim": 64, "num_heads": 4}
     if not is_small:
         sizes = {"num_layers": 4, "embed_dim": 256, "num_heads": 8}
     names = (*REPEATED, *_ALSO_SMALL) if is_small else tuple(VARIANTS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from eotattn.experiments.networks import DecoderConfig
 from eotattn.experiments.scales import check_scale
@@ -92,7 +93,7 @@ def language(scale: str = "laptop") -> LanguageRecipe:
     return _LANGUAGE[check_scale("language", scale)]
 
 
-def _decoders(names: tuple[str, ...], sizes: Mapping[str, int]) -> tuple[DecoderConfig, ...]:
+def _decoders(names: tuple[str, ...], sizes: Mapping[str, Any]) -> tuple[DecoderConfig, ...]:
     """Equal decoders, at the paper's frequencies (base 10 000)."""
     base = 2 * math.pi
     return tuple(

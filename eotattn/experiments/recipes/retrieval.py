@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from eotattn.experiments.networks import DecoderConfig
 from eotattn.experiments.scales import check_scale
@@ -76,7 +77,8 @@ def retrieval(scale: str = "laptop") -> RetrievalRecipe:
     check_scale("retrieval", scale)
     is_small = scale in ("smoke", "laptop")
     length = 64 if is_small else 256
-    sizes = {"num_layers": 2, "embed_dim": 64, "num_heads": 4} if is_small else _PAPER_SIZES
+    small: dict[str, Any] = {"num_layers": 2, "embed_dim": 64, "num_heads": 4}
+    sizes = small if is_small else _PAPER_SIZES
     variants = tuple(
         DecoderConfig(
             name,

@@ -1,6 +1,4 @@
-"""Appended keys: those of nn.MultiheadAttention, sinks that a prior of the tokens does not touch."""
-
-import math
+"""Sinks of a layer: those of nn.MultiheadAttention beside its tokens, and those that no prior touches."""
 
 import pytest
 import torch
@@ -10,15 +8,24 @@ from tolerances import assert_close
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from eotattn.attention import PriorAttention
-from eotattn.priors import RecencyPrior, RelativeBiasPrior, goat_prior
+from eotattn.attention import AttentionSinks, PackedDocuments, PriorAttention
+from eotattn.priors import ClassTokenPrior, RecencyPrior, RelativeBiasPrior, goat_prior, grid_positions
 
 B, E, H, Q, K = 2, 24, 4, 5, 7
+#: What nn.MultiheadAttention calls them.
 KINDS = {
     "learned": {"add_bias_kv": True},
     "zero": {"add_zero_attn": True},
     "both": {"add_bias_kv": True, "add_zero_attn": True},
 }
+
+
+def sinks(kv_heads=H, key_width=E // H):
+    """A logit, a zero key and two registers a head."""
+    sides = [torch.zeros(kv_heads, 2, width, dtype=torch.float64) for width in (key_width, E // H)]
+    return AttentionSinks(logits=torch.zeros(H), has_zero_key=True, key=sides[0], value=sides[1])
+
+
 MASKS = {
     "none": {},
     "boolean": {"attn_mask": normal(Q, K, seed=5) > 0.9},
@@ -53,7 +60,7 @@ def test_conversion_is_equivalent(prior, kind, masks):
         expected, expected_weights = theirs(query, key, value, average_attn_weights=average, **MASKS[masks])
         output, weights = ours(query, key, value, average_attn_weights=average, **MASKS[masks])
         assert_close(output, expected)
-        assert_close(weights, expected_weights)
+        assert_close(weights, expected_weights[..., :K])  # the rest is that of the sinks
     assert_close(ours(query, key, value, need_weights=False, **MASKS[masks])[0], expected)
 
 
@@ -70,33 +77,32 @@ def test_causal_queries_see_them(kind):
         assert_close(ours(x, is_causal=True, query_positions=tensor, need_weights=need_weights)[0], expected)
 
 
+def made(kv_heads=H, dtype=torch.float64, **options):
+    """A layer with random numbers and sinks of all kinds."""
+    reserved = options.get("lanes") == "reserved"
+    width = E // H - goat().num_lanes() * reserved
+    options = {"prior": goat(), "num_kv_heads": kv_heads, "dtype": dtype, "batch_first": True, **options}
+    return randomised(PriorAttention(E, H, sinks=sinks(kv_heads, width), **options))
+
+
 @pytest.mark.parametrize("lanes", ["appended", "reserved"])
 @pytest.mark.parametrize("kv_heads", [4, 2])
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_prior_does_not_touch_them(kind, kv_heads, lanes):
-    make = {"num_kv_heads": kv_heads, "lanes": lanes, "dtype": torch.float64}
-    layer = randomised(PriorAttention(E, H, prior=goat(), **make, **KINDS[kind], batch_first=True))
-    off_neutral(layer.prior)
-    x, count = normal(B, Q, E), layer.appended.count
+def test_a_prior_does_not_touch_them(kv_heads, lanes):
+    layer, x, at = made(kv_heads, lanes=lanes), normal(B, Q, E), torch.arange(Q)
     query, key, value = layer.project(x)
-    keys, values = [], []
-    if layer.appended.learned:
-        keys.append(layer.appended.key.expand(B, -1, -1, -1))
-        values.append(layer.appended.value.expand(B, -1, -1, -1))
-    if layer.appended.zero:
-        keys.append(torch.zeros(B, kv_heads, 1, key.shape[-1], dtype=torch.float64))
-        values.append(torch.zeros(B, kv_heads, 1, value.shape[-1], dtype=torch.float64))
-    key, value = torch.cat([*keys, key], dim=2), torch.cat([*values, value], dim=2)
-    positions = torch.arange(-count, Q)
-    of_tokens = layer.prior.prior.dense(torch.arange(Q), torch.arange(Q), dtype=torch.float64)
-    log_prior = torch.cat([torch.zeros(H, Q, count, dtype=torch.float64), of_tokens], dim=-1)
-    seen = positions <= torch.arange(Q)[:, None]
-    heads, weights = attention(query, key, value, log_prior=log_prior, allowed=seen)
+    logits = torch.zeros(B, H, Q, 2, dtype=torch.float64)
+    logits[..., 0] = layer.sinks.logits[:, None]  # a key of zeros with a log-prior, and one without
+    keys = [*(torch.zeros_like(key[:, :, :1]),) * 2, layer.sinks.key.expand(B, -1, -1, -1), key]
+    values = [*(torch.zeros_like(value[:, :, :1]),) * 2, layer.sinks.value.expand(B, -1, -1, -1), value]
+    of_tokens = layer.prior.dense(at, at, dtype=torch.float64).expand(B, -1, -1, -1)
+    log_prior = torch.cat([logits, torch.zeros_like(logits), of_tokens], dim=-1)
+    seen = torch.cat([torch.ones(Q, 4, dtype=torch.bool), at <= at[:, None]], dim=-1)
+    heads, weights = attention(query, torch.cat(keys, 2), torch.cat(values, 2), log_prior=log_prior, allowed=seen)
     expected = layer.out_proj(heads.transpose(1, 2).flatten(2))
     assert_close(layer(x, is_causal=True, need_weights=False)[0], expected)
     output, found = layer(x, is_causal=True, average_attn_weights=False)
     assert_close(output, expected)
-    assert_close(found, torch.cat([weights[..., count:], weights[..., :count]], dim=-1))
+    assert_close(found, weights[..., 4:])
     expected.square().sum().backward()
     exact = {name: parameter.grad.clone() for name, parameter in layer.named_parameters()}
     layer.zero_grad()
@@ -107,34 +113,32 @@ def test_a_prior_does_not_touch_them(kind, kv_heads, lanes):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["logits", "zero"])
 def test_a_far_query_gives_them_what_content_says(kind, backend, dtype):
     """Without content, a sink weighs as much as the query's own token, and each token before it its recency."""
-    length, mean_lags = 2048, (2.0, 20.0, 200.0, 5000.0)
-    layer = PriorAttention(E, H, prior=RecencyPrior(H, mean_lags=mean_lags), batch_first=True, **KINDS[kind])
+    length, mean_lags = 512, (2.0, 20.0, 200.0, 5000.0)
+    beside = AttentionSinks.logit(H) if kind == "logits" else AttentionSinks.zero_key()
+    prior = RecencyPrior(H, mean_lags=mean_lags)
+    layer = PriorAttention(E, H, prior=prior, sinks=beside, backend=backend, batch_first=True)
     with torch.no_grad():
-        for parameter in (*layer.in_proj.parameters(), *layer.appended.parameters()):
-            parameter.zero_()
+        layer.in_proj.weight.zero_()
+        layer.in_proj.bias.zero_()
         layer.in_proj.bias[-E:] = 1.0
         layer.out_proj.weight.copy_(torch.eye(E))
-    layer.backend = backend
     x = torch.ones(1, length, E, dtype=dtype)
     output = layer.to(dtype)(x, is_causal=True, need_weights=False)[0]
-    # lag by lag: exp(-lag * log(1 + 1 / mean_lag)) beside exp(0) of every appended key
+    # lag by lag: exp(-lag * log(1 + 1 / mean_lag)) beside exp(0) of the sink
     decay = torch.tensor([lag / (1 + lag) for lag in mean_lags], dtype=torch.float64)
     tokens = (1 - decay ** torch.arange(1, length + 1)[:, None]) / (1 - decay)
-    expected = tokens / (tokens + layer.appended.count)
+    expected = tokens / (tokens + 1)
     # lanes in float32 carry up to 0.41 nats a token, each rounded by 2^-24 of itself
     tolerance = 4 * 0.41 * length * 2**-24 if dtype == torch.float32 else None
     assert_close(output[0].unflatten(-1, (H, -1)), expected[..., None].expand(-1, -1, E // H), tolerance=tolerance)
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_cache_holds_them_once(kind, padded):
-    layer = randomised(
-        PriorAttention(E, H, num_kv_heads=2, prior=goat(), dtype=torch.float64, **KINDS[kind], batch_first=True)
-    )
+def test_a_cache_holds_tokens_alone(padded):
+    layer = made(2)
     x, cache = normal(B, 9, E), layer.make_cache(B, 9)
     padding = torch.zeros(B, 5, dtype=torch.bool)
     padding[1, :2] = padded
@@ -144,37 +148,19 @@ def test_a_cache_holds_them_once(kind, padded):
         parts += [layer(x[:, t : t + 1], **arguments)[0] for t in range(5, 9)]
     real = slice(2 if padded else 0, 9)
     assert_close(torch.cat(parts, dim=1)[1:, real], layer(x[1:, real], is_causal=True)[0])
-    assert cache.length == 9 + layer.appended.count
+    assert cache.length == 9
 
 
-def test_they_are_initialised_as_in_multihead_attention():
-    """Xavier-normal over (1, 1, E): the standard deviation is 1 / sqrt(E)."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        layer = PriorAttention(512, 8, add_bias_kv=True, batch_first=True)
-        theirs = nn.MultiheadAttention(512, 8, add_bias_kv=True)
-    spread = float(theirs.bias_k.detach().std())
-    assert math.isclose(float(layer.appended.key.detach().std()), spread, rel_tol=0.15)
-    assert {"appended.key", "appended.value"} <= set(layer.state_dict())
-    before = layer.appended.key.clone()
-    layer.reset_parameters()
-    assert not torch.equal(layer.appended.key, before)
-
-
-def test_they_stand_before_positions_of_any_dtype():
-    layer, x = (
-        randomised(PriorAttention(E, H, prior=goat(), add_bias_kv=True, dtype=torch.float64, batch_first=True)),
-        normal(B, Q, E),
-    )
-    expected, _ = layer(x, is_causal=True, need_weights=False)
-    for dtype in (torch.uint8, torch.int16, torch.float32):
-        positions = torch.arange(Q, dtype=dtype)
-        assert_close(layer(x, is_causal=True, query_positions=positions, need_weights=False)[0], expected)
+def test_documents_have_them_each():
+    layer, x = made(), normal(1, 9, E)
+    packed = layer(x, documents=PackedDocuments([4, 5]), is_causal=True, need_weights=False)[0]
+    alone = [layer(part, is_causal=True, need_weights=False)[0] for part in x.split([4, 5], dim=1)]
+    assert_close(packed, torch.cat(alone, dim=1))
 
 
 def test_a_layer_with_them_compiles_for_all_lengths():
     torch._dynamo.reset()
-    layer, counter = randomised(PriorAttention(E, H, prior=goat(), **KINDS["both"], batch_first=True)), CompileCounter()
+    layer, counter = made(dtype=torch.float32), CompileCounter()
     compiled = torch.compile(
         lambda x, padding: layer(x, is_causal=True, key_padding_mask=padding, need_weights=False)[0],
         fullgraph=True,
@@ -188,25 +174,21 @@ def test_a_layer_with_them_compiles_for_all_lengths():
     assert counter.frame_count <= 2
 
 
-def test_a_prior_without_lanes_does_not_touch_them_either():
-    layer = randomised(
-        PriorAttention(E, H, prior=RelativeBiasPrior(H, 3), add_zero_attn=True, batch_first=True, dtype=torch.float64)
-    )
-    with torch.no_grad():
-        layer.in_proj.weight.zero_(), layer.in_proj.bias.zero_()
-    _, weights = layer(normal(B, Q, E), is_causal=True, average_attn_weights=False)
-    table = layer.prior.prior.dense(torch.arange(Q), torch.arange(Q), dtype=torch.float64).exp().tril()
-    assert_close(weights[0, ..., -1], 1 / (1 + table.sum(-1)))
+def test_priors_of_grids_and_without_lanes_stand_beside_them():
+    at = grid_positions(1, Q)
+    layers = [made(prior=RelativeBiasPrior(H, 3)), made(prior=ClassTokenPrior(H))]
+    for layer, positions in zip(layers, (None, at), strict=True):
+        x = normal(B, Q, E)
+        output, weights = layer(x, query_positions=positions, average_attn_weights=False)
+        assert bool((weights.sum(-1) < 1).all())
+        assert_close(layer(x, query_positions=positions, need_weights=False)[0], output)
 
 
 @pytest.mark.parametrize("lanes", ["appended", "reserved"])
 def test_state_moves_between_layers_with_them(lanes):
-    make = {"lanes": lanes, "batch_first": True, **KINDS["both"]}
-    layer, x = randomised(PriorAttention(E, H, prior=goat(), **make)), normal(B, Q, E).float()
-    other = PriorAttention(
-        E, H, prior=goat_prior(H, num_frequencies=1, num_key_frequencies=2, length_scale=20.0), **make
-    )
-    other.load_state_dict(layer.state_dict())
-    assert torch.equal(other(x)[0], layer(x)[0])
+    layer, other, x = made(lanes=lanes), made(lanes=lanes), normal(B, Q, E)
     other.reset_parameters()
     assert not torch.equal(other(x)[0], layer(x)[0])
+    assert {"sinks.logits", "sinks.key", "sinks.value"} <= set(layer.state_dict())
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x)[0], layer(x)[0])

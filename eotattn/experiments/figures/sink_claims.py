@@ -1,0 +1,339 @@
+"""What the records of the sink study say: intervals, the table, claims with verdicts of three values, the picture."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas
+
+from eotattn.checks import require
+from eotattn.experiments.figures.sink_study import ARMS, SinkRecipe, runs
+from eotattn.experiments.intervals import SeedInterval
+from eotattn.experiments.records import Records, RunFolder, merged_provenance
+from eotattn.experiments.results import ResultFolder
+from eotattn.experiments.sink_measures import EPSILON
+from eotattn.plotting import line_styles, mosaic, plot_sink_heads
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["NAMES", "SinkStudy", "draw_sinks", "sink_verdict", "verdict"]
+
+#: Names in tables and legends.
+NAMES = {
+    "rope": "RoPE",
+    "rope_without_token": "RoPE, no first token",
+    "paper_goat": "GOAT, paper's form",
+    "goat": "GOAT, default form",
+    "alibi_goat": "GOAT, ALiBi slopes",
+    "alibi_goat_forgetting": "GOAT + forgetting gate",
+    "forgetting": "forgetting gate",
+    "rope_key_only": "RoPE + u(j)",
+    "rope_sink_logit": "RoPE + sink logit",
+    "rope_zero_key": "RoPE + zero key",
+    "rope_output_gate": "RoPE + output gate",
+}
+
+
+def verdict(interval: SeedInterval) -> str:
+    """Whether a number is above zero: ``"held"``, ``"refuted"``, or ``"undecided"`` where its interval holds zero.
+
+    Example:
+        >>> [verdict(SeedInterval.of(values)) for values in ([1.0, 1.1], [-1.0, -1.1], [1.0, -1.0], [1.0])]
+        ['held', 'refuted', 'undecided', 'undecided']
+    """
+    if interval.low > 0:
+        return "held"
+    return "refuted" if interval.high < 0 else "undecided"
+
+
+@dataclass(frozen=True, eq=False)
+class SinkStudy:
+    """All runs of the study as one tidy table.
+
+    Attributes:
+        table: A row a measurement; columns arm, seed, quantity, value, and where it was measured.
+        provenance: Of the figure.
+    """
+
+    table: pandas.DataFrame
+    provenance: dict[str, Any]
+
+    @classmethod
+    def of(cls, recipe: SinkRecipe, records: Records) -> SinkStudy:
+        """From records of runs; all must have read one corpus."""
+        data = {record.provenance["data"]["sha256"] for record in records.values()}
+        remedy = "Make all runs with one corpus"
+        require(len(data) == 1, "SinkStudy", "records", "come from one corpus", sorted(data), remedy)
+        command = f"eotattn train --figure sinks --scale {recipe.scale}"
+        rows = [row for record in records.values() for row in record.rows]
+        return cls(pandas.DataFrame(rows), merged_provenance(records, command=command, recipe=recipe))
+
+    @classmethod
+    def read(cls, recipe: SinkRecipe, folder: ResultFolder) -> SinkStudy:
+        """From the records of finished runs, where there are some, else from the table that a study was saved as."""
+        found = {run.name: RunFolder(folder).read(run) for run in runs(recipe, {})}
+        records = {name: record for name, record in found.items() if record is not None}
+        if records:
+            return cls.of(recipe, records)
+        stored = folder.path / f"{folder.figure}.csv"
+        remedy = f"Run eotattn train --figure sinks --scale {recipe.scale}"
+        require(stored.is_file(), "SinkStudy", "folder", "hold runs or a table", folder.out, remedy)
+        provenance = json.loads(stored.with_suffix(".json").read_text(encoding="utf-8"))
+        return cls(pandas.read_csv(stored, low_memory=False), provenance)
+
+    def save(self, folder: ResultFolder) -> None:
+        """Write the table and where it comes from."""
+        filled = self.table.astype(object).where(self.table.notna(), "")
+        folder.write_table(filled.to_dict("records"))
+        folder.write_provenance(self.provenance)
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """Arms with a finished run, in the order of the recipe."""
+        return tuple(arm.name for arm in ARMS if arm.name in set(self.table.arm))
+
+    def rows(self, arm: str, quantity: str, **where: Any) -> pandas.DataFrame:
+        """Rows of one quantity of one arm, at the last step where there are several."""
+        found = self.table[(self.table.arm == arm) & (self.table.quantity == quantity)]
+        for column, value in where.items():
+            found = found[found[column] == value]
+        if "step" in found and found.step.notna().any():
+            found = found[found.step == found.step.max()]
+        return found
+
+    def of_seeds(self, arm: str, quantity: str, **where: Any) -> dict[int, float]:
+        """Seed -> mean of a quantity; without what was undefined."""
+        found = self.rows(arm, quantity, **where).dropna(subset="value")
+        return {int(seed): float(value) for seed, value in found.groupby("seed").value.mean().items()}
+
+    def interval(self, arm: str, quantity: str, **where: Any) -> SeedInterval | None:
+        """A quantity over seeds; None where no run has it."""
+        values = list(self.of_seeds(arm, quantity, **where).values())
+        return SeedInterval.of(values) if values else None
+
+    def cost(self, arm: str, removed: str, *, beyond: str = "nothing") -> dict[int, float]:
+        """Seed -> nats a token that are lost when something is removed, beyond what something else costs."""
+        one, other = (self.of_seeds(arm, "loss_without", removed=name) for name in (removed, beyond))
+        return {seed: one[seed] - other[seed] for seed in one if seed in other}
+
+    def saving(self, arm: str, *, over: str, length: int) -> tuple[SeedInterval, SeedInterval]:
+        """Nats a token that ``arm`` saves over another on test documents: over common seeds, and over documents."""
+        ours, theirs = (self.rows(name, "test_loss", length=length) for name in (arm, over))
+        pairs = ours.merge(theirs, on=["seed", "document"], suffixes=("", "_other"))
+        pairs["saved"] = pairs.value_other - pairs.value
+        by_seed, by_document = (pairs.groupby(key).saved.mean().tolist() for key in ("seed", "document"))
+        return SeedInterval.of(by_seed), SeedInterval.of(by_document)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Contexts of the test documents."""
+        lengths = self.table[self.table.quantity == "test_loss"].length.unique()
+        return tuple(sorted(int(length) for length in lengths))
+
+    def arm_table(self) -> pandas.DataFrame:
+        """The table that readers get: one row an arm, means and 95 % intervals over seeds."""
+        return pandas.DataFrame([self._row(arm) for arm in self.arms]).set_index("arm")
+
+    def _row(self, arm: str) -> dict[str, str]:
+        """One line of that table."""
+        row = {"arm": NAMES[arm], "seeds": str(len(self.of_seeds(arm, "sink_rate")))}
+        for length in self.lengths:
+            row[f"nats at {length}"] = _said(self.interval(arm, "test_loss", length=length), ".3f")
+        columns = {"sink_rate": ".2f", "margin_of_sinks": ".2f", "prior_share": ".2f", "key_only_of_sinks": ".2f"}
+        columns |= {"outside": ".2f", "massive": ".0f", "kurtosis": ".0f", "value_norm_of_sinks": ".2f"}
+        row |= {name.replace("_", " "): _said(self.interval(arm, name), spec) for name, spec in columns.items()}
+        for label, removed, beyond in (
+            ("8 bits cost", "eight_bits", "nothing"),
+            ("u cost", "key_only", "nothing"),
+            ("far keys cost", "far_keys_but_the_first", "nothing"),
+            ("the first key, then", "far_keys", "far_keys_but_the_first"),
+        ):
+            lost = list(self.cost(arm, removed, beyond=beyond).values())
+            row[label] = _said(SeedInterval.of(lost) if lost else None, ".3f")
+        return row
+
+
+def _said(interval: SeedInterval | None, spec: str) -> str:
+    if interval is None:
+        return "-"
+    return f"{interval.mean:{spec}}" if math.isnan(interval.half_width) else f"{interval:{spec}}"
+
+
+# Claims -------------------------------------------------------------------------------------------------------------
+
+
+def sink_verdict(study: SinkStudy) -> str:
+    """The claims, the numbers and what became of them, in Markdown; intervals are of 95 %."""
+    with_prior = [arm for arm in study.arms if study.of_seeds(arm, "key_only_of_sinks")]
+    others = [arm for arm in study.arms if arm not in ("rope", "rope_without_token")]
+    lines = []
+    if "rope_without_token" in study.arms:
+        lines.append(_differ(study, "sinks need a first token", "rope", "rope_without_token", "sink_rate", ".2f"))
+    lines += [_most_is_prior(study, arm) for arm in with_prior]
+    lines += [_smaller(study, arm) for arm in others]
+    lines += [_bits(study, arm) for arm in others]
+    lines += [_first_key(study, arm) for arm in study.arms]
+    lines += [_falls(study, protocol) for protocol in sorted(study.table.protocol.dropna().unique())]
+    lines += [_saves(study, arm, "rope", length) for arm in others for length in (study.lengths[0], study.lengths[-1])]
+    order = ("alibi_goat_forgetting", "alibi_goat", "forgetting")
+    lines += [
+        _saves(study, better, worse, study.lengths[0])
+        for better, worse in pairwise(order)
+        if {better, worse} <= set(study.arms)
+    ]
+    return "\n".join(lines)
+
+
+def _line(claim: str, interval: SeedInterval, spec: str, what: str) -> str:
+    return f"- **{claim}: {verdict(interval)}.** {what} {interval:{spec}}, n = {interval.count}."
+
+
+def _paired(one: dict[int, float], other: dict[int, float]) -> SeedInterval:
+    """One less the other, seed by seed."""
+    return SeedInterval.of([one[seed] - other[seed] for seed in one if seed in other])
+
+
+def _differ(study: SinkStudy, claim: str, arm: str, other: str, quantity: str, spec: str) -> str:
+    ours, theirs = (study.of_seeds(name, quantity) for name in (arm, other))
+    what = f"{quantity.replace('_', ' ')}, {NAMES[arm]} less {NAMES[other]}:"
+    return _line(claim, _paired(ours, theirs), "+" + spec, what)
+
+
+def _most_is_prior(study: SinkStudy, arm: str) -> str:
+    shares = study.of_seeds(arm, "prior_share")
+    claim = f"{NAMES[arm]}: more than half of the margin of its sinks is prior"
+    return _line(claim, SeedInterval.of([share - 0.5 for share in shares.values()]), "+.2f", "Share less one half:")
+
+
+def _smaller(study: SinkStudy, arm: str) -> str:
+    rope, ours = ({s: math.log(x) for s, x in study.of_seeds(name, "massive").items()} for name in ("rope", arm))
+    claim = f"{NAMES[arm]}: the first token's activations are less massive than RoPE's"
+    return _line(claim, _paired(rope, ours), "+.2f", "Logarithm of RoPE's ratio to the median over its own:")
+
+
+def _bits(study: SinkStudy, arm: str) -> str:
+    claim = f"{NAMES[arm]}: eight bits cost less than they cost RoPE"
+    saved = _paired(study.cost("rope", "eight_bits"), study.cost(arm, "eight_bits"))
+    return _line(claim, saved, "+.4f", "Nats a token saved:")
+
+
+def _first_key(study: SinkStudy, arm: str) -> str:
+    claim = f"{NAMES[arm]}: where far keys are dropped, the first one is missed"
+    lost = SeedInterval.of(list(study.cost(arm, "far_keys", beyond="far_keys_but_the_first").values()))
+    return _line(claim, lost, "+.4f", "Nats a token lost without it:")
+
+
+def _falls(study: SinkStudy, protocol: str) -> str:
+    """Figure 2c in one protocol: how much mass the strongest bin has less than the weakest, and the untrained one."""
+    parts = []
+    for arm in study.arms:
+        trained, untrained = (_fall(study, arm, protocol, state) for state in ("trained", "untrained"))
+        parts.append(f"{NAMES[arm]} {trained:+.3f} (untrained {untrained:+.3f})")
+    what = "mass in the weakest bin of the signal less that in the strongest"
+    return f"- Figure 2c, {protocol}: {what}: {'; '.join(parts)}."
+
+
+def _fall(study: SinkStudy, arm: str, protocol: str, state: str) -> SeedInterval:
+    rows = study.rows(arm, "mass_by_signal", protocol=protocol, state=state).sort_values("signal")
+    return SeedInterval.of([float(each.value.iloc[0] - each.value.iloc[-1]) for _, each in rows.groupby("seed")])
+
+
+def _saves(study: SinkStudy, arm: str, over: str, length: int) -> str:
+    by_seed, by_document = study.saving(arm, over=over, length=length)
+    claim = f"{NAMES[arm]} predicts better than {NAMES[over]} at {length} tokens"
+    judged = by_document if by_seed.count == 1 else by_seed
+    said = f"{by_seed:+.4f} over seeds; {by_document:+.4f} paired over {by_document.count} documents"
+    return f"- **{claim}: {verdict(judged)}.** Nats a token saved: {said}."
+
+
+# Picture ------------------------------------------------------------------------------------------------------------
+
+
+def draw_sinks(study: SinkStudy) -> Figure:
+    """Above, every head of every arm: size is mass on the first token, colour how much of its margin is prior."""
+    arms, columns = study.arms, 6 if len(study.arms) > 4 else max(3, len(study.arms))
+    count = -(-len(arms) // columns) * columns
+    cells = [*arms, *["."] * (count - len(arms))]
+    maps = [cells[start : start + columns] for start in range(0, count, columns)]
+    span = columns // 3
+    below = [name for name in ("signal", "outliers", "losses") for _ in range(span)]
+    below += ["."] * (columns - len(below))
+    height = 2.6 * len(maps) + 3.6
+    figure, axes = mosaic([*maps, below], size=(2.6 * columns, height), heights=[2.6] * len(maps) + [3.6])
+    for arm in arms:
+        mass, share = (_heads(study, arm, name) for name in ("mass", "prior_share"))
+        plot_sink_heads(mass, share, threshold=EPSILON, axes=axes[arm], legend=arm == arms[-1])
+        rate = _said(study.interval(arm, "sink_rate"), ".2f")
+        axes[arm].set_title(f"{NAMES[arm]}\nsink rate {rate}", fontsize=9, loc="left")
+    _draw_signal(study, axes["signal"])
+    _draw_outliers(study, axes["outliers"])
+    _draw_losses(study, axes["losses"])
+    return figure
+
+
+def _heads(study: SinkStudy, arm: str, name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """(blocks, heads) of the first seed: the mass, or the share of the prior in the margin, between 0 and 1."""
+
+    def grid(quantity: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+        rows = study.rows(arm, f"head_{quantity}")
+        rows = rows[rows.seed == rows.seed.min()]
+        return rows.pivot(index="block", columns="head", values="value").to_numpy(dtype=np.float64)
+
+    if name == "mass":
+        return grid("mass")
+    return np.clip(grid("prior_margin") / grid("margin"), 0.0, 1.0)
+
+
+def _draw_signal(study: SinkStudy, axes: Axes) -> None:
+    """Figure 2c by both protocols, and the network before training."""
+    shown = [arm for arm in ("rope", "goat", "paper_goat") if arm in study.arms]
+    styles = line_styles(shown)
+    lines = {"last block, all queries": "-", "all blocks, late queries": "--"}
+    for arm in shown:
+        for protocol, line in lines.items():
+            for state in ("trained", "untrained"):
+                rows = study.rows(arm, "mass_by_signal", protocol=protocol, state=state).sort_values("signal")
+                rows = rows[rows.seed == rows.seed.min()]
+                colour = styles[arm]["color"] if state == "trained" else "0.65"
+                label = f"{NAMES[arm]}: {protocol}" if state == "trained" else None
+                axes.plot(rows.signal, rows.value, line, color=colour, linewidth=1.3, label=label)
+    axes.set_xlabel("signal strength ω (nats)")
+    axes.set_ylabel("mass on the first token")
+    axes.set_title("figure 2c, two protocols; grey: untrained", fontsize=9, loc="left")
+    axes.legend(frameon=False, fontsize=6.5)
+
+
+def _bars(axes: Axes, arms: Sequence[str], intervals: Sequence[SeedInterval | None], colours: Sequence[str]) -> None:
+    """One row an arm."""
+    for row, (interval, colour) in enumerate(zip(intervals, colours, strict=True)):
+        if interval is not None:
+            error = 0.0 if math.isnan(interval.half_width) else interval.half_width
+            axes.errorbar(interval.mean, row, xerr=error, fmt="o", color=colour, capsize=2, markersize=4)
+    axes.set_yticks(range(len(arms)), [NAMES[arm] for arm in arms], fontsize=7)
+    axes.set_ylim(len(arms) - 0.5, -0.5)
+    axes.grid(axis="y", color="0.92")
+    axes.set_axisbelow(True)
+
+
+def _draw_outliers(study: SinkStudy, axes: Axes) -> None:
+    _bars(axes, study.arms, [study.interval(arm, "massive") for arm in study.arms], ["#D55E00"] * len(study.arms))
+    axes.set_xscale("log")
+    axes.set_xlabel("largest activation of the first token / median")
+    axes.set_title("massive activations", fontsize=9, loc="left")
+
+
+def _draw_losses(study: SinkStudy, axes: Axes) -> None:
+    arms = [arm for arm in study.arms if arm != "rope"]
+    pairs = [study.saving(arm, over="rope", length=study.lengths[0]) for arm in arms]
+    _bars(axes, arms, [seeds if seeds.count > 1 else documents for seeds, documents in pairs], ["#0072B2"] * len(arms))
+    axes.axvline(0.0, color="0.45", linestyle="--", linewidth=1)
+    axes.set_xlabel(f"nats a token saved over RoPE, {study.lengths[0]} tokens")
+    axes.set_title("language", fontsize=9, loc="left")
