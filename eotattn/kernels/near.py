@@ -142,7 +142,8 @@ class _Near(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, tile, key_bias, output, lse = ctx.saved_tensors
-        work = _Work(query, key, value, tile, key_bias, *ctx.options, lse.dtype)
+        scale, blocks = ctx.options
+        work = _Work(query, key, value, tile, key_bias, scale, blocks, lse.dtype)
         shift = (grad_lse - (grad_output * output).sum(-1)).unsqueeze(-1)
         finite = torch.where(lse == float("-inf"), 0.0, lse).unsqueeze(-1)
         needs_tile, needs_bias = ctx.needs_input_grad[3:5]

@@ -20,6 +20,8 @@ from eotattn.priors import LogPrior, RelativeBiasPrior, T5Prior
 
 __all__ = ["relative"]
 
+Attend = Callable[..., Tensor]
+
 #: Rows of the error.
 ROWS = 64
 
@@ -41,7 +43,7 @@ def relative(config: Configuration) -> Iterator[Row]:
         for name, prior in priors.items():
             trained(prior, config)
             for learns in (False, True):
-                named = {
+                named: dict[str, Attend] = {
                     "SDPA, no bias": _bare,
                     "eotattn, near and far": _near_far,
                     "SDPA, dense bias": _dense,
@@ -58,27 +60,24 @@ def relative(config: Configuration) -> Iterator[Row]:
                 yield from ({**size, **row} for row in measured(candidates, config))
 
 
-Attend = Callable[..., Tensor]
-
-
-def _bare(prior: LogPrior, is_causal: bool, *sides: Tensor) -> Tensor:
-    return functional.scaled_dot_product_attention(*sides, is_causal=is_causal)
+def _bare(prior: LogPrior, is_causal: bool, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return functional.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
 
 
 def _near_far(prior: LogPrior, is_causal: bool, *sides: Tensor) -> Tensor:
     return output_of(prior_attention(*sides, prior=prior, is_causal=is_causal, backend="near_far"))
 
 
-def _dense(prior: LogPrior, is_causal: bool, *sides: Tensor) -> Tensor:
+def _dense(prior: LogPrior, is_causal: bool, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """What users do today: the table looked up for every pair, in the dtype of the content."""
-    at = torch.arange(sides[0].shape[2], device=sides[0].device)
+    at = torch.arange(query.shape[2], device=query.device)
     lag = at[:, None] - at
     head = torch.arange(prior.num_heads, device=at.device)[:, None]
     of_lags = prior.log_prior(head, torch.arange(len(at) * 2 - 1, device=at.device).float(), at[-1].float())
-    bias = of_lags.to(sides[0].dtype)[:, lag + len(at) - 1]
+    bias = of_lags.to(query.dtype)[:, lag + len(at) - 1]
     if is_causal:
         bias = bias.masked_fill(lag < 0, float("-inf"))
-    return functional.scaled_dot_product_attention(*sides, attn_mask=bias.unsqueeze(0))
+    return functional.scaled_dot_product_attention(query, key, value, attn_mask=bias.unsqueeze(0))
 
 
 def _timed(attend: Attend, sides: Sequence[Tensor], learned: Sequence[Tensor], learns: bool) -> Callable[[], Any]:
