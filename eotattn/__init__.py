@@ -10,7 +10,7 @@ The names below are the front door. The rooms behind it, from the ground up; eac
     eotattn.attention     prior_attention, explain, a cache; layers; statistics without weights
     eotattn.transport     TransportProblem -> solve -> TransportSolution; certificates, theorems, POT
     eotattn.diagnostics   heads, sinks, values, implicit priors; the table of equivalences
-    eotattn.integrations  models of other libraries: capture, stored maps
+    eotattn.integrations  models of other libraries: capture, stored maps, attached priors, interventions
     eotattn.plotting      arrays in, matplotlib Axes out
     eotattn.analysis      analyze: a model and texts in; tables, figures and a page out
     eotattn.experiments   tasks, networks, recipes, training and results behind the figures

@@ -186,7 +186,7 @@ class Flex:
         if call.query_gains:
             return "its score modification has no factors of a query's own; use 'sdpa'"
         learned = call.prior is not None and torch.is_grad_enabled() and _learns_in_lanes(call.prior)
-        learned = learned or is_learned(call.key_bias)
+        learned = learned or is_learned(call.key_bias) or is_learned(call.query_bias)
         biased = call.masks.dense if call.masks.key_bias is None else call.masks.key_bias
         return flex.refusal(call.query, mask=biased, dropout_p=call.dropout_p, learned=learned)
 
@@ -207,13 +207,13 @@ class Flex:
         return Served(output, lse=lse)
 
     def score_mod(self, call: AttentionCall) -> ScoreMod | None:
-        """The log-prior and the bias of keys as a score modification."""
+        """The log-prior and what tokens add to it as a score modification."""
         modified = None
         if call.prior is not None:
             modified = call.prior.score_mod(call.query_positions.tensor, call.key_positions.tensor)
-        if call.key_bias is None:
-            return modified
-        return biased_score(modified, expand_heads(call.key_bias, call.query.shape[1]))
+        heads, of_keys = call.query.shape[1], call.key_bias
+        of_keys = of_keys if of_keys is None or of_keys.shape[1] == 1 else expand_heads(of_keys, heads)
+        return biased_score(modified, of_keys, call.query_bias)
 
 
 #: Backends by the names that users ask for.

@@ -114,7 +114,7 @@ class LogPrior(nn.Module):
 
     @property
     def reads_tokens(self) -> bool:
-        """Whether the log-prior depends on tokens besides their positions; then a layer calls :meth:`read_tokens`."""
+        """Whether the log-prior depends on more than positions, so that layers call :meth:`read_tokens`."""
         return type(self).read_tokens is not LogPrior.read_tokens
 
     def read_tokens(self, tokens: Tokens) -> Reading:
