@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from eotattn.attention import near_far
 from eotattn.attention.call import AttentionCall
 from eotattn.attention.measured import preference
 from eotattn.attention.operands import call_terms, operands, plan_of
@@ -120,6 +121,21 @@ class Sdpa:
         return fused(query, key, value, mask=mask, is_causal=masks.triangle, **shared)
 
 
+class NearFar:
+    """Near keys by blocks, far keys in stock calls: a prior that is a constant, or has lanes, far away."""
+
+    name = "near_far"
+
+    def refusal(self, call: AttentionCall) -> str | None:
+        """Why it cannot serve the call, or ``None``."""
+        return NO_WEIGHTS if call.return_weights else near_far.refusal(call)
+
+    def run(self, call: AttentionCall) -> Served:
+        """Output and log-sum-exp."""
+        output, lse = near_far.attend(call, Sdpa().run)
+        return Served(_without_empty_rows(call, output), lse=_of_rows_with_keys(call, lse, float("-inf")))
+
+
 class Varlen:
     """PyTorch's variable-length kernel with the prior in lanes: no mask, whatever the pattern; GPU, 16 bits."""
 
@@ -201,7 +217,7 @@ class Flex:
 
 
 #: Backends by the names that users ask for.
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Sdpa(), Varlen(), Flex(), Reference())}
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Sdpa(), NearFar(), Varlen(), Flex(), Reference())}
 NO_WEIGHTS = "fused kernels do not return weights; use backend='reference'"
 
 
@@ -230,7 +246,7 @@ def _without_lanes(call: AttentionCall) -> str | None:
     if call.return_weights:
         return NO_WEIGHTS
     if call.prior is not None and not call.prior.has_lanes:
-        return "this prior has no lanes; use backend='reference' or 'flex'"
+        return "this prior has no lanes; use backend='near_far', 'reference' or 'flex'"
     return None
 
 

@@ -80,7 +80,8 @@ def prior_attention(
             differentiable as the output is; :func:`merge` joins calls over disjoint keys by it.
         tolerance: Error that the prior's lanes may add in 16 bits, nats; by default about what content's own rounding
             costs. A smaller one takes more lanes.
-        backend: ``"auto"``, ``"sdpa"`` (lanes through stock fused calls), ``"varlen"`` (lanes through the
+        backend: ``"auto"``, ``"sdpa"`` (lanes through stock fused calls), ``"near_far"`` (priors that are a constant,
+            or have lanes, far away: near keys by blocks, far keys in stock calls), ``"varlen"`` (lanes through the
             variable-length kernel; GPU, 16 bits), ``"flex"`` (GPU) or ``"reference"`` (dense). A backend asked for by
             name is used or refused, never replaced; ``"auto"`` takes the fastest that can serve the call, as measured;
             :func:`explain` says which, and why.
