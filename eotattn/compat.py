@@ -29,7 +29,10 @@ __all__ = [
     "fused_attention_choice",
     "has_forward_hooks",
     "in_backward_pass",
+    "in_export",
     "is_intercepted",
+    "known_size",
+    "lasting",
     "map_tensors",
     "names_attention_implementation",
     "no_torch_function",
@@ -75,6 +78,29 @@ def constant_in_graphs(function: Function) -> Function:
     """Let graphs take what a function returns as a constant, without the second that importing the compiler takes."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def known_size(size: int) -> int | None:
+    """A size of at least zero as a number; ``None`` where a graph is traced that serves several sizes."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    number = 0
+    for bit in reversed(range(31)):
+        if statically_known_true(size >= number + 2**bit):
+            number += 2**bit
+    return number if statically_known_true(size == number) else None
+
+
+def lasting(tensor: Tensor | None) -> Tensor | None:
+    """The same tensor, which CUDA graphs then read where it lies instead of copying it at every replay."""
+    if tensor is not None:
+        torch._dynamo.mark_static_address(tensor)
+    return tensor
+
+
+def in_export() -> bool:
+    """Whether ``torch.export`` traces; ``torch.compiler.is_exporting`` is true in every compiled graph before 2.13."""
+    return torch.compiler._is_exporting_flag
 
 
 def allows_tf32() -> bool:

@@ -86,7 +86,11 @@ sys.exit(main(sys.argv[2:]))
             "accelerate must be installed; got none. Run pip install 'eotattn[experiments]'.",
         ),
         ("scipy,sklearn", "reproduce", "scipy and sklearn must be installed; got none. Run pip install"),
-        ("papermill", "reproduce", "papermill must be installed; got none. Run pip install 'eotattn[experiments]'."),
+        (
+            "ipykernel,pandas,papermill",
+            "reproduce",
+            "ipykernel and pandas and papermill must be installed; got none. Run pip install 'eotattn[experiments]'.",
+        ),
         ("transformers", "analyze model --text note.txt --out new", "transformers must be installed; got none. Run"),
         ("safetensors", "analyze --attention a.safetensors --out new", "safetensors must be installed; got none. Run"),
     ],

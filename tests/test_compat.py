@@ -8,7 +8,7 @@ import torch
 from tolerances import assert_close
 from torch.nn import functional
 
-from eotattn import compat
+from eotattn import Rotary, compat
 
 SCALE = 0.5
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -109,6 +109,38 @@ def test_in_backward_pass():
     with moved("torch._C._current_graph_task_id", "captures of models with checkpointed layers"):
         Watch.apply(torch.ones(2, requires_grad=True)).sum().backward()
         assert seen == [False, True]
+
+
+def test_in_export():
+    """Under ``torch.compile`` it is false, although releases before 2.13 call every graph an export there."""
+
+    class Told(torch.nn.Module):
+        def forward(self, x):
+            return x + 1 if compat.in_export() else x - 1
+
+    x = torch.zeros(3)
+    with moved("torch.compiler._is_exporting_flag", "rotary tables as inputs of compiled graphs"):
+        assert not compat.in_export()
+        assert_close(torch.compile(Told(), fullgraph=True, backend="eager")(x), x - 1)
+        for strict in (False, True):
+            assert_close(torch.export.export(Told(), (x,), strict=strict).module()(x), x + 1)
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["this release", "releases before 2.13"])
+def test_rotary_tables_do_not_ask_what_older_releases_answer_wrongly(old, monkeypatch):
+    """Their answer to ``is_exporting`` in a graph, a constant, stands in for them."""
+    if old:
+        monkeypatch.setattr(torch.compiler, "is_exporting", lambda: torch.compiler.is_compiling())
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(str(graph.code))
+        return graph
+
+    torch._dynamo.reset()
+    torch.compile(Rotary(8), fullgraph=True, backend=keep)(torch.zeros(1, 1, 5, 8))
+    assert len(graphs) == 1
+    assert "cos(" not in graphs[0]
 
 
 def test_uncompiled():
@@ -298,3 +330,24 @@ def test_constant_in_graphs():
         maker = Maker()
         compiled = torch.compile(lambda x: x + len(maker.name(3)), fullgraph=True, backend="eager")
         assert compiled(torch.ones(1)).item() == 9.0
+
+
+def test_sizes_that_a_graph_knows():
+    seen = []
+
+    def look(x):
+        seen.append(compat.known_size(x.shape[0]))
+        return x + 1
+
+    with moved("torch.fx.experimental.symbolic_shapes.statically_known_true", "tables of features in graphs"):
+        assert [compat.known_size(size) for size in (0, 1, 77, 2**30)] == [0, 1, 77, 2**30]
+        torch.compile(look, backend="eager", fullgraph=True, dynamic=False)(torch.zeros(77))
+        torch.compile(look, backend="eager", fullgraph=True, dynamic=True)(torch.zeros(78))
+        assert seen == [77, None]
+
+
+def test_tensors_that_last():
+    with moved("torch._dynamo.mark_static_address", "constants of compiled graphs"):
+        tensor = torch.zeros(3)
+        assert compat.lasting(tensor) is tensor
+        assert compat.lasting(None) is None

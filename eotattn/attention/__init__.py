@@ -1,5 +1,6 @@
 """Attention with priors: the functional door, the module, rotary content."""
 
+from eotattn.attention.attention_sinks import AttentionSinks
 from eotattn.attention.cache import KeyValueCache
 from eotattn.attention.documents import PackedDocuments
 from eotattn.attention.explanation import Explanation, explain
@@ -8,7 +9,6 @@ from eotattn.attention.layer.goat_attention import GoatAttention
 from eotattn.attention.layer.prior_attention_layer import PriorAttention
 from eotattn.attention.layer.rotary import Rotary
 from eotattn.attention.merging import merge
-from eotattn.attention.sinks import AttentionSinks
 
 __all__ = [
     "AttentionSinks",

@@ -17,10 +17,11 @@ from eotattn.attention.call import AttentionCall
 from eotattn.attention.measured import preference
 from eotattn.attention.operands import call_terms, operands, plan_of
 from eotattn.attention.row_constants import row_constants
-from eotattn.attention.token_bias import expand_heads, is_learned
+from eotattn.attention.token_bias import is_learned
 from eotattn.kernels import flex, local, log_sum_exp, packed, reference, sdpa, varlen
 from eotattn.priors import LogPrior
 from eotattn.priors.flex_form import ScoreMod, biased_score
+from eotattn.priors.reading import expand_heads
 
 __all__ = ["BACKENDS", "Backend", "Served", "answer", "choose"]
 

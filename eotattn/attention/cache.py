@@ -114,6 +114,7 @@ class KeyValueCache:
         self._key_bias: Tensor | None = None
         self._kept: Tensor | None = None
         self._origin = first_position + max_length // 2
+        self._query_table: Tensor | None = None
         self._set_bias(0)
 
     @property
@@ -325,7 +326,7 @@ class KeyValueCache:
     def _set_bias(self, heads: int) -> None:
         self._key_bias = self._slots_of(heads) if heads else None
         self._plan = self._plan_lanes()
-        self._query_table: Tensor | None = None
+        self._query_table = None
         self._widen()
         self._write_lanes(0)
 
@@ -372,7 +373,9 @@ class KeyValueCache:
         if self.prior is None and self._plan is None:
             return not self._has_padding or math.isclose(call.scale, self.scale)
         numbers = [] if self.prior is None else self.prior.parameters()
-        learns = any(map(is_learned, (call.query_bias, *call.query_gains))) or any(is_learned(number) for number in numbers)
+        learns = any(map(is_learned, (call.query_bias, *call.query_gains))) or any(
+            is_learned(number) for number in numbers
+        )
         return self._plan is not None and math.isclose(call.scale, self.scale) and not learns
 
     def _widen(self) -> None:

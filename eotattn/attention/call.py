@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eotattn.attention.attention_sinks import AttentionSinks, SinkKeys
 from eotattn.attention.cache import KeyValueCache
 from eotattn.attention.call_positions import Band, GivenPositions, Positions, causal_pattern, resolve_positions
 from eotattn.attention.documents import PackedDocuments
 from eotattn.attention.masks import Masks, gather_masks
-from eotattn.attention.sinks import AttentionSinks, SinkKeys
-from eotattn.attention.token_bias import check_biases, check_gains, expand_heads
+from eotattn.attention.token_bias import check_biases, check_gains
 from eotattn.checks import (
     check_floating,
     check_positive,
@@ -33,6 +33,7 @@ from eotattn.checks import (
 from eotattn.priors import LogPrior
 from eotattn.priors.base import check_prior
 from eotattn.priors.query_gain import gained
+from eotattn.priors.reading import expand_heads
 
 __all__ = ["AttentionCall", "static_size", "without_autocast"]
 

@@ -21,7 +21,7 @@ from eotattn.priors.prior_positions import check_positions, consecutive
 __all__ = ["Band", "GivenPositions", "Positions", "causal_pattern", "resolve_positions"]
 
 #: What a user may give: one position a token, or consecutive ones by a range or by the first.
-GivenPositions: TypeAlias = "Tensor | range | int | Sequence[int] | None"
+GivenPositions: TypeAlias = Tensor | range | int | Sequence[int] | None
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from eotattn.attention.attention_sinks import AttentionSinks
 from eotattn.attention.backends import BACKENDS, choose
 from eotattn.attention.cache import KeyValueCache
 from eotattn.attention.call import AttentionCall, without_autocast
 from eotattn.attention.call_positions import GivenPositions
 from eotattn.attention.documents import PackedDocuments
 from eotattn.attention.observers import serve
-from eotattn.attention.sinks import AttentionSinks
 from eotattn.attention.token_bias import check_biases
 from eotattn.checks import check_choice, check_floating, fail, require
 from eotattn.priors import LogPrior

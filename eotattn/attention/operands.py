@@ -11,6 +11,7 @@ from torch import Tensor
 from eotattn.attention.call import AttentionCall, static_size
 from eotattn.attention.call_positions import Positions
 from eotattn.attention.token_bias import bias_terms, gauge_lanes
+from eotattn.compat import known_size
 from eotattn.kernels import append, sdpa
 from eotattn.priors.lane_plan import LanePlan, LaneRequest, plan_lanes
 from eotattn.priors.lane_sides import Side
@@ -41,7 +42,9 @@ def operands(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     gauge = gauge_lanes(call)
     query, key = call.query, call.key
     if not terms and gauge is not None:
-        query, key = (torch.cat([x, y.expand(*x.shape[:-1], 1)], dim=-1) for x, y in zip((query, key), gauge, strict=True))
+        query, key = (
+            torch.cat([x, y.expand(*x.shape[:-1], 1)], dim=-1) for x, y in zip((query, key), gauge, strict=True)
+        )
     if not terms and padding is None:
         return query, key, call.value
     far = None if padding is None else sdpa.padding_lane(padding, call.query.dtype, scale=call.scale)
@@ -87,20 +90,38 @@ def plan_of(call: AttentionCall, terms: tuple[Term | KeyTerm, ...]) -> tuple[Lan
         span=span,
         tolerance=call.tolerance,
         query_scale=1 / call.scale,
-        gained=tuple([term for term, gain in enumerate(call.query_gains) if gain is not None]),
+        gained=_gained(call),
     )
     return plan_lanes(terms, request), origin
 
 
 def _sides(call: AttentionCall, terms: tuple[Term | KeyTerm, ...]) -> tuple[Side, Side]:
     """What the lanes of both sides are made of."""
-    plan, origin = plan_of(call, terms)
+    plan, query_table, key_table = _planned(call, terms)
     of_heads, of_key_heads = plan.coefficients(terms)
-    key_at = call.key_positions
-    more = plan.more_of_keys(terms, key_at.tensor.double()) if plan.looked_up else None
-    tables = [_table(plan, side, call, origin) for side in ("query", "key")]
-    query = plan.with_gains(plan.query.side(tables[0], of_heads), call.query_gains)
-    return query, plan.key.side(tables[1], of_key_heads, more)
+    more = plan.more_of_keys(terms, call.key_positions.tensor.double()) if plan.looked_up else None
+    query = plan.with_gains(plan.query.side(query_table, of_heads), call.query_gains)
+    return query, plan.key.side(key_table, of_key_heads, more)
+
+
+def _planned(call: AttentionCall, terms: tuple[Term | KeyTerm, ...]) -> tuple[LanePlan, Tensor, Tensor]:
+    """The plan and the tables of both sides; found at once for a call like an earlier one."""
+    query_at, key_at, device = call.query_positions, call.key_positions, call.query.device
+
+    def make() -> tuple[LanePlan, Tensor, Tensor]:
+        plan, origin = plan_of(call, terms)
+        return plan, _table(plan, "query", call, origin), _table(plan, "key", call, origin)
+
+    if query_at.first is None or key_at.first is None or not may_remember(device):
+        return make()
+    names = tuple([(term.features, term.by_key_head) for term in terms])
+    shape = (*call.query.shape[1:3], *call.key.shape[1:3], query_at.first, key_at.first)
+    return remembered((names, _gained(call), shape, call.query.dtype, call.scale, call.tolerance), device, make)
+
+
+def _gained(call: AttentionCall) -> tuple[int, ...]:
+    """Terms on which queries have factors of their own."""
+    return tuple([term for term, gain in enumerate(call.query_gains) if gain is not None])
 
 
 def _with_gauge(gauge: tuple[Tensor, Tensor] | None, query: Side, key: Side) -> tuple[Side, Side]:
@@ -126,6 +147,11 @@ def _table(plan: LanePlan, side: str, call: AttentionCall, origin: Tensor | int)
     """Features of one side, (L, C) or (B, L, C): the head of the table of a run where positions are consecutive."""
     at = call.query_positions if side == "query" else call.key_positions
     device = call.query.device
+    if torch.compiler.is_compiling() and at.first is not None and not isinstance(origin, Tensor):
+        known = [known_size(number) for number in (at.first, at.length, origin)]
+        if None not in known:
+            table: Tensor = getattr(plan, plan.make_in_graph("run_table", side, *known, device))
+            return table
     if at.first is None or isinstance(origin, Tensor) or not may_remember(device):
         make = lambda: plan.table(side, at.tensor, origin)  # noqa: E731
         documents = call.masks.documents

@@ -15,9 +15,10 @@ from eotattn.checks import check_floating, check_no_nan, check_same_device, chec
 from eotattn.kernels import sdpa
 from eotattn.priors import LogPrior
 from eotattn.priors.memory import is_plain
+from eotattn.priors.reading import expand_heads
 from eotattn.priors.terms import BIAS_TERM, UNKNOWN_RANGE, Features, KeyTerm, Term, same_for_all_queries
 
-__all__ = ["bias_terms", "check_biases", "check_gains", "expand_heads", "gauge_lanes", "is_learned", "key_bias_term"]
+__all__ = ["bias_terms", "check_biases", "check_gains", "gauge_lanes", "is_learned", "key_bias_term"]
 
 
 def check_biases(
@@ -49,7 +50,8 @@ def check_gains(
         return ()
     remedy = "Pass those of prior.read_tokens(...), or one for the whole prior"
     if prior is None or not prior.has_lanes:
-        fail(owner, "query_gains", "belong to a prior with lanes", None if prior is None else type(prior).__name__)
+        got = "no prior" if prior is None else type(prior).__name__
+        fail(owner, "query_gains", "belong to a prior with lanes", got, "Pass a BilinearPrior or a sum of them")
     terms = prior.terms()
     each = tuple(gains) if not isinstance(gains, Tensor) else (gains,) * len(terms)
     rule = f"be one for each of the prior's {len(terms)} terms"
@@ -74,12 +76,6 @@ def _check_range(owner: str, name: str, bias: Tensor, dtype: torch.dtype, scale:
         require(largest <= limit, owner, name, rule, largest, "Take off a constant, or use bfloat16")
 
 
-def expand_heads(bias: Tensor, num_heads: int) -> Tensor:
-    """(B, 1 or H, K) from biases of key heads, which consecutive query heads share."""
-    count = bias.shape[1]
-    return bias if count in (1, num_heads) else bias.repeat_interleave(num_heads // count, dim=1)
-
-
 def bias_terms(call: Any) -> tuple[KeyTerm, ...]:
     """The bias of keys of an :class:`AttentionCall`, with a mask that depends on the key alone: one term, or none."""
     own, of_masks = call.key_bias, call.masks.key_bias
@@ -95,9 +91,7 @@ def bias_terms(call: Any) -> tuple[KeyTerm, ...]:
     return (KeyTerm(features, lambda positions: expand_heads(own, heads) + of_masks.clamp(min=floor)),)
 
 
-def key_bias_term(
-    bias: Tensor, num_heads: int, num_kv_heads: int, features: Features = BIAS_TERM.features
-) -> KeyTerm:
+def key_bias_term(bias: Tensor, num_heads: int, num_kv_heads: int, features: Features = BIAS_TERM.features) -> KeyTerm:
     """The term of a bias (B, 1 or Hk or H, K) that tokens bring; heads that share it share its lanes."""
     by_key_head = bias.shape[1] != num_heads or num_heads == num_kv_heads
     return KeyTerm(features, lambda positions: bias, by_key_head=by_key_head)

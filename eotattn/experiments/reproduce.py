@@ -22,7 +22,7 @@ from eotattn.experiments.runs import Plan, RunsFailedError, UnknownRunsError, pe
 from eotattn.experiments.scales import ALL_SCALES, SCALES, check_scale
 from eotattn.experiments.studies import ablations, copy_mixture, dna, language, retrieval, vision
 from eotattn.experiments.tasks.token_text import DATA_VARIABLE
-from eotattn.provenance import write_atomically
+from eotattn.provenance import check_writable, write_atomically
 
 __all__ = ["FIGURES", "Figure", "find_notebooks", "make_runs", "reproduce", "strip_machine"]
 
@@ -185,6 +185,7 @@ def reproduce(
     if jobs is not None:
         check_positive_int("reproduce", "jobs", jobs)
     found = choose_figures("reproduce", figures, scale)
+    check_writable("reproduce", Path(out) / scale, given=out)
     check_installed("reproduce", "experiments", *REQUIREMENTS)
     folder = find_notebooks(found.values())
     targets = {key: ResultFolder(out, scale, figure.name) for key, figure in found.items()}

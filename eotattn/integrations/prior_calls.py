@@ -107,7 +107,13 @@ def _prior_rows(call: AttentionCall) -> RowSource | None:
     if _reads_lanes(call):
         lanes = lanes_of(replace(call, scale=1.0, masks=replace(call.masks, key_bias=None)))
         return None if lanes is None else LaneRows(lanes)
-    return lambda start, stop: call.log_prior(dtype, start, stop)
+
+    def rows(start: int, stop: int) -> Tensor:
+        log_prior = call.log_prior(dtype, start, stop)
+        assert log_prior is not None
+        return log_prior
+
+    return rows
 
 
 def _admissible(call: AttentionCall, shift: int) -> dict[str, Any]:

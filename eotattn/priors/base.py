@@ -106,7 +106,7 @@ class LogPrior(nn.Module):
 
     @property
     def reads_tokens(self) -> bool:
-        """Whether the log-prior depends on the tokens besides their positions; then a layer calls :meth:`read_tokens`."""
+        """Whether the log-prior depends on tokens besides their positions; then a layer calls :meth:`read_tokens`."""
         return type(self).read_tokens is not LogPrior.read_tokens
 
     def read_tokens(self, tokens: Tokens) -> Reading:
@@ -302,7 +302,9 @@ class CombinedPrior(LogPrior):
             NotImplementedError: If the combination has no meaning for what they read.
         """
         name = type(self).__name__
-        raise NotImplementedError(f"{name}.read_tokens: parts must read positions alone. Add what reads the tokens to {name}.")
+        raise NotImplementedError(
+            f"{name}.read_tokens: parts must read positions alone. Add what reads the tokens to {name}."
+        )
 
     def check_positions(self, query_positions: Tensor | None, key_positions: Tensor | None) -> None:
         """Raise unless every part understands both positions."""

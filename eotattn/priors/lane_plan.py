@@ -22,6 +22,7 @@ from torch import Tensor
 
 from eotattn.compat import plain_tensors
 from eotattn.priors.lane_sides import Column, Lane, Shape, Side, SideLayout, SidePlan
+from eotattn.priors.memory import MadeInGraphs
 from eotattn.priors.probing import FeatureFacts, Span, probe
 from eotattn.priors.splitting import MOST_PIECES, significant_digits, split_numbers, unit_roundoff
 from eotattn.priors.terms import FEATURES, PREPARED, KeyTerm, Term, computing_dtype
@@ -67,7 +68,7 @@ class LaneRequest(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class LanePlan:
+class LanePlan(MadeInGraphs):
     """Which lane holds what.
 
     Args:

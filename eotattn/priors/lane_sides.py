@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from eotattn.compat import admitted
-from eotattn.priors.memory import remembered
+from eotattn.priors.memory import MadeInGraphs, is_plain, remembered
 from eotattn.priors.splitting import MOST_PIECES, multiply, split_numbers, write_pieces
 from eotattn.priors.terms import FEATURES, computing_dtype
 
@@ -95,7 +95,7 @@ class Lane(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class SidePlan:
+class SidePlan(MadeInGraphs):
     """How the table and the matrix of one side are made.
 
     Args:
@@ -103,7 +103,7 @@ class SidePlan:
         selection: (N or M N, C * P) float64: from the coefficients of a head (key head) to its matrix.
         fixed: (1 or heads, C, P) float64: what is in the matrix besides.
         piece: (P,) int8.
-        constant: What of the selection only has a gradient: constants of each row; ``None`` for nothing.
+        valued: The selection without constants of each row: those have gradients, but no value.
         depth: Pieces of a product at most.
     """
 
@@ -111,7 +111,7 @@ class SidePlan:
     selection: Tensor | None
     fixed: Tensor
     piece: Tensor
-    constant: Tensor | None
+    valued: Tensor | None
     depth: int
 
     def table(self, names: Sequence[str], side: str, positions: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -134,38 +134,66 @@ class SidePlan:
 
     def side(self, table: Tensor, coefficients: Tensor | None, more: Tensor | None = None) -> Side:
         """The side with the matrix that follows from the coefficients of the heads, float64; none are fixed ones."""
-        held = remembered((self, table.dtype), table.device, partial(self._placed, table.device, table.dtype))
+        held = self._on_device(table.device, table.dtype)
         if coefficients is None or self.selection is None:
             return Side(table, held.fixed, held.piece, self.depth, more)
-        start = held.start
-        if held.constant is not None:  # no value, but a gradient
-            start = start - _small_product(coefficients.detach(), held.constant)
-        matrix = (start + _small_product(coefficients, held.selection)).view(-1, *self.fixed.shape[1:])
-        return Side(table, matrix.to(table.dtype), held.piece, self.depth, more)
+        matrix = (_Matrix.apply if is_plain() else _matrix)(coefficients, held, table.dtype)
+        return Side(table, matrix.view(-1, *self.fixed.shape[1:]), held.piece, self.depth, more)
+
+    def _on_device(self, device: torch.device, dtype: torch.dtype) -> _Placed:
+        """What the plan holds, put there once; a graph takes it as inputs."""
+        if torch.compiler.is_compiling():
+            return _Placed(*getattr(self, self.make_in_graph("_placed", device, dtype)))
+        return remembered((self, dtype), device, partial(self._placed, device, dtype))
 
     def _placed(self, device: torch.device, dtype: torch.dtype) -> _Placed:
-        numbers = (self.selection, self.constant, self.fixed, self.piece)
-        selection, constant, fixed, piece = (None if x is None else admitted(x).to(device) for x in numbers)
+        numbers = (self.selection, self.valued, self.fixed, self.piece)
+        selection, valued, fixed, piece = (None if x is None else admitted(x).to(device) for x in numbers)
         assert fixed is not None
         assert piece is not None
-        return _Placed(selection, fixed.flatten(1), constant, fixed.to(dtype), piece)
-
-
-def _small_product(coefficients: Tensor, selection: Tensor) -> Tensor:
-    """(H, N) @ (N, C * P); in a graph as a sum, which compilers fuse with what is around it."""
-    if torch.compiler.is_compiling():
-        return (coefficients.unsqueeze(-1) * selection).sum(1)
-    return coefficients @ selection
+        return _Placed(selection, valued, fixed.flatten(1), fixed.to(dtype), piece)
 
 
 class _Placed(NamedTuple):
-    """What a side plan holds, on a device."""
+    """What a side plan holds, on a device.
+
+    Args:
+        selection: (N or M N, C * P) float64, how coefficients enter the gradient of the matrix.
+        valued: The same, how they enter its value.
+        start: (1 or heads, C * P) float64, what is in the matrix besides.
+        fixed: (1 or heads, C, P): the matrix of a side on which nothing is learned.
+        piece: (P,) int8.
+    """
 
     selection: Any
+    valued: Any
     start: Any
-    constant: Tensor | None
     fixed: Tensor
     piece: Tensor
+
+
+def _matrix(coefficients: Tensor, held: _Placed, dtype: torch.dtype) -> Tensor:
+    """(heads, C * P) from (heads, N) float64; sums, which compilers fuse with what is around them."""
+    learned = coefficients.unsqueeze(-1) * held.selection
+    constant = coefficients.detach().unsqueeze(-1) * (held.selection - held.valued)
+    return (held.start + (learned - constant).sum(1)).to(dtype)
+
+
+class _Matrix(torch.autograd.Function):
+    """:func:`_matrix` in one step each way."""
+
+    @staticmethod
+    def forward(ctx: Any, coefficients: Tensor, held: _Placed, dtype: torch.dtype) -> Tensor:
+        ctx.selection, ctx.dtype = held.selection, dtype
+        return torch.addmm(held.start, coefficients, held.valued).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0].double() @ ctx.selection.mT, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return (tangents[0] @ ctx.selection).to(ctx.dtype)
 
 
 @dataclass(frozen=True)
@@ -214,7 +242,7 @@ class SideLayout:
             selection=selection.flatten(1) if learns else None,
             fixed=fixed,
             piece=torch.tensor(pieces, dtype=torch.int8),
-            constant=(selection * is_constant).flatten(1) if learns and bool(is_constant.any()) else None,
+            valued=(selection * ~is_constant).flatten(1) if learns else None,
             depth=max(pieces, default=0) + 1,
         )
 

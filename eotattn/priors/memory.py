@@ -1,7 +1,7 @@
 """What is computed once and kept: tables of features at consecutive positions, and constants on a device.
 
-Only values that their key determines are kept, so nothing can become stale. Nothing is kept while a graph is compiled,
-transformed or captured; there tables are constants of the graph.
+Only values that their key determines are kept, so nothing can become stale. Nothing is kept while tensors are
+transformed or captured. A compiled graph takes what its constants determine as inputs, see :class:`MadeInGraphs`.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from threading import RLock
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from eotattn.compat import is_intercepted, raw_stream
+from eotattn.compat import constant_in_graphs, is_intercepted, lasting, plain_tensors, raw_stream
 
-__all__ = ["constants", "is_plain", "may_remember", "remembered"]
+__all__ = ["MadeInGraphs", "constants", "is_plain", "may_remember", "remembered"]
 
 #: Values kept; the least recently used one goes first.
 MAX_VALUES = 512
@@ -64,6 +64,29 @@ def remembered(key: Hashable, device: torch.device, make: Callable[[], Value]) -
     return value
 
 
+class MadeInGraphs:
+    """An object that computes tensors from constants once, while a graph is traced; the graph has them as inputs."""
+
+    @constant_in_graphs
+    def make_in_graph(self, method: str, *arguments: Any) -> str:
+        """Call ``method`` with constants, once; returns the name of the attribute that holds what it returned."""
+        name = f"{method}_{abs(hash(arguments))}"
+        if name not in vars(self):
+            with plain_tensors():
+                made = getattr(self, method)(*arguments)
+                vars(self)[name] = lasting(made) if isinstance(made, Tensor) else tuple(lasting(part) for part in made)
+        return name
+
+
+class _Constants(MadeInGraphs):
+    @staticmethod
+    def _tensor(numbers: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+        return torch.tensor(numbers, dtype=dtype, device=device)
+
+
+_CONSTANTS = _Constants()
+
+
 def constants(numbers: tuple[float, ...], device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
     """``numbers`` as (n,) on ``device``, put there once; not to be written to."""
     if may_remember(device):
@@ -72,5 +95,8 @@ def constants(numbers: tuple[float, ...], device: torch.device, dtype: torch.dty
         )
     if not numbers:
         return torch.empty(0, dtype=dtype, device=device)
+    if torch.compiler.is_compiling():
+        kept: Tensor = getattr(_CONSTANTS, _CONSTANTS.make_in_graph("_tensor", numbers, device, dtype))
+        return kept
     # filled in on the device: a copy from the host would keep CUDA graphs from being captured
     return torch.stack([torch.full((), number, dtype=dtype, device=device) for number in numbers])

@@ -87,7 +87,7 @@ class QueryGainPrior(CombinedPrior):
         check_shape("QueryGainPrior", "tokens", tokens.query, (None, None, self.embed_dim), "Build it for this width")
         logits = functional.linear(tokens.query, self.weight.to(tokens.query.dtype))  # as content is projected
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32)) + math.log(math.expm1(1.0))
-        gain = functional.softplus(wide).transpose(1, 2)
+        gain = -functional.logsigmoid(-wide).transpose(1, 2)  # softplus, whose gradient graphs lay out otherwise
         return Reading(query_gains=(gain,) * len(self.terms()))
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Reading", "Tokens", "join_readings"]
+__all__ = ["Reading", "Tokens", "expand_heads", "join_readings"]
 
 
 class Tokens(NamedTuple):
@@ -53,7 +53,7 @@ class Reading(NamedTuple):
 
     def of_heads(self, num_heads: int) -> Reading:
         """The same with a number of its own for every one of ``num_heads`` query heads."""
-        return self._replace(key_bias=_of_heads(self.key_bias, num_heads))
+        return self if self.key_bias is None else self._replace(key_bias=expand_heads(self.key_bias, num_heads))
 
     def weighted(self, change: Callable[[Tensor], Tensor]) -> Reading:
         """The same with ``change``, a map of (B, H, L, 1) numbers, applied to the biases."""
@@ -76,22 +76,20 @@ def join_readings(readings: Sequence[Reading]) -> Reading:
 
 
 def _sum(biases: Sequence[Tensor | None]) -> Tensor | None:
-    total: Tensor | None = None
-    for bias in biases:
-        if bias is None or total is None:
-            total = total if bias is None else bias
-            continue
-        num_heads = max(total.shape[1], bias.shape[1])
-        each = [_of_heads(side, num_heads) for side in (total, bias)]
-        total = each[0] + each[1]
+    given = [bias for bias in biases if bias is not None]
+    if not given:
+        return None
+    num_heads = max(bias.shape[1] for bias in given)
+    total = expand_heads(given[0], num_heads)
+    for bias in given[1:]:
+        total = total + expand_heads(bias, num_heads)
     return total
 
 
-def _of_heads(bias: Tensor | None, num_heads: int) -> Tensor | None:
-    """(B, H, K) from biases of heads that consecutive query heads share."""
-    if bias is None or bias.shape[1] == num_heads:
-        return bias
-    return bias.repeat_interleave(num_heads // bias.shape[1], dim=1)
+def expand_heads(bias: Tensor, num_heads: int) -> Tensor:
+    """(B, H, L) from biases of heads that consecutive query heads share."""
+    count = bias.shape[1]
+    return bias if count == num_heads else bias.repeat_interleave(num_heads // count, dim=1)
 
 
 def _changed(numbers: Tensor | None, change: Callable[[Tensor], Tensor]) -> Tensor | None:

@@ -14,9 +14,6 @@ __all__ = ["MOST_PIECES", "multiply", "significant_digits", "split_numbers", "un
 #: Pieces of a factor at most: three numbers of bfloat16 hold all 24 digits of the float32 accumulator.
 MOST_PIECES = 3
 
-#: Rows of a table that are multiplied at a time on a GPU.
-SPAN = 256
-
 
 def unit_roundoff(dtype: torch.dtype) -> float:
     """Largest relative error of rounding to ``dtype``: 2^-8 in bfloat16, 2^-11 in float16."""
@@ -52,16 +49,9 @@ def write_pieces(value: Tensor, piece: Tensor, depth: int, dtype: torch.dtype) -
 
 def multiply(table: Tensor, matrix: Tensor) -> Tensor:
     """The product of a table and the matrix of every head, exact whatever precision the user allows such products."""
-    if table.device.type != "cuda":
+    if table.device.type == "cuda" and table.dtype == torch.float32 and allows_tf32():
+        return multiply(table.double(), matrix.double()).float()
+    if table.dim() > 2:
         return table.unsqueeze(-3) @ matrix
-    if table.dtype == torch.float32 and allows_tf32():
-        return _multiply_spans(table.double(), matrix.double()).float()
-    return _multiply_spans(table, matrix)
-
-
-def _multiply_spans(table: Tensor, matrix: Tensor) -> Tensor:
-    """The product span by span of rows: the matrix' gradient is many small products then, not a thin long one."""
-    if table.shape[-2] % SPAN:
-        return table.unsqueeze(-3) @ matrix
-    spans = table.unflatten(-2, (-1, SPAN)).unsqueeze(-4)
-    return (spans @ matrix.unsqueeze(-3)).flatten(-3, -2)
+    by_token = table @ matrix.transpose(0, 1).flatten(1)  # one product for all heads
+    return by_token.unflatten(-1, (matrix.shape[0], -1)).transpose(0, 1)

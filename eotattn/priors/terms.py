@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -105,6 +105,7 @@ class Term:
 
     features: Features
     coefficients: Tensor
+    by_key_head: ClassVar[bool] = False
 
     @property
     def weights(self) -> Tensor:

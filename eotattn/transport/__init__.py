@@ -7,6 +7,7 @@
 from eotattn.transport.certificates.certificate import Certificate, certify
 from eotattn.transport.divergence import sinkhorn_divergence
 from eotattn.transport.problems import TransportProblem
+from eotattn.transport.problems.dummy_key import with_dummy_key
 from eotattn.transport.sinkhorn_attention import SinkhornAttention
 from eotattn.transport.solution import TransportSolution
 from eotattn.transport.solvers.anderson import Anderson
@@ -31,4 +32,5 @@ __all__ = [
     "certify",
     "sinkhorn_divergence",
     "solve",
+    "with_dummy_key",
 ]

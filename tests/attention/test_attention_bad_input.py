@@ -310,7 +310,7 @@ MODULE = {
     "sinks of other heads": (
         layer(24, 4, sinks=AttentionSinks.logit(3)),
         ValueError,
-        r"PriorAttention: sinks must have shape \(4,\)",
+        r"PriorAttention: sinks must have shape \(4\)",
     ),
     "registers of another width": (
         layer(24, 4, sinks=AttentionSinks.registers(4, 8)),

@@ -176,7 +176,7 @@ def test_recency_takes_nothing_from_them_at_query_100_000(kind, dtype):
         places = {"query_positions": [last - 1], "key_positions": range(last - keys, last)}
         with torch.no_grad():
             output, lse = prior_attention(query, key, value, prior=prior, sinks=sinks, return_lse=True, **places)
-            own = sinks.keys_of_call().log_sum_exp(query, D**-0.5)
+            own = sinks().log_sum_exp(query, D**-0.5)
             log_prior = prior.dense(at[-1:], at, dtype=torch.float64)
             expected = definition(query, key, value, sinks, log_prior, allowed)
         masses.append((own - lse).exp().double())

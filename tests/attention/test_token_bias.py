@@ -8,7 +8,7 @@ from attention.oracles import attention, causal, normal
 from priors.cases import off_neutral
 from tolerances import assert_close
 
-from eotattn.attention import KeyValueCache, PackedDocuments, PriorAttention, explain, prior_attention
+from eotattn.attention import KeyValueCache, PackedDocuments, explain, prior_attention
 from eotattn.attention.backends import BACKENDS
 from eotattn.attention.call import AttentionCall
 from eotattn.attention.operands import lanes_of
@@ -53,7 +53,10 @@ PATTERNS = {
     "causal": ({"is_causal": True}, lambda at: causal(at, at)),
     "everything": ({}, lambda at: torch.ones(L, L, dtype=torch.bool)),
     "window": ({"is_causal": True, "window": 7}, lambda at: causal(at, at) & (at[:, None] - at < 7)),
-    "padding": ({"is_causal": True, "key_padding_mask": padding()}, lambda at: causal(at, at) & ~padding()[:, None, None]),
+    "padding": (
+        {"is_causal": True, "key_padding_mask": padding()},
+        lambda at: causal(at, at) & ~padding()[:, None, None],
+    ),
     "mask of pairs": (
         {"attn_mask": (normal(L, L, seed=3) > 0), "is_causal": True},
         lambda at: causal(at, at) & (normal(L, L, seed=3) > 0),
@@ -102,7 +105,9 @@ def test_gradients(heads, backend):
         *inputs, prior=prior, key_bias=bias, query_bias=of_queries, query_gains=gains, is_causal=True, backend=backend
     )
     assert_close(found, output.detach())
-    for actual, exact in zip(torch.autograd.grad(found, [*wanted, *prior.parameters()], upstream), expected, strict=True):
+    for actual, exact in zip(
+        torch.autograd.grad(found, [*wanted, *prior.parameters()], upstream), expected, strict=True
+    ):
         assert_close(actual, exact)
 
 

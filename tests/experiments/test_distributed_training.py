@@ -3,6 +3,7 @@
 import os
 import socket
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -32,31 +33,34 @@ def reader():
     return CopyReader(CopyReaderConfig(vocabulary_size=5, embed_dim=6, num_heads=3, num_frequencies=2))
 
 
-def work(rank, port, folder, config):
-    """What torchrun does for each process, and then a run that breaks off at its checkpoint and resumes."""
+#: Batches that one step of the optimiser sums.
+ACCUMULATIONS = (1, 2)
+
+
+def work(rank, port, folder):
+    """What torchrun does for each process, and then a run of each kind."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    network = reader()
-    result = train(network, Uneven(), config, checkpoint=folder / "run.pt")
-    assert torch.distributed.get_world_size() == 2
-    torch.save({"rows": result.rows, "weights": network.state_dict()}, folder / f"rank{rank}.pt")
+    for accumulation in ACCUMULATIONS:
+        network, config = reader(), replace(CONFIG, accumulation=accumulation)
+        result = train(network, Uneven(), config, checkpoint=folder / f"run{accumulation}.pt")
+        assert torch.distributed.get_world_size() == 2
+        torch.save({"rows": result.rows, "weights": network.state_dict()}, folder / f"{accumulation}-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_two_processes_train_like_one(accumulation, tmp_path):
+def test_two_processes_train_like_one(tmp_path):
     alone = reader()
     expected = train(alone, Uneven(), CONFIG).rows
     inputs = Uneven().batch(4, seed=1, step=0).inputs
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    config = replace(CONFIG, accumulation=accumulation)
-    multiprocessing.spawn(work, args=(port, tmp_path, config), nprocs=2)
-    for rank in (0, 1):
-        found = torch.load(tmp_path / f"rank{rank}.pt")
+    multiprocessing.spawn(work, args=(port, tmp_path), nprocs=2)
+    for accumulation, rank in product(ACCUMULATIONS, (0, 1)):
+        found = torch.load(tmp_path / f"{accumulation}-{rank}.pt")
         losses = [row["loss"] for row in found["rows"]]
         assert losses == pytest.approx([row["loss"] for row in expected], abs=1e-5)
         network = reader()

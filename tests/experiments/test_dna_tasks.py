@@ -203,6 +203,7 @@ def test_missing_fasta_is_named():
 
 @pytest.mark.parametrize("ending", ["parquet", "csv"])
 def test_data_sets_in_the_format_of_the_hub(tmp_path, ending):
+    pytest.importorskip("datasets")
     table = pandas.DataFrame({"ID": ["chr1", "chrX"], "Sequence": ["ACGTNacg", "TTTT"]})
     file = tmp_path / f"test.{ending}"
     table.to_parquet(file) if ending == "parquet" else table.to_csv(file, index=False)
@@ -214,12 +215,15 @@ def test_data_sets_in_the_format_of_the_hub(tmp_path, ending):
 
 
 def test_data_set_without_sequences_is_refused(tmp_path):
+    pytest.importorskip("datasets")
     pandas.DataFrame({"label": [1]}).to_parquet(tmp_path / "train.parquet")
     with pytest.raises(ValueError, match=r"must have a column named sequence or seq or text; got \['label'\]"):
         list(read_hub(str(tmp_path)))
 
 
 def test_without_network_the_hub_fails_at_once(monkeypatch):
+    pytest.importorskip("datasets")
+
     def unreachable(*arguments, **keywords):
         raise socket.gaierror(-2, "Name or service not known")
 

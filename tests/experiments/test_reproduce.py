@@ -16,6 +16,7 @@ from eotattn.experiments.reproduce import FIGURES, find_notebooks, reproduce, st
 def executed(monkeypatch):
     """Records what would be executed instead of executing it; no run is made either."""
     calls = []
+    monkeypatch.setattr(room, "REQUIREMENTS", ())
     monkeypatch.setattr(room, "perform", lambda plan, recipe, target, **options: options["report"](target.figure))
     monkeypatch.setattr(room, "_execute", lambda notebook, target, jobs: calls.append((notebook, target)) or notebook)
     return calls

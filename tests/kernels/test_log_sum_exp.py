@@ -93,6 +93,48 @@ def test_half_precision_on_the_cpu_goes_by_blocks():
     assert log_sum_exp.route(query, value) == "blocks"
 
 
+@pytest.mark.parametrize("kv_heads", [3, 1])
+@pytest.mark.parametrize("kind", ["pairs", "of keys", "added"])
+def test_masks_and_shared_key_heads(route, kind, kv_heads):
+    """Rows without keys have output zero, log-sum-exp -inf and no gradient; key heads may be shared."""
+    masked_and_shared(kind, kv_heads, torch.float64, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kv_heads", [3, 1])
+@pytest.mark.parametrize("kind", ["pairs", "of keys", "added"])
+def test_masks_and_shared_key_heads_on_the_gpu(kind, kv_heads, dtype):
+    masked_and_shared(kind, kv_heads, dtype, "cuda")
+
+
+def masked_and_shared(kind, kv_heads, dtype, device):
+    query, key, value = operands((33, 45, 8, 6), dtype)
+    key, value = key[:, :kv_heads], value[:, :kv_heads]
+    seen = torch.rand(2, 1, 33, 45, generator=torch.Generator().manual_seed(5)) > 0.5
+    seen = seen[:, :, :1].clone() if kind == "of keys" else seen
+    seen[1, :, :, :] = seen[1] & (torch.arange(seen.shape[-2]) != 0)[:, None]  # one row has none
+    added = torch.where(seen, operands((33, 45, 8, 6))[0][:, :1, :, :1], -torch.inf).to(dtype)
+    mask = added if kind == "added" else seen
+    leaves = [tensor.to(device).requires_grad_() for tensor in (query, key, value)]
+    output, total = log_sum_exp.attend(*leaves, scale=0.7, mask=mask.to(device))
+    wide = [tensor.double().requires_grad_() for tensor in (query, key, value)]
+    keys, values = (side.repeat_interleave(3 // kv_heads, 1) for side in wide[1:])
+    logits = 0.7 * wide[0] @ keys.mT + (added.double() if kind == "added" else 0.0)
+    has = seen.any(-1, keepdim=True)
+    logits = torch.where(has, logits.masked_fill(~seen, -torch.inf), 0.0)
+    expected = torch.where(has, logits.softmax(-1) @ values, 0.0)
+    expected_total = torch.where(has.squeeze(-1), logits.logsumexp(-1), -torch.inf)
+    assert_close(output.cpu(), expected.to(dtype))
+    assert torch.equal(total.cpu().isneginf(), expected_total.isneginf())
+    held = has.squeeze(-1).expand(total.shape)
+    assert_close(total.cpu()[held], expected_total[held].to(total.dtype))
+    found = torch.autograd.grad(output.sum() + total[held.to(device)].sum(), leaves)
+    for ours, theirs in zip(found, torch.autograd.grad(expected.sum() + expected_total[held].sum(), wide), strict=True):
+        assert_close(ours.cpu(), theirs.to(dtype))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

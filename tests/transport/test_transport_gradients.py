@@ -48,10 +48,12 @@ def mask(masked):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("batch", [(), (2,)])
 @pytest.mark.parametrize("penalties", KINDS)
-def test_first_derivatives(penalties, batch, masked):
-    gradcheck(outputs(penalties, VALUES + ARRAYS, mask(masked)), inputs(batch))
+def test_first_derivatives(penalties, masked):
+    """Every entry of one problem's Jacobian; a batch of two, where entries of the others must vanish, at random."""
+    function = outputs(penalties, VALUES + ARRAYS, mask(masked))
+    gradcheck(function, inputs(), fast_mode=not masked)
+    gradcheck(function, inputs((2,)), fast_mode=True)
 
 
 @pytest.mark.parametrize("penalties", [(INF, INF), (0.9, 0.7)])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eotattn.attention.sinks import AttentionSinks
+from eotattn.attention.attention_sinks import AttentionSinks
 from eotattn.checks import fail
 
 __all__ = ["NO_FUSED_ENCODER", "as_batch", "as_positions", "multihead_arguments", "multihead_state"]

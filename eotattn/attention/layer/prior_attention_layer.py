@@ -13,6 +13,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
+from eotattn.attention.attention_sinks import AttentionSinks, SinkKeys
 from eotattn.attention.backends import BACKENDS
 from eotattn.attention.cache import KeyValueCache
 from eotattn.attention.documents import PackedDocuments
@@ -24,10 +25,10 @@ from eotattn.attention.layer.conversion import (
     multihead_arguments,
     multihead_state,
 )
+from eotattn.attention.layer.output_gate import KINDS, OutputGate
 from eotattn.attention.layer.projected_heads import Heads, ProjectedHeads
 from eotattn.attention.layer.rotary import Rotary
 from eotattn.attention.masks import from_multihead_convention
-from eotattn.attention.sinks import AttentionSinks, SinkKeys
 from eotattn.checks import check_choice, check_floating, check_positive_int, check_probability, fail, require
 from eotattn.compat import first_parameter
 from eotattn.kernels.sdpa import WIDTH_STEP
@@ -74,6 +75,8 @@ class PriorAttention(ProjectedHeads):
         bias: Whether the projections have biases.
         sinks: :class:`AttentionSinks`, which queries may attend to instead of any token; no prior, mask or cache
             reaches them. Registers are as wide as the layer's ``content_dim``, their values as ``head_dim``.
+        output_gate: ``"elementwise"`` or ``"head"``: an :class:`OutputGate` by which the input of each query scales
+            the output of its heads, before the output projection.
         batch_first: Whether inputs are (B, length, E) rather than (length, B, E).
         backend: As in :func:`prior_attention`.
         device: Device of the parameters, those of the prior too.
@@ -108,6 +111,7 @@ class PriorAttention(ProjectedHeads):
         dropout: float = 0.0,
         bias: bool = True,
         sinks: AttentionSinks | None = None,
+        output_gate: str | None = None,
         batch_first: bool = True,
         backend: str = "auto",
         device: torch.device | str | None = None,
@@ -130,13 +134,19 @@ class PriorAttention(ProjectedHeads):
         self.lanes, self.dropout, self.batch_first = lanes, check_probability(owner, "dropout", dropout), batch_first
         self.scale = 1 / math.sqrt(self.content_dim)
         self.prior = prior  # not reset: it may come trained
+        self.output_gate: OutputGate | None = None
+        if output_gate is not None:
+            check_choice(owner, "output_gate", output_gate, KINDS)
+            sizes = (embed_dim, num_heads, self.head_dim)
+            self.output_gate = OutputGate(*sizes, kind=output_gate, bias=bias, **make)
         self.sinks = None if sinks is None else self._checked_sinks(owner, sinks).to(**make)
 
     def reset_parameters(self) -> None:
         """Initialise the projections as ``nn.MultiheadAttention`` does (Xavier, zero biases); reset the prior."""
         self.reset_projections()
-        if self.sinks is not None:
-            self.sinks.reset_parameters()
+        for part in (self.sinks, self.output_gate):
+            if part is not None:
+                part.reset_parameters()
         if self.prior is not None:
             self.prior.reset_parameters()
 
@@ -222,6 +232,7 @@ class PriorAttention(ProjectedHeads):
         if cache is not None and reading.kept is not None:
             cache.keep(reading.kept)
         heads, weights = result if isinstance(result, tuple) else (result, None)
+        heads = heads if self.output_gate is None else self.output_gate(heads, inputs[0])
         output: Tensor = self.out_proj(heads.transpose(1, 2).flatten(2))
         if weights is not None:
             weights = weights.mean(dim=1) if average_attn_weights else weights
@@ -246,7 +257,9 @@ class PriorAttention(ProjectedHeads):
             query,
             key,
             padding=padding,
-            document_positions=None if documents is None else documents.positions(*key.shape[:2], key.device),
+            document_positions=None
+            if documents is None
+            else documents.positions(key.shape[0], key.shape[1], key.device),
             before=None if cache is None else cache.kept,
         )
         reading = self.prior.read_tokens(tokens)

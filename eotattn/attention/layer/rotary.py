@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from eotattn.attention.call_positions import Positions, resolve_positions
 from eotattn.attention.layer.rotary_tables import FIRST_LENGTH, Frequencies, positions_table, run_table
 from eotattn.checks import check_floating, check_positive, check_positive_int, check_shape, require
+from eotattn.compat import in_export
 from eotattn.priors.memory import may_remember
 
 __all__ = ["Rotary"]
@@ -89,7 +90,7 @@ class Rotary(nn.Module):
 
     def _run_to(self, length: int, device: torch.device, dtype: torch.dtype) -> Tensor | None:
         """A table of ``length`` consecutive positions or more; ``None`` where there is none and none can be kept."""
-        in_graph = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+        in_graph = torch.compiler.is_dynamo_compiling() and not in_export()
         if not (in_graph or may_remember(device)):
             return None
         run = self._run

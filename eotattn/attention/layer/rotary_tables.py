@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eotattn.compat import tensor_version
+from eotattn.compat import in_export, tensor_version
 from eotattn.priors.memory import may_remember
 
 __all__ = ["FIRST_LENGTH", "Frequencies", "positions_table", "run_table"]
@@ -59,7 +59,7 @@ def positions_table(
     positions: Tensor, given: Tensor | range | None, frequencies: Frequencies, dtype: torch.dtype
 ) -> Tensor:
     """The table (2, ..., L, R) of (..., L) positions that are no slice of a run, remembered with what was ``given``."""
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+    if torch.compiler.is_compiling() and not in_export():
         return _opaque(positions, *frequencies, dtype)
     if not isinstance(given, Tensor) or not may_remember(given.device) or given.requires_grad or given.is_inference():
         return compute(positions, frequencies, dtype)

@@ -14,6 +14,7 @@ from eotattn.benchmarks.suites.padding import padding
 from eotattn.benchmarks.suites.patterns import patterns
 from eotattn.benchmarks.suites.precision import precision
 from eotattn.benchmarks.suites.rotary_decoder import rotary
+from eotattn.benchmarks.suites.sink_calls import sinks
 from eotattn.benchmarks.suites.statistics import statistics
 from eotattn.benchmarks.suites.training_step import training
 from eotattn.benchmarks.suites.transport import transport
@@ -23,7 +24,7 @@ __all__ = ["SUITES", "Configuration", "configure"]
 
 _ALL = (
     *(overview, attention, layer, training, rotary, decode, padding, patterns),
-    *(precision, gradients, transport, statistics),
+    *(precision, gradients, sinks, transport, statistics),
 )
 
 #: Every suite by name.

@@ -81,7 +81,7 @@ def _cached(config: Configuration, shape: Shape, more: int, prior: LogPrior | No
     cache.append(key[:, :, :-1], value[:, :, :-1])
     last = key[:, :, -1:].clone(), value[:, :, -1:].clone()
 
-    def step() -> Tensor | tuple[Tensor, Tensor]:
+    def step() -> Tensor | tuple[Tensor, ...]:
         cache.crop(length - 1)
         return prior_attention(query, *last, prior=prior, cache=cache, is_causal=True, backend="sdpa")
 

@@ -35,7 +35,7 @@ def content(config: Configuration, *shape: int) -> Tensor:
     return torch.randn(shape, generator=generator).to(**config.place).requires_grad_()
 
 
-def output_of(result: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+def output_of(result: Tensor | tuple[Tensor, ...]) -> Tensor:
     """What attention returns first."""
     return result[0] if isinstance(result, tuple) else result
 

@@ -6,7 +6,7 @@ Legend: B batch, H query heads, S heads of registers, Q queries, D key width, V 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ class SinkKeys:
     def of(cls, owner: str, sinks: object) -> SinkKeys:
         """What a caller passes as ``sinks``: the module, or (H,) logits."""
         if isinstance(sinks, AttentionSinks):
-            return sinks.keys_of_call()
+            return cast("SinkKeys", sinks())  # called, so that hooks which gather or load parameters run
         if not isinstance(sinks, Tensor):
             rule = "be a tensor of one logit a head, or AttentionSinks"
             fail(owner, "sinks", rule, sinks, "Pass AttentionSinks.logit(num_heads)", error=TypeError)
@@ -227,7 +227,7 @@ class AttentionSinks(nn.Module):
                 if side is not None:
                     side.normal_(std=(side.shape[0] * side.shape[2]) ** -0.5)
 
-    def keys_of_call(self) -> SinkKeys:
+    def forward(self) -> SinkKeys:
         """What a call needs to know."""
         return SinkKeys(self.logits, self.has_zero_key, self.key, self.value)
 
