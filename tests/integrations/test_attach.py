@@ -265,6 +265,20 @@ def test_sinks_are_attached_and_join_those_of_the_model():
         model(**inputs)
 
 
+@torch.no_grad()
+def test_capture_sees_the_sinks_of_an_attached_model():
+    model, inputs = build(BY_NAME["gpt-oss"]), BY_NAME["gpt-oss"].inputs()
+    with capture(model) as plain:
+        model(**inputs)
+    with attach(model), capture(model) as attached:
+        model(**inputs)
+    assert list(plain.layers) == list(attached.layers)
+    for one, other in zip(plain.layers.values(), attached.layers.values(), strict=True):
+        for name in ("explicit_sink_mass", "entropy"):
+            assert_close(other.sums[name], one.sums[name], tolerance=1e-4)
+        assert_close(other.lag_mass, one.lag_mass, tolerance=1e-4)
+
+
 def test_cross_attention_and_unknown_keywords_are_told():
     model = BY_NAME["llama"].build()
     model.model.layers[0].self_attn.register_forward_pre_hook(
