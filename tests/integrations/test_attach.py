@@ -90,6 +90,9 @@ def test_a_neutral_prior_changes_nothing(family, padding, dtype):
         count = len(attached.priors)
     assert count == len(attention_layers(model)) > 0
     assert_close(actual / expected.abs().amax(), expected / expected.abs().amax(), tolerance=TOLERANCE[dtype])
+    with attach(model):
+        alone = real_rows(result(model(**inputs)), inputs)
+    assert_close(alone / expected.abs().amax(), expected / expected.abs().amax(), tolerance=TOLERANCE[dtype])
     with attach(model, lambda heads: FourierPrior(heads, 2, 3.0, 9.0)) as attached:
         for parameter in attached.parameters():
             parameter.fill_(1.0)
