@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import eotattn
+from eotattn.attention import KeyValueCache, PackedDocuments
 
 PACKAGE = Path(eotattn.__file__).parent
 ROOT = PACKAGE.parent
@@ -72,3 +74,31 @@ def test_files_that_the_package_ships_are_there():
         if path.is_file() and path.suffix != ".py" and "__pycache__" not in path.parts
     }
     assert shipped == lying_there
+
+
+PRIOR = eotattn.RelativeBiasPrior(2, max_lag=3)
+PROBLEM = eotattn.TransportProblem(torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("one", "shows"),
+    [
+        (PRIOR, "num_heads=2, max_lag=3, table=(2, 7)"),
+        (0.5 * PRIOR + PRIOR, "RelativeBiasPrior(num_heads=2"),
+        (eotattn.SinkPrior(2, length_scale=9.0), "length_scale=9.0"),
+        (eotattn.PriorAttention(8, 2, prior=PRIOR), "embed_dim=8, num_heads=2"),
+        (
+            eotattn.RecencyPrior(2).lanes(torch.arange(4), torch.arange(4), dtype=torch.bfloat16),
+            "torch.bfloat16, error",
+        ),
+        (PackedDocuments([3, 4]), "2 of 3 to 4 tokens"),
+        (KeyValueCache(1, 2, 9, 8, 8), "0 of 9 slots"),
+        (PROBLEM, "queries=2, keys=3"),
+        (eotattn.solve(PROBLEM), "1 of 1 converged"),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
+)
+def test_public_objects_say_what_they_are(one, shows):
+    assert shows in repr(one)
+    assert " at 0x" not in repr(one)
+    assert "tensor(" not in repr(one)
