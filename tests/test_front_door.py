@@ -1,6 +1,7 @@
 """The front door: what it names, what it leaves for later, and that the package is complete."""
 
 import importlib.metadata
+import inspect
 import pydoc
 import subprocess
 import sys
@@ -54,7 +55,7 @@ def test_help_is_a_map_of_the_rooms():
     text = pydoc.render_doc(eotattn, renderer=pydoc.plaintext)
     rooms = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
     assert len(rooms) > 10
-    for room in rooms - {"__init__"}:
+    for room in rooms - {"__init__", "__main__"}:
         assert f"eotattn.{room} " in text, room
 
 
@@ -74,6 +75,10 @@ def test_files_that_the_package_ships_are_there():
         if path.is_file() and path.suffix != ".py" and "__pycache__" not in path.parts
     }
     assert shipped == lying_there
+
+
+def test_help_shows_what_a_prior_takes():
+    assert str(inspect.signature(eotattn.RelativeBiasPrior)) == "(num_heads: 'int', max_lag: 'int') -> 'None'"
 
 
 PRIOR = eotattn.RelativeBiasPrior(2, max_lag=3)
