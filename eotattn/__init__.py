@@ -10,7 +10,7 @@ The names below are the front door. The rooms behind it, from the ground up; eac
     eotattn.attention     prior_attention, explain, a cache; layers; statistics without weights
     eotattn.transport     TransportProblem -> solve -> TransportSolution; certificates, theorems, POT
     eotattn.diagnostics   heads, sinks, values, implicit priors; the table of equivalences
-    eotattn.integrations  models of other libraries: capture, stored maps
+    eotattn.integrations  models of other libraries: capture, stored maps, attached priors, interventions
     eotattn.plotting      arrays in, matplotlib Axes out
     eotattn.analysis      analyze: a model and texts in; tables, figures and a page out
     eotattn.experiments   tasks, networks, recipes, training and results behind the figures
@@ -30,14 +30,19 @@ from typing import TYPE_CHECKING, Any
 
 from eotattn.attention import GoatAttention, PriorAttention, Rotary, prior_attention
 from eotattn.priors import (
+    AlibiPrior,
     ClassTokenPrior,
     DensePrior,
     FourierPrior,
     GridPrior,
+    GridTablePrior,
+    KerplePrior,
     LogPrior,
     RecencyPrior,
     RelativeBiasPrior,
     SinkPrior,
+    T5Prior,
+    factorise,
     goat_prior,
     grid_positions,
     split_parameters,
@@ -50,21 +55,26 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "AlibiPrior",
     "ClassTokenPrior",
     "DensePrior",
     "FourierPrior",
     "GoatAttention",
     "GridPrior",
+    "GridTablePrior",
+    "KerplePrior",
     "LogPrior",
     "PriorAttention",
     "RecencyPrior",
     "RelativeBiasPrior",
     "Rotary",
     "SinkPrior",
+    "T5Prior",
     "TransportProblem",
     "TransportSolution",
     "__version__",
     "analyze",
+    "factorise",
     "goat_prior",
     "grid_positions",
     "prior_attention",

@@ -2,6 +2,9 @@
 
 import os
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one core each, in BLAS too, which reads this as it is loaded, and in children
+    os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
 import matplotlib as mpl
 import pytest
 import torch
@@ -9,8 +12,6 @@ import torch
 mpl.use("Agg")
 # What trains takes the CPU, in this process and in those that it starts, unless the test is marked ``gpu``.
 os.environ["ACCELERATE_USE_CPU"] = "true"
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import sysconfig
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from eotattn.checks import check_positive_int, speaking_as
@@ -25,7 +27,8 @@ def prose_samples(count: int) -> list[str]:
         >>> len(prose_samples(2))
         2
     """
-    return [doc for tree in _modules() if len(doc := ast.get_docstring(tree) or "") >= SHORTEST][: _checked(count)]
+    docstrings = (ast.get_docstring(tree) or "" for tree in _modules())
+    return list(islice((text for text in docstrings if len(text) >= SHORTEST), _checked(count)))
 
 
 @speaking_as("code_samples")
@@ -39,24 +42,25 @@ def code_samples(count: int) -> list[str]:
         >>> all(text.startswith("def ") for text in code_samples(2))
         True
     """
-    found: list[str] = []
-    for tree in _modules()[: 20 * _checked(count)]:
-        for node in tree.body:
-            if isinstance(node, ast.FunctionDef) and not node.decorator_list:
-                body = node.body[1:] if ast.get_docstring(node) else node.body
-                text = ast.unparse(ast.FunctionDef(**{**vars(node), "body": body or [ast.Pass()]}))
-                if len(text) >= SHORTEST:
-                    found.append(text)
-                    break
-        if len(found) == count:
-            break
-    return found
+    functions = (_long_function(tree) for tree in _modules())
+    return list(islice((text for text in functions if text), _checked(count)))
 
 
-def _modules() -> list[ast.Module]:
+def _long_function(tree: ast.Module) -> str:
+    """The first long function of a module, without its docstring; empty where there is none."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and not node.decorator_list:
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            text = ast.unparse(ast.FunctionDef(**{**vars(node), "body": body or [ast.Pass()]}))
+            if len(text) >= SHORTEST:
+                return text
+    return ""
+
+
+def _modules() -> Iterator[ast.Module]:
     """The standard library's top-level modules of one file whose names are public, in the order of their names."""
-    paths = sorted(Path(sysconfig.get_path("stdlib")).glob("[!_]*.py"))
-    return [ast.parse(path.read_text(encoding="utf-8")) for path in paths]
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("[!_]*.py")):
+        yield ast.parse(path.read_text(encoding="utf-8"))
 
 
 def _checked(count: int) -> int:

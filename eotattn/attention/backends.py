@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from eotattn.attention import near_far
 from eotattn.attention.call import AttentionCall
 from eotattn.attention.measured import preference
 from eotattn.attention.operands import call_terms, operands, plan_of
@@ -120,6 +121,21 @@ class Sdpa:
         return fused(query, key, value, mask=mask, is_causal=masks.triangle, **shared)
 
 
+class NearFar:
+    """Near keys by blocks, far keys in stock calls: a prior that is a constant, or has lanes, far away."""
+
+    name = "near_far"
+
+    def refusal(self, call: AttentionCall) -> str | None:
+        """Why it cannot serve the call, or ``None``."""
+        return NO_WEIGHTS if call.return_weights else near_far.refusal(call)
+
+    def run(self, call: AttentionCall) -> Served:
+        """Output and log-sum-exp."""
+        output, lse = near_far.attend(call, Sdpa().run)
+        return Served(_without_empty_rows(call, output), lse=_of_rows_with_keys(call, lse, float("-inf")))
+
+
 class Varlen:
     """PyTorch's variable-length kernel with the prior in lanes: no mask, whatever the pattern; GPU, 16 bits."""
 
@@ -170,7 +186,7 @@ class Flex:
         if call.query_gains:
             return "its score modification has no factors of a query's own; use 'sdpa'"
         learned = call.prior is not None and torch.is_grad_enabled() and _learns_in_lanes(call.prior)
-        learned = learned or is_learned(call.key_bias)
+        learned = learned or is_learned(call.key_bias) or is_learned(call.query_bias)
         biased = call.masks.dense if call.masks.key_bias is None else call.masks.key_bias
         return flex.refusal(call.query, mask=biased, dropout_p=call.dropout_p, learned=learned)
 
@@ -191,17 +207,17 @@ class Flex:
         return Served(output, lse=lse)
 
     def score_mod(self, call: AttentionCall) -> ScoreMod | None:
-        """The log-prior and the bias of keys as a score modification."""
+        """The log-prior and what tokens add to it as a score modification."""
         modified = None
         if call.prior is not None:
             modified = call.prior.score_mod(call.query_positions.tensor, call.key_positions.tensor)
-        if call.key_bias is None:
-            return modified
-        return biased_score(modified, expand_heads(call.key_bias, call.query.shape[1]))
+        heads, of_keys = call.query.shape[1], call.key_bias
+        of_keys = of_keys if of_keys is None or of_keys.shape[1] == 1 else expand_heads(of_keys, heads)
+        return biased_score(modified, of_keys, call.query_bias)
 
 
 #: Backends by the names that users ask for.
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Sdpa(), Varlen(), Flex(), Reference())}
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Sdpa(), NearFar(), Varlen(), Flex(), Reference())}
 NO_WEIGHTS = "fused kernels do not return weights; use backend='reference'"
 
 
@@ -230,7 +246,7 @@ def _without_lanes(call: AttentionCall) -> str | None:
     if call.return_weights:
         return NO_WEIGHTS
     if call.prior is not None and not call.prior.has_lanes:
-        return "this prior has no lanes; use backend='reference' or 'flex'"
+        return "this prior has no lanes; use backend='near_far', 'reference' or 'flex'"
     return None
 
 

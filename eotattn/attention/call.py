@@ -76,11 +76,11 @@ class AttentionCall:
     return_weights: bool = False
     tolerance: float | None = None
     cache: KeyValueCache | None = None
+    return_lse: bool = False
+    sinks: SinkKeys | None = None
     key_bias: Tensor | None = None
     query_bias: Tensor | None = None
     query_gains: tuple[Tensor | None, ...] = ()
-    return_lse: bool = False
-    sinks: SinkKeys | None = None
 
     @classmethod
     def from_arguments(
@@ -102,11 +102,11 @@ class AttentionCall:
         return_weights: bool = False,
         tolerance: float | None = None,
         cache: KeyValueCache | None = None,
+        return_lse: bool = False,
+        sinks: AttentionSinks | Tensor | None = None,
         key_bias: Tensor | None = None,
         query_bias: Tensor | None = None,
         query_gains: Tensor | Sequence[Tensor | None] = (),
-        return_lse: bool = False,
-        sinks: AttentionSinks | Tensor | None = None,
     ) -> AttentionCall:
         """Check the arguments of :func:`prior_attention`; raises what that function documents."""
         query, key, value = _as_autocast(query, key, value)
@@ -138,8 +138,8 @@ class AttentionCall:
             return cls._of_documents(
                 query, key, value, documents, given, prior=prior, attn_mask=attn_mask, padding=key_padding_mask,
                 is_causal=is_causal, window=window, scale=scale, dropout_p=dropout_p, return_weights=return_weights,
-                tolerance=tolerance, key_bias=key_bias, query_bias=query_bias,
-                query_gains=query_gains, return_lse=return_lse, sinks=of_sinks,
+                tolerance=tolerance, return_lse=return_lse, sinks=of_sinks, key_bias=key_bias, query_bias=query_bias,
+                query_gains=query_gains,
             )  # fmt: skip
         num_coordinates = 1 if prior is None else prior.num_coordinates
         sizes: dict[str, Any] = {"batch": batch, "device": device, "num_coordinates": num_coordinates}
@@ -153,8 +153,10 @@ class AttentionCall:
             in_slots = cache is not None and window is None  # slots are in the order of positions, padding or not
             seen = Band(keys - queries) if in_slots else causal_pattern(query_at, key_at, window)
         masks = _gather((batch, heads, queries, keys), query, attn_mask, key_padding_mask, seen, None)
-        rest = (scale, dropout_p, return_weights, tolerance, cache, key_bias, query_bias, query_gains)
-        return cls(query, key, value, prior, query_at, key_at, masks, *rest, return_lse, of_sinks)
+        return cls(
+            query, key, value, prior, query_at, key_at, masks, scale, dropout_p, return_weights, tolerance, cache,
+            return_lse, of_sinks, key_bias, query_bias, query_gains,
+        )  # fmt: skip
 
     @classmethod
     def _of_documents(
@@ -204,14 +206,14 @@ class AttentionCall:
         return replace(self, key=key.to(self.key.dtype), value=value.to(self.value.dtype))
 
     @property
-    def has_log_prior(self) -> bool:
-        """Whether anything is added to the scores besides masks."""
-        return self.prior is not None or self.key_bias is not None
-
-    @property
     def needs_lse(self) -> bool:
         """Whether a backend has to return the log-sum-exp of the keys."""
         return self.return_lse or self.sinks is not None
+
+    @property
+    def has_log_prior(self) -> bool:
+        """Whether anything is added to the scores besides masks."""
+        return self.prior is not None or self.key_bias is not None
 
     @property
     def prior_name(self) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eotattn.attention import near_far
 from eotattn.attention.backends import BACKENDS, Backend, choose
 from eotattn.attention.call import AttentionCall
 from eotattn.attention.masks import Masks
@@ -28,6 +29,8 @@ _WORDS = {
     "flex": "one compiled call that skips blocks that are not seen",
     "reference": "dense tensor operations; Q x K weights in memory",
 }
+#: Backends whose fused calls carry priors in lanes.
+IN_LANES = ("sdpa", "near_far", "varlen")
 #: Operators that return the log-sum-exp too, by their route.
 _OPERATORS = {
     "cpu": "flash_attention",
@@ -40,6 +43,7 @@ _PRIOR_WORDS = {
     "varlen": "; the prior rides in lanes",
     "flex": "; the prior is a score modification",
     "reference": "",
+    "near_far": "",
 }
 
 
@@ -72,6 +76,7 @@ class Explanation:
         lines = [f"backend        {self.backend}: {self.reason}"]
         if self.kernel is not None:
             lines.append(f"kernel         {self.kernel}, width {self.width} of which {self.num_lanes} lanes")
+        if self.kernel is not None or self.backend == "near_far":
             lines.append(f"error bound    {self.error_bound:.1e} nats of the log-prior")
         if self.times is not None and self.times.forward is not None:
             lines.append(f"measured       {self.times} of plain causal attention (H200, bfloat16, 8192 tokens)")
@@ -98,12 +103,15 @@ def explain(query: Tensor, key: Tensor, value: Tensor, *, backend: str = "auto",
 
     Example:
         >>> from eotattn.priors import RelativeBiasPrior
-        >>> x = torch.ones(1, 2, 5, 8)
+        >>> x = torch.ones(1, 2, 9, 8)
         >>> print(explain(x, x, x, prior=RelativeBiasPrior(2, 4)))
-        backend        reference: dense tensor operations; Q x K weights in memory
-        not sdpa       this prior has no lanes; use backend='reference' or 'flex'
+        backend        near_far: the log-prior in full within 4 tokens, by blocks; a constant a head beyond, in stock
+        calls, merged
+        error bound    0.0e+00 nats of the log-prior
+        not sdpa       this prior has no lanes; use backend='near_far', 'reference' or 'flex'
         not flex       it compiles for a GPU and the query is on cpu
         not varlen     it is a GPU kernel and the query is on cpu
+        not reference  would serve: dense tensor operations; Q x K weights in memory, not measured
     """
     check_choice("explain", "backend", backend, ("auto", *BACKENDS))
     kept = options.get("cache") is None
@@ -120,9 +128,11 @@ def explain(query: Tensor, key: Tensor, value: Tensor, *, backend: str = "auto",
     if refused:
         reason = f"{wanted.name} cannot serve the call with {call.prior_name}: {refused}"
         return Explanation(None, reason, None, call.query.shape[-1], 0, 0.0, None, others)
-    lanes = lanes_of(call) if wanted.name in ("sdpa", "varlen") else None
-    num_lanes = 0 if lanes is None else lanes.num_lanes
-    if wanted.name in ("sdpa", "varlen"):
+    is_near_far = wanted.name == "near_far"
+    fused = near_far.far_calls(call) if is_near_far else [call]
+    each = [lanes for one in fused if (lanes := lanes_of(one)) is not None] if wanted.name in IN_LANES else []
+    num_lanes = max((lanes.num_lanes for lanes in each), default=0)
+    if wanted.name in IN_LANES:
         num_lanes += call.masks.padding is not None and call.masks.dense is None
     width = call.query.shape[-1] + num_lanes
     width = sdpa.kernel_width(width, call.query.device) if num_lanes else width
@@ -132,7 +142,8 @@ def explain(query: Tensor, key: Tensor, value: Tensor, *, backend: str = "auto",
         kernel=_kernel(wanted, call, width),
         width=width,
         num_lanes=num_lanes,
-        error_bound=0.0 if lanes is None else lanes.error_bound * call.scale,
+        error_bound=max((lanes.error_bound for lanes in each), default=0.0) * call.scale
+        + (near_far.far_error(call) if is_near_far else 0.0),
         times=times[wanted.name],
         alternatives=others,
     )
@@ -140,7 +151,9 @@ def explain(query: Tensor, key: Tensor, value: Tensor, *, backend: str = "auto",
 
 def _words(name: str, call: AttentionCall) -> str:
     """What backend ``name`` would do with the call."""
-    calls = _sdpa_words(call.masks) if name == "sdpa" else _WORDS[name]
+    calls = (
+        _sdpa_words(call.masks) if name == "sdpa" else near_far.describe(call) if name == "near_far" else _WORDS[name]
+    )
     calls += _PRIOR_WORDS[name] if call.has_log_prior else ""
     return calls if call.sinks is None else calls + "; sinks are joined by the log-sum-exp"
 

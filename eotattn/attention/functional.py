@@ -80,7 +80,8 @@ def prior_attention(
             differentiable as the output is; :func:`merge` joins calls over disjoint keys by it.
         tolerance: Error that the prior's lanes may add in 16 bits, nats; by default about what content's own rounding
             costs. A smaller one takes more lanes.
-        backend: ``"auto"``, ``"sdpa"`` (lanes through stock fused calls), ``"varlen"`` (lanes through the
+        backend: ``"auto"``, ``"sdpa"`` (lanes through stock fused calls), ``"near_far"`` (priors that are a constant,
+            or have lanes, far away: near keys by blocks, far keys in stock calls), ``"varlen"`` (lanes through the
             variable-length kernel; GPU, 16 bits), ``"flex"`` (GPU) or ``"reference"`` (dense). A backend asked for by
             name is used or refused, never replaced; ``"auto"`` takes the fastest that can serve the call, as measured;
             :func:`explain` says which, and why.
@@ -88,12 +89,12 @@ def prior_attention(
             it and its lanes; nats, finite, any floating dtype, with gradient. Beside a cache (B, ..., Q), of the new
             tokens, with every call or with none. Lanes carry it exactly to the last digit of float32; float64 keeps
             sums over many tokens exact until then. Hide keys by ``key_padding_mask`` instead.
-        query_bias: (B, H, Q), nats: a constant of each row, which softmax does not see. Its gradient is what rounding
-            leaves of a sum that is zero in exact arithmetic. Where ``key_bias`` and ``query_bias`` are of the same
-            numbers, as the running sums -c and c of log forgetting gates, the gradients of these numbers are
-            differences of both, and long sums of them stay exact in 16 bits.
-        query_gains: (B, H, Q), dimensionless: the factor by which a query sees the prior, which needs bilinear terms; or
-            one, or ``None``, for each of ``prior.terms()``.
+        query_bias: (B, H, Q), nats: a constant of each row. Softmax does not see it; sinks and the log-sum-exp do. Its
+            gradient is what rounding leaves of a sum that is zero in exact arithmetic. Where both biases are of the
+            same numbers, as the running sums -c and c of log forgetting gates, the gradient of these numbers is a
+            difference of both, in which that cancels: long sums of it stay right in 16 bits.
+        query_gains: (B, H, Q), dimensionless: the factor by which a query sees the prior, which needs bilinear terms;
+            or one, or ``None``, for each of ``prior.terms()``.
 
     Returns:
         (B, H, Q, V) in the dtype of ``query``, under autocast in autocast's. In a tuple behind it: with

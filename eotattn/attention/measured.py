@@ -33,6 +33,7 @@ class Times(NamedTuple):
 TIMES: dict[str, dict[str, Times]] = {
     "whole": {
         "sdpa": Times(1.43, 1.55),
+        "near_far": Times(None, None),
         "flex": Times(1.84, None),
         "varlen": Times(None, None),
         "reference": Times(None, None),
@@ -40,30 +41,35 @@ TIMES: dict[str, dict[str, Times]] = {
     "window": {
         "varlen": Times(0.73, 0.75),
         "sdpa": Times(1.17, 1.00),
+        "near_far": Times(None, None),
         "flex": Times(None, None),
         "reference": Times(None, None),
     },
     "window, prior": {
         "sdpa": Times(1.76, 1.28),
         "varlen": Times(4.01, 2.07),
+        "near_far": Times(None, None),
         "flex": Times(None, None),
         "reference": Times(None, None),
     },
     "chunk": {
         "varlen": Times(None, None),
         "sdpa": Times(None, None),
+        "near_far": Times(None, None),
         "flex": Times(None, None),
         "reference": Times(None, None),
     },
     "documents": {
         "varlen": Times(1.04, 0.87),
         "sdpa": Times(1.25, 1.12),
+        "near_far": Times(None, None),
         "flex": Times(0.99, 0.75),
         "reference": Times(None, None),
     },
     "documents, prior": {
         "sdpa": Times(5.77, 3.69),
         "varlen": Times(8.20, 4.12),
+        "near_far": Times(None, None),
         "flex": Times(None, None),
         "reference": Times(None, None),
     },

@@ -23,17 +23,22 @@ def row_constants(call: AttentionCall) -> Tensor | None:
 
     Without gradient: the lanes that leave these numbers out carry their gradient all the same.
     """
-    terms = call_terms(call)
+    terms, bias = call_terms(call), None if call.query_bias is None else call.query_bias.detach().double()
     if not terms:
-        return None
+        return bias
     stored = None if call.cache is None else call.cache.stored_plan(call)
     plan, origin = plan_of(call, terms) if stored is None else stored
-    return _left_out(plan, terms, call.query_positions.tensor.double(), origin)
+    total = _left_out(plan, terms, call.query_positions.tensor.double(), origin, call.query_gains)
+    return bias if total is None else total if bias is None else total + bias
 
 
 @torch.no_grad()
 def _left_out(
-    plan: LanePlan, terms: Sequence[Term | KeyTerm], positions: Tensor, origin: Tensor | float
+    plan: LanePlan,
+    terms: Sequence[Term | KeyTerm],
+    positions: Tensor,
+    origin: Tensor | float,
+    gains: Sequence[Tensor | None],
 ) -> Tensor | None:
     total = None
     for number, key_feature in plan.left_out:
@@ -44,5 +49,7 @@ def _left_out(
         for coefficient, feature, of_key, sign in features.entries:
             if of_key == key_feature:
                 part = term.coefficients[:, coefficient].double() * (sign * rows[..., None, :, feature])
+                gain = gains[number] if gains else None
+                part = part if gain is None else gain.double() * part
                 total = part if total is None else total + part
     return total

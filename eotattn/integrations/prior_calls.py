@@ -97,7 +97,7 @@ def _sink_logits(call: AttentionCall) -> Tensor | None:
 
 def _reads_lanes(call: AttentionCall) -> bool:
     """Whether statistics read the log-prior as lanes: their kernel does, as that of the output did."""
-    return call.has_log_prior and (call.prior is None or call.prior.has_lanes) and call.query.is_cuda
+    return (call.prior is None or call.prior.has_lanes) and call.query.is_cuda
 
 
 def _prior_rows(call: AttentionCall) -> RowSource | None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from eotattn.checks import check_positive, check_positive_int, require
+from eotattn.priors.far_form import FarForm, Tail
 from eotattn.priors.flex_form import ScoreMod, score_mod_of
 from eotattn.priors.lane_plan import LaneRequest, plan_lanes
 from eotattn.priors.lanes import Lanes, make_lanes
@@ -63,6 +64,8 @@ class LogPrior(nn.Module):
 
     #: Numbers that make a position: 1 on a sequence, 2 on a grid.
     num_coordinates: int = 1
+    #: Whether the log-prior depends on differences of positions only.
+    is_relative: bool = False
     #: Whether :meth:`read_tokens` gives a bias of keys, which takes lanes of its own.
     biases_keys: bool = False
     #: Numbers N that are kept of every token, where later chunks go on from them.
@@ -104,9 +107,14 @@ class LogPrior(nn.Module):
         """Whether the prior is a finite inner product, so that any fused kernel can carry it."""
         return type(self).terms is not LogPrior.terms
 
+    def far_form(self) -> FarForm | None:
+        """What the log-prior is far away, if it is simpler there: a constant a head, or a prior with lanes."""
+        tail = Tail(prior=self)
+        return FarForm(0, tail, tail) if self.has_lanes and self.num_coordinates == 1 else None
+
     @property
     def reads_tokens(self) -> bool:
-        """Whether the log-prior depends on tokens besides their positions; then a layer calls :meth:`read_tokens`."""
+        """Whether the log-prior depends on more than positions, so that layers call :meth:`read_tokens`."""
         return type(self).read_tokens is not LogPrior.read_tokens
 
     def read_tokens(self, tokens: Tokens) -> Reading:
@@ -277,6 +285,7 @@ class CombinedPrior(LogPrior):
     def __init__(self, parts: Sequence[LogPrior], num_heads: int) -> None:
         super().__init__(num_heads)
         self.num_coordinates = parts[0].num_coordinates
+        self.is_relative = all(part.is_relative for part in parts)
         self.biases_keys = any(part.biases_keys for part in parts)
         self.num_kept = sum(part.num_kept for part in parts)
         samples = {part.num_samples for part in parts} - {None}
@@ -376,6 +385,11 @@ class SumPrior(CombinedPrior):
         """The terms of all parts."""
         return tuple([term for part in self.parts for term in part.terms()])
 
+    def far_form(self) -> FarForm | None:
+        """The sum of the parts' forms."""
+        forms = [form for part in self.parts if (form := part.far_form()) is not None]
+        return reduce(operator.add, forms) if len(forms) == len(self.parts) else None
+
     def read_tokens(self, tokens: Tokens) -> Reading:
         """The sum of what the parts read."""
         return join_readings(read_each(self.parts, tokens))
@@ -444,6 +458,12 @@ class ScaledPrior(CombinedPrior):
         """The terms of the prior with their weights scaled."""
         return tuple([term.weighted(self._scale) for term in self.prior.terms()])
 
+    def far_form(self) -> FarForm | None:
+        """The prior's form, scaled."""
+        form = self.prior.far_form()
+        scale = lambda numbers: self._factors(numbers.double()).unsqueeze(1) * numbers  # noqa: E731
+        return None if form is None else form.changed(self._like, scale)
+
     def read_tokens(self, tokens: Tokens) -> Reading:
         """What the prior reads, its biases scaled."""
         return self.prior.read_tokens(tokens).of_heads(self.num_heads).weighted(self._scale)
@@ -454,6 +474,12 @@ class ScaledPrior(CombinedPrior):
         if isinstance(self.factor, nn.Parameter):
             with torch.no_grad():
                 self.factor.copy_(torch.tensor(self._start))
+
+    def _like(self, prior: LogPrior) -> ScaledPrior:
+        """Another prior with the same factors."""
+        scaled = ScaledPrior(prior, self._start)
+        scaled.factor = self.factor
+        return scaled
 
     def _factors(self, like: Tensor) -> Tensor:
         """(H,) in the dtype of ``like``."""
@@ -496,6 +522,13 @@ class HeadsPrior(CombinedPrior):
     def terms(self) -> tuple[Term | KeyTerm, ...]:
         """The terms of the prior with the weights of the chosen heads."""
         return tuple([term.weighted(self._choose) for term in self.parts[0].terms()])
+
+    def far_form(self) -> FarForm | None:
+        """The prior's form, of the chosen heads."""
+        form, chosen = self.parts[0].far_form(), list(self.chosen)
+        if form is None:
+            return None
+        return form.changed(lambda prior: HeadsPrior(prior, chosen), lambda numbers: numbers[chosen])
 
     def read_tokens(self, tokens: Tokens) -> Reading:
         """What the chosen heads read."""

@@ -61,8 +61,6 @@ class BilinearPrior(LogPrior, metaclass=_NamesFeatures):
     """
 
     _features_name: str
-    #: Whether the log-prior depends on differences of positions only.
-    is_relative: bool = False
     #: Nats that the log-prior commonly spans where it matters: what a tolerance is compared with.
     typical_range: float = 8.0
 

@@ -48,12 +48,19 @@ def _term(term: Term | KeyTerm, query_positions: Tensor, key_positions: Tensor) 
     return modified
 
 
-def biased_score(score_mod: ScoreMod | None, bias: Tensor) -> ScoreMod:
-    """``score_mod``, or nothing, and a bias of keys (B, 1 or H, K), nats."""
-    table, by_head = bias.float(), bias.shape[1] > 1
+def biased_score(score_mod: ScoreMod | None, of_keys: Tensor | None, of_queries: Tensor | None) -> ScoreMod | None:
+    """``score_mod``, or nothing, with a bias of keys (B, 1 or H, K) and of queries (B, H, Q), nats, where given."""
+    for bias, side in ((of_keys, "key"), (of_queries, "query")):
+        if bias is not None:
+            score_mod = _biased(score_mod, bias.float(), side)
+    return score_mod
+
+
+def _biased(score_mod: ScoreMod | None, table: Tensor, side: str) -> ScoreMod:
+    by_head = table.shape[1] > 1
 
     def modified(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         score = score if score_mod is None else score_mod(score, b, h, i, j)
-        return score + table[b, h if by_head else 0, j]
+        return score + table[b, h if by_head else 0, j if side == "key" else i]
 
     return modified

@@ -29,8 +29,8 @@ class ForgettingPrior(LogPrior):
     half rides in one lane (in 16 bits three), its query half is a constant of the row. Use it under a causal mask, in
     self-attention; it adds to any prior on a sequence. The gates start at ``half_lives``, the same for every token.
 
-    It reads the tokens: :class:`~eotattn.attention.PriorAttention` calls :meth:`read_tokens` with its input, and a cache keeps
-    the running sums. The forms of positions alone (``dense``, ``lanes``) are without it.
+    It reads the tokens: :class:`~eotattn.attention.PriorAttention` calls :meth:`read_tokens` with its input, and a
+    cache keeps the running sums. The forms of positions alone (``dense``, ``lanes``) are without it.
 
     Args:
         embed_dim: Width E of the tokens.

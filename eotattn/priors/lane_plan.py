@@ -79,8 +79,8 @@ class LanePlan(MadeInGraphs):
         looked_up: Those lanes, behind the others.
         truncation: P relative errors.
         is_relative: Which terms may count positions from anywhere.
-        lanes: The lanes themselves, in order.
         left_out: (term, key feature) whose products are constants of each row, in no lane's value.
+        lanes: The lanes themselves, in order.
     """
 
     names: tuple[str, ...]
@@ -178,8 +178,8 @@ def _plan(shapes: tuple[Shape, ...], request: LaneRequest) -> LanePlan:
             continue
         by_query = splitting.lanes("query", (None,))
         by_key = splitting.lanes("key", members if request.group > 1 else (None,))
-        chosen = by_query if request.has_fixed_keys or len(by_query) <= len(by_key) else by_key
-        chosen = by_query if number in request.gained else chosen
+        by_queries = request.has_fixed_keys or number in request.gained or len(by_query) <= len(by_key)
+        chosen = by_query if by_queries else by_key
         left_out += dict.fromkeys((number, lane.fixed.feature) for lane in chosen if lane.is_constant)
         lanes += [lane for lane in chosen if not (request.has_fixed_keys and lane.is_constant)]
     layout = SideLayout(shapes, request.num_heads, request.group, request.query_scale, request.lift, request.gained)

@@ -27,8 +27,8 @@ class QueryGainPrior(CombinedPrior):
     bilinear form with weights of the query's own, in the same lanes. gain = softplus(weight . token + ln(e - 1)) is
     never negative, and one at the start.
 
-    It reads the tokens: :class:`~eotattn.attention.PriorAttention` calls :meth:`read_tokens` with its input. The forms of
-    positions alone (``dense``, ``lanes``) have gain one.
+    It reads the tokens: :class:`~eotattn.attention.PriorAttention` calls :meth:`read_tokens` with its input. The forms
+    of positions alone (``dense``, ``lanes``) have gain one.
 
     Args:
         prior: Bilinear prior on a sequence; stays trainable.

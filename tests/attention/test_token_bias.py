@@ -1,6 +1,7 @@
 """Biases and factors that tokens decide: the same as in a dense log-prior, in any form of the call."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -249,6 +250,9 @@ def test_flex_adds_the_bias_to_scores_and_refuses_to_train_it():
     index = [torch.tensor(n) for n in (1, 4, 2, 30)]
     found = flex.score_mod(call)(torch.tensor(0.5), *index)
     assert_close(found, 0.5 + bias[1, 2, 30])
+    assert_close(
+        flex.score_mod(replace(call, query_bias=bias[:, :1]))(torch.tensor(0.5), *index), found + bias[1, 0, 2]
+    )
 
 
 @pytest.mark.parametrize("total", [(130.0, 1e-5), (1316.0, 1e-4), (13143.0, 5e-4)])

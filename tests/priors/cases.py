@@ -5,6 +5,7 @@ import math
 import torch
 
 from eotattn.priors import (
+    AlibiPrior,
     ClassTokenPrior,
     DensePrior,
     FourierPrior,
@@ -13,11 +14,13 @@ from eotattn.priors import (
     GridTablePrior,
     HeadsPrior,
     JoinedPrior,
+    KerplePrior,
     KeyTablePrior,
     RecencyPrior,
     RelativeBiasPrior,
     ScaledPrior,
     SinkPrior,
+    T5Prior,
     TransposedPrior,
     goat_prior,
 )
@@ -67,6 +70,11 @@ CASES = {
     "sink with a horizon": (lambda: off_neutral(SinkPrior(HEADS, 3, length_scale=40.0, horizon=4.5)), ()),
     "sink without waves": (lambda: off_neutral(SinkPrior(HEADS, 0, length_scale=40.0)), ()),
     "table": (lambda: off_neutral(RelativeBiasPrior(HEADS, max_lag=3)), ()),
+    "alibi": (lambda: AlibiPrior(HEADS), ()),
+    "t5": (lambda: off_neutral(T5Prior(HEADS, 12, 9)), ()),
+    "t5 causal": (lambda: off_neutral(T5Prior(HEADS, 5, 6, bidirectional=False)), ()),
+    "kerple": (lambda: off_neutral(KerplePrior(HEADS)), ()),
+    "kerple power": (lambda: off_neutral(KerplePrior(HEADS, "power")), ()),
     "key table": (lambda: off_neutral(KeyTablePrior(HEADS, length=4)), ()),
     "given": (lambda: DensePrior(matrix()), ("reset",)),
     "given with -inf": (lambda: DensePrior(matrix(masked=True)), ("reset",)),
@@ -77,6 +85,7 @@ CASES = {
     "grid of recencies": (lambda: GridPrior(recency(), recency()), ()),
     "grid of tables": (lambda: GridPrior(off_neutral(RelativeBiasPrior(HEADS, 2)), fourier()), ()),
     "grid lag table": (lambda: off_neutral(GridTablePrior(HEADS, 3, 2)), ()),
+    "grid lag table, one row": (lambda: off_neutral(GridTablePrior(HEADS, 1, 65)), ()),
     "grid key table": (lambda: off_neutral(GridKeyPrior(HEADS, 3, 2)), ()),
     "class token": (lambda: off_neutral(ClassTokenPrior(HEADS)), ()),
     "vit": (lambda: GridPrior(fourier(3), fourier(4)) + off_neutral(ClassTokenPrior(HEADS)), ()),

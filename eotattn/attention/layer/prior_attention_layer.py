@@ -189,7 +189,7 @@ class PriorAttention(ProjectedHeads):
             cache: Earlier keys and values of this layer; the new ones are appended to it, positions follow from it, and
                 ``key_padding_mask`` speaks of the new tokens. For inference: no gradient reaches cached tensors.
             key_bias: (B, H, K), (B, Hk, K) or (B, 1, K), nats, added to every score of a key, and to what the prior
-                reads; with a cache, of the new tokens. Appended keys have none.
+                reads; with a cache, of the new tokens.
 
         Returns:
             Output shaped like ``query``, and the weights (B, Q, K) or (B, H, Q, K), or ``None``.
@@ -253,16 +253,9 @@ class PriorAttention(ProjectedHeads):
         if self.prior is None or not self.prior.reads_tokens:
             return given
         query, key, _ = inputs
-        tokens = Tokens(
-            query,
-            key,
-            padding=padding,
-            document_positions=None
-            if documents is None
-            else documents.positions(key.shape[0], key.shape[1], key.device),
-            before=None if cache is None else cache.kept,
-        )
-        reading = self.prior.read_tokens(tokens)
+        of_documents = None if documents is None else documents.positions(key.shape[0], key.shape[1], key.device)
+        before = None if cache is None else cache.kept
+        reading = self.prior.read_tokens(Tokens(query, key, padding, of_documents, before))
         return reading if key_bias is None else join_readings([given, reading])
 
     def _inputs(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

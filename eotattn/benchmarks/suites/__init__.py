@@ -13,6 +13,7 @@ from eotattn.benchmarks.suites.overview import overview
 from eotattn.benchmarks.suites.padding import padding
 from eotattn.benchmarks.suites.patterns import patterns
 from eotattn.benchmarks.suites.precision import precision
+from eotattn.benchmarks.suites.relative import relative
 from eotattn.benchmarks.suites.rotary_decoder import rotary
 from eotattn.benchmarks.suites.sink_calls import sinks
 from eotattn.benchmarks.suites.statistics import statistics
@@ -24,7 +25,7 @@ __all__ = ["SUITES", "Configuration", "configure"]
 
 _ALL = (
     *(overview, attention, layer, training, rotary, decode, padding, patterns),
-    *(precision, gradients, sinks, transport, statistics),
+    *(relative, precision, gradients, sinks, transport, statistics),
 )
 
 #: Every suite by name.

@@ -5,7 +5,7 @@ Legend: B batch, H heads, Hk key heads, L tokens, D head width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -47,8 +47,7 @@ def _candidates(
         "4 registers": {"sinks": AttentionSinks.registers(kv_heads, width, 4, **place)},
     }
     if window is None:
-        grouped = {"enable_gqa": True} if heads != kv_heads else {}
-        plain = partial(functional.scaled_dot_product_attention, is_causal=True, **grouped)
+        plain = partial(functional.scaled_dot_product_attention, is_causal=True, enable_gqa=heads != kv_heads)
         yield Candidate("SDPA", partial(_timed, plain, sides, [], trains))
     for of_prior in (None, prior):
         for kind, options in kinds.items():
@@ -58,7 +57,9 @@ def _candidates(
             yield Candidate(name, partial(_timed, partial(prior_attention, **called), sides, learned, trains))
 
 
-def _timed(attend: Callable[..., Any], sides: list[Tensor], learned: list[Tensor], trains: bool) -> Callable[[], Any]:
+def _timed(
+    attend: Callable[..., Any], sides: list[Tensor], learned: Sequence[Tensor], trains: bool
+) -> Callable[[], Any]:
     upstream = torch.randn_like(sides[0]) if trains else None
 
     def step() -> Any:
