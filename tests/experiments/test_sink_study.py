@@ -17,6 +17,7 @@ from eotattn.experiments.figures.sink_claims import NAMES, SinkStudy, draw_sinks
 from eotattn.experiments.networks import ATTENTION_KINDS
 from eotattn.experiments.results import ResultFolder
 from eotattn.experiments.runs import perform
+from eotattn.experiments.tasks.token_text import DATA_VARIABLE
 
 SMOKE = sink_study.recipe("smoke")
 TINY = replace(
@@ -126,13 +127,16 @@ def test_one_seed_decides_nothing_about_sinks():
     assert "sinks need a first token: undecided" in sink_verdict(study)
 
 
-def test_missing_runs_and_data_are_said(tmp_path, capsys):
+def test_missing_runs_and_data_are_said(tmp_path, capsys, monkeypatch):
     folder = ResultFolder(str(tmp_path), "smoke", "fig_sinks")
+    monkeypatch.delenv(DATA_VARIABLE, raising=False)
     with pytest.raises(ValueError, match="SinkStudy: folder must hold runs or a table"):
         SinkStudy.read(TINY, folder)
     wanted = ["train", "--figure", "sinks", "--scale", "gpu", "--out", str(tmp_path)]
     assert main([*wanted, "--data", str(tmp_path / "nowhere")]) == 2
     assert "--data must be a folder that exists" in capsys.readouterr().err
+    assert main(wanted) == 2
+    assert "--data must name a folder of prepared books" in capsys.readouterr().err
     assert main([*wanted, "--minutes", "0"]) == 2
     assert "--minutes must be positive" in capsys.readouterr().err
     assert main(["train", "--figure", "2", "--scale", "gpu", "--out", str(tmp_path)]) == 2

@@ -25,7 +25,7 @@ from eotattn.experiments.records import Measurement, Records, Row, Run
 from eotattn.experiments.scales import check_scale
 from eotattn.experiments.sink_measures import activation_outliers, mass_by_signal, measure_sinks
 from eotattn.experiments.tasks.language import PYTHON_STDLIB
-from eotattn.experiments.tasks.token_text import TokenText, Windows, begin
+from eotattn.experiments.tasks.token_text import BOOKS, TokenText, Windows, begin
 from eotattn.experiments.training import TrainingConfig, autocast, train, training_rows
 
 __all__ = ["ARMS", "RECIPES", "Arm", "SinkRecipe", "SinkRun", "measure", "recipe", "runs"]
@@ -140,7 +140,7 @@ RECIPES = {
     ),
     "gpu": SinkRecipe(
         scale="gpu",
-        corpus="books",
+        corpus=BOOKS,
         arms=ARMS,
         decoder=DecoderConfig(
             "rope", 16_384, num_layers=12, embed_dim=512, num_heads=8, train_length=1024, block="llama"
