@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas
 import pytest
 
@@ -17,7 +18,7 @@ from eotattn.experiments.figures.sink_claims import NAMES, SinkStudy, draw_sinks
 from eotattn.experiments.networks import ATTENTION_KINDS
 from eotattn.experiments.results import ResultFolder
 from eotattn.experiments.runs import perform
-from eotattn.experiments.tasks.token_text import DATA_VARIABLE
+from eotattn.experiments.tasks.token_text import DATA_VARIABLE, TokenText
 
 SMOKE = sink_study.recipe("smoke")
 TINY = replace(
@@ -25,6 +26,15 @@ TINY = replace(
     arms=tuple(arm for arm in SMOKE.arms if arm.name in ("rope", "goat")),
     training=replace(SMOKE.training, steps=4, evaluate_every=2, log_every=2, checkpoint_every=2),
 )
+
+
+@pytest.fixture
+def small_text(monkeypatch):
+    """Four documents of random tokens a part in place of the standard library's files."""
+    draw = np.random.default_rng(0)
+    documents = {part: list(draw.integers(256, size=(4, 400))) for part in ("validation", "test")}
+    text = TokenText(draw.integers(256, size=2000), documents, 256, 257, {"sha256": "small"})
+    monkeypatch.setattr(TokenText, "open", lambda corpus: text)
 
 
 def silent(line):
@@ -40,7 +50,7 @@ def test_arms_are_kinds_of_attention_with_a_name_each():
         assert {name.partition("-seed")[2] for name in names[: len(recipe.arms)]} == {"0"}
 
 
-def test_a_study_is_the_same_from_records_and_from_its_table(tmp_path):
+def test_a_study_is_the_same_from_records_and_from_its_table(tmp_path, small_text):
     folder = ResultFolder(str(tmp_path), "smoke", "fig_sinks")
     perform(sink_study.runs, TINY, folder, jobs=1, report=silent)
     study = SinkStudy.read(TINY, folder)
@@ -57,7 +67,7 @@ def test_a_study_is_the_same_from_records_and_from_its_table(tmp_path):
     assert draw_sinks(study).axes[0].get_title(loc="left").startswith("RoPE")
 
 
-def test_no_run_starts_after_the_minutes(tmp_path):
+def test_no_run_starts_after_the_minutes(tmp_path, small_text):
     folder, lines = ResultFolder(str(tmp_path), "smoke", "fig_sinks"), []
     records = perform(sink_study.runs, TINY, folder, jobs=1, minutes=1e-3, report=lines.append)
     assert len(records) <= 1

@@ -5,6 +5,7 @@ Legend: B batch, L tokens of context, N windows, T scored tokens.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -82,6 +83,7 @@ class TokenText:
         return cls._of_folder(Path(folder))
 
     @classmethod
+    @functools.cache
     def _of_bytes(cls) -> TokenText:
         task = LanguageTask.from_corpus(PYTHON_STDLIB, length=1)
         documents = {
