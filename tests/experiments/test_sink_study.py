@@ -23,7 +23,7 @@ from eotattn.experiments.tasks.token_text import DATA_VARIABLE, TokenText
 SMOKE = sink_study.recipe("smoke")
 TINY = replace(
     SMOKE,
-    arms=tuple(arm for arm in SMOKE.arms if arm.name in ("rope", "goat")),
+    arms=tuple(arm for arm in sink_study.ARMS if arm.name in ("rope", "goat")),
     training=replace(SMOKE.training, steps=4, evaluate_every=2, log_every=2, checkpoint_every=2),
 )
 
