@@ -188,6 +188,22 @@ def test_documents_are_alone(is_causal, window):
         assert_close(packed[sample : sample + 1, :, start:stop], expected.detach())
 
 
+def test_a_cache_takes_a_bias_with_every_token_or_with_none():
+    inputs, bias = content(), bias_of(H)
+    first, second = ([side[:, :, span] for side in (*inputs, bias)] for span in (slice(0, 9), slice(9, 12)))
+    for with_bias in (True, False):
+        cache = KeyValueCache(B, HK, L, D, V, dtype=torch.float64)
+        arguments = [{"key_bias": new[3]} if at == with_bias else {} for at, new in ((True, first), (False, second))]
+        prior_attention(*first[:3], is_causal=True, cache=cache, **arguments[0])
+        with pytest.raises(ValueError, match="KeyValueCache: key_bias must be given for every token or for none"):
+            prior_attention(*second[:3], is_causal=True, cache=cache, **arguments[1])
+        assert cache.length == 9
+    cache = KeyValueCache(B, HK, L, D, V, dtype=torch.float64)
+    prior_attention(*first[:3], key_bias=first[3], is_causal=True, cache=cache)
+    with pytest.raises(ValueError, match=r"KeyValueCache: key_bias must have shape \(2, 6, 3\)"):
+        prior_attention(*second[:3], key_bias=second[3][:, :1], is_causal=True, cache=cache)
+
+
 def test_a_prior_without_lanes_takes_the_reference():
     prior, inputs, bias, at = off_neutral(RelativeBiasPrior(H, 3)), content(), bias_of(H), torch.arange(L)
     expected, _ = attention(*inputs, log_prior=dense(prior, bias, at, at), allowed=causal(at, at))
