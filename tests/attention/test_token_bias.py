@@ -258,6 +258,21 @@ def test_factors_of_a_query_in_sixteen_bits_and_beside_a_cache():
     assert_close(torch.cat(parts, 2), expected, tolerance=1e-2)
 
 
+def test_gradients_of_factors_in_sixteen_bits_are_free_of_what_rows_leave():
+    """A steep slope times a far position multiplies what rounding leaves of a row's sum."""
+    length, slope = 1024, 0.5
+    prior, upstream = RecencyPrior(1, mean_lags=[1 / (torch.tensor(slope).exp().item() - 1)]), normal(1, 1, length, 32)
+    inputs = [normal(1, 1, length, 32, seed=seed, dtype=torch.bfloat16) for seed in range(1, 4)]
+    gain = (0.5 + normal(1, 1, length, seed=5).abs()).requires_grad_()
+    output = prior_attention(*inputs, prior=prior, query_gains=gain, is_causal=True, backend="sdpa")
+    found = torch.autograd.grad(output, gain, upstream.to(torch.bfloat16))[0]
+    at = torch.arange(length)
+    log_prior = -slope * gain[..., None] * (at[:, None] - at)
+    exact, _ = attention(*inputs, log_prior=log_prior, allowed=causal(at, at))
+    expected = torch.autograd.grad(exact, gain, upstream.to(torch.bfloat16).double())[0]
+    assert float((found - expected).norm() / expected.norm()) <= 0.1
+
+
 def test_flex_adds_the_bias_to_scores_and_refuses_to_train_it():
     inputs, bias = content(torch.float32), bias_of(HK).float()
     flex = BACKENDS["flex"]
