@@ -74,7 +74,8 @@ def gate_errors(config: Configuration, length: int, heads: int = 12, *, is_cured
     of_queries = sums if is_cured else None
     output = prior_attention(query, key, value, is_causal=True, backend="sdpa", key_bias=-sums, query_bias=of_queries)
     found = torch.autograd.grad(output_of(output), [log_gates], upstream)[0]
-    exact = gate_gradient(*(side.detach() for side in sides), log_gates.detach(), 1 / math.sqrt(width))
+    with torch.no_grad():
+        exact = gate_gradient(query, key, value, upstream, log_gates, 1 / math.sqrt(width))
     errors = (found - exact).norm(dim=-1) / exact.norm(dim=-1)
     row: Row = {"quantity": "gate gradient", "length": length, "name": "gates" if is_cured else "gates, bias alone"}
     row |= {"dtype": config.dtype, "value": float((found - exact).norm() / exact.norm())}
