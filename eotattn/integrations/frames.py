@@ -172,8 +172,8 @@ class Frames:
 
 
 def looks_like_attention(module: nn.Module) -> bool:
-    """By the name of its class."""
-    return bool(ATTENTION.search(type(module).__name__))
+    """By the name of its class, if it takes anything at all: sinks do not."""
+    return bool(ATTENTION.search(type(module).__name__) and _parameters(type(module).forward))
 
 
 def attends_by_hand(module: nn.Module) -> bool:
