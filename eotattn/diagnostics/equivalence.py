@@ -24,7 +24,7 @@ from eotattn.priors import (
     goat_prior,
     grid_positions,
 )
-from eotattn.transport import TransportProblem, certify, solve
+from eotattn.transport import TransportProblem, Tsallis, certify, solve
 
 __all__ = ["Equivalence", "EquivalenceReport", "measure_equivalences"]
 
@@ -107,6 +107,7 @@ def measure_equivalences(*, seed: int = 0, device: torch.device | str = "cpu") -
     parts: tuple[Callable[[torch.Generator, torch.device], Iterator[Equivalence]], ...] = (
         _transport_against_pot,
         _certificates,
+        _other_entropies,
         _attention_against_transport,
         _certified_attention,
         _lanes_against_dense,
@@ -150,7 +151,12 @@ def _random_problem(generator: torch.Generator, low: float = -1.0) -> TransportP
     return TransportProblem(score, epsilon=epsilon, log_prior=log_prior)
 
 
-def _with_marginals(problem: TransportProblem, generator: torch.Generator, **penalties: float) -> TransportProblem:
+def _with_marginals(
+    problem: TransportProblem,
+    generator: torch.Generator,
+    query_penalty: float = math.inf,
+    key_penalty: float = math.inf,
+) -> TransportProblem:
     """The same scores between two random marginals; without the mask, through which they may be out of reach."""
     assert problem.log_prior is not None
     query, key = (torch.randn(size, generator=generator, dtype=torch.float64) for size in problem.score.shape)
@@ -160,7 +166,8 @@ def _with_marginals(problem: TransportProblem, generator: torch.Generator, **pen
         log_prior=problem.log_prior.clamp(min=-6.0),
         query_marginal=query.softmax(0),
         key_marginal=key.softmax(0),
-        **penalties,
+        query_penalty=query_penalty,
+        key_penalty=key_penalty,
     )
 
 
@@ -199,6 +206,46 @@ def _certificates(generator: torch.Generator, _: torch.device) -> Iterator[Equiv
     yield Equivalence("one-sided: duality gap of the closed form = 0", _worst(gaps["closed_form"]), 1e-12)
     yield Equivalence("two-sided: duality gap of Newton = 0", _worst(gaps["newton"]), 1e-10)
     yield Equivalence("two-sided: duality gap of Sinkhorn = 0", _worst(gaps["sinkhorn"]), 1e-10)
+
+
+def _other_entropies(generator: torch.Generator, _: torch.device) -> Iterator[Equivalence]:
+    """Sparsemax and entmax around a prior: a Newton method on logs against a bisection on the plain formula."""
+    for name, fixed in (("sparsemax", 2.0), ("entmax 1.5", 1.5), ("entmax, any alpha", None)):
+        errors, gaps, gradients = [], [], []
+        for _index in range(5):
+            free = _random_problem(generator)
+            regulariser = Tsallis(_uniform(generator, 1.05, 1.95) if fixed is None else fixed)
+            score = free.score.requires_grad_()
+            problem = TransportProblem(score, epsilon=free.epsilon, log_prior=free.log_prior, regulariser=regulariser)
+            solution = solve(problem)
+            weights = _bisected(problem)
+            errors.append(_error(solution.attention_weights, weights))
+            gaps.append(float(solution.gap))
+            target = torch.randn(score.shape, generator=generator, dtype=torch.float64)
+            (found,) = torch.autograd.grad((solution.attention_weights * target).sum(), score)
+            assert free.log_prior is not None
+            prior = free.log_prior.exp() * (weights > 0)
+            bend = prior**regulariser.beta * weights ** (1 - regulariser.beta)
+            advantage = target - (bend * target).sum(-1, keepdim=True) / bend.sum(-1, keepdim=True)
+            gradients.append(_error(found, bend * advantage / problem.epsilon))
+        yield Equivalence(f"one-sided, {name}: weights = bisection", _worst(errors), 1e-10)
+        yield Equivalence(f"one-sided, {name}: duality gap = 0", _worst(gaps), 1e-12)
+        yield Equivalence(f"one-sided, {name}: implicit gradient = Jacobian formula", _worst(gradients), 1e-9)
+
+
+def _bisected(problem: TransportProblem) -> Tensor:
+    """``prior [1 + (alpha - 1) (score / epsilon - threshold)]_+^(1 / (alpha - 1))``, the threshold by bisection."""
+    assert problem.regulariser is not None
+    assert problem.log_prior is not None
+    beta, prior, logits = problem.regulariser.beta, problem.log_prior.exp(), problem.score.detach() / problem.epsilon
+    high = logits.amax(-1, keepdim=True) + 1 / beta
+    low = (logits - (prior**-beta - 1) / beta).amax(-1, keepdim=True)  # where one key alone would have all
+    for _ in range(100):
+        middle = (low + high) / 2
+        weights = prior * (1 + beta * (logits - middle)).clamp(min=0) ** (1 / beta)
+        above = weights.sum(-1, keepdim=True) > 1
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    return weights
 
 
 def _randomised(prior: LogPrior, generator: torch.Generator) -> LogPrior:

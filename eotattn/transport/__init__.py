@@ -6,7 +6,7 @@
 
 from eotattn.transport.certificates.certificate import Certificate, certify
 from eotattn.transport.divergence import sinkhorn_divergence
-from eotattn.transport.problems import TransportProblem
+from eotattn.transport.problems import TransportProblem, Tsallis
 from eotattn.transport.problems.dummy_key import with_dummy_key
 from eotattn.transport.sinkhorn_attention import SinkhornAttention
 from eotattn.transport.solution import TransportSolution
@@ -29,6 +29,7 @@ __all__ = [
     "Solver",
     "TransportProblem",
     "TransportSolution",
+    "Tsallis",
     "certify",
     "sinkhorn_divergence",
     "solve",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from eotattn.checks import check_floating, check_positive_int, require
+from eotattn.transport.arithmetic import product
 from eotattn.transport.certificates.certificate import Certificate, solution_certificate
 from eotattn.transport.certificates.duality_gap import DualityGap, duality_gap
 from eotattn.transport.optimality.implicit import envelope_value
@@ -99,7 +100,7 @@ class TransportSolution:
 
         The marginal of a query without mass receives zero gradient, from here and from ``apply_transpose``.
         """
-        return self._offered()[0]
+        return self.coupling.sum(-2) if self.problem.regulariser is not None else self._offered()[0]
 
     def attend(self, value: Tensor) -> Tensor:
         """Apply the attention weights: the barycentric map of the coupling.
@@ -151,6 +152,8 @@ class TransportSolution:
             tensor([0.5000, 0.5000])
         """
         self._check_value("apply_transpose", value, self.problem.num_queries)
+        if self.problem.regulariser is not None:
+            return product(self.coupling.mT, value)
         mass, loaded = self._offered()
         return scaled(mass, self.problem.affinity.transposed.average(loaded, value, self.problem.epsilon))
 

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from eotattn.attention import PriorAttention, Rotary
+from eotattn.attention import AttentionSinks, PriorAttention, Rotary
+from eotattn.attention.layer.output_gate import OutputGate
 from eotattn.experiments.networks import ATTENTION_KINDS, CopyReader, CopyReaderConfig, Decoder, DecoderConfig
 from eotattn.experiments.networks.growing_scores import GrowingScoreAttention
 from eotattn.experiments.networks.narrow_lanes import NarrowLanesPrior
@@ -50,7 +51,8 @@ def test_attention_inputs_are_what_the_blocks_read(attention):
 
 def test_kinds_differ_in_their_priors_alone():
     def content(network):
-        of_priors = {id(p) for m in network.modules() if isinstance(m, LogPrior) for p in m.parameters()}
+        beside = LogPrior | AttentionSinks | OutputGate
+        of_priors = {id(p) for m in network.modules() if isinstance(m, beside) for p in m.parameters()}
         return [tuple(p.shape) for p in network.parameters() if id(p) not in of_priors]
 
     shapes = {name: content(decoder(name)) for name in ATTENTION_KINDS}

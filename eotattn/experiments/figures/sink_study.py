@@ -157,7 +157,7 @@ RECIPES = {
             precision="bf16",
             log_every=50,
             evaluate_every=250,
-            checkpoint_every=275,
+            checkpoint_every=100,
         ),
         seeds=(0, 1, 2),
         lengths=(1024, 2048, 16_384),

@@ -97,6 +97,7 @@ class AttentionKind:
         prior: Makes the log-prior of one block.
         rotary: Makes the rotation of its queries and keys.
         sinks: Makes what its queries attend to besides keys.
+        output_gate: How a query scales what its heads gather, as in :class:`PriorAttention`.
         embedding: What is added to the embeddings of the tokens: fixed waves, or a learned table whose last entry
             stands for all positions beyond the training length.
         interpolated: Positions are squeezed into the training window where the sequence is longer.
@@ -109,6 +110,7 @@ class AttentionKind:
     prior: MakePrior | None = None
     rotary: MakeRotary | None = None
     sinks: Callable[[DecoderConfig], AttentionSinks] | None = None
+    output_gate: str | None = None
     embedding: Literal["sinusoidal", "learned"] | None = None
     interpolated: bool = False
     scores_grow: bool = False
@@ -121,6 +123,7 @@ class AttentionKind:
             "prior": None if self.prior is None else self.prior(config),
             "rotary": None if self.rotary is None else self.rotary(config),
             "sinks": None if self.sinks is None else self.sinks(config),
+            "output_gate": self.output_gate,
             "bias": config.block == "gpt",
         }
         sizes = (config.embed_dim, config.num_heads)
@@ -299,6 +302,7 @@ ATTENTION_KINDS = {
     "rope_key_only": AttentionKind(prior=_first_token, rotary=_rotary, prior_rate_factor=10.0),
     "rope_sink_logit": AttentionKind(rotary=_rotary, sinks=_sink_logit, prior_rate_factor=10.0),
     "rope_zero_key": AttentionKind(rotary=_rotary, sinks=_zero_key),
+    "rope_output_gate": AttentionKind(rotary=_rotary, output_gate="elementwise"),
     # What might keep a prior extrapolating.
     "tied_waves": AttentionKind(prior=_tied_goat),
     "shared_waves": AttentionKind(prior=_sum(_shared_waves, _recency, _shared_sink)),

@@ -28,6 +28,7 @@ BEGINNING, END = 0, 1
 SPECIAL = ("<bos>", "<end>")
 
 PART_TOKENS = 45_000_000  # of a file of the training part
+BOOKS_AT_ONCE = 16  # that are encoded side by side
 MIN_CHARACTERS = 20_000
 LONG_LINE = 80  # characters; shorter paragraphs recur by chance
 COMMON_WORDS = frozenset(["the", "and", "of", "to", "in", "that", "was", "his"])
@@ -226,8 +227,8 @@ def _encode(tokenizer: Any, books: Sequence[Book], target: Path, name: str) -> t
         files.append(file)
         pending.clear()
 
-    for start in range(0, len(books), 16):
-        for encoding in tokenizer.encode_batch([book.text for book in books[start : start + 16]]):
+    for start in range(0, len(books), BOOKS_AT_ONCE):
+        for encoding in tokenizer.encode_batch([book.text for book in books[start : start + BOOKS_AT_ONCE]]):
             pending.append(np.array([*encoding.ids, END], dtype=np.uint16))
             lengths.append(len(pending[-1]))
         if name == "train" and sum(map(len, pending)) >= PART_TOKENS:

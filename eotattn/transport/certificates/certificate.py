@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from eotattn.checks import check_floating, check_no_nan, require
-from eotattn.transport.certificates.duality_gap import DualityGap, pinsker_radius
-from eotattn.transport.optimality.objective import divergence, dual_objective
+from eotattn.transport.certificates.duality_gap import DualityGap
+from eotattn.transport.optimality.objective import divergence, dual_objective, slopes
 from eotattn.transport.optimality.response import respond
-from eotattn.transport.problems import TransportProblem
+from eotattn.transport.problems import TransportProblem, Tsallis
+from eotattn.transport.problems.thresholds import TsallisAffinity
 
 __all__ = ["Certificate", "certify", "solution_certificate"]
 
@@ -81,9 +82,7 @@ def solution_certificate(
 ) -> Certificate:
     """Gather what one pass over all pairs measured, with what the solver says of itself."""
     total = torch.where((measured.mass > 0) & measured.mass.isfinite(), measured.mass, 1.0)
-    epsilon = problem.epsilon.squeeze(-1) if isinstance(problem.epsilon, Tensor) else problem.epsilon
-    radius = pinsker_radius(measured.gap, measured.mass, epsilon, rounding=measured.rounding)
-    distance = (measured.moved + radius) / total
+    distance = (measured.moved + measured.radius) / total
     return Certificate(
         primal=torch.where(measured.dual.isfinite(), measured.dual + measured.gap, math.inf),
         dual=measured.dual,
@@ -98,7 +97,14 @@ def solution_certificate(
     )
 
 
-def certify(weights: Tensor, score: Tensor, log_prior: Tensor | None = None, epsilon: float = 1.0) -> Certificate:
+def certify(
+    weights: Tensor,
+    score: Tensor,
+    log_prior: Tensor | None = None,
+    epsilon: float = 1.0,
+    *,
+    regulariser: Tsallis | None = None,
+) -> Certificate:
     """Certify any attention matrix, of whatever model or kernel, as a solution of its one-sided transport problem.
 
     The problem is ``min <p, -score> + epsilon KL(p || exp(log_prior))`` row by row with rows of mass 1 / n. The
@@ -111,6 +117,7 @@ def certify(weights: Tensor, score: Tensor, log_prior: Tensor | None = None, eps
         score: Shape (..., n, m), the same as the kernel saw, scale included, cost units.
         log_prior: Shape (..., n, m), nats; -inf where inadmissible.
         epsilon: Temperature, cost units.
+        regulariser: As that of a ``TransportProblem``, for sparsemax and entmax.
 
     Returns:
         The certificate; ``query_error`` is the mean over rows of ``|sum of the row - 1|``, and ``distance`` bounds
@@ -132,7 +139,7 @@ def certify(weights: Tensor, score: Tensor, log_prior: Tensor | None = None, eps
     check_floating(_OWNER, "score", score)
     wide = score.detach().double()
     prior = None if log_prior is None else check_floating(_OWNER, "log_prior", log_prior).detach().double()
-    problem = TransportProblem(wide, epsilon=epsilon, log_prior=prior)
+    problem = TransportProblem(wide, epsilon=epsilon, log_prior=prior, regulariser=regulariser)
     shape = (*problem.batch_shape, *wide.shape[-2:])
     require(weights.shape == shape, _OWNER, "weights", f"have shape {tuple(shape)}", weights, "Match the score")
     with torch.no_grad():
@@ -146,13 +153,22 @@ def _certified(problem: TransportProblem, weights: Tensor) -> Certificate:
     sums = positive.sum(-1, keepdim=True)
     rows = positive / torch.where(sums > 0, sums, 1.0)
     potential = torch.zeros(problem.num_keys, dtype=torch.float64, device=given.device)
-    log_weights, rounding = problem.affinity.bounded_log_weights(potential, problem.epsilon)
-    nats = torch.where((sums > 0).squeeze(-1), divergence(rows, log_weights).sum(-1), math.inf)
+    answer = respond(problem, potential).potential
     # The optimum is at hand, so the distance is measured; exp(log q) errs by the rounding of log q and one digit.
-    exact = log_weights.exp()
+    if isinstance(problem.affinity, TsallisAffinity):
+        prior = torch.zeros_like(rows) if problem.log_prior is None else problem.log_prior
+        nats = problem.affinity.regulariser.divergence(rows, prior, slopes(problem, answer, potential))
+        exact = problem.affinity.weights(potential, problem.epsilon)
+        bend, error = problem.affinity.rounding(potential, problem.epsilon)
+        rounding = bend * error
+    else:
+        log_weights, relative = problem.affinity.bounded_log_weights(potential, problem.epsilon)
+        nats, exact = divergence(rows, log_weights), log_weights.exp()
+        rounding = exact * relative
+    nats = torch.where((sums > 0).squeeze(-1), nats.sum(-1), math.inf)
     digit = torch.finfo(exact.dtype).eps
-    distance = (given - exact).abs().sum(-1) * (1 + 64 * digit) + (exact * (rounding + digit)).sum(-1)
-    dual = dual_objective(problem, respond(problem, potential).potential, potential)
+    distance = (given - exact).abs().sum(-1) * (1 + 64 * digit) + (rounding + digit * exact).sum(-1)
+    dual = dual_objective(problem, answer, potential)
     gap = problem.epsilon * nats.mean(-1)
     return Certificate(
         primal=dual + gap,

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from eotattn.transport.arithmetic import full_precision
 from eotattn.transport.certificates.rounding import RoundedCoupling, rounded_coupling
-from eotattn.transport.optimality.objective import divergence, dual_objective
+from eotattn.transport.optimality.objective import divergence, dual_objective, log_references, slopes
 from eotattn.transport.optimality.response import coupling_rows, respond, scaled
 from eotattn.transport.problems import TransportProblem
 from eotattn.transport.problems.affinity import Number, is_absent, is_constraint
+from eotattn.transport.problems.thresholds import TsallisAffinity
 
 __all__ = ["DualityGap", "duality_gap", "pinsker_radius", "refined", "rounding_radius"]
 
@@ -32,14 +33,12 @@ class DualityGap:
         dual: Of the potentials, cost units, with all constants.
         gap: Primal of the rounded coupling less that dual, cost units.
         moved: Summed distance between the coupling as it is returned, in its own dtype, and the rounded one.
-        rounding: What rounding may hide of the root of twice the gap in nats, see ``rounding_radius``.
+        radius: Bound for the summed distance of the rounded coupling from the optimum.
         mass: Total mass of the rounded coupling.
         query_error: Summed distance of the row masses of the stored coupling from their target.
         key_error: The same for the keys; zero for free keys.
         cost: ``<coupling, -score>`` of the stored coupling, cost units.
         entropy: ``-sum P log P`` of the stored coupling, nats.
-        query_mass: Row sums of the stored coupling, shape (..., n).
-        key_mass: Column sums of the stored coupling, shape (..., m).
 
     Example:
         >>> problem = TransportProblem(torch.zeros(1, 2))
@@ -50,14 +49,12 @@ class DualityGap:
     dual: Tensor
     gap: Tensor
     moved: Tensor
-    rounding: Tensor
+    radius: Tensor
     mass: Tensor
     query_error: Tensor
     key_error: Tensor
     cost: Tensor
     entropy: Tensor
-    query_mass: Tensor
-    key_mass: Tensor
 
 
 def refined(problem: TransportProblem) -> TransportProblem:
@@ -101,11 +98,16 @@ def duality_gap(problem: TransportProblem, query_potential: Tensor, key_potentia
     With Q the coupling of the potentials, ``Q_ij = R_ij exp((score_ij + f_i + g_j) / epsilon)``, and P feasible, the
     gap is ``epsilon KL(P || Q)`` plus, for a soft marginal, ``penalty KL(its mass || marginal exp(-potential /
     penalty))``: no difference of large numbers, and no trust in the kernels that found the potentials.
+
+    Under Tsallis's divergence it is the sum of ``epsilon R (f(P / R) + f*(slope) - slope P / R)``, with the slopes of
+    the potentials; row by row ``(sum |p - optimum|)^2 <= 2^(3 - alpha) (sum prior)^(alpha - 1) gap / epsilon``, since
+    the second derivative of f is ``t^(alpha - 2)``.
     """
     wide = refined(problem)
     query_potential, key_potential = query_potential.detach().double(), key_potential.detach().double()
+    measure = _measure if problem.regulariser is None else _measure_thresholds
     with torch.no_grad(), full_precision(key_potential):
-        return _measure(wide, problem.detached(), query_potential, key_potential)
+        return measure(wide, problem.detached(), query_potential, key_potential)
 
 
 def _measure(
@@ -121,26 +123,62 @@ def _measure(
     key_marginal = torch.ones_like(key_potential) if problem.key_marginal is None else problem.key_marginal
     query_side = (problem.query_marginal, query_potential, problem.query_penalty)
     key_side = (key_marginal, key_potential, problem.key_penalty)
-    divergence_part = (problem.epsilon * sums.divergence[..., None]).squeeze(-1)
-    gap = divergence_part + _side_gap(mass, *query_side) + _side_gap(sums.columns, *key_side)
+    gap = _scaled(problem.epsilon, sums.divergence) + _side_gap(mass, *query_side) + _side_gap(sums.columns, *key_side)
     unusable = sums.misplaced > _DROPPED * torch.finfo(torch.float64).eps * mass.sum(-1)
     stranded = (key_potential == math.inf) & problem.affinity.reachable(problem.query_marginal > 0)
     gap = torch.where(gap.isfinite() & ~unusable & ~stranded.any(-1), gap, math.inf)
     batch = problem.batch_shape
-    dual = dual_objective(problem, query_potential, key_potential)
+    total = _finite(mass.sum(-1))
+    epsilon = problem.epsilon.squeeze(-1) if isinstance(problem.epsilon, Tensor) else problem.epsilon
     return DualityGap(
-        dual=dual,
+        dual=dual_objective(problem, query_potential, key_potential),
         gap=gap.expand(batch),
         moved=_finite(sums.moved).expand(batch),
-        rounding=_finite(sums.rounding.sqrt()).expand(batch),
-        mass=_finite(mass.sum(-1)).expand(batch),
+        radius=pinsker_radius(gap, total, epsilon, rounding=_finite(sums.rounding.sqrt())).expand(batch),
+        mass=total.expand(batch),
         query_error=_finite(_error(rounded.row_mass, *query_side)).expand(batch),
         key_error=_finite(_error(sums.stored_columns, *key_side)).expand(batch),
         cost=_finite(sums.cost).expand(batch),
         entropy=_finite(sums.entropy).expand(batch),
-        query_mass=rounded.row_mass,
-        key_mass=sums.stored_columns.expand(*batch, problem.num_keys),
     )
+
+
+def _measure_thresholds(
+    problem: TransportProblem, stated: TransportProblem, query_potential: Tensor, key_potential: Tensor
+) -> DualityGap:
+    """The same for rows that a threshold answers, all at once: rounding them is dividing by their sums."""
+    affinity, regulariser, epsilon = problem.affinity, problem.regulariser, problem.epsilon
+    assert isinstance(affinity, TsallisAffinity)
+    assert regulariser is not None
+    marginal = problem.query_marginal
+    weights = affinity.weights(key_potential, epsilon)
+    stored = marginal[..., None] * weights
+    feasible = stored / weights.sum(-1, keepdim=True)
+    slope = slopes(problem, query_potential, key_potential)
+    nats = regulariser.divergence(feasible, log_references(problem), slope).sum((-2, -1))
+    side = _side_gap(feasible.sum(-2), torch.ones_like(key_potential), key_potential, problem.key_penalty)
+    bend, error = affinity.rounding(key_potential, epsilon)
+    hidden = (0.5 * marginal * (bend * error.square()).sum(-1)).sum(-1)
+    reference = affinity.log_prior_mass().exp() ** regulariser.beta
+    strength = 2 ** (3 - regulariser.alpha) * (marginal * reference).sum(-1)
+    returned = coupling_rows(stated, key_potential.to(stated.affinity.dtype))(slice(None))
+    measured = DualityGap(
+        dual=dual_objective(problem, query_potential, key_potential),
+        gap=_scaled(epsilon, nats) + side,
+        moved=(feasible - returned).abs().sum((-2, -1)),
+        radius=strength.sqrt() * ((nats + _scaled(1 / epsilon, side)).sqrt() + hidden.sqrt()),
+        mass=marginal.sum(-1),
+        query_error=(stored.sum(-1) - marginal).abs().sum(-1),
+        key_error=marginal.new_zeros(()),
+        cost=-(stored * problem.score).sum((-2, -1)),
+        entropy=torch.special.entr(stored).sum((-2, -1)),
+    )
+    return DualityGap(**{name: _finite(value).expand(problem.batch_shape) for name, value in vars(measured).items()})
+
+
+def _scaled(number: Number, value: Tensor) -> Tensor:
+    """A number a problem times a value of the shape of the batch."""
+    return (number * value[..., None]).squeeze(-1)
 
 
 def _finite(number: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from eotattn.transport.optimality.response import respond
 from eotattn.transport.problems import TransportProblem
 from eotattn.transport.problems.affinity import Number, is_absent, is_constraint, pairwise
 
-__all__ = ["divergence", "dual_objective", "primal_objective", "reference_mass"]
+__all__ = ["divergence", "dual_objective", "log_references", "primal_objective", "reference_mass", "slopes"]
 
 #: Nats up to which a series serves; its first term left out is below 1e-12 of the sum.
 _NEAR = 1e-2
@@ -42,6 +42,18 @@ def reference_mass(problem: TransportProblem) -> Tensor:
     return mass.expand(problem.batch_shape)
 
 
+def log_references(problem: TransportProblem) -> Tensor:
+    """Log of the reference R of every pair, nats, shape (..., n, m or 1)."""
+    log_marginal, log_prior = problem.query_marginal.log()[..., None], problem.log_prior
+    return log_marginal if log_prior is None else log_marginal + log_prior
+
+
+def slopes(problem: TransportProblem, query_potential: Tensor, key_potential: Tensor) -> Tensor:
+    """``(score_ij + query_potential_i + key_potential_j) / epsilon``, shape (..., n, m)."""
+    total = problem.score + query_potential[..., None] + key_potential[..., None, :]
+    return total / pairwise(problem.epsilon)
+
+
 def primal_objective(problem: TransportProblem, coupling: Tensor) -> Tensor:
     """Evaluate the primal objective of a coupling, cost units, shape of the batch.
 
@@ -50,13 +62,11 @@ def primal_objective(problem: TransportProblem, coupling: Tensor) -> Tensor:
 
     Source: Chizat et al. 2018.
     """
-    log_reference = problem.query_marginal.log()[..., None]
-    score, log_prior = problem.affinity.rows(slice(None))
-    if log_prior is not None:
-        log_reference = log_reference + log_prior
+    score, log_reference = problem.score, log_references(problem)
     if problem.key_marginal is not None:
         log_reference = torch.where((problem.key_marginal > 0)[..., None, :], log_reference, -math.inf)
-    value = (pairwise(problem.epsilon) * divergence(coupling, log_reference) - coupling * score).sum((-2, -1))
+    apart = divergence if problem.regulariser is None else problem.regulariser.divergence
+    value = (pairwise(problem.epsilon) * apart(coupling, log_reference) - coupling * score).sum((-2, -1))
     query_side = (coupling.sum(-1), problem.query_marginal, problem.query_penalty)
     key_side = (coupling.sum(-2), problem.key_marginal, problem.key_penalty)
     for mass, marginal, penalty in (query_side, key_side):
@@ -70,21 +80,27 @@ def dual_objective(problem: TransportProblem, query_potential: Tensor, key_poten
 
     ``D(f, g) = C(f; query_marginal, query_penalty) + C(g; key_marginal, key_penalty)
     + epsilon sum_ij R_ij (1 - exp((score_ij + f_i + g_j) / epsilon))`` with ``C(f; a, inf) = sum a f``,
-    ``C(f; a, rho) = rho sum a (1 - exp(-f / rho))`` and, without a penalty, zero for f >= 0 and -inf otherwise.
+    ``C(f; a, rho) = rho sum a (1 - exp(-f / rho))`` and, without a penalty, zero for f >= 0 and -inf otherwise. Another
+    regulariser has its conjugate in place of ``exp - 1``.
     Key potentials may be -inf on keys without mass, and +inf on keys out of reach.
 
     Source: Chizat et al. 2018.
     """
-    response = respond(problem, key_potential)
-    growth = ((query_potential - response.transform) / problem.epsilon).exp()
-    # A query without mass contributes none, even where the exponential overflows.
-    growth = torch.where((problem.query_marginal > 0) | growth.isfinite(), growth, 0.0)
-    total = (problem.query_marginal * growth).sum(-1, keepdim=True)
-    impossible = (key_potential == math.inf) & problem.affinity.reachable(problem.query_marginal > 0)
     value = _concave_part(query_potential, problem.query_marginal, problem.query_penalty)
-    value = value + (problem.epsilon * (reference_mass(problem)[..., None] - total)).squeeze(-1)
     key_marginal = torch.ones_like(key_potential) if problem.key_marginal is None else problem.key_marginal
     value = value + _concave_part(key_potential, key_marginal, problem.key_penalty)
+    if problem.regulariser is None:
+        response = respond(problem, key_potential)
+        growth = ((query_potential - response.transform) / problem.epsilon).exp()
+        # A query without mass contributes none, even where the exponential overflows.
+        growth = torch.where((problem.query_marginal > 0) | growth.isfinite(), growth, 0.0)
+        conjugate = (problem.query_marginal * growth).sum(-1) - reference_mass(problem)
+    else:
+        slope, prior = slopes(problem, query_potential, key_potential), problem.log_prior
+        rows = problem.regulariser.conjugate(slope) * (1.0 if prior is None else prior.exp())
+        conjugate = (problem.query_marginal * rows.sum(-1)).sum(-1)
+    value = value - (problem.epsilon * conjugate[..., None]).squeeze(-1)
+    impossible = (key_potential == math.inf) & problem.affinity.reachable(problem.query_marginal > 0)
     return torch.where(impossible.any(-1), -math.inf, value).expand(problem.batch_shape)
 
 

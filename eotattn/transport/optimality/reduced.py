@@ -60,6 +60,8 @@ def reduce_problem(problem: TransportProblem, key_marginal: Tensor | None = None
 
     The shift changes no attention weights. Where a query penalty is zero it would change the mass, and is left out.
     """
+    if problem.regulariser is not None:
+        raise NotImplementedError(f"pot: no call of POT serves this regulariser around a prior; got {problem}.")
     score, log_prior, query, key = (None if x is None else x.detach().cpu().double().numpy() for x in problem.tensors)
     key = key if key_marginal is None else key_marginal.detach().cpu().double().numpy()
     assert score is not None

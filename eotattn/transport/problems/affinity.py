@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from eotattn.transport.problems.regulariser import Tsallis
+
 __all__ = ["Affinity", "Exchange", "Number", "Rows", "is_absent", "is_constraint", "pairwise", "plus", "sent"]
 
 #: One number for all problems of a batch, or one each as a tensor of shape (..., 1).
@@ -67,6 +69,8 @@ class Affinity(ABC):
 
     #: Whether n x m numbers are at hand, so that assembling a matrix of keys by keys is in keeping.
     holds_pairs: bool
+    #: What takes the place of the relative entropy, by which rows are softmaxes; or ``None``.
+    regulariser: Tsallis | None = None
 
     @property
     @abstractmethod

@@ -24,6 +24,8 @@ from eotattn.transport.problems.admissibility import (
 from eotattn.transport.problems.affinity import Affinity, Number, is_constraint
 from eotattn.transport.problems.dense import DenseAffinity
 from eotattn.transport.problems.factored_statement import factored_affinity, point_affinity
+from eotattn.transport.problems.regulariser import Tsallis
+from eotattn.transport.problems.thresholds import tsallis_affinity
 
 __all__ = ["TransportProblem"]
 
@@ -62,12 +64,15 @@ class TransportProblem:
         key_marginal: Non-negative masses, shape (..., m); ``None`` leaves them free. The same rule of mass.
         query_penalty: Cost units, in [0, inf].
         key_penalty: Cost units, in (0, inf]; infinite by default with a key marginal, and zero without one.
+        regulariser: What takes the place of KL(P || R): ``Tsallis(alpha)``, for dense one-sided problems under an
+            infinite query penalty; ``None`` keeps it. A row constant of the log-prior then acts as a temperature.
 
     Raises:
         TypeError: If a tensor is not float32 or float64, dtypes differ, or a number is not a number.
         ValueError: If a shape, device or value is out of its range, an argument would have no effect, or no coupling
             can satisfy the masks: a query without an admissible key (one with mass, if keys have masses), or, under
             an infinite key penalty, a key with mass that no query with mass may use.
+        NotImplementedError: If the regulariser cannot serve the problem.
 
     Example:
         >>> problem = TransportProblem(torch.zeros(2, 5, 7), epsilon=0.5, key_marginal=torch.full((7,), 1 / 7))
@@ -95,6 +100,7 @@ class TransportProblem:
         key_marginal: Tensor | None = None,
         query_penalty: Number = math.inf,
         key_penalty: Number | None = None,
+        regulariser: Tsallis | None = None,
     ) -> None:
         if isinstance(score, Affinity):
             affinity = score
@@ -105,6 +111,9 @@ class TransportProblem:
         *_, n, m = affinity.shape
         epsilon = check_number(_OWNER, "epsilon", epsilon, affinity)
         query_penalty = check_number(_OWNER, "query_penalty", query_penalty, affinity, allow_zero=True, allow_inf=True)
+        if regulariser is not None:
+            one_sided = key_marginal is None and is_constraint(query_penalty)
+            affinity = tsallis_affinity(_OWNER, regulariser, affinity, one_sided=one_sided)
         key_penalty = resolved_key_penalty(_OWNER, key_penalty, key_marginal, affinity)
         if query_marginal is None:
             query_marginal = torch.full((n,), 1.0 / n, dtype=affinity.dtype, device=affinity.device)
@@ -306,6 +315,11 @@ class TransportProblem:
         return torch.broadcast_shapes(self.affinity.shape[:-2], *leads)
 
     @property
+    def regulariser(self) -> Tsallis | None:
+        """What takes the place of the relative entropy, or ``None``."""
+        return self.affinity.regulariser
+
+    @property
     def is_semi_relaxed(self) -> bool:
         """Whether the keys are free, so that the solution has a closed form."""
         return self.key_marginal is None
@@ -326,7 +340,7 @@ class TransportProblem:
         )
         return (
             f"TransportProblem(batch={tuple(self.batch_shape)}, queries={self.num_queries}, keys={self.num_keys}, "
-            f"{numbers}, {self.affinity.dtype})"
+            f"{numbers}, {'' if self.regulariser is None else f'{self.regulariser}, '}{self.affinity.dtype})"
         )
 
 
