@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize
 from numpy.typing import ArrayLike
 
 from eotattn.checks import require
@@ -84,9 +85,8 @@ def plot_sink_heads(
     is_sink = masses > threshold
     size = 110 * masses
     axes.scatter(head[~is_sink], block[~is_sink], s=size[~is_sink], color="0.75", linewidths=0)
-    discs = axes.scatter(
-        head[is_sink], block[is_sink], s=size[is_sink], c=shares[is_sink], cmap=colours, vmin=0, vmax=1, linewidths=0
-    )
+    discs = ScalarMappable(Normalize(0, 1), colours)
+    axes.scatter(head[is_sink], block[is_sink], s=size[is_sink], color=discs.to_rgba(shares[is_sink]), linewidths=0)
     axes.set_xlim(-0.7, heads - 0.3)
     axes.set_ylim(-0.7, blocks - 0.3)
     axes.set_xticks(range(heads), [])
@@ -94,7 +94,7 @@ def plot_sink_heads(
     axes.tick_params(length=0)
     axes.set_xlabel("heads", fontsize=8)
     axes.set_ylabel("block", fontsize=8)
-    if legend and is_sink.any():
+    if legend:
         bar = axes.figure.colorbar(discs, ax=axes, ticks=[0, 1], fraction=0.08)
         bar.ax.set_yticklabels(["content", "prior"], fontsize=7)
     return axes

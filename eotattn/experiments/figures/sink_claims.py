@@ -272,6 +272,8 @@ def draw_sinks(study: SinkStudy) -> Figure:
         mass, share = (_heads(study, arm, name) for name in ("mass", "prior_share"))
         plot_sink_heads(mass, share, threshold=EPSILON, axes=axes[arm], legend=arm == arms[-1])
         rate = _said(study.interval(arm, "sink_rate"), ".2f")
+        if arm not in [row[0] for row in maps]:
+            axes[arm].set_ylabel("")
         axes[arm].set_title(f"{NAMES[arm]}\nsink rate {rate}", fontsize=9, loc="left")
     _draw_signal(study, axes["signal"])
     _draw_outliers(study, axes["outliers"])
@@ -325,7 +327,7 @@ def _bars(axes: Axes, arms: Sequence[str], intervals: Sequence[SeedInterval | No
 
 def _draw_outliers(study: SinkStudy, axes: Axes) -> None:
     _bars(axes, study.arms, [study.interval(arm, "massive") for arm in study.arms], ["#D55E00"] * len(study.arms))
-    axes.set_xscale("log")
+    axes.set_xlim(left=0)
     axes.set_xlabel("largest activation of the first token / median")
     axes.set_title("massive activations", fontsize=9, loc="left")
 
