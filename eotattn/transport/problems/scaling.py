@@ -71,14 +71,6 @@ class Scaling:
     sum to W v, and keys receive ``v * W^T (sent / (W v))``. The reference follows where the distance would leave the
     range of the dtype. Where a key with mass is offered less than the dtype holds, logs answer instead.
 
-    Args:
-        score: Shape (..., n, m), cost units.
-        log_prior: Shape (..., n, m), nats, or ``None``.
-        epsilon: Cost units.
-        log_marginal: Of the queries, nats, shape (..., n).
-        growth: See ``Affinity.exchange``.
-        in_logs: The same exchange in logs.
-
     Source: absorption, Schmitzer 2019.
     """
 
