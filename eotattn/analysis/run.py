@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from eotattn.analysis.analysis_report import Analysis, summarize
 from eotattn.analysis.findings import findings
 from eotattn.analysis.folder import PAGE, check_folder, write_analysis
-from eotattn.analysis.report import Analysis, summarize
 from eotattn.analysis.shards import Shards, shards
 from eotattn.analysis.summary import Subject, TextFindings
 from eotattn.analysis.texts import EncodedTexts, check_texts, encode
@@ -145,7 +145,7 @@ def _check_model(model: nn.Module, tokenizer: Any) -> None:
 
 def _name_of(model: nn.Module, folder: object) -> str:
     """Class and name: that of the folder, or the one that the configuration has."""
-    known = getattr(getattr(model, "config", None), "_name_or_path", "")
+    known = getattr(getattr(model, "config", None), "name_or_path", "")
     name = Path(str(folder if isinstance(folder, (str, Path)) else known)).name
     return f"{type(model).__name__} {name}".strip()
 

@@ -13,8 +13,8 @@ import torch
 from page_numbers import numbers_of
 
 from eotattn.analysis import analyze, findings
+from eotattn.analysis.analysis_report import summarize
 from eotattn.analysis.page import page
-from eotattn.analysis.report import summarize
 from eotattn.analysis.shards import merged
 from eotattn.analysis.summary import TextFindings
 from eotattn.integrations import capture

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from eotattn.analysis import analyze, findings
+from eotattn.analysis.analysis_report import summarize
 from eotattn.analysis.figures import figures
 from eotattn.analysis.findings import details
 from eotattn.analysis.head_kinds import head_kinds
 from eotattn.analysis.page import page
-from eotattn.analysis.report import summarize
 from eotattn.analysis.summary import TextFindings
 from eotattn.attention.statistics.score_rows import WeightRows
 from eotattn.diagnostics import TokenStatistics, TopKeys
