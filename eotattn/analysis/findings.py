@@ -56,10 +56,10 @@ def _sinks(analysis: Summary) -> str:
         return f"None of {_heads(total)} puts more than {MOSTLY:.0%} of attention on one token; the most is " + (
             f"{_top(analysis, mass, name)}."
         )
-    text = f"{_of(first | other, total)} more than {MOSTLY:.0%} of attention on one token in most texts"
+    text = f"{_of(first | other, total)} more than {MOSTLY:.0%} of attention on one token"
     if not np.isnan(heads.low[name]).all():
         sure = int(((first | other) & (heads.low[name] > MOSTLY)).sum())
-        text += f" ({sure} with the whole 95% interval over {_texts(analysis)} above that)"
+        text += f" in most texts ({sure} with the whole 95% interval over {_texts(analysis)} above that)"
     else:
         text += " (one text, so without intervals)"
     parts = []
@@ -100,7 +100,7 @@ def _roles(analysis: Summary) -> str:
             continue
         count = int(grid.sum())
         best = f", most of all {_top(analysis, mean[name], name)}"
-        parts.append(f"{count or 'no'} {words[count != 1]}{best if count else ''}")
+        parts.append(f"{count or 'none'} {words[count > 1]}{best if count else ''}")
     return f"Of {_heads(total)}, {'; '.join(parts)}." if parts else "What heads read was not seen."
 
 
@@ -113,21 +113,25 @@ def _positions(analysis: Summary) -> str:
     numbers = int(np.isfinite(report.lag[0]).sum() + np.isfinite(report.key[0]).sum()) - 3
     rows = int(max(stats.num_queries.sum() for stats in analysis.statistics.values()))
     basis = f"{rows} rows for {numbers} numbers a head"
-    low, median, high = (float(q) for q in np.quantile(values, (0.25, 0.5, 0.75)))
-    spread = f"the median head {median:.0%} (quartiles {low:.0%} to {high:.0%})"
     if analysis.is_in_sample:
         return (
-            f"Fitted to this one text and judged on it, in sample, a prior of position alone explains of the attention "
-            f"of {spread}; other texts may show less ({basis})."
+            f"Fitted to this one text and judged on it, in sample, a prior of position alone explains "
+            f"{_spread(values)} of the attention of a head; other texts may show less ({basis})."
         )
-    fails, alone = analysis.fails(), kind_grid(analysis, "position alone")
-    text = (
-        f"On texts it was not fitted to, a prior of position alone explains more than {POSITION_ALONE:.0%} of the "
-        f"attention of {int(alone.sum())} of {_heads(_total(analysis))}, and of {spread}"
-    )
+    fails, alone, total = analysis.fails(), kind_grid(analysis, "position alone"), _heads(_total(analysis))
+    start, basis = "On texts it was not fitted to, a prior of position alone", f"({basis}, {_texts(analysis)})"
+    held = analysis.explained()[~fails & np.isfinite(analysis.explained())]
+    if not held.size:
+        return f"{start} is not surely better than uniform in any of {total}, so none is shown {basis}."
+    text = f"{start} explains more than {POSITION_ALONE:.0%} of the attention of {int(alone.sum())} of {total}"
     if fails.any():
-        text += f"; in {_heads(int(fails.sum()))} it is not surely better than uniform, and is not shown"
-    return f"{text} ({basis}, {_texts(analysis)})."
+        text += f"; in {int(fails.sum())} it is not surely better than uniform, and is not shown"
+    return f"{text}; in the {'others' if fails.any() else 'heads'} it explains {_spread(held)} {basis}."
+
+
+def _spread(shares: NDArray[np.float64]) -> str:
+    low, median, high = (float(q) for q in np.quantile(shares, (0.25, 0.5, 0.75)))
+    return f"{median:.0%} in the median (quartiles {low:.0%} to {high:.0%})"
 
 
 def _norms(analysis: Summary) -> str:
@@ -141,9 +145,13 @@ def _norms(analysis: Summary) -> str:
     ratios = np.array(found.first_token[found.blocks[at]]) / np.array(found.other_tokens[found.blocks[at]])
     spread = "" if len(ratios) < 2 else f" ({ratios.min():.3g} to {ratios.max():.3g} over the texts)"
     return (
-        f"The norm of the first token grows most in block {at}, from {first[at - 1]:,.0f} to {first[at]:,.0f}; "
+        f"The norm of the first token grows most in block {at}, from {_size(first[at - 1])} to {_size(first[at])}; "
         f"it is then {first[at] / other[at]:.3g} times the mean norm of the other tokens{spread}."
     )
+
+
+def _size(norm: float) -> str:
+    return f"{norm:,.0f}" if norm >= 100 else f"{norm:.3g}"
 
 
 #: Kind of sink -> what it is called in a sentence.

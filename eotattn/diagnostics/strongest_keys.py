@@ -39,7 +39,7 @@ def uniform_share(statistics: SequenceStatistics) -> Tensor:
     A sink can be told only where this is small. Over n causal tokens it is (1 + 1/2 + ... + 1/n) / n.
     """
     shares = []
-    for counts in statistics.column_count[:, 0]:
+    for counts in statistics.column_count.amax(1):  # a stored map may hide keys of a head by weights of zero
         queries = int(counts[0])
         is_causal = queries > 1 and float(counts[counts > 0][-1]) == 1
         keys = torch.arange(1, queries + 1) if is_causal else (counts > 0).sum().expand(max(queries, 1))

@@ -36,14 +36,14 @@ def test_what_it_shows_is_what_it_says():
 def test_its_cells_run(capsys):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=20000, **sizes)).eval()
     scope = {"model": model, "tokenizer": ByteTokenizer(256)}
     for source in SOURCES[2:]:
         small = source.replace("num_texts, max_length = 8, 256", "num_texts, max_length = 2, 64")
         exec(compile(small, NOTEBOOK.name, "exec"), scope)
     said = capsys.readouterr().out
-    assert "of 4 heads" in said
+    assert "of 8 heads" in said
     assert "the sinks begin right after the jump: " in said
     plt.close("all")
 

@@ -88,7 +88,7 @@ def test_sinks_are_said_wherever_they_are():
     assert "1 attends mostly to the previous token, most of all" in roles
     assert "layer 0 head 2" in roles
     assert "1 continues repeats (induction)" in roles
-    assert "no look up earlier copies of the token" in roles
+    assert "none looks up earlier copies of the token" in roles
     assert "(one text, so without intervals)" in findings(known_texts(1))[0]
 
 
@@ -135,7 +135,10 @@ def test_fits_that_fail_are_said_and_never_drawn_as_priors():
     assert fails.sum() > 6  # two short texts estimate nothing
     np.testing.assert_array_equal(analysis.fails()[0], fails)
     words = findings(analysis)[2]
-    assert f"in {fails.sum()} heads it is not surely better than uniform, and is not shown" in words
+    counted = f"; in {fails.sum()} it is not surely better than uniform, and is not shown; in the others it explains "
+    none = "is not surely better than uniform in any of 12 heads, so none is shown"
+    assert (none if fails.all() else counted) in words
+    assert "-" not in words
     assert "48 rows for" in words
     drawn = dict(figures(analysis))
     titles = [axes.figure.get_suptitle() for axes in drawn.values()] + [axes.get_title() for axes in drawn.values()]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from eotattn.attention.statistics import score_rows
 from eotattn.attention.statistics.score_rows import ScoreRows, WeightRows
 from eotattn.diagnostics import TopKeys
 from eotattn.integrations import capture
@@ -33,6 +34,16 @@ def test_kept_keys_are_the_largest_weights(call, sink):
     there = wanted.values > 0
     assert torch.equal(top.key[there].long(), wanted.indices[there])
     assert torch.equal(top.heads([2]).weight, top.weight[:, [2]])
+
+
+def test_blocks_of_a_window_begin_late(call, monkeypatch):
+    monkeypatch.setitem(score_rows.BLOCK_ELEMENTS, "cpu", 1)  # a row a block
+    query, key = call
+    top = TopKeys.of(ScoreRows(query, key, scale=0.5, is_causal=True, window=3), rows=11)
+    at = torch.arange(11)
+    lag = at[:, None] - at
+    scores = (query @ key.transpose(-1, -2) * 0.5).masked_fill((lag < 0) | (lag > 2), -torch.inf)
+    torch.testing.assert_close(top.dense(11), scores.softmax(-1).float(), atol=1e-6, rtol=0)
 
 
 def test_all_keys_are_the_table(call):
