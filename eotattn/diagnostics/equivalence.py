@@ -24,6 +24,7 @@ from eotattn.priors import (
     goat_prior,
     grid_positions,
 )
+from eotattn.provenance import Table
 from eotattn.transport import TransportProblem, Tsallis, certify, solve, with_dummy_key
 
 __all__ = ["Equivalence", "EquivalenceReport", "measure_equivalences"]
@@ -50,7 +51,7 @@ class Equivalence:
 
 
 @dataclass(frozen=True)
-class EquivalenceReport:
+class EquivalenceReport(Table):
     """All statements; prints as a table.
 
     Args:
