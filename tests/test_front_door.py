@@ -1,14 +1,17 @@
 """The front door: what it names, what it leaves for later, and that the package is complete."""
 
 import importlib.metadata
+import inspect
 import pydoc
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import eotattn
+from eotattn.attention import KeyValueCache, PackedDocuments
 
 PACKAGE = Path(eotattn.__file__).parent
 ROOT = PACKAGE.parent
@@ -52,7 +55,7 @@ def test_help_is_a_map_of_the_rooms():
     text = pydoc.render_doc(eotattn, renderer=pydoc.plaintext)
     rooms = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
     assert len(rooms) > 10
-    for room in rooms - {"__init__"}:
+    for room in rooms - {"__init__", "__main__"}:
         assert f"eotattn.{room} " in text, room
 
 
@@ -72,3 +75,35 @@ def test_files_that_the_package_ships_are_there():
         if path.is_file() and path.suffix != ".py" and "__pycache__" not in path.parts
     }
     assert shipped == lying_there
+
+
+def test_help_shows_what_a_prior_takes():
+    assert str(inspect.signature(eotattn.RelativeBiasPrior)) == "(num_heads: 'int', max_lag: 'int') -> 'None'"
+
+
+PRIOR = eotattn.RelativeBiasPrior(2, max_lag=3)
+PROBLEM = eotattn.TransportProblem(torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("one", "shows"),
+    [
+        (PRIOR, "num_heads=2, max_lag=3, table=(2, 7)"),
+        (0.5 * PRIOR + PRIOR, "RelativeBiasPrior(num_heads=2"),
+        (eotattn.SinkPrior(2, length_scale=9.0), "length_scale=9.0"),
+        (eotattn.PriorAttention(8, 2, prior=PRIOR), "embed_dim=8, num_heads=2"),
+        (
+            eotattn.RecencyPrior(2).lanes(torch.arange(4), torch.arange(4), dtype=torch.bfloat16),
+            "torch.bfloat16, error",
+        ),
+        (PackedDocuments([3, 4]), "2 of 3 to 4 tokens"),
+        (KeyValueCache(1, 2, 9, 8, 8), "0 of 9 slots"),
+        (PROBLEM, "queries=2, keys=3"),
+        (eotattn.solve(PROBLEM), "1 of 1 converged"),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
+)
+def test_public_objects_say_what_they_are(one, shows):
+    assert shows in repr(one)
+    assert " at 0x" not in repr(one)
+    assert "tensor(" not in repr(one)

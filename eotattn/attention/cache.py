@@ -117,6 +117,11 @@ class KeyValueCache:
         self._query_table: Tensor | None = None
         self._set_bias(0)
 
+    def __repr__(self) -> str:
+        batch, heads = self._keys.shape[:2]
+        sizes = f"{self.length} of {self.max_length} slots, {batch} x {heads} heads, {self._keys.dtype}"
+        return f"KeyValueCache({sizes}, prior={'none' if self.prior is None else type(self.prior).__name__})"
+
     @property
     def keys(self) -> Tensor:
         """(B, Hk, length, D), a view."""

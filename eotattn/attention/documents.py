@@ -60,6 +60,9 @@ class PackedDocuments:
             lengths += torch.unique_consecutive(row, return_counts=True)[1].tolist()
         return cls(lengths)
 
+    def __repr__(self) -> str:
+        return f"PackedDocuments({len(self.lengths)} of {min(self.lengths)} to {max(self.lengths)} tokens)"
+
     def check(self, owner: str, batch: int, length: int) -> None:
         """Raise unless the documents fill ``batch`` rows of ``length`` tokens and respect their ends."""
         fits = self.total == batch * length

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 from eotattn.benchmarks.suites import SUITES, Configuration
 from eotattn.benchmarks.timing import Row
-from eotattn.checks import check_choice, speaking_as
+from eotattn.checks import check_choice, check_installed, speaking_as
 from eotattn.provenance import check_writable, provenance, table_bytes, write_atomically
 
 __all__ = ["BenchTable", "bench", "combine", "format_table", "write"]
@@ -34,6 +35,24 @@ class BenchTable:
 
     def __str__(self) -> str:
         return format_table(self.rows)
+
+    def to_frame(self) -> Any:
+        """The rows as a :class:`pandas.DataFrame`.
+
+        Raises:
+            ModuleNotFoundError: Without pandas.
+        """
+        check_installed("BenchTable.to_frame", "experiments", "pandas")
+        import pandas
+
+        return pandas.DataFrame(list(self.rows))
+
+    def _repr_html_(self) -> str:
+        """The table in a notebook; needs no pandas."""
+        columns, *lines = table_cells(self.rows)
+        head = "".join(f"<th>{escape(name)}</th>" for name in columns)
+        body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in line)}</tr>" for line in lines)
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 @speaking_as("bench")
@@ -72,12 +91,16 @@ def bench(suite: str, config: Configuration, *, out: str | Path | None = None) -
     return BenchTable(tuple(rows))
 
 
+def table_cells(rows: Sequence[Row]) -> list[list[str]]:
+    """Names of the columns, then a line a row, as they are shown."""
+    columns = [*dict.fromkeys(key for row in rows for key in row if key != "name"), "name"]
+    return [columns, *([_shown(row.get(column)) for column in columns] for row in rows)]
+
+
 def format_table(rows: Sequence[Row]) -> str:
     """Rows as aligned text, one column a key in order of first appearance, the name last."""
-    columns = list(dict.fromkeys(key for row in rows for key in row if key != "name"))
-    columns = [*columns, "name"]
-    cells = [columns, *([_shown(row.get(column)) for column in columns] for row in rows)]
-    widths = [max(len(line[c]) for line in cells) for c in range(len(columns))]
+    cells = table_cells(rows)
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
     )

@@ -108,7 +108,8 @@ def attach(
     Masks, caches, grouped heads, windows, soft caps and position biases stay as they are, and so does what the model
     computes as long as the prior is neutral. Priors become parts of the attention modules: they move, train, and are
     saved with the model. Positions count from the first token of every sequence that is not padding. Soft-capped
-    scores are computed as one table of Q x K. Cross-attention keeps its scores.
+    scores are computed as one table of Q x K. Cross-attention keeps its scores. Compiled models compute the same, in a
+    graph that breaks at every mask.
 
     Args:
         model: A model that calls the attention interface; also within PEFT's or the compiler's shell.

@@ -16,6 +16,8 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from eotattn.attention import AttentionSinks
+
 __all__ = ["Frame", "Frames", "attends_by_hand", "base_name", "is_cross_attention", "looks_like_attention"]
 
 #: Class names of modules that look like attention.
@@ -172,8 +174,8 @@ class Frames:
 
 
 def looks_like_attention(module: nn.Module) -> bool:
-    """By the name of its class."""
-    return bool(ATTENTION.search(type(module).__name__))
+    """By the name of its class; sinks are what attention reads, and none."""
+    return bool(ATTENTION.search(type(module).__name__)) and not isinstance(module, AttentionSinks)
 
 
 def attends_by_hand(module: nn.Module) -> bool:

@@ -80,7 +80,7 @@ class ReplaceHeads(Intervention):
 
 @dataclass(frozen=True, eq=False)
 class HideKey(Intervention):
-    """No query but the first ones sees one key: a sink is taken away. A query that sees no other key keeps it.
+    """One key is hidden: a sink is taken away. A query that sees no other key keeps it.
 
     Args:
         position: Of the key, tokens from the first of the text.

@@ -8,6 +8,7 @@ multiples and choices of heads are what the operators of a prior make.
 
 from __future__ import annotations
 
+import inspect
 import operator
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -268,6 +269,22 @@ class LogPrior(nn.Module):
 
     def __neg__(self) -> LogPrior:
         return self * -1.0
+
+    def extra_repr(self) -> str:
+        """Heads, what else the constructor was given and keeps as a number or word, and the shapes of what is learned.
+
+        Example:
+            >>> from eotattn.priors import RelativeBiasPrior
+            >>> RelativeBiasPrior(2, max_lag=3)
+            RelativeBiasPrior(num_heads=2, max_lag=3, table=(2, 7))
+        """
+        given = (name for name in inspect.signature(type(self)).parameters if name != "num_heads")
+        kept = {name: getattr(self, name, None) for name in given}
+        shown = {name: value for name, value in kept.items() if isinstance(value, (int, float, str))}
+        shapes = {name: tuple(parameter.shape) for name, parameter in self.named_parameters(recurse=False)}
+        return ", ".join(
+            f"{name}={value!r}" for name, value in ({"num_heads": self.num_heads} | shown | shapes).items()
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move with the model, but keep the dtype of parameters and buffers."""

@@ -10,6 +10,7 @@ gradients and the FlexAttention form follow from it.
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from numbers import Number
 from types import FunctionType
@@ -32,6 +33,12 @@ class _NamesFeatures(type):
         prior = super().__call__(*arguments, **keywords)
         prior._name_features()
         return prior
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """That of the constructor, for :func:`help` and the API reference."""
+        own = inspect.signature(cls.__init__)
+        return own.replace(parameters=list(own.parameters.values())[1:])
 
 
 class BilinearPrior(LogPrior, metaclass=_NamesFeatures):

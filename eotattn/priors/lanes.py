@@ -41,6 +41,10 @@ class Lanes:
     plan: LanePlan = field(repr=False)
     sides: tuple[Side, Side] = field(repr=False)
 
+    def __repr__(self) -> str:
+        query, key = (tuple(side.shape) for side in (self.query, self.key))
+        return f"Lanes(query={query}, key={key}, {self.query.dtype}, error_bound={self.error_bound:.1e} nats)"
+
     @property
     def num_lanes(self) -> int:
         """Prior width P."""

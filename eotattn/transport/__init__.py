@@ -2,6 +2,10 @@
 
 ``TransportProblem -> solve(problem, solver=...) -> TransportSolution``. The same problems can be solved by POT through
 ``eotattn.transport.pot``, which is imported only by those who ask for it.
+
+``score`` is the raw affinity (cost = -score); ``epsilon`` is the temperature in units of the score, SDPA's ``scale`` is
+its inverse. A coupling has total mass one, the rows of attention weights sum to one. A query without admissible keys,
+and numbers that are no numbers, are refused.
 """
 
 from eotattn.transport.certificates.certificate import Certificate, certify

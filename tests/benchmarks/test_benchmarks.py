@@ -9,7 +9,7 @@ import torch
 from tolerances import assert_close
 
 from eotattn.benchmarks.oracle import causal_rows, slope_gradient
-from eotattn.benchmarks.report import bench, format_table
+from eotattn.benchmarks.report import BenchTable, bench, format_table
 from eotattn.benchmarks.suites import SUITES, configure
 from eotattn.benchmarks.timing import Candidate, measure
 from eotattn.cli import main
@@ -29,6 +29,16 @@ def test_every_suite_runs_and_writes(suite, tmp_path):
     record = json.loads((tmp_path / f"bench_{suite}.json").read_text())
     assert record["command"].startswith(f"eotattn bench {suite} --device cpu")
     assert {"commit", "seed", "versions", "date", "configuration"} <= set(record)
+
+
+def test_a_table_is_shown_in_a_notebook_and_is_a_frame():
+    table = BenchTable(({"name": "a < b", "value": 0.12345}, {"name": "c", "failure": "none"}))
+    shown = table._repr_html_()
+    assert "<th>value</th><th>failure</th><th>name</th>" in shown
+    assert "<td>0.123</td><td></td><td>a &lt; b</td>" in shown
+    frame = pytest.importorskip("pandas") and table.to_frame()
+    assert list(frame.columns) == ["name", "value", "failure"]
+    assert frame.value.iloc[0] == 0.12345
 
 
 def test_times_are_medians_of_interleaved_calls():

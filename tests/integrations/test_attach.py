@@ -90,6 +90,9 @@ def test_a_neutral_prior_changes_nothing(family, padding, dtype):
         count = len(attached.priors)
     assert count == len(attention_layers(model)) > 0
     assert_close(actual / expected.abs().amax(), expected / expected.abs().amax(), tolerance=TOLERANCE[dtype])
+    with attach(model):
+        alone = real_rows(result(model(**inputs)), inputs)
+    assert_close(alone / expected.abs().amax(), expected / expected.abs().amax(), tolerance=TOLERANCE[dtype])
     with attach(model, lambda heads: FourierPrior(heads, 2, 3.0, 9.0)) as attached:
         for parameter in attached.parameters():
             parameter.fill_(1.0)
@@ -263,6 +266,20 @@ def test_sinks_are_attached_and_join_those_of_the_model():
         pytest.raises(NotImplementedError, match="sinks must be logits"),
     ):
         model(**inputs)
+
+
+@torch.no_grad()
+def test_capture_sees_the_sinks_of_an_attached_model():
+    model, inputs = build(BY_NAME["gpt-oss"]), BY_NAME["gpt-oss"].inputs()
+    with capture(model) as plain:
+        model(**inputs)
+    with attach(model), capture(model) as attached:
+        model(**inputs)
+    assert list(plain.layers) == list(attached.layers)
+    for one, other in zip(plain.layers.values(), attached.layers.values(), strict=True):
+        for name in ("explicit_sink_mass", "entropy"):
+            assert_close(other.sums[name], one.sums[name], tolerance=1e-4)
+        assert_close(other.lag_mass, one.lag_mass, tolerance=1e-4)
 
 
 def test_cross_attention_and_unknown_keywords_are_told():

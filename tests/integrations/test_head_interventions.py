@@ -13,8 +13,8 @@ pytest.importorskip("transformers")
 from eotattn import RecencyPrior
 from eotattn.integrations import AddPrior, AddSink, HideKey, InterventionReport, ReplaceHeads, attach, intervene
 from eotattn.integrations.head_fits import fit_heads
-from eotattn.integrations.intervention_report import Effect, PairedMean
 from eotattn.integrations.head_interventions import next_token_losses
+from eotattn.integrations.intervention_report import Effect, PairedMean
 
 NAMES = ("model.layers.0.self_attn", "model.layers.1.self_attn")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from eotattn.integrations import capture
-from eotattn.integrations import hugging_face as integration
+from eotattn.integrations import interface_calls as integration
 from eotattn.integrations.mask_functions import causal_window
 
 masking_utils = pytest.importorskip("transformers.masking_utils")
