@@ -5,7 +5,7 @@ The names below are the front door. The rooms behind it, from the ground up; eac
     eotattn.checks        argument checks and their wording
     eotattn.provenance    tables, and where numbers come from
     eotattn.compat        private names of PyTorch and transformers
-    eotattn.priors        trainable log-priors and the lanes that carry them
+    eotattn.priors        trainable log-priors, of positions and of what tokens say, and the lanes that carry them
     eotattn.kernels       the fused kernels, tensors in and out
     eotattn.attention     prior_attention, explain, a cache; layers; statistics without weights
     eotattn.transport     TransportProblem -> solve -> TransportSolution; certificates, theorems, POT
@@ -33,6 +33,7 @@ from eotattn.priors import (
     AlibiPrior,
     ClassTokenPrior,
     DensePrior,
+    ForgettingPrior,
     FourierPrior,
     GridPrior,
     GridTablePrior,
@@ -58,6 +59,7 @@ __all__ = [
     "AlibiPrior",
     "ClassTokenPrior",
     "DensePrior",
+    "ForgettingPrior",
     "FourierPrior",
     "GoatAttention",
     "GridPrior",

@@ -174,19 +174,17 @@ def _add_analyze(subparsers: Subparsers[_Parser]) -> None:
 
 
 def _analyze(arguments: argparse.Namespace) -> int:
-    from eotattn.analysis import analyze, findings, is_first_process, read_texts
+    from eotattn.analysis import analyze, is_first_process, read_texts
 
     names = ("attention", "out", "heads", "max_length", "device", "dtype")
     options = {name: getattr(arguments, name) for name in names}
     if arguments.layers is not None:
         options["layers"] = [int(x) if x.isdecimal() else x for x in arguments.layers]
     texts = [] if arguments.attention is not None else read_texts(arguments.text, arguments.texts)
-    analysis = analyze(arguments.model, texts, **options)
+    lines: list[str] = []
+    analysis = analyze(arguments.model, texts, report=lines.append, **options)
     if is_first_process():
-        print(analysis)
-        print()
-        print(*findings(analysis), sep="\n")
-        print(f"Report: {arguments.out}/report.html")
+        print(analysis, "", *lines, sep="\n")
     if not analysis.is_complete:
         done = f"{analysis.num_texts} of {analysis.num_given} texts"
         _say(f"eotattn analyze: interrupted; {arguments.out} holds the {done} that were finished")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import csv
+import html
 import importlib.metadata
 import io
+import math
 import os
 import platform
 import subprocess
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,9 +19,9 @@ from typing import Any
 
 import torch
 
-from eotattn.checks import fail, require
+from eotattn.checks import check_installed, fail, require
 
-__all__ = ["check_writable", "git_state", "library_versions", "provenance", "table_bytes", "write_atomically"]
+__all__ = ["Table", "check_writable", "git_state", "library_versions", "provenance", "table_bytes", "write_atomically"]
 
 #: Libraries whose versions can change a result.
 LIBRARIES = (
@@ -166,3 +168,56 @@ def table_bytes(rows: Sequence[dict[str, Any]]) -> bytes:
 def _rounded(value: Any) -> Any:
     """Floats with seven significant digits: all that fp32 has."""
     return f"{value:.7g}" if isinstance(value, float) else value
+
+
+class Table:
+    """What a report of columns can do: become a data frame, and show itself in a notebook."""
+
+    #: Rows that a notebook shows.
+    shown_rows = 40
+
+    def to_dict(self) -> Mapping[str, Any]:
+        """Arrays by name."""
+        raise NotImplementedError
+
+    def columns(self) -> Mapping[str, Any]:
+        """Column -> its values, one row a measurement, all of one length; what :meth:`to_dict` returns by default."""
+        return self.to_dict()
+
+    def to_frame(self) -> Any:
+        """The columns as a :class:`pandas.DataFrame`.
+
+        Raises:
+            ModuleNotFoundError: Without pandas.
+
+        Example:
+            >>> class Squares(Table):
+            ...     def to_dict(self):
+            ...         return {"x": [1, 2], "square": [1.0, 4.0]}
+            >>> Squares().to_frame()["square"].tolist()
+            [1.0, 4.0]
+        """
+        check_installed(type(self).__name__, "analysis", "pandas")
+        from pandas import DataFrame
+
+        return DataFrame({name: list(values) for name, values in self.columns().items()})
+
+    def _repr_html_(self) -> str:
+        """The first rows, and how many there are."""
+        columns = {name: list(values) for name, values in self.columns().items()}
+        rows = list(zip(*columns.values(), strict=True))
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(_shown(value))}</td>" for value in row) + "</tr>"
+            for row in rows[: self.shown_rows]
+        )
+        more = f"<p>The first {self.shown_rows} of {len(rows)} rows.</p>" if len(rows) > self.shown_rows else ""
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{more}"
+
+
+def _shown(value: Any) -> str:
+    """Four digits of a number, nothing for one that does not exist."""
+    value = value.item() if hasattr(value, "item") else value
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.4g}"
+    return str(value)

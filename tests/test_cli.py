@@ -190,8 +190,9 @@ def test_analyze_ends_with_what_it_found_and_where(tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     assert cli.main(["analyze", "--attention", "maps.npy", "--out", "new"]) == 0
     *_, sinks, kinds, explained, where = capsys.readouterr().out.splitlines()
-    assert sinks == "1 of 2 heads puts more than 30% of attention on key 0; the most is 100%, layer 0 head 0."
-    assert kinds == "What the sinks do to the output is not known, because values were not seen."
-    assert explained.startswith("A prior that knows positions alone explains")
-    assert where == "Report: new/report.html"
+    where_sinks = "(one text, so without intervals): the first token in 1, in layer 0."
+    assert sinks == f"1 of 2 heads puts more than 30% of attention on one token {where_sinks}"
+    assert kinds == "Of 2 heads, none attends mostly to the previous token."
+    assert explained.startswith("Fitted to this one text and judged on it, in sample, a prior of position alone")
+    assert where == "Page: new/report.html"
     assert (tmp_path / "new" / "report.html").is_file()

@@ -5,10 +5,11 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from eotattn import provenance as provenance_module
-from eotattn.provenance import git_state, library_versions, provenance, write_atomically
+from eotattn.provenance import Table, git_state, library_versions, provenance, write_atomically
 
 
 @dataclass(frozen=True)
@@ -68,3 +69,25 @@ def test_a_recipe_is_a_dataclass():
     assert record(Recipe())["configuration"] == {"steps": 3}
     with pytest.raises(TypeError, match="configuration must be a dataclass"):
         record({"steps": 3})
+
+
+class Sizes(Table):
+    """A table of fifty rows."""
+
+    def to_dict(self):
+        return {"name": [f"<{i}>" for i in range(50)], "size": np.append(np.arange(49) / 3, np.nan)}
+
+
+def test_tables_show_their_first_rows_and_say_how_many_there_are():
+    shown = Sizes()._repr_html_()
+    assert shown.count("<tr>") == 1 + Sizes.shown_rows
+    assert "<td>&lt;1&gt;</td><td>0.3333</td>" in shown
+    assert "The first 40 of 50 rows." in shown
+    assert "nan" not in shown
+
+
+def test_tables_become_frames():
+    pandas = pytest.importorskip("pandas")
+    frame = Sizes().to_frame()
+    assert isinstance(frame, pandas.DataFrame)
+    assert frame["size"].tolist()[:3] == [0.0, 1 / 3, 2 / 3]

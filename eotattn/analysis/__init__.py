@@ -1,12 +1,13 @@
 """Analyse trained models: a model and texts, or attention maps, in; tables, figures and one page out."""
 
+from eotattn.analysis.analysis_report import Analysis
 from eotattn.analysis.byte_tokens import ByteTokenizer
 from eotattn.analysis.figures import prior_panels
-from eotattn.analysis.findings import findings
+from eotattn.analysis.findings import details, findings
+from eotattn.analysis.head_kinds import head_kinds
 from eotattn.analysis.run import analyze
 from eotattn.analysis.samples import code_samples, prose_samples
 from eotattn.analysis.shards import is_first_process
-from eotattn.analysis.summary import Analysis
 from eotattn.analysis.texts import read_texts
 
 __all__ = [
@@ -14,7 +15,9 @@ __all__ = [
     "ByteTokenizer",
     "analyze",
     "code_samples",
+    "details",
     "findings",
+    "head_kinds",
     "is_first_process",
     "prior_panels",
     "prose_samples",

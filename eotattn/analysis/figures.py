@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from eotattn.analysis.summary import Analysis
+from eotattn.analysis.summary import Summary
 from eotattn.analysis.tables import Curve, layer_curves, residual_curves
 from eotattn.diagnostics import ImplicitPriorReport
 from eotattn.diagnostics.gauge import centre_rows
@@ -26,7 +26,7 @@ __all__ = ["figures", "prior_panels"]
 SHOWN_POSITIONS = 48
 
 
-def figures(analysis: Analysis) -> Iterator[tuple[str, Axes]]:
+def figures(analysis: Summary) -> Iterator[tuple[str, Axes]]:
     """Name and Axes of one figure after the other; whoever takes one closes it."""
     yield from _grids(analysis)
     yield from _curves(analysis)
@@ -41,26 +41,26 @@ def figures(analysis: Analysis) -> Iterator[tuple[str, Axes]]:
         axes.set_title(layer, fontsize=9)
         yield f"lags_{number}", axes
         if layer in analysis.priors:
-            axes = plot_key_only(np.nan_to_num(analysis.priors[layer].key), labels=names)
-            axes.set_title(f"{layer}: u(j) of the implicit prior", fontsize=9)
-            yield f"key_only_{number}", axes
-            yield f"prior_{number}", _panels(analysis, a)
+            yield from _of_priors(analysis, a, names)
 
 
-def _grids(analysis: Analysis) -> Iterator[tuple[str, Axes]]:
+def _grids(analysis: Summary) -> Iterator[tuple[str, Axes]]:
     heads = analysis.heads
     sink, entropy = heads.quantities[0].name, "normalised entropy"
     draw = partial(plot_head_grid, numbers=(heads.numbers, heads.heads), low=0)
     yield "sink_mass", draw(heads.mean[sink], label=sink, high=1)
     yield "entropy", draw(heads.mean[entropy], label=entropy, high=1)
     if np.isfinite(analysis.explained()).any():  # a head that is uniform leaves nothing to explain
-        yield "explained", draw(analysis.explained(), label="KL explained by position", high=1)
+        label = "KL explained by position" + (" (in sample)" if analysis.is_in_sample else "")
+        fails = analysis.fails()
+        if not fails.all():
+            yield "explained", draw(analysis.explained(), label=label, high=1, hatched=fails)
     drains = heads.mean.get("relative drain of the sink")
     if drains is not None and np.isfinite(drains).any():
         yield "value_drain", draw(drains, label="value drain of the sink / mean")
 
 
-def _curves(analysis: Analysis) -> Iterator[tuple[str, Axes]]:
+def _curves(analysis: Summary) -> Iterator[tuple[str, Axes]]:
     label = "mean over heads" + (" and its 95% interval" if analysis.heads.num_sequences > 1 else "")
     yield "layers", plot_layer_curves(**_drawn(layer_curves(analysis)), ylabel=label, layers=analysis.heads.numbers)
     if analysis.residuals.blocks:
@@ -96,12 +96,21 @@ def prior_panels(report: ImplicitPriorReport, head: int, *, length: int = SHOWN_
     return figure
 
 
-def _panels(analysis: Analysis, a: int) -> Axes:
-    """The prior of the head of layer ``a`` that position explains best."""
-    layer = analysis.heads.layers[a]
-    report, explained = analysis.priors[layer], analysis.explained()[a]
-    head = 0 if np.isnan(explained).all() else int(np.nanargmax(explained))
+def _of_priors(analysis: Summary, a: int, names: list[str]) -> Iterator[tuple[str, Axes]]:
+    """The key-only parts of a layer, and the prior of the head that position explains best; none of failed fits."""
+    number, layer = analysis.heads.numbers[a], analysis.heads.layers[a]
+    report, explained = analysis.priors[layer], analysis.explained()[a].copy()
+    sample = ", in sample" if analysis.is_in_sample else ""
+    fails = analysis.fails()[a]
+    explained[fails] = np.nan
+    shown = np.flatnonzero(~fails[: len(report.key)])
+    if not shown.size:
+        return
+    axes = plot_key_only(np.nan_to_num(report.key[shown]), labels=[names[h] for h in shown])
+    axes.set_title(f"{layer}: u(j) of the implicit prior{sample}", fontsize=9)
+    yield f"key_only_{number}", axes
+    head = int(shown[0]) if np.isnan(explained).all() else int(np.nanargmax(explained))
     figure = prior_panels(report, head)
-    share = "" if np.isnan(explained[head]) else f": {explained[head]:.0%} explained by position"
+    share = "" if np.isnan(explained[head]) else f": {explained[head]:.0%} explained by position{sample}"
     figure.suptitle(f"{layer}, head {analysis.heads.heads[head]}{share}", fontsize=10)
-    return figure.axes[0]
+    yield f"prior_{number}", figure.axes[0]

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from eotattn.analysis.figures import figures
+from eotattn.analysis.findings import details, findings
+from eotattn.analysis.head_kinds import head_kinds
 from eotattn.analysis.page import page
-from eotattn.analysis.summary import Analysis
+from eotattn.analysis.summary import Summary
 from eotattn.analysis.tables import plain, tables
 from eotattn.checks import require
 from eotattn.plotting.files import to_png
 from eotattn.provenance import check_writable, library_versions, table_bytes
 
-__all__ = ["check_folder", "write_analysis"]
+__all__ = ["PAGE", "check_folder", "write_analysis"]
 
 #: Names that an analysis writes. The report lists all others; a folder that holds anything else is somebody else's.
 REPORT, PAGE = "report.json", "report.html"
@@ -51,7 +53,7 @@ def _files_of_report(folder: Path) -> set[str]:
         return set()
 
 
-def write_analysis(folder: Path, analysis: Analysis) -> None:
+def write_analysis(folder: Path, analysis: Summary) -> None:
     """Write everything beside ``folder``, then put it there: an interruption leaves the old folder or the new one."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
@@ -75,7 +77,7 @@ def _put(partial: Path, folder: Path) -> None:
         shutil.rmtree(old)
 
 
-def _contents(analysis: Analysis) -> dict[str, bytes]:
+def _contents(analysis: Summary) -> dict[str, bytes]:
     """Every file by name."""
     files = {f"{name}.png": to_png(axes) for name, axes in figures(analysis)}
     files |= {f"{name}.csv": table_bytes(rows) for name, rows in tables(analysis).items() if rows}
@@ -85,9 +87,12 @@ def _contents(analysis: Analysis) -> dict[str, bytes]:
     return files
 
 
-def _record(analysis: Analysis) -> dict[str, Any]:
+def _record(analysis: Summary) -> dict[str, Any]:
     heads = analysis.heads
     return {
+        "model": analysis.subject.model,
+        "date": analysis.subject.date,
+        "findings": [*findings(analysis), *details(analysis)],
         "layers": list(heads.layers),
         "layer_numbers": list(heads.numbers),
         "heads": list(heads.heads),
@@ -105,7 +110,9 @@ def _record(analysis: Analysis) -> dict[str, Any]:
             part: {name: plain(grid) for name, grid in getattr(heads, part).items()} for part in ("mean", "low", "high")
         },
         "explained": plain(analysis.explained()),
+        "prior_fails": analysis.fails().tolist(),
         "sink_kinds": analysis.sink_kinds(),
+        "kinds": head_kinds(analysis),
         "massive_activations": analysis.residuals.massive_share(),
         "missing": analysis.needs,
     }

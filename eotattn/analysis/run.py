@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from eotattn.analysis.folder import check_folder, write_analysis
+from eotattn.analysis.analysis_report import Analysis, summarize
+from eotattn.analysis.findings import findings
+from eotattn.analysis.folder import PAGE, check_folder, write_analysis
 from eotattn.analysis.shards import Shards, shards
-from eotattn.analysis.summary import Analysis, TextFindings, summarize
+from eotattn.analysis.summary import Subject, TextFindings
 from eotattn.analysis.texts import EncodedTexts, check_texts, encode
+from eotattn.attention.statistics.score_rows import WeightRows
 from eotattn.checks import check_positive_int, require, speaking_as
+from eotattn.diagnostics import TopKeys
 from eotattn.integrations.capture import capture
 from eotattn.integrations.loading import load_local_model
 from eotattn.integrations.maps import map_statistics, read_maps
@@ -23,6 +28,8 @@ from eotattn.integrations.residuals import residuals
 __all__ = ["analyze"]
 
 OWNER = "analyze"
+#: Texts, and first queries of each, whose strongest keys are kept for pictures of single heads.
+PICTURED_TEXTS, PICTURED_ROWS = 4, 256
 
 
 @speaking_as(OWNER)
@@ -38,6 +45,7 @@ def analyze(  # noqa: PLR0913  (one argument an option of the command)
     max_length: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    report: Callable[[str], object] | None = print,
 ) -> Analysis:
     """Run a model on texts and say where its sinks are, what they are made of, and how much of each head is a prior.
 
@@ -46,7 +54,7 @@ def analyze(  # noqa: PLR0913  (one argument an option of the command)
     Args:
         model: A Hugging Face model, or the folder of one (``config.json``, tokenizer, safetensors; library classes
             only, never pickles or remote code), or any module that takes token ids (1, L).
-        texts: At least one text of at least two tokens; the first one's tokens label the report.
+        texts: At least one text of at least two tokens.
         tokenizer: Of a model that is given as an object; :class:`ByteTokenizer` for models of bytes.
         attention: Instead of model and texts: attention maps as :func:`eotattn.integrations.read_maps` takes them.
         out: Folder for tables, figures and ``report.html``; written when all is done. Nothing is written without.
@@ -55,6 +63,7 @@ def analyze(  # noqa: PLR0913  (one argument an option of the command)
         max_length: Longer texts are cut here, tokens; whole texts by default.
         device: Where the model of a folder runs, "cpu" by default; a model object stays where it is.
         dtype: Dtype of the weights of a folder, "float32" by default; a model object keeps its own.
+        report: Told, at the end, what was found in three sentences and where the page is; where ``out`` is given.
 
     Returns:
         :class:`Analysis`. An interruption (Ctrl-C) ends the run and keeps the texts that were finished.
@@ -78,12 +87,15 @@ def analyze(  # noqa: PLR0913  (one argument an option of the command)
     if attention is not None:
         idle = {"texts": texts or None, "max_length": max_length, "device": device, "dtype": dtype}
         _check_idle(idle | {"tokenizer": tokenizer}, "with attention maps")
-        result = summarize([_map_findings(attention, layers, heads)], chosen_heads=heads)
-        _write(folder, result, Shards())
+        kind = f"attention maps of {Path(attention).name}" if isinstance(attention, (str, Path)) else "attention maps"
+        subject = Subject.today(kind)
+        result = summarize([_map_findings(attention, layers, heads)], subject=subject, chosen_heads=heads)
+        _write(folder, result, Shards(), report, out)
         return result
     if max_length is not None:
         check_positive_int(OWNER, "max_length", max_length, minimum=2)
     check_texts(texts)
+    given_model = model
     with shards() as processes:
         if isinstance(model, (str, Path)):
             _check_idle({"tokenizer": tokenizer}, "with the folder of a model")
@@ -94,14 +106,26 @@ def analyze(  # noqa: PLR0913  (one argument an option of the command)
             _check_idle({"device": device, "dtype": dtype}, "with a model object")
         assert model is not None
         _check_model(model, tokenizer)
-        result = _run(model, encode(model, tokenizer, texts, max_length), layers, heads, processes)
-        _write(folder, result, processes)
+        subject = Subject.today(_name_of(model, folder=given_model))
+        result = _run(model, encode(model, tokenizer, texts, max_length), layers, heads, processes, subject)
+        _write(folder, result, processes, report, out)
     return result
 
 
-def _write(folder: Path | None, result: Analysis, processes: Shards) -> None:
-    if folder is not None and processes.rank == 0:
-        write_analysis(folder, result)
+def _write(
+    folder: Path | None,
+    result: Analysis,
+    processes: Shards,
+    report: Callable[[str], object] | None,
+    given: str | Path | None,
+) -> None:
+    """Write, and say what was found, in the first process alone; ``given`` is the folder as the user named it."""
+    if folder is None or processes.rank > 0:
+        return
+    write_analysis(folder, result)
+    if report is not None:
+        for line in (*findings(result), f"Page: {given}/{PAGE}"):
+            report(line)
 
 
 def _check_idle(arguments: dict[str, Any], where: str) -> None:
@@ -119,6 +143,13 @@ def _check_model(model: nn.Module, tokenizer: Any) -> None:
     require(not is_pair, OWNER, "model", "be an encoder or a decoder, not both", type(model).__name__, remedy)
 
 
+def _name_of(model: nn.Module, folder: object) -> str:
+    """Class and name: that of the folder, or the one that the configuration has."""
+    known = getattr(getattr(model, "config", None), "name_or_path", "")
+    name = Path(str(folder if isinstance(folder, (str, Path)) else known)).name
+    return f"{type(model).__name__} {name}".strip()
+
+
 def _map_findings(attention: Any, layers: Sequence[str | int] | None, heads: Sequence[int] | None) -> TextFindings:
     """Statistics of the chosen layers and heads of stored maps."""
     maps = read_maps(attention)
@@ -130,7 +161,10 @@ def _map_findings(attention: Any, layers: Sequence[str | int] | None, heads: Seq
         require(known, OWNER, "layers", f"be among {{{listed}}}", list(layers), "Choose layers that the maps have")
         chosen = {layer if layer in names else names[int(layer)] for layer in layers}
         maps = {name: weights for name, weights in maps.items() if name in chosen}
-    return TextFindings(map_statistics(maps, heads=heads), numbers=numbers)
+    statistics = map_statistics(maps, heads=heads)
+    top_keys = {name: TopKeys.of(WeightRows(weights[None]), rows=PICTURED_ROWS) for name, weights in maps.items()}
+    top_keys = top_keys if heads is None else {name: kept.heads(list(heads)) for name, kept in top_keys.items()}
+    return TextFindings(statistics, numbers=numbers, top_keys=top_keys)
 
 
 def _run(
@@ -139,6 +173,7 @@ def _run(
     layers: Sequence[str | int] | None,
     heads: Sequence[int] | None,
     processes: Shards,
+    subject: Subject,
 ) -> Analysis:
     """Run this process's texts; an interruption keeps the finished ones."""
     found: dict[int, TextFindings] = {}
@@ -148,7 +183,9 @@ def _run(
         for place, ids in tqdm(
             own, desc="texts", unit="text", leave=False, disable=None if processes.rank == 0 else True
         ):
-            found[place] = _run_text(model, ids, layers, heads, certify=place == 0)
+            rows = PICTURED_ROWS if place < PICTURED_TEXTS else 0
+            part = _run_text(model, ids, layers, heads, certify=place == 0, top_key_rows=rows)
+            found[place] = replace(part, tokens=texts.tokens[place])
     except KeyboardInterrupt:
         if not found and processes.count == 1:
             raise
@@ -158,15 +195,27 @@ def _run(
     if not parts:
         raise KeyboardInterrupt
     counts = {"num_given": len(texts.ids), "num_cut": texts.num_cut}
-    return summarize(parts, tokens=texts.first_tokens, chosen_heads=heads, **counts)
+    return summarize(parts, subject=subject, chosen_heads=heads, **counts)
 
 
 @torch.no_grad()
 def _run_text(
-    model: nn.Module, ids: Tensor, layers: Sequence[str | int] | None, heads: Sequence[int] | None, *, certify: bool
+    model: nn.Module,
+    ids: Tensor,
+    layers: Sequence[str | int] | None,
+    heads: Sequence[int] | None,
+    **options: Any,
 ) -> TextFindings:
-    """One text; the weights of the first one are certified."""
+    """One text; options are those of the capture."""
     device = next(model.parameters()).device
-    with residuals(model) as norms, capture(model, layers, heads, certify=certify) as captured:
+    with residuals(model) as norms, capture(model, layers, heads, token_scores=True, **options) as captured:
         model(ids.to(device))
-    return TextFindings(captured.layers, captured.values, captured.certificates, norms, captured.numbers)
+    return TextFindings(
+        captured.layers,
+        captured.values,
+        captured.certificates,
+        norms,
+        captured.numbers,
+        captured.token_scores,
+        captured.top_keys,
+    )

@@ -5,21 +5,53 @@ Legend: A layers, H heads, N texts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+import datetime
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eotattn.analysis.shards import merged
 from eotattn.attention.statistics.running import SequenceStatistics
-from eotattn.diagnostics import HeadReport, ImplicitPriorReport, ValueStatistics, fit_prior, head_report
-from eotattn.diagnostics.quantities import CERTIFICATE, VALUE_QUANTITIES
+from eotattn.diagnostics import (
+    HeadReport,
+    ImplicitPriorReport,
+    StrongestKeys,
+    TokenStatistics,
+    TopKeys,
+    ValueStatistics,
+)
 from eotattn.integrations.residuals import Residuals
+from eotattn.provenance import library_versions
 
-__all__ = ["Analysis", "TextFindings", "summarize"]
+__all__ = ["Subject", "Summary", "TextFindings"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What was analysed.
+
+    Args:
+        model: Its class and name, or where maps come from.
+        version: Of this package.
+        date: Day of the analysis, year-month-day.
+    """
+
+    model: str
+    version: str
+    date: str
+
+    @classmethod
+    def today(cls, model: str) -> Subject:
+        """Analysed now by the installed version."""
+        return cls(model, library_versions()["eotattn"], datetime.date.today().isoformat())
+
+    def __str__(self) -> str:
+        """One line."""
+        return f"{self.model}, {self.date}, eotattn {self.version}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +64,9 @@ class TextFindings:
         certificates: Layer -> (1, H) duality gaps, where that was computed.
         residuals: Norms after every block.
         numbers: Layer -> its number in the model; in the order of ``statistics`` where it is not known.
+        token_scores: Layer -> weights on keys whose token repeats, where ids were seen.
+        top_keys: Layer -> strongest keys of the first queries, where that was kept.
+        tokens: Its tokens, for names; none for maps.
     """
 
     statistics: dict[str, SequenceStatistics]
@@ -39,11 +74,14 @@ class TextFindings:
     certificates: dict[str, Tensor] = field(default_factory=dict)
     residuals: Residuals = field(default_factory=Residuals)
     numbers: dict[str, int] = field(default_factory=dict)
+    token_scores: dict[str, TokenStatistics] = field(default_factory=dict)
+    top_keys: dict[str, TopKeys] = field(default_factory=dict)
+    tokens: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
-class Analysis:
-    """Everything that was found.
+class Summary:
+    """Everything that was found, put together over the texts.
 
     Attributes:
         heads: The table of all heads.
@@ -51,7 +89,10 @@ class Analysis:
         statistics: Layer -> sums by sequence.
         values: Layer -> what its values do, where that was seen.
         residuals: Norms of the residual stream after every block, one entry a text.
-        tokens: Tokens of the first text, for labels.
+        strongest: The key that receives most weight, by layer, text and head.
+        top_keys: Layer -> strongest keys of the first queries, of the first texts: a picture of single heads.
+        tokens: Tokens of every text; none for maps.
+        subject: What was analysed, by which version, when.
         num_texts: Texts that were finished.
         num_given: Texts that were given; more where the run was interrupted.
         num_cut: Texts that were cut to the length asked for.
@@ -63,7 +104,10 @@ class Analysis:
     statistics: dict[str, SequenceStatistics]
     values: dict[str, ValueStatistics]
     residuals: Residuals
-    tokens: tuple[str, ...]
+    strongest: StrongestKeys
+    top_keys: dict[str, TopKeys]
+    tokens: tuple[tuple[str, ...], ...]
+    subject: Subject
     num_texts: int
     num_given: int
     num_cut: int
@@ -74,14 +118,34 @@ class Analysis:
         """Whether every text was finished."""
         return self.num_texts == self.num_given
 
+    @property
+    def is_in_sample(self) -> bool:
+        """Whether priors were judged on the text that they were fitted to, because there is only one."""
+        return self.heads.num_sequences < 2
+
     def explained(self) -> NDArray[np.float64]:
         """(A, H) explained divergence: held out where there are several sequences, else in sample."""
+        name = "explained_in_sample" if self.is_in_sample else "explained"
+        return self._of_priors(lambda report: getattr(report, name))
+
+    def explained_interval(self) -> NDArray[np.float64]:
+        """(A, H, 2) its 95% interval over the sequences; NaN in sample."""
+        low, high = (self._of_priors(partial(_side, side=side)) for side in (0, 1))
+        return np.stack([low, high], -1)
+
+    def fails(self) -> NDArray[np.bool_]:
+        """(A, H) whether a prior was fitted that is not surely better than uniform attention on other texts."""
+        if self.is_in_sample:
+            return np.zeros_like(self.explained(), dtype=bool)
+        return ~np.isnan(self.explained()) & ~(self._of_priors(lambda report: report.holds) > 0)
+
+    def _of_priors(self, values: Callable[[ImplicitPriorReport], NDArray[Any]]) -> NDArray[np.float64]:
+        """(A, H) one number a fitted head; NaN elsewhere."""
         grid = np.full_like(self.heads.mean["entropy"], np.nan)
         for a, layer in enumerate(self.heads.layers):
             if layer in self.priors:
-                report = self.priors[layer]
-                values = report.explained_in_sample if np.isnan(report.explained).all() else report.explained
-                grid[a, : len(values)] = values
+                found = values(self.priors[layer])
+                grid[a, : len(found)] = found
         return grid
 
     def sink_kinds(self) -> list[list[str]]:
@@ -92,9 +156,9 @@ class Analysis:
         shares = np.stack([mean[name] for name in ("no-operation", "broadcast", "dominant sink")], axis=-1)
         return [[_kind(*share) for share in row] for row in shares]
 
-    def __str__(self) -> str:
-        """The table of heads, averaged by layer."""
-        return str(self.heads)
+
+def _side(report: ImplicitPriorReport, side: int) -> NDArray[np.float64]:
+    return report.interval[:, side]
 
 
 def _kind(no_operation: float, broadcast: float, sink: float) -> str:
@@ -104,66 +168,3 @@ def _kind(no_operation: float, broadcast: float, sink: float) -> str:
         if share > 0.5:
             return word
     return "other" if sink > 0.5 else "none"
-
-
-def summarize(
-    found: Sequence[TextFindings],
-    *,
-    tokens: tuple[str, ...] = (),
-    num_given: int = 1,
-    num_cut: int = 0,
-    chosen_heads: Sequence[int] | None = None,
-) -> Analysis:
-    """Put the findings of all texts together; ``chosen_heads`` numbers the heads where not all were kept."""
-    names = list(dict.fromkeys(name for part in found for name in part.statistics))
-    statistics = {name: merged([part.statistics[name] for part in found]) for name in names}
-    values = {n: merged([part.values[n] for part in found]) for n in names if all(n in part.values for part in found)}
-    gaps = {n: [part.certificates[n] for part in found if n in part.certificates] for n in names}
-    certificates = {name: torch.cat(parts) for name, parts in gaps.items() if parts}
-    priors = {layer: fit_prior(stats) for layer, stats in statistics.items() if _has_prior(stats)}
-    residuals = merged([part.residuals for part in found])
-    heads = head_report(statistics, values=values, certificates=certificates)
-    numbers = {name: number for part in found for name, number in part.numbers.items()}
-    heads = replace(heads, numbers=tuple(numbers.get(name, a) for a, name in enumerate(names)))
-    heads = heads if chosen_heads is None else replace(heads, heads=tuple(chosen_heads))
-    return Analysis(
-        heads=heads,
-        priors=priors,
-        statistics=statistics,
-        values=values,
-        residuals=residuals,
-        tokens=tokens,
-        num_texts=len(found),
-        num_given=num_given,
-        num_cut=num_cut,
-        needs=_needs(heads, priors, residuals, len(found)),
-    )
-
-
-def _has_prior(stats: SequenceStatistics) -> bool:
-    """Whether rows sum to one and attention is square, more than one token long."""
-    keys = int((stats.column_count > 0).sum(-1).max())
-    plain = float(stats.sums["explicit_sink_mass"].sum()) == 0
-    return plain and 1 < keys <= int(stats.num_queries.max())
-
-
-def _needs(
-    heads: HeadReport, priors: dict[str, ImplicitPriorReport], residuals: Residuals, count: int
-) -> dict[str, str]:
-    """What could not be computed, and what it takes."""
-    missing: dict[str, str] = {}
-    for group in (VALUE_QUANTITIES, (CERTIFICATE,)):
-        for quantity in group:
-            grid = heads.mean.get(quantity.name)
-            where = [name for a, name in enumerate(heads.layers) if grid is None or np.isnan(grid[a]).all()]
-            if where:
-                places = "all layers" if len(where) == len(heads.layers) else ", ".join(where)
-                missing[quantity.name] = f"needs {quantity.needs}; {places} did not show that"
-    without = [name for name in heads.layers if name not in priors]
-    if without:
-        missing["implicit prior"] = f"needs square attention without explicit sinks; not so in {', '.join(without)}"
-    if not residuals.blocks:
-        missing["residual norms"] = "needs a running model with its blocks in an nn.ModuleList"
-    if count < 2:
-        missing["intervals"] = "needs two texts or more"
-    return missing

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
-from eotattn.analysis.summary import Analysis
+from eotattn.analysis.head_kinds import head_kinds
+from eotattn.analysis.summary import Summary
 from eotattn.diagnostics.bootstrap import mean_interval, resamples
 
-__all__ = ["Curve", "layer_curves", "plain", "residual_curves", "tables"]
+__all__ = ["Curve", "head_columns", "layer_curves", "plain", "residual_curves", "tables"]
 
 Row = dict[str, Any]
 #: Mean and both ends of its interval, one entry a layer or block.
@@ -21,10 +22,11 @@ Curve = tuple[np.ndarray, np.ndarray, np.ndarray]
 LAYER_CURVES = ("normalised entropy", "context sensitivity")
 
 
-def tables(analysis: Analysis) -> dict[str, list[Row]]:
+def tables(analysis: Summary) -> dict[str, list[Row]]:
     """Name -> rows; a table without rows is not there."""
     return {
-        "heads": _head_rows(analysis),
+        "heads": _rows(head_columns(analysis)),
+        "strongest": _strongest_rows(analysis),
         "layers": _layer_rows(analysis),
         "priors": _prior_rows(analysis),
         "residuals": _residual_rows(analysis),
@@ -36,7 +38,7 @@ def layer_means(values: np.ndarray) -> np.ndarray:
     return np.array([row[~np.isnan(row)].mean() if (~np.isnan(row)).any() else np.nan for row in values])
 
 
-def layer_curves(analysis: Analysis) -> dict[str, Curve]:
+def layer_curves(analysis: Summary) -> dict[str, Curve]:
     """What is drawn by layer: means over heads, and the rates of sinks."""
     heads = analysis.heads
     curves = {name: (layer_means(heads.mean[name]), *heads.layer_interval[name].T) for name in LAYER_CURVES}
@@ -45,7 +47,7 @@ def layer_curves(analysis: Analysis) -> dict[str, Curve]:
     return curves
 
 
-def residual_curves(analysis: Analysis) -> dict[str, Curve]:
+def residual_curves(analysis: Summary) -> dict[str, Curve]:
     """Norms of the residual stream by block: means over the texts."""
     found = analysis.residuals
     kinds = {"first token": found.first_token, "other tokens": found.other_tokens, "largest |x|": found.largest}
@@ -67,18 +69,29 @@ def plain(values: np.ndarray) -> Any:
     return [plain(row) if isinstance(row, np.ndarray) else (float(row) if np.isfinite(row) else None) for row in values]
 
 
-def _head_rows(analysis: Analysis) -> list[Row]:
-    columns = analysis.heads.to_dict()
-    rows: list[Row] = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    explained, kinds = analysis.explained(), analysis.sink_kinds()
-    layers, numbers = (list(names) for names in (analysis.heads.layers, analysis.heads.heads))
-    for row in rows:
-        a, head = layers.index(str(row["layer"])), numbers.index(int(row["head"]))
-        row["explained by position"], row["sink kind"] = float(explained[a, head]), kinds[a][head]
-    return rows
+def head_columns(analysis: Summary) -> dict[str, np.ndarray]:
+    """One row a layer and head: every quantity with its interval, what positions explain, kinds."""
+    columns: dict[str, np.ndarray] = dict(analysis.heads.to_dict())
+    a, h = np.nonzero(~np.isnan(analysis.heads.mean["entropy"]))  # in the order of the other columns
+    kinds = head_kinds(analysis)
+    columns["explained by position"], columns["prior fails"] = analysis.explained()[a, h], analysis.fails()[a, h]
+    columns["sink kind"] = np.array(analysis.sink_kinds())[a, h]
+    columns["kinds"] = np.array(["; ".join(kinds[i][j]) for i, j in zip(a, h, strict=True)])
+    return columns
 
 
-def _layer_rows(analysis: Analysis) -> list[Row]:
+def _rows(columns: Mapping[str, np.ndarray]) -> list[Row]:
+    """The same, a row each, as plain numbers and words."""
+    return [dict(zip(columns, row, strict=True)) for row in zip(*(v.tolist() for v in columns.values()), strict=True)]
+
+
+def _strongest_rows(analysis: Summary) -> list[Row]:
+    """One row a layer, text and head; heads by their numbers in the model."""
+    columns = analysis.strongest.to_dict()
+    return _rows(columns | {"head": np.array(analysis.heads.heads)[columns["head"].astype(np.int64)]})
+
+
+def _layer_rows(analysis: Summary) -> list[Row]:
     """One row a layer: means over heads, with intervals."""
     heads = analysis.heads
     found = {name: (layer_means(values), heads.layer_interval[name]) for name, values in heads.mean.items()}
@@ -91,7 +104,7 @@ def _layer_rows(analysis: Analysis) -> list[Row]:
     return rows
 
 
-def _prior_rows(analysis: Analysis) -> list[Row]:
+def _prior_rows(analysis: Summary) -> list[Row]:
     """One row an entry: layer, head, part (lag or key), index in tokens, nats."""
     rows: list[Row] = []
     for layer, report in analysis.priors.items():
@@ -105,7 +118,7 @@ def _prior_rows(analysis: Analysis) -> list[Row]:
     return rows
 
 
-def _residual_rows(analysis: Analysis) -> list[Row]:
+def _residual_rows(analysis: Summary) -> list[Row]:
     """One row a block: norms with intervals, the spike, where it is, and how often it is massive."""
     found = analysis.residuals
     if not found.blocks:

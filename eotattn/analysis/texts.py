@@ -26,12 +26,12 @@ class EncodedTexts:
     Args:
         ids: (1, L) int64 a text.
         num_cut: Texts that were longer than asked for.
-        first_tokens: Tokens of the first text, for labels.
+        tokens: Tokens of every text, for labels.
     """
 
     ids: tuple[Tensor, ...]
     num_cut: int
-    first_tokens: tuple[str, ...]
+    tokens: tuple[tuple[str, ...], ...]
 
 
 @speaking_as("read_texts")
@@ -98,7 +98,13 @@ def encode(model: nn.Module, tokenizer: Any, texts: Sequence[str], max_length: i
         rule, remedy = f"fit into the model's {limit} positions", f"Cut it with max_length={limit} (--max-length)"
         require(ids.shape[1] <= limit, OWNER, f"texts[{number}]", rule, f"{whole} tokens", remedy)
         found.append(ids)
-    return EncodedTexts(tuple(found), num_cut, tuple(tokenizer.convert_ids_to_tokens(found[0][0].tolist())))
+    tokens = tuple(tuple(map(_label, tokenizer.convert_ids_to_tokens(ids[0].tolist()))) for ids in found)
+    return EncodedTexts(tuple(found), num_cut, tokens)
+
+
+def _label(token: object) -> str:
+    """A token with plain blanks and line breaks in place of the letters that tokenizers write for them."""
+    return str(token).translate({ord("Ġ"): " ", ord("▁"): " ", ord("Ċ"): "⏎"})
 
 
 def _positions(model: nn.Module, tokenizer: Any) -> int:

@@ -80,6 +80,8 @@ def refusal(call: AttentionCall) -> str | None:
 
 def _smooth_refusal(call: AttentionCall) -> str | None:
     """Why a smooth decay is not a sum of exponentials for this call, or ``None``."""
+    if torch.compiler.is_compiling():
+        return "the error of a smooth decay is evaluated before the call, which graphs cannot wait for"
     if not 0 <= _offset(call) <= call.key.shape[2] - call.query.shape[2]:
         return "a smooth decay wants queries that are among the keys"
     if any(tail.prior is not None for tail, _ in _sides(call)):

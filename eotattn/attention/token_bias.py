@@ -5,6 +5,7 @@ Legend: B batch, H query heads, Hk key heads, Q queries, K keys.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,7 +72,7 @@ def check_gains(
 
 def _check_range(owner: str, name: str, bias: Tensor, dtype: torch.dtype, scale: float) -> None:
     if dtype == torch.float16 and name == "key_bias":
-        limit = 3e4 * min(1.0, scale**0.5)
+        limit = 6.5e4 * scale * 2.0 ** round(-math.log2(scale) / 2)  # what keys hold, after the queries' share
         rule, largest = f"lie within {limit:.0f} nats in float16", float(bias.detach().abs().max())
         require(largest <= limit, owner, name, rule, largest, "Take off a constant, or use bfloat16")
 

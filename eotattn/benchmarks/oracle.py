@@ -10,7 +10,7 @@ from torch import Tensor
 
 from eotattn.priors import LogPrior
 
-__all__ = ["causal_rows", "relative_error", "slope_gradient"]
+__all__ = ["causal_rows", "gate_gradient", "relative_error", "slope_gradient"]
 
 
 def causal_rows(
@@ -69,3 +69,27 @@ def slope_gradient(
             total = total - (through * lag).sum()
         result.append(total)
     return torch.stack(result)
+
+
+def gate_gradient(
+    query: Tensor, key: Tensor, value: Tensor, grad: Tensor, log_gates: Tensor, scale: float, block: int = 512
+) -> Tensor:
+    """Gradient of <output, grad> with respect to every log forgetting gate, causal, (H, Q) float64.
+
+    All of (1, H, Q, width); ``log_gates`` (H, Q), nats. A gate has the gradient of the scores of all pairs whose key
+    lies before its token and whose query does not.
+    """
+    result = torch.zeros(log_gates.shape, dtype=torch.float64, device=query.device)
+    index = torch.arange(query.shape[2], device=query.device)
+    for h in range(query.shape[1]):
+        q, k, v, g = (tensor[0, h].double() for tensor in (query, key, value, grad))
+        sums = log_gates[h].double().cumsum(0)
+        for start in range(0, q.shape[0], block):
+            rows = slice(start, start + block)
+            hidden = index > index[rows, None]
+            score = scale * q[rows] @ k.T + (sums[rows, None] - sums)
+            weights = score.masked_fill(hidden, float("-inf")).softmax(-1)
+            through = g[rows] @ v.T
+            through = weights * (through - (weights * through).sum(-1, keepdim=True))
+            result[h] += (through.cumsum(-1) - through).masked_fill(hidden, 0.0).sum(0)
+    return result

@@ -7,6 +7,7 @@ from eotattn.diagnostics.implicit_prior import ImplicitPriorReport, fit_prior
 from eotattn.diagnostics.sinks import SinkMassReport, score_range, sink_mass, sink_mass_by_score_range
 from eotattn.diagnostics.strongest_keys import StrongestKeys, strongest_keys
 from eotattn.diagnostics.token_statistics import TokenStatistics
+from eotattn.diagnostics.top_keys import TopKeys
 from eotattn.diagnostics.value_statistics import ValueStatistics
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "SinkMassReport",
     "StrongestKeys",
     "TokenStatistics",
+    "TopKeys",
     "ValueStatistics",
     "fit_grid_prior",
     "fit_prior",

@@ -24,7 +24,8 @@ from eotattn.priors import (
     goat_prior,
     grid_positions,
 )
-from eotattn.transport import TransportProblem, Tsallis, certify, solve
+from eotattn.provenance import Table
+from eotattn.transport import TransportProblem, Tsallis, certify, solve, with_dummy_key
 
 __all__ = ["Equivalence", "EquivalenceReport", "measure_equivalences"]
 
@@ -50,7 +51,7 @@ class Equivalence:
 
 
 @dataclass(frozen=True)
-class EquivalenceReport:
+class EquivalenceReport(Table):
     """All statements; prints as a table.
 
     Args:
@@ -112,6 +113,7 @@ def measure_equivalences(*, seed: int = 0, device: torch.device | str = "cpu") -
         _certified_attention,
         _lanes_against_dense,
         _gradients,
+        _sinks_against_transport,
     )
     rows = tuple(row for part in parts for row in part(generator, place))
     return EquivalenceReport(rows, str(place))
@@ -341,3 +343,22 @@ def _gradients(generator: torch.Generator, device: torch.device) -> Iterator[Equ
     value_gradient = torch.autograd.grad(solve(problem).primal.sum(), problem.score)[0]
     coupling = solve(problem).coupling
     yield Equivalence("gradient of the optimal value = -coupling", _error(value_gradient, -coupling), 1e-12)
+
+
+def _sinks_against_transport(generator: torch.Generator, device: torch.device) -> Iterator[Equivalence]:
+    """Attention with sinks is transport with a dummy key, whatever kernel serves the keys."""
+    query, key, value = _content(generator, 3, 7, 7)
+    prior = _randomised(goat_prior(3, num_frequencies=3, length_scale=16.0), generator).to(device)
+    logits = torch.randn(3, generator=generator, dtype=torch.float64)
+    positions = torch.arange(7, device=device)
+    log_prior = prior.dense(positions, positions, dtype=torch.float64).detach().cpu()
+    log_prior = log_prior.masked_fill((positions > positions[:, None]).cpu(), -math.inf)
+    problem = with_dummy_key(query @ key.mT, logits[:, None], epsilon=math.sqrt(8), log_prior=log_prior)
+    expected = solve(problem).attention_weights[..., :-1] @ value
+    for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        moved = (tensor.to(device, dtype) for tensor in (query, key, value))
+        sinks = logits.to(device, dtype)
+        output = prior_attention(*moved, prior=prior, is_causal=True, sinks=sinks, backend="sdpa")
+        assert isinstance(output, Tensor)
+        name = f"attention with sinks = transport with a dummy key: sdpa, {str(dtype).removeprefix('torch.')}"
+        yield Equivalence(name, _error(output, expected), bound)

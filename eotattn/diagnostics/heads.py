@@ -28,6 +28,7 @@ from eotattn.diagnostics.quantities import (
 )
 from eotattn.diagnostics.token_statistics import TokenStatistics
 from eotattn.diagnostics.value_statistics import ValueStatistics
+from eotattn.provenance import Table
 
 __all__ = ["HeadReport", "head_report"]
 
@@ -37,7 +38,7 @@ Sources = list[tuple[tuple[Quantity, ...], Mapping[str, Any]]]
 
 
 @dataclass(frozen=True, eq=False)
-class HeadReport:
+class HeadReport(Table):
     """Means over sequences of every quantity, by layer and head; NaN where a layer has no such head.
 
     Attributes:

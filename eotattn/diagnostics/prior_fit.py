@@ -17,6 +17,7 @@ from torch import Tensor
 from eotattn.checks import check_positive, check_positive_int, require
 from eotattn.diagnostics.lag_key_model import LagKeyModel, fit_margins
 from eotattn.diagnostics.margin_problem import MarginProblem
+from eotattn.provenance import Table
 
 __all__ = ["FitOptions", "PriorFit", "fit_problem"]
 
@@ -55,7 +56,7 @@ class FitOptions:
 
 
 @dataclass(frozen=True, eq=False)
-class PriorFit:
+class PriorFit(Table):
     """How much of every head's attention a prior explains.
 
     Attributes:
@@ -75,6 +76,21 @@ class PriorFit:
     deviation: Array
     num_sequences: int
     reasons: tuple[str, ...]
+
+    @property
+    def holds(self) -> NDArray[np.bool_]:
+        """(H,) whether the prior is better than uniform attention on sequences it was not fitted to, interval and all.
+
+        False where nothing is held out, or nothing is to be explained.
+        """
+        return self.interval[:, 0] > 0  # of NaN, false
+
+    def columns(self) -> dict[str, Array]:
+        """One row a head."""
+        names = ("explained", "explained_in_sample", "divergence_to_uniform", "deviation", "reasons")
+        low, high = self.interval.T
+        columns = {"head": np.arange(len(low)), "low": low, "high": high, "holds": self.holds}
+        return columns | {name: np.asarray(getattr(self, name)) for name in names}
 
     def __str__(self) -> str:
         """One line a head."""

@@ -141,6 +141,8 @@ QUANTITIES: tuple[Quantity, ...] = (
     ),
 )
 
+_REPEATS = "token ids of whole sequences in which a token repeats"
+
 #: Every quantity of :class:`eotattn.diagnostics.TokenStatistics`.
 TOKEN_QUANTITIES: tuple[Quantity, ...] = (
     Quantity(
@@ -149,7 +151,7 @@ TOKEN_QUANTITIES: tuple[Quantity, ...] = (
         "sum of p_ij over keys j that follow an earlier key of token i, mean over queries that have one",
         INDUCTION,
         lambda scores: scores.induction,
-        "token ids of whole sequences",
+        _REPEATS,
     ),
     Quantity(
         "duplicate-token score",
@@ -157,7 +159,7 @@ TOKEN_QUANTITIES: tuple[Quantity, ...] = (
         "sum of p_ij over earlier keys j of token i, mean over queries that have one",
         "Wang et al. 2022 (arXiv 2211.00593)",
         lambda scores: scores.duplicate,
-        "token ids of whole sequences",
+        _REPEATS,
     ),
 )
 

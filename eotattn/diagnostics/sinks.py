@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eotattn.checks import check_floating, check_no_nan, check_positive_int, require
+from eotattn.provenance import Table
 
 __all__ = ["SinkMassReport", "score_range", "sink_mass", "sink_mass_by_score_range"]
 
@@ -83,7 +84,7 @@ def sink_mass(attention_weights: Tensor, key: int = 0) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class SinkMassReport:
+class SinkMassReport(Table):
     """Sink mass in bins of signal strength; bins without observations have NaN means.
 
     Attributes:
@@ -103,6 +104,11 @@ class SinkMassReport:
     def to_dict(self) -> dict[str, NDArray[np.generic]]:
         """Arrays by name."""
         return asdict(self)
+
+    def columns(self) -> dict[str, NDArray[np.generic]]:
+        """One row a bin."""
+        named = {name: values for name, values in asdict(self).items() if name != "bin_edges"}
+        return {"from": self.bin_edges[:-1], "to": self.bin_edges[1:], **named}
 
     def __str__(self) -> str:
         """One line a bin."""

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from eotattn.attention.statistics.running import SequenceStatistics
 from eotattn.checks import check_positive, require
+from eotattn.provenance import Table
 
-__all__ = ["StrongestKeys", "key_share", "strongest_keys", "strongest_positions"]
+__all__ = ["StrongestKeys", "key_share", "strongest_keys", "strongest_positions", "uniform_share"]
 
 OWNER = "strongest_keys"
 
@@ -32,8 +33,22 @@ def strongest_positions(statistics: SequenceStatistics) -> Tensor:
     return statistics.column_mass.argmax(-1)
 
 
+def uniform_share(statistics: SequenceStatistics) -> Tensor:
+    """(N,) what :func:`key_share` of the first key would be if every query attended evenly to what it admits.
+
+    A sink can be told only where this is small. Over n causal tokens it is (1 + 1/2 + ... + 1/n) / n.
+    """
+    shares = []
+    for counts in statistics.column_count.amax(1):  # a stored map may hide keys of a head by weights of zero
+        queries = int(counts[0])
+        is_causal = queries > 1 and float(counts[counts > 0][-1]) == 1
+        keys = torch.arange(1, queries + 1) if is_causal else (counts > 0).sum().expand(max(queries, 1))
+        shares.append((1 / keys.double()).mean())
+    return torch.stack(shares)
+
+
 @dataclass(frozen=True, eq=False)
-class StrongestKeys:
+class StrongestKeys(Table):
     """The key that receives the most weight in total, by layer, text and head.
 
     Attributes:

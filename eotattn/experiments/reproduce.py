@@ -21,7 +21,7 @@ from eotattn.experiments.results import ResultFolder
 from eotattn.experiments.runs import Plan, RunsFailedError, UnknownRunsError, perform
 from eotattn.experiments.scales import ALL_SCALES, SCALES, check_scale
 from eotattn.experiments.studies import ablations, copy_mixture, dna, language, retrieval, vision
-from eotattn.experiments.tasks.token_text import DATA_VARIABLE
+from eotattn.experiments.tasks.token_text import BOOKS, DATA_VARIABLE
 from eotattn.provenance import check_writable, write_atomically
 
 __all__ = ["FIGURES", "Figure", "find_notebooks", "make_runs", "reproduce", "strip_machine"]
@@ -129,9 +129,11 @@ def make_runs(  # noqa: PLR0913 - what the command line offers
     if data is not None:
         require(Path(data).is_dir(), "train", "data", "be a folder that exists", data, "Prepare a corpus first")
         os.environ[DATA_VARIABLE] = str(Path(data).absolute())
-    targets = [
-        (figure, ResultFolder(out, scale, figure.name)) for figure in choose_figures("train", figures, scale).values()
-    ]
+    chosen = choose_figures("train", figures, scale).values()
+    reads_books = any(getattr(figure.recipe(scale), "corpus", "") == BOOKS for figure in chosen)
+    rule, remedy = "name a folder of prepared books", "eotattn prepare makes one"
+    require(not reads_books or DATA_VARIABLE in os.environ, "train", "data", rule, data, remedy)
+    targets = [(figure, ResultFolder(out, scale, figure.name)) for figure in chosen]
     failed: list[str] = []
     unknown: list[UnknownRunsError] = []
     for figure, target in targets:

@@ -18,6 +18,7 @@ from eotattn.checks import check_positive_int, require
 from eotattn.compat import uncompiled
 from eotattn.diagnostics.grid_statistics import GridStatistics
 from eotattn.diagnostics.token_statistics import TokenStatistics
+from eotattn.diagnostics.top_keys import TopKeys
 from eotattn.diagnostics.value_statistics import ValueStatistics
 from eotattn.integrations import hugging_face, prior_calls
 from eotattn.integrations.frames import Frame, attends_by_hand, base_name
@@ -66,6 +67,11 @@ class Capture:
         return dict(self.recorder.token_scores or {})
 
     @property
+    def top_keys(self) -> dict[str, TopKeys]:
+        """Strongest keys of the first queries of whole sequences, by layer, where that was asked for."""
+        return dict(self.recorder.top_keys)
+
+    @property
     def from_weights(self) -> tuple[str, ...]:
         """Layers that compute softmax by hand: their statistics are those of the weights that they returned."""
         return tuple(self.recorder.from_weights)
@@ -96,6 +102,7 @@ def capture(  # noqa: PLR0913  (one argument an option of the watch)
     sink_positions: Sequence[int] = (0,),
     values: bool = True,
     token_scores: bool = False,
+    top_key_rows: int = 0,
     on_rows: Callable[[str, AttentionStatistics], None] | None = None,
     certify: bool = False,
     grid: tuple[int, int] | None = None,
@@ -127,6 +134,7 @@ def capture(  # noqa: PLR0913  (one argument an option of the watch)
             adapter, quantised, or kept elsewhere until it runs) is run once more a call, on the identity.
         token_scores: Whether to sum weights over keys whose token repeats, for duplicate-token and induction scores:
             a second pass over the scores, of calls over whole sequences of a model that is given token ids.
+        top_key_rows: First queries of every whole sequence whose strongest keys are kept; none by default.
         on_rows: Called with (layer name, row statistics) after every call, e.g. to keep rows.
         certify: Also certify the weights of the last rows of every call, as the model's own kernel makes them. That
             takes K / V more calls, so calls of more than 1024 keys are left out.
@@ -155,6 +163,7 @@ def capture(  # noqa: PLR0913  (one argument an option of the watch)
     for key in sink_positions:
         check_positive_int("capture", "sink_positions", key, minimum=0)
     require(len(sink_positions) > 0, "capture", "sink_positions", "name at least one key", sink_positions, "Pass (0,)")
+    check_positive_int("capture", "top_key_rows", top_key_rows, minimum=0)
     require(layers is None or len(layers) > 0, "capture", "layers", "name at least one", layers, "Pass None for all")
     recorder = Recorder(
         layers,
@@ -162,6 +171,7 @@ def capture(  # noqa: PLR0913  (one argument an option of the watch)
         tuple(sink_positions),
         values=values,
         token_scores=token_scores,
+        top_key_rows=top_key_rows,
         on_rows=on_rows,
         certify=certify,
         grid=grid,

@@ -16,8 +16,6 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from eotattn.attention import AttentionSinks
-
 __all__ = ["Frame", "Frames", "attends_by_hand", "base_name", "is_cross_attention", "looks_like_attention"]
 
 #: Class names of modules that look like attention.
@@ -174,8 +172,8 @@ class Frames:
 
 
 def looks_like_attention(module: nn.Module) -> bool:
-    """By the name of its class; sinks are what attention reads, and none."""
-    return bool(ATTENTION.search(type(module).__name__)) and not isinstance(module, AttentionSinks)
+    """By the name of its class, if it takes anything at all: sinks do not."""
+    return bool(ATTENTION.search(type(module).__name__) and _parameters(type(module).forward))
 
 
 def attends_by_hand(module: nn.Module) -> bool:

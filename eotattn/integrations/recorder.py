@@ -14,10 +14,12 @@ from torch import Tensor
 
 from eotattn.attention.statistics import AttentionStatistics, weight_statistics
 from eotattn.attention.statistics.running import SequenceStatistics
+from eotattn.attention.statistics.score_rows import ScoreSource, WeightRows
 from eotattn.checks import check_indices, require
 from eotattn.compat import in_backward_pass
 from eotattn.diagnostics.grid_statistics import GridStatistics
 from eotattn.diagnostics.token_statistics import TokenStatistics
+from eotattn.diagnostics.top_keys import TopKeys
 from eotattn.integrations.captured_call import CapturedCall
 from eotattn.integrations.certificates import call_certificate
 from eotattn.integrations.frames import Frame, Frames, base_name, is_cross_attention
@@ -44,6 +46,7 @@ class Recorder:
         sink_positions: Chosen keys, counted from the start of each sequence.
         values: Whether values are looked at.
         token_scores: Whether weights are summed over keys whose token repeats.
+        top_key_rows: First queries of every whole sequence whose strongest keys are kept.
         on_rows: Called with (layer name, row statistics) after every call that is kept.
         certify: Whether the weights of the last rows of every call are certified.
         grid: Rows and columns of tokens, to collect lags in two axes as well.
@@ -54,11 +57,12 @@ class Recorder:
         certificates: Layer -> (N, H) largest duality gap of the last rows of every call, nats.
         grids: Layer -> sums by lag in two axes.
         token_scores: Layer -> sums over keys whose token repeats, where ids were seen; ``None`` where not asked for.
+        top_keys: Layer -> strongest keys of the first queries, where that was asked for.
         seen: Layer -> its number among all layers.
         from_weights: Layers whose statistics come from the weights that their module returned.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (one argument an option of the watch)
         self,
         layers: Sequence[str | int] | None = None,
         heads: Sequence[int] | None = None,
@@ -66,6 +70,7 @@ class Recorder:
         *,
         values: bool = True,
         token_scores: bool = False,
+        top_key_rows: int = 0,
         on_rows: Callable[[str, AttentionStatistics], None] | None = None,
         certify: bool = False,
         grid: tuple[int, int] | None = None,
@@ -75,6 +80,8 @@ class Recorder:
         self.sink_positions, self.on_rows, self.certify, self.grid = sink_positions, on_rows, certify, grid
         self.value_probe = ValueProbe(sink_positions[0], self.heads) if values else None
         self.token_scores: dict[str, TokenStatistics] | None = {} if token_scores else None
+        self.top_key_rows = top_key_rows
+        self.top_keys: dict[str, TopKeys] = {}
         self.certificates: dict[str, Tensor] = {}
         self.grids: dict[str, GridStatistics] = {}
         self.statistics: dict[str, SequenceStatistics] = {}
@@ -170,8 +177,10 @@ class Recorder:
                 self._certify(name, call)
             if self.grid is not None:
                 self._add_grid(name, call, self.grid)
-            if self.token_scores is not None and not call.crosses:
-                self._add_token_scores(self.token_scores, name, call)
+            is_whole = not call.crosses and call.query.shape[2] == call.key.shape[2]
+            if is_whole and (self.token_scores is not None or self.top_key_rows):
+                source = call.source(torch.promote_types(call.query.dtype, torch.float32))
+                self._add_pairs(name, source, counted=call.counted, sink_logits=call.sink_logits)
 
     def _record_returned(self, frame: Frame, output: Any) -> None:
         """Statistics of the weights that a module returned which makes no call that can be seen."""
@@ -194,6 +203,8 @@ class Recorder:
         with torch.no_grad():
             rows = weight_statistics(weights.detach(), query_start=start, keys=self.sink_positions, **places)
             self._add_rows(name, rows, start, crosses=crosses)
+            if is_whole and queries == keys:
+                self._add_pairs(name, WeightRows(weights.detach()), counted=places.get("counted"))
         self.from_weights[name] = None
 
     def _add_rows(self, name: str, rows: AttentionStatistics, start: int, *, crosses: bool) -> bool:
@@ -217,22 +228,20 @@ class Recorder:
         self._next[name] = (batch, start + queries)
         return follows
 
-    def _add_token_scores(self, scores: dict[str, TokenStatistics], name: str, call: CapturedCall) -> None:
-        """Where the whole sequence is there: its ids and its keys."""
-        ids = self.frames.token_ids(call.query.shape[0])
-        if ids is None or not ids.shape[1] == call.query.shape[2] == call.key.shape[2]:
-            return
-        source = call.source(torch.promote_types(call.query.dtype, torch.float32))
-        new = TokenStatistics.of(source, ids, counted=call.counted, sink_logits=call.sink_logits)
-        new = new if self.heads is None else new.heads(self.heads)
-        scores[name] = scores[name] + new if name in scores else new
+    def _add_pairs(self, name: str, source: ScoreSource, **options: Tensor | None) -> None:
+        """What is said of single pairs of tokens, where the whole sequence is there: its ids and its keys."""
+        sink_logits = options.get("sink_logits")
+        if self.top_key_rows:
+            _add(self.top_keys, name, TopKeys.of(source, rows=self.top_key_rows, sink_logits=sink_logits), self.heads)
+        ids = self.frames.token_ids(source.shape[0])
+        if self.token_scores is not None and ids is not None and ids.shape[1] == source.shape[3]:
+            _add(self.token_scores, name, TokenStatistics.of(source, ids, **options), self.heads)
 
     def _add_grid(self, name: str, call: CapturedCall, grid: tuple[int, int]) -> None:
         plain = call.sink_logits is None
         require(plain, OWNER, "grid", "meet no explicit sink", name, "Rows must sum to one")
-        new = GridStatistics.of(call.source(torch.promote_types(call.query.dtype, torch.float32)), *grid)
-        new = new if self.heads is None else new.heads(self.heads)
-        self.grids[name] = self.grids[name] + new if name in self.grids else new
+        source = call.source(torch.promote_types(call.query.dtype, torch.float32))
+        _add(self.grids, name, GridStatistics.of(source, *grid), self.heads)
 
     def _certify(self, name: str, call: CapturedCall) -> None:
         with self.muted():
@@ -263,6 +272,12 @@ class Recorder:
                 f"output differs from that by {error:.1e}. Tried scale, soft cap, mask, window, position bias and "
                 f"explicit sink as the model passed them; analyse its attention maps instead."
             )
+
+
+def _add(collected: dict[str, Any], name: str, new: Any, heads: list[int] | None) -> None:
+    """Add the chosen heads of a call to those of the earlier calls of its layer."""
+    new = new if heads is None else new.heads(heads)
+    collected[name] = collected[name] + new if name in collected else new
 
 
 def _are_weights(part: Any) -> bool:

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from numpy.typing import ArrayLike
+from matplotlib.patches import Rectangle
+from numpy.typing import ArrayLike, NDArray
 
 from eotattn.checks import require
 from eotattn.plotting.style import (
@@ -32,6 +33,7 @@ def plot_head_grid(
     low: float | None = None,
     high: float | None = None,
     numbers: tuple[Sequence[int], Sequence[int]] | None = None,
+    hatched: NDArray[np.bool_] | None = None,
     axes: Axes | None = None,
 ) -> Axes:
     """Draw one number a head as a grid: layers downwards, heads across, missing heads blank.
@@ -42,14 +44,21 @@ def plot_head_grid(
         low: Value of the lowest colour; the smallest by default.
         high: Value of the highest colour; the largest by default.
         numbers: A numbers of layers and H of heads for the ticks; both count from zero by default.
+        hatched: (A, H) heads whose number is not to be read, hatched in grey instead; none by default.
         axes: Where to draw; a new figure by default.
     """
     grid = to_array("plot_head_grid", "values", values, num_axes=2)
     shown = np.ma.masked_invalid(grid)
     require(shown.count() > 0, "plot_head_grid", "values", "hold a finite value", "none", "Check the statistics")
+    left_out = np.zeros(grid.shape, dtype=bool) if hatched is None else np.asarray(hatched, dtype=bool)
+    rule = f"have shape {grid.shape}"
+    require(left_out.shape == grid.shape, "plot_head_grid", "hatched", rule, left_out.shape, "One entry a head")
+    shown[left_out] = np.ma.masked
     axes = resolve_axes(axes)
     image = axes.imshow(shown, cmap="cividis", vmin=low, vmax=high, interpolation="nearest", aspect="auto")
     axes.figure.colorbar(image, ax=axes, label=label, shrink=0.85)
+    for a, h in np.argwhere(left_out):
+        axes.add_patch(Rectangle((h - 0.5, a - 0.5), 1, 1, facecolor="0.92", edgecolor="0.55", hatch="////", lw=0))
     layers, heads = (None, None) if numbers is None else numbers
     number_ticks(axes.xaxis, heads)
     number_ticks(axes.yaxis, layers)
@@ -129,6 +138,8 @@ def plot_margin_split(
 ) -> Axes:
     """Draw the content part and the prior part of the mean sink margin of every head as stacked bars.
 
+    A few bars far longer than all others are cut at the edge, and their ends written there.
+
     Args:
         content: (A, H), nats; NaN where a layer has no such head.
         prior: (A, H), nats.
@@ -157,8 +168,30 @@ def plot_margin_split(
         axes.axvline(layer * heads - 0.5, color="0.85", linewidth=0.8, zorder=0)
     numbers = range(arrays["content"].shape[0]) if layers is None else layers
     places = np.arange(len(numbers)) * heads + (heads - 1) / 2
-    axes.set_xticks(places, [str(number) for number in numbers])
+    step = -(-len(numbers) // NAMED_LAYERS)
+    axes.set_xticks(places[::step], [str(number) for number in numbers][::step])
+    _fit_bars(axes, below, above)
     axes.set_xlabel("layer (one bar a head)")
     axes.set_ylabel("mean sink margin (nats)")
     axes.legend(fontsize=8, framealpha=0.85, edgecolor="none")
     return axes
+
+
+#: Bars longer than this many times the 95% quantile of all ends are cut.
+CUT = 2.0
+#: Layers that have a name below the bars, at most.
+NAMED_LAYERS = 16
+
+
+def _fit_bars(axes: Axes, below: NDArray[np.float64], above: NDArray[np.float64]) -> None:
+    """Choose limits that a few long bars do not set; say where those end."""
+    for ends, sign in ((above, 1), (below, -1)):
+        limit = CUT * max(float(np.quantile(np.maximum(above, -below), 0.95)), 1e-12)
+        longest = float(np.abs(ends).max())
+        if longest <= limit:
+            continue
+        bottom, top = axes.get_ylim()
+        axes.set_ylim(bottom if sign > 0 else -limit, limit if sign > 0 else top)
+        inward = "top" if sign > 0 else "bottom"
+        for at in np.flatnonzero(np.abs(ends) > limit):
+            axes.text(float(at), sign * limit, f"{ends[at]:.3g}", fontsize=7, ha="center", va=inward)

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgba
 from numpy.typing import ArrayLike
 
 from eotattn.checks import require
@@ -70,8 +71,9 @@ def plot_sink_heads(
 
     Args:
         mass: (A, H) mean mass on the first token, in [0, 1].
-        prior_share: (A, H) share of the log-prior in the margin, in [0, 1]: 0 is content, drawn orange, 1 blue.
-        threshold: Heads with less mass than this are no sinks and stay grey.
+        prior_share: (A, H) share of the log-prior in the margin, in [0, 1]: 0 is content, drawn orange, 1 blue; NaN
+            where there is no margin to share, drawn grey.
+        threshold: Heads with less mass than this are no sinks and are drawn pale.
         legend: Whether a colour bar stands beside the heads.
         axes: Where to draw; a new figure by default.
     """
@@ -83,10 +85,10 @@ def plot_sink_heads(
     block, head = np.meshgrid(np.arange(blocks), np.arange(heads), indexing="ij")
     is_sink = masses > threshold
     size = 110 * masses
-    axes.scatter(head[~is_sink], block[~is_sink], s=size[~is_sink], color="0.75", linewidths=0)
-    discs = axes.scatter(
-        head[is_sink], block[is_sink], s=size[is_sink], c=shares[is_sink], cmap=colours, vmin=0, vmax=1, linewidths=0
-    )
+    discs = ScalarMappable(Normalize(0, 1), colours)
+    colour = np.where(np.isnan(shares)[..., None], to_rgba("0.75"), discs.to_rgba(np.nan_to_num(shares)))
+    colour[..., 3] = np.where(is_sink, 1.0, 0.4)
+    axes.scatter(head, block, s=size, color=colour.reshape(-1, 4), linewidths=0)
     axes.set_xlim(-0.7, heads - 0.3)
     axes.set_ylim(-0.7, blocks - 0.3)
     axes.set_xticks(range(heads), [])
@@ -94,7 +96,7 @@ def plot_sink_heads(
     axes.tick_params(length=0)
     axes.set_xlabel("heads", fontsize=8)
     axes.set_ylabel("block", fontsize=8)
-    if legend and is_sink.any():
+    if legend:
         bar = axes.figure.colorbar(discs, ax=axes, ticks=[0, 1], fraction=0.08)
         bar.ax.set_yticklabels(["content", "prior"], fontsize=7)
     return axes

@@ -404,8 +404,9 @@ class SumPrior(CombinedPrior):
 
     def far_form(self) -> FarForm | None:
         """The sum of the parts' forms."""
-        forms = [form for part in self.parts if (form := part.far_form()) is not None]
-        return reduce(operator.add, forms) if len(forms) == len(self.parts) else None
+        forms = [part.far_form() for part in self.parts]
+        known = [form for form in forms if form is not None]
+        return reduce(operator.add, known) if len(known) == len(forms) else None
 
     def read_tokens(self, tokens: Tokens) -> Reading:
         """The sum of what the parts read."""

@@ -37,7 +37,7 @@ class _NamesFeatures(type):
     @property
     def __signature__(cls) -> inspect.Signature:
         """That of the constructor, for :func:`help` and the API reference."""
-        own = inspect.signature(cls.__init__)
+        own = inspect.signature(cls.__init__)  # type: ignore[misc]  # of this class, whatever its subclasses do
         return own.replace(parameters=list(own.parameters.values())[1:])
 
 

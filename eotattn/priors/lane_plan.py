@@ -22,7 +22,7 @@ from torch import Tensor
 
 from eotattn.compat import plain_tensors
 from eotattn.priors.lane_sides import Column, Lane, Shape, Side, SideLayout, SidePlan
-from eotattn.priors.memory import MadeInGraphs
+from eotattn.priors.memory import MadeInGraphs, constants
 from eotattn.priors.probing import FeatureFacts, Span, probe
 from eotattn.priors.splitting import MOST_PIECES, significant_digits, split_numbers, unit_roundoff
 from eotattn.priors.terms import FEATURES, PREPARED, KeyTerm, Term, computing_dtype
@@ -124,12 +124,10 @@ class LanePlan(MadeInGraphs):
             return side
         at = {term: n for n, term in enumerate(t for t, gain in enumerate(gains) if gain is not None)}
         table = torch.stack([*given, torch.ones_like(given[0])], dim=-1)
-        chosen = [at.get(lane.fixed.term, len(given)) for lane in self.lanes]
-        constant = [lane.is_constant and lane.fixed.term in at for lane in self.lanes]
-        device = table.device
-        return side._replace(
-            gains=table[..., torch.tensor(chosen, device=device)], constant=torch.tensor(constant, device=device)
-        )
+        chosen = tuple([at.get(lane.fixed.term, len(given)) for lane in self.lanes])
+        constant = tuple([int(lane.is_constant and lane.fixed.term in at) for lane in self.lanes])
+        index, is_constant = (constants(numbers, table.device, torch.int64) for numbers in (chosen, constant))
+        return side._replace(gains=table[..., index], constant=is_constant > 0)
 
     def more_of_keys(self, terms: Sequence[Term | KeyTerm], positions: Tensor) -> Tensor | None:
         """Lanes of what is looked up by key: (..., Hk, K, P')."""

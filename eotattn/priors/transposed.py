@@ -23,6 +23,7 @@ class TransposedPrior(CombinedPrior):
         prior: The prior to transpose; stays trainable. It may not read the tokens.
 
     Example:
+        >>> import torch
         >>> from eotattn.priors import SinkPrior
         >>> sink = SinkPrior(1, num_frequencies=0)
         >>> _ = torch.nn.init.ones_(sink.first_token)

@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from page_numbers import numbers_of
 
 import eotattn
 from eotattn import cli
@@ -67,7 +68,7 @@ def test_folder_page_and_tables(folder, loaded, tmp_path, drawn):
     np.testing.assert_allclose([float(row["sink mass of key 0"]) for row in rows[:2]], mass, rtol=1e-5)
     assert float(rows[0]["sink mass of key 0 low"]) <= mass[0] <= float(rows[0]["sink mass of key 0 high"])
     assert result.explained().shape == (2, 2)
-    assert "[CLS]" in (out / "report.html").read_text()
+    assert numbers_of((out / "report.html").read_text())["texts"][3][0] == "[CLS]"
     assert set(record["missing"]) == set()
     for name in ("value drain", "no-operation", "dormant", "certificate", "doubly stochastic distance", "omega"):
         assert f"{name} low" in rows[0]
@@ -178,7 +179,8 @@ def test_chosen_layers_and_heads_keep_their_numbers(loaded, tmp_path):
             assert {row["head"] for row in csv.DictReader(file)} == {"1"}
     record = json.loads((tmp_path / "out" / "report.json").read_text())
     assert (record["layer_numbers"], record["heads"]) == ([1], [1])
-    assert '"numbers": [1], "heads": [1]' in (tmp_path / "out" / "report.html").read_text()
+    data = numbers_of((tmp_path / "out" / "report.html").read_text())
+    assert (data["numbers"], data["heads"]) == ([1], [1])
     whole = analyze(model, TEXTS, tokenizer=tokenizer)
     assert result.heads.mean["entropy"][0, 0] == pytest.approx(whole.heads.mean["entropy"][1, 1])
     for heads in ([], [0, 0], [-1]):
@@ -519,8 +521,10 @@ def test_the_command_is_the_function(folder, tmp_path, dtype, capsys):
     assert cli.main(first + shared) == 0
     options = {"dtype": dtype, "device": "cpu", "max_length": 9, "layers": [1], "heads": [0]}
     found = analyze(folder, [TEXTS[2]], out=tmp_path / "b", **options)
-    ends = [*findings(found), f"Report: {tmp_path}/a/report.html"]
-    assert capsys.readouterr().out == "\n".join([str(found), "", *ends, ""])
+    printed = capsys.readouterr().out
+    for name, said in (("a", str(found) + "\n\n"), ("b", "")):
+        said += "\n".join([*findings(found), f"Page: {tmp_path}/{name}/report.html", ""])
+        assert said in printed
     one, other = (json.loads((tmp_path / name / "report.json").read_text()) for name in "ab")
     assert one == other
     exact = analyze(folder, [TEXTS[2]], **{**options, "dtype": "float64"}).heads.mean["entropy"]

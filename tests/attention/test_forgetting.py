@@ -220,7 +220,7 @@ def test_reserved_lanes_hold_the_gates():
         assert (goat() + gates()).num_lanes(dtype) == goat().num_lanes(dtype) + lanes
     prior = goat_prior(2, num_frequencies=2) + ForgettingPrior(64, 2)
     layer = PriorAttention(64, 2, prior=prior, lanes="reserved")
-    assert layer.content_dim == 32 - layer.prior.num_lanes()
+    assert layer.content_dim == 32 - layer.prior.num_lanes() - 1  # the lane of gradients
     assert run(layer, torch.ones(1, 3, 64)).shape == (1, 3, 64)
 
 

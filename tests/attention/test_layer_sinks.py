@@ -9,7 +9,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from eotattn.attention import AttentionSinks, PackedDocuments, PriorAttention
-from eotattn.priors import ClassTokenPrior, RecencyPrior, RelativeBiasPrior, goat_prior, grid_positions
+from eotattn.priors import ClassTokenPrior, ForgettingPrior, RecencyPrior, RelativeBiasPrior, goat_prior, grid_positions
 
 B, E, H, Q, K = 2, 24, 4, 5, 7
 #: What nn.MultiheadAttention calls them.
@@ -156,6 +156,21 @@ def test_documents_have_them_each():
     packed = layer(x, documents=PackedDocuments([4, 5]), is_causal=True, need_weights=False)[0]
     alone = [layer(part, is_causal=True, need_weights=False)[0] for part in x.split([4, 5], dim=1)]
     assert_close(packed, torch.cat(alone, dim=1))
+
+
+def test_beside_forgetting_gates():
+    """Gates hide far tokens, and no sink: pass, steps of a cache and documents agree with the dense form."""
+    layer, x = made(prior=goat() + ForgettingPrior(E, H, half_lives=(1.0, 60.0))), normal(B, 30, E)
+    options = {"is_causal": True, "need_weights": False}
+    expected, weights = layer(x, is_causal=True)
+    assert bool((weights.sum(-1) < 1).all())
+    assert_close(layer(x, **options)[0], expected)
+    cache = layer.make_cache(B, 30)
+    with torch.no_grad():
+        parts = [layer(x[:, start:stop], cache=cache, **options)[0] for start, stop in ((0, 17), (17, 18), (18, 30))]
+    assert_close(torch.cat(parts, dim=1), expected)
+    packed = layer(x[:1], documents=PackedDocuments([13, 17]), **options)[0]
+    assert_close(packed, torch.cat([layer(part, **options)[0] for part in x[:1].split([13, 17], dim=1)], dim=1))
 
 
 def test_a_layer_with_them_compiles_for_all_lengths():

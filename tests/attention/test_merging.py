@@ -190,6 +190,52 @@ def test_steps_of_a_cache(name, kv_heads):
             assert_close(lse, expected[:, :, start:stop])
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("name", ["none", "goat"])
+def test_what_tokens_decide_counts(name, backend):
+    """Biases of keys and queries and a query's own factors: a row's number too, with all gradients."""
+    prior = PRIORS[name]
+    query, key, value = (x.requires_grad_() for x in content())
+    key_bias, query_bias = (normal(B, H, L, seed=n).requires_grad_() for n in (11, 12))
+    gain = (0.5 + normal(B, H, L, seed=13).sigmoid()).requires_grad_()
+    learned = [query, key, key_bias, query_bias, *([] if prior is None else [gain, *prior.parameters()])]
+    options = {"query_gains": () if prior is None else gain, "is_causal": True}
+    biases = {"key_bias": key_bias, "query_bias": query_bias}
+    output, lse = prior_attention(query, key, value, prior=prior, return_lse=True, backend=backend, **options, **biases)
+    log_prior = key_bias[:, :, None] + query_bias[..., None]
+    if prior is not None:
+        log_prior = log_prior + gain[..., None] * prior.dense(AT, AT, dtype=torch.float64)
+    expected = definition(query, key, value, log_prior, causal(AT, AT))
+    assert_close(output, expected[0])
+    assert_close(lse, expected[1])
+    above = [normal(*x.shape, seed=14 + n) for n, x in enumerate(expected)]
+    for ours, theirs in zip(*(torch.autograd.grad(x, learned, above) for x in ((output, lse), expected)), strict=True):
+        assert_close(ours, theirs, tolerance=1e-11 if theirs.dtype == torch.float64 else 1e-5)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_what_tokens_decide_counts_in_steps_of_a_cache(padded):
+    prior, (query, key, value) = PRIORS["goat"], content()
+    key_bias, query_bias, gain = (normal(B, H, L, seed=n).abs() for n in (11, 12, 13))
+    padding = torch.zeros(B, L, dtype=torch.bool)
+    padding[1, :2] = padded
+    cache = KeyValueCache(B, H, L, D, V, prior=prior, dtype=torch.float64)
+    found = []
+    with torch.no_grad():
+        for start, stop in ((0, 6), (6, 7), (7, L)):
+            new = [side[:, :, start:stop] for side in (query, key, value)]
+            token = {"key_bias": key_bias, "query_bias": query_bias, "query_gains": gain}
+            options = {name: x[..., start:stop] for name, x in token.items()}
+            options["key_padding_mask"] = padding[:, start:stop] if padded and start == 0 else None
+            found.append(prior_attention(*new, prior=prior, cache=cache, is_causal=True, return_lse=True, **options)[1])
+        first = 2 if padded else 0
+        at = torch.arange(L - first)
+        log_prior = (key_bias[:, :, None] + query_bias[..., None])[1:, :, first:, first:]
+        log_prior = log_prior + gain[1:, :, first:, None] * prior.dense(at, at, dtype=torch.float64)
+        own = [side[1:, :, first:] for side in (query, key, value)]
+        assert_close(torch.cat(found, 2)[1:, :, first:], definition(*own, log_prior, causal(at, at))[1])
+
+
 def test_dropout_drops_weights_and_not_the_log_sum_exp():
     query, key, value = content()
     expected = prior_attention(query, key, value, prior=PRIORS["goat"], return_lse=True)

@@ -79,7 +79,8 @@ def dense(query, key, value, prior, rows=None, first=0, *, is_causal=False, wind
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("name", PRIORS)
-def test_outputs_and_every_gradient_are_those_of_dense_attention(name, pattern):
+def test_outputs_and_every_gradient_are_those_of_dense_attention(name, pattern, monkeypatch):
+    monkeypatch.setattr(near, "MIN_BLOCK", 7)  # several blocks, the last one short
     prior, (queries, keys, first, options) = PRIORS[name](), PATTERNS[pattern]
     operands = [side.requires_grad_() for side in content(queries, keys)]
     learned = [*operands, *(parameter for parameter in prior.parameters() if parameter.requires_grad)]
@@ -101,6 +102,20 @@ def test_outputs_and_every_gradient_are_those_of_dense_attention(name, pattern):
     assert_close(*(lse.nan_to_num(neginf=0.0) for _, lse in results))
     for ours, expected in zip(*gradients, strict=True):
         assert_close(ours, expected)
+
+
+def test_biases_beyond_the_range_of_exp_leave_gradients_finite(monkeypatch):
+    monkeypatch.setattr(near, "MIN_BLOCK", 7)
+    prior = RelativeBiasPrior(H, 5)
+    with torch.no_grad():
+        prior.table.copy_(torch.linspace(-900.0, 900.0, 11).sin() * 900)
+    query, key, value = (side.requires_grad_() for side in content(L, L, torch.float32))
+    gradients = []
+    for backend in ("near_far", "reference"):
+        output = prior_attention(query, key, value, prior=prior, backend=backend)
+        gradients.append(torch.autograd.grad(output.sin().sum(), [query, key, value, prior.table]))
+    for ours, expected in zip(*gradients, strict=True):
+        assert_close(ours, expected, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("name", ["t5", "alibi", "sum with a prior of keys", "kerple"])
@@ -224,6 +239,19 @@ def test_auto_and_explain_tell_near_and_far_apart():
         assert said in told.reason
         assert told.error_bound <= (1e-4 if "lanes" in said else 0.0)
     assert "error bound    0.0e+00" in str(explain(*operands, prior=PRIORS["t5"]()))
+
+
+@pytest.mark.parametrize("name", ["t5", "sum with a prior of keys", "kerple"])
+def test_one_graph_holds_the_whole_call(name):
+    prior = PRIORS.get(name, lambda: off_neutral(KerplePrior(H)))()
+    operands = [side.requires_grad_() for side in content(300, 300, torch.float32)]
+    results = []
+    attend = lambda *sides: prior_attention(*sides, prior=prior)  # noqa: E731
+    for run in (attend, torch.compile(attend, backend="aot_eager", fullgraph=True)):
+        output = run(*operands)
+        results.append((output, *torch.autograd.grad(output.sin().sum(), [*operands, *prior.parameters()])))
+    for ours, expected in zip(*results, strict=True):
+        assert_close(ours, expected)
 
 
 def call(**options):

@@ -1,12 +1,13 @@
 """Sinks against one dense float64 oracle: keys beside the others that no prior, mask or position reaches."""
 
+import copy
 import math
 
 import pytest
 import torch
 from oracles import attention, causal, normal
 from test_merging import AT, PATTERNS, PRIORS, B, D, H, L, V, content, dense, uncompiled  # noqa: F401
-from tolerances import assert_close
+from tolerances import TOLERANCE, assert_close
 from torch._dynamo.testing import CompileCounter
 
 from eotattn.attention import AttentionSinks, KeyValueCache, explain, merge, prior_attention
@@ -251,6 +252,30 @@ def test_graphs_of_cached_steps(name, window):
         outputs = [step(*(x[:, :, t : t + 1] for x in (query, key, value))) for t in range(4, L)]
     assert_close(torch.cat(outputs, 2), expected[:, :, 4:])
     assert counter.frame_count <= 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("pattern", ["causal", "window", "padding", "pairs", "documents"])
+@pytest.mark.parametrize("kind", ["logits", "all"])
+def test_on_the_gpu(kind, pattern, dtype):
+    """Forward by every backend that serves, and all gradients by that of ``"auto"``."""
+    arguments, allowed = PATTERNS[pattern]
+    moved = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+    host = [x.requires_grad_() for x in content(dtype, kv_heads=2)]
+    sides = [x.detach().cuda().requires_grad_() for x in host]
+    prior, sinks = copy.deepcopy(PRIORS["goat"]).cuda(), copy.deepcopy(SINKS[kind]).cuda()
+    expected = definition(*host, SINKS[kind], dense(PRIORS["goat"], pattern), allowed)[0]
+    for backend in ("sdpa", "flex", "reference"):
+        with torch.no_grad():
+            if explain(*sides, prior=prior, sinks=sinks, backend=backend, **moved).backend is not None:
+                output = prior_attention(*sides, prior=prior, sinks=sinks, backend=backend, **moved)
+                assert_close(output.cpu(), expected)
+    leaves, exact = [*sides, *sinks.parameters()], [*host, *SINKS[kind].parameters()]
+    found = torch.autograd.grad(prior_attention(*sides, prior=prior, sinks=sinks, **moved).sum(), leaves)
+    for ours, theirs in zip(found, torch.autograd.grad(expected.sum(), exact), strict=True):
+        assert_close(ours.cpu(), theirs, tolerance=None if dtype == torch.float64 else 5 * TOLERANCE[dtype])
 
 
 def test_explain_says_that_they_are_joined():

@@ -294,7 +294,7 @@ def test_bad_arguments_are_named():
         ({"softcap": 0.0}, ValueError, r"row_statistics: softcap must be positive"),
         ({"window": 0}, ValueError, r"row_statistics: window must be at least 1"),
         ({"keys": ()}, ValueError, r"row_statistics: keys must name at least one key"),
-        ({"sink_logits": torch.zeros(3)}, ValueError, r"row_statistics: sink_logits must have shape \(4\)"),
+        ({"sink_logits": torch.zeros(3)}, ValueError, r"row_statistics: sink_logits must have shape \(4,\)"),
         ({"mask": torch.ones(3, 3)}, ValueError, r"row_statistics: mask must broadcast to \(2, 4, 5, 9\)"),
         ({"counted": torch.ones(2, 2)}, ValueError, r"row_statistics: counted must have shape"),
     ]

@@ -188,6 +188,22 @@ def test_documents_are_alone(is_causal, window):
         assert_close(packed[sample : sample + 1, :, start:stop], expected.detach())
 
 
+def test_a_cache_takes_a_bias_with_every_token_or_with_none():
+    inputs, bias = content(), bias_of(H)
+    first, second = ([side[:, :, span] for side in (*inputs, bias)] for span in (slice(0, 9), slice(9, 12)))
+    for with_bias in (True, False):
+        cache = KeyValueCache(B, HK, L, D, V, dtype=torch.float64)
+        arguments = [{"key_bias": new[3]} if at == with_bias else {} for at, new in ((True, first), (False, second))]
+        prior_attention(*first[:3], is_causal=True, cache=cache, **arguments[0])
+        with pytest.raises(ValueError, match="KeyValueCache: key_bias must be given for every token or for none"):
+            prior_attention(*second[:3], is_causal=True, cache=cache, **arguments[1])
+        assert cache.length == 9
+    cache = KeyValueCache(B, HK, L, D, V, dtype=torch.float64)
+    prior_attention(*first[:3], key_bias=first[3], is_causal=True, cache=cache)
+    with pytest.raises(ValueError, match=r"KeyValueCache: key_bias must have shape \(2, 6, 3\)"):
+        prior_attention(*second[:3], key_bias=second[3][:, :1], is_causal=True, cache=cache)
+
+
 def test_a_prior_without_lanes_takes_the_reference():
     prior, inputs, bias, at = off_neutral(RelativeBiasPrior(H, 3)), content(), bias_of(H), torch.arange(L)
     expected, _ = attention(*inputs, log_prior=dense(prior, bias, at, at), allowed=causal(at, at))
@@ -240,6 +256,21 @@ def test_factors_of_a_query_in_sixteen_bits_and_beside_a_cache():
                             query_gains=gain[:, :, a:b]) for a, b in ((0, 30), (30, 31), (31, L))
         ]  # fmt: skip
     assert_close(torch.cat(parts, 2), expected, tolerance=1e-2)
+
+
+def test_gradients_of_factors_in_sixteen_bits_are_free_of_what_rows_leave():
+    """A steep slope times a far position multiplies what rounding leaves of a row's sum."""
+    length, slope = 1024, 0.5
+    prior, upstream = RecencyPrior(1, mean_lags=[1 / (torch.tensor(slope).exp().item() - 1)]), normal(1, 1, length, 32)
+    inputs = [normal(1, 1, length, 32, seed=seed, dtype=torch.bfloat16) for seed in range(1, 4)]
+    gain = (0.5 + normal(1, 1, length, seed=5).abs()).requires_grad_()
+    output = prior_attention(*inputs, prior=prior, query_gains=gain, is_causal=True, backend="sdpa")
+    found = torch.autograd.grad(output, gain, upstream.to(torch.bfloat16))[0]
+    at = torch.arange(length)
+    log_prior = -slope * gain[..., None] * (at[:, None] - at)
+    exact, _ = attention(*inputs, log_prior=log_prior, allowed=causal(at, at))
+    expected = torch.autograd.grad(exact, gain, upstream.to(torch.bfloat16).double())[0]
+    assert float((found - expected).norm() / expected.norm()) <= 0.1
 
 
 def test_flex_adds_the_bias_to_scores_and_refuses_to_train_it():

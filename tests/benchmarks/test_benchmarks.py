@@ -8,9 +8,11 @@ import pytest
 import torch
 from tolerances import assert_close
 
-from eotattn.benchmarks.oracle import causal_rows, slope_gradient
+from eotattn.benchmarks.oracle import causal_rows, gate_gradient, slope_gradient
 from eotattn.benchmarks.report import BenchTable, bench, format_table
 from eotattn.benchmarks.suites import SUITES, configure
+from eotattn.benchmarks.suites.configuration import Configuration
+from eotattn.benchmarks.suites.gradients import gate_errors
 from eotattn.benchmarks.timing import Candidate, measure
 from eotattn.cli import main
 from eotattn.priors import RecencyPrior
@@ -94,3 +96,26 @@ def test_the_oracle_is_attention():
 def test_bench_on_the_command_line(capsys):
     assert main(["bench", "decode", "--rounds", "1"]) == 0
     assert "SDPA, no prior" in capsys.readouterr().out
+
+
+def test_the_oracle_of_gate_gradients_is_the_derivative():
+    random = torch.Generator().manual_seed(0)
+    sides = [torch.randn(1, 2, 11, 4, dtype=torch.float64, generator=random) for _ in range(4)]
+    query, key, value, upstream = sides
+    log_gates = (-torch.rand(2, 11, dtype=torch.float64, generator=random)).requires_grad_()
+    rows = []
+    for i in range(11):
+        sums = [log_gates[:, j + 1 : i + 1].sum(-1) for j in range(i + 1)]
+        score = 0.5 * (query[0, :, i : i + 1] @ key[0, :, : i + 1].mT)[:, 0] + torch.stack(sums, -1)
+        rows.append((score.softmax(-1)[:, None] @ value[0, :, : i + 1])[:, 0])
+    expected = torch.autograd.grad(torch.stack(rows, 1), log_gates, upstream[0])[0]
+    assert_close(gate_gradient(query, key, value, upstream, log_gates.detach(), 0.5, block=4), expected)
+
+
+def test_gate_gradients_in_bfloat16_are_cured_by_the_bias_of_queries():
+    config = Configuration(dtype="bfloat16")
+    (cured,), (alone,) = (gate_errors(config, 1024, heads=4, is_cured=is_cured) for is_cured in (True, False))
+    assert cured["value"] <= 0.05
+    assert cured["worst_head"] <= 0.1
+    assert cured["value"] <= 0.8 * alone["value"]
+    assert gate_errors(Configuration(), 256, heads=4)[0]["worst_head"] <= 1e-3

@@ -11,7 +11,7 @@ from eotattn.experiments.networks import ATTENTION_KINDS, CopyReader, CopyReader
 from eotattn.experiments.networks.growing_scores import GrowingScoreAttention
 from eotattn.experiments.networks.narrow_lanes import NarrowLanesPrior
 from eotattn.experiments.networks.rotations import LeadingHeadsRotary, StretchedRotary
-from eotattn.experiments.optimisation import TrainingConfig, parameter_groups
+from eotattn.experiments.optimisation import TrainingConfig, parameter_groups, split_by_rate
 from eotattn.priors import KeyTablePrior, LogPrior, RecencyPrior, goat_prior
 
 
@@ -260,3 +260,15 @@ def test_decaying_waves_are_in_a_group_with_decay():
         waves = {id(p) for block in network.blocks for p in block.attention.prior.parts[0].parameters()}
         decays[attention] = {group["weight_decay"] for group in groups for p in group["params"] if id(p) in waves}
     assert decays == {"paper_goat": {0.0}, "decaying_waves": {0.3}}
+
+
+def test_gates_train_with_the_content_and_sinks_with_the_priors():
+    network = decoder("alibi_goat_forgetting")
+    content, nats = ({id(p) for p in part} for part in split_by_rate(network))
+    for block in network.blocks:
+        *static, gates = block.attention.prior.parts
+        assert {id(p) for part in static for p in part.parameters()} <= nats
+        assert {id(p) for p in gates.parameters()} <= content
+    assert not content & nats
+    network = decoder("rope_sink_logit", 1)
+    assert [tuple(p.shape) for p in split_by_rate(network)[1]] == [(3,)]

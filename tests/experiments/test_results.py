@@ -70,7 +70,7 @@ def test_read_only_folder_is_refused(tmp_path):
 
 
 def test_bad_arguments_say_what_is_wrong(tmp_path):
-    with pytest.raises(ValueError, match="scale must be one of 'smoke', 'laptop', 'h200', 'paper'; got 'huge'"):
+    with pytest.raises(ValueError, match="scale must be one of 'smoke', 'laptop', 'h200', 'paper', 'gpu'; got 'huge'"):
         ResultFolder(str(tmp_path), "huge", "fig")
     with pytest.raises(ValueError, match="rows must hold at least one row"):
         ResultFolder(str(tmp_path), "smoke", "fig").write_table([])

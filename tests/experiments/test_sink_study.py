@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas
 import pytest
 
@@ -17,13 +18,23 @@ from eotattn.experiments.figures.sink_claims import NAMES, SinkStudy, draw_sinks
 from eotattn.experiments.networks import ATTENTION_KINDS
 from eotattn.experiments.results import ResultFolder
 from eotattn.experiments.runs import perform
+from eotattn.experiments.tasks.token_text import DATA_VARIABLE, TokenText
 
 SMOKE = sink_study.recipe("smoke")
 TINY = replace(
     SMOKE,
-    arms=tuple(arm for arm in SMOKE.arms if arm.name in ("rope", "goat")),
+    arms=tuple(arm for arm in sink_study.ARMS if arm.name in ("rope", "goat")),
     training=replace(SMOKE.training, steps=4, evaluate_every=2, log_every=2, checkpoint_every=2),
 )
+
+
+@pytest.fixture
+def small_text(monkeypatch):
+    """Four documents of random tokens a part in place of the standard library's files."""
+    draw = np.random.default_rng(0)
+    documents = {part: list(draw.integers(256, size=(4, 400))) for part in ("validation", "test")}
+    text = TokenText(draw.integers(256, size=2000), documents, 256, 257, {"sha256": "small"})
+    monkeypatch.setattr(TokenText, "open", lambda corpus: text)
 
 
 def silent(line):
@@ -39,7 +50,7 @@ def test_arms_are_kinds_of_attention_with_a_name_each():
         assert {name.partition("-seed")[2] for name in names[: len(recipe.arms)]} == {"0"}
 
 
-def test_a_study_is_the_same_from_records_and_from_its_table(tmp_path):
+def test_a_study_is_the_same_from_records_and_from_its_table(tmp_path, small_text):
     folder = ResultFolder(str(tmp_path), "smoke", "fig_sinks")
     perform(sink_study.runs, TINY, folder, jobs=1, report=silent)
     study = SinkStudy.read(TINY, folder)
@@ -56,7 +67,7 @@ def test_a_study_is_the_same_from_records_and_from_its_table(tmp_path):
     assert draw_sinks(study).axes[0].get_title(loc="left").startswith("RoPE")
 
 
-def test_no_run_starts_after_the_minutes(tmp_path):
+def test_no_run_starts_after_the_minutes(tmp_path, small_text):
     folder, lines = ResultFolder(str(tmp_path), "smoke", "fig_sinks"), []
     records = perform(sink_study.runs, TINY, folder, jobs=1, minutes=1e-3, report=lines.append)
     assert len(records) <= 1
@@ -126,13 +137,16 @@ def test_one_seed_decides_nothing_about_sinks():
     assert "sinks need a first token: undecided" in sink_verdict(study)
 
 
-def test_missing_runs_and_data_are_said(tmp_path, capsys):
+def test_missing_runs_and_data_are_said(tmp_path, capsys, monkeypatch):
     folder = ResultFolder(str(tmp_path), "smoke", "fig_sinks")
+    monkeypatch.delenv(DATA_VARIABLE, raising=False)
     with pytest.raises(ValueError, match="SinkStudy: folder must hold runs or a table"):
         SinkStudy.read(TINY, folder)
     wanted = ["train", "--figure", "sinks", "--scale", "gpu", "--out", str(tmp_path)]
     assert main([*wanted, "--data", str(tmp_path / "nowhere")]) == 2
     assert "--data must be a folder that exists" in capsys.readouterr().err
+    assert main(wanted) == 2
+    assert "--data must name a folder of prepared books" in capsys.readouterr().err
     assert main([*wanted, "--minutes", "0"]) == 2
     assert "--minutes must be positive" in capsys.readouterr().err
     assert main(["train", "--figure", "2", "--scale", "gpu", "--out", str(tmp_path)]) == 2

@@ -61,3 +61,25 @@ def test_margins_stack_and_sum():
     assert [label.get_text() for label in plot_margin_split(content, prior, layers=[4]).get_xticklabels()] == ["4"]
     with pytest.raises(ValueError, match=r"plot_margin_split: prior must have shape"):
         plot_margin_split(content, prior[:, :1])
+
+
+def test_hatched_heads_are_not_read_as_numbers():
+    values, hatched = np.array([[0.1, -9.0], [0.2, 0.3]]), np.array([[False, True], [False, False]])
+    axes = plot_head_grid(values, label="x", hatched=hatched)
+    np.testing.assert_array_equal(np.ma.getmaskarray(axes.images[0].get_array()), hatched)
+    assert axes.images[0].get_clim() == (0.1, 0.3)
+    (patch,) = (patch for patch in axes.patches if patch.get_hatch())
+    assert patch.get_xy() == (0.5, -0.5)
+    with pytest.raises(ValueError, match=r"plot_head_grid: hatched must have shape \(2, 2\)"):
+        plot_head_grid(values, label="x", hatched=hatched[:1])
+
+
+def test_one_long_bar_does_not_crush_the_others_and_says_where_it_ends():
+    content = np.linspace(0.5, 1.5, 40).reshape(4, 10)
+    content[1, 3] = -16.0
+    axes = plot_margin_split(content, np.zeros_like(content))
+    low, high = axes.get_ylim()
+    assert -4 < low < -1
+    assert high > 1.5
+    assert [text.get_text() for text in axes.texts] == ["-16"]
+    assert len(plot_margin_split(content.clip(min=0), np.zeros_like(content)).texts) == 0

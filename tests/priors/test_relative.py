@@ -9,6 +9,7 @@ from tolerances import assert_close, centre_rows
 
 from eotattn.priors import (
     AlibiPrior,
+    DensePrior,
     GridTablePrior,
     HeadsPrior,
     KerplePrior,
@@ -131,6 +132,7 @@ FAR = {
     "t5 causal": lambda: off_neutral(T5Prior(HEADS, 7, 9, bidirectional=False)),
     "sum": lambda: off_neutral(T5Prior(HEADS, 12, 9)) + off_neutral(SinkPrior(HEADS)) + AlibiPrior(HEADS),
     "multiple": lambda: (off_neutral(T5Prior(HEADS, 12, 9)) + AlibiPrior(HEADS)) * (0.5, -2.0, 1.5),
+    "kerple": lambda: off_neutral(KerplePrior(HEADS)) * (0.5, 1.0, -2.0) + off_neutral(T5Prior(HEADS, 12, 9)),
     "heads": lambda: HeadsPrior(off_neutral(T5Prior(2, 12, 9)) + AlibiPrior(2), (1, 0, 1)),
 }
 
@@ -138,22 +140,25 @@ FAR = {
 @pytest.mark.parametrize("name", FAR)
 def test_the_far_form_is_the_prior_far_away(name):
     prior = FAR[name]()
-    form, dense = prior.far_form(), exact(prior)
-    lag = QUERIES[:, None] - KEYS[None]
+    keys = torch.arange(300)
+    form, dense = prior.far_form(), exact(prior, QUERIES + 100, keys)
+    lag = QUERIES[:, None] + 100 - keys
     for tail, far in ((form.past, lag >= form.reach), (form.future, lag <= -max(form.reach, 1))):
         value = torch.zeros_like(dense)
         if tail.prior is not None:
             assert tail.prior.has_lanes
-            value = value + exact(tail.prior)
+            value = value + exact(tail.prior, QUERIES + 100, keys)
         if tail.constant is not None:
             value = value + tail.constant.detach().double()[:, None, None]
+        if tail.decay is not None:
+            value = value + tail.decay(lag.abs().flatten().double()).detach().view(dense.shape)
         assert far.any()
         assert_close(torch.where(far, value, 0.0), torch.where(far, dense, 0.0))
 
 
-def test_smooth_decays_have_no_far_form():
-    assert KerplePrior(HEADS).far_form() is None
-    assert (KerplePrior(HEADS) + T5Prior(HEADS)).far_form() is None
+def test_what_is_nothing_simple_far_away_has_no_far_form():
+    assert (T5Prior(HEADS) + DensePrior(torch.zeros(HEADS, 9, 9))).far_form() is None
+    assert GridTablePrior(HEADS, 7, 7).far_form() is None
 
 
 BAD = {

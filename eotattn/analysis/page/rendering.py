@@ -1,39 +1,53 @@
-"""One self-contained page: the numbers of an analysis as JSON, and a script that draws them; nothing from outside."""
+"""One self-contained page: the numbers of an analysis, compressed, and a script that draws them; nothing from outside.
+
+Legend: A layers, H heads, T texts shown, W tokens shown.
+"""
 
 from __future__ import annotations
 
+import base64
 import html
 import json
+import zlib
 from importlib import resources
 from string import Template
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from eotattn.analysis.findings import findings
-from eotattn.analysis.summary import Analysis
+from eotattn.analysis.findings import details, findings
+from eotattn.analysis.head_kinds import KINDS, head_kinds
+from eotattn.analysis.summary import Summary
 from eotattn.analysis.tables import Curve, layer_curves, plain, residual_curves
 
-__all__ = ["page"]
+__all__ = ["page", "payload"]
 
-#: Tokens of the first text, and positions of a prior, that the page shows.
-SHOWN_TOKENS, SHOWN_POSITIONS = 64, 32
+#: Positions of a prior, and tokens of the pictures of whole layers, that the page shows.
+SHOWN_POSITIONS, SHOWN_TOKENS = 32, 64
+#: Pairs of tokens that all pictures of single heads may have together: what keeps the page below 3 MB.
+PAIRS = 500_000
+#: Least weight of a pair, and keys a query, that are shown.
+LEAST_WEIGHT, KEYS = 0.05, 4
 #: Significant digits of the numbers inside.
-DIGITS = 6
+DIGITS = 5
 
 #: The browser itself refuses whatever would leave the page.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
 
-def page(analysis: Analysis) -> str:
+def page(analysis: Summary) -> str:
     """The page as HTML."""
+    content = json.dumps(_rounded(payload(analysis)), allow_nan=False, separators=(",", ":"))
     return Template(_part("report.html")).substitute(
         policy=POLICY,
         style=_part("report.css"),
-        script=_part("report.js"),
-        data=json.dumps(_rounded(_payload(analysis)), allow_nan=False).replace("<", "\\u003c"),
+        script=_part("charts.js") + _part("report.js"),
+        data=base64.b64encode(zlib.compress(content.encode(), 9)).decode(),
+        subject=html.escape(str(analysis.subject)),
         summary=html.escape(_summary(analysis)),
-        findings="".join(f"<li>{html.escape(sentence)}</li>" for sentence in findings(analysis)),
+        findings=_items(findings(analysis)),
+        details=_items(details(analysis)),
         shown=html.escape(_shown(analysis)),
         missing=_missing(analysis),
         definitions=_definitions(analysis),
@@ -45,18 +59,38 @@ def _part(name: str) -> str:
     return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
-def _missing(analysis: Analysis) -> str:
+def _items(sentences: tuple[str, ...]) -> str:
+    return "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences)
+
+
+def _missing(analysis: Summary) -> str:
     entries = "".join(f"<li><b>{html.escape(n)}</b> {html.escape(why)}</li>" for n, why in analysis.needs.items())
     return f"<h2>What is missing, and what it needs</h2><ul>{entries}</ul>" if entries else ""
 
 
-def _shown(analysis: Analysis) -> str:
-    """How much of the first text the picture of tokens has."""
-    count = len(analysis.tokens)
-    return f"The first {SHOWN_TOKENS} of {count} tokens." if count > SHOWN_TOKENS else ""
+def _window(analysis: Summary) -> tuple[int, int]:
+    """Texts and tokens whose pairs are shown: few enough for all heads together."""
+    if not analysis.top_keys:
+        return 0, 0
+    kept = [found.key.shape for found in analysis.top_keys.values()]
+    texts, rows = max(shape[0] for shape in kept), max(shape[2] for shape in kept)
+    heads = sum(shape[1] for shape in kept)
+    total = max(32, PAIRS // (2 * heads))  # about two keys a query are above the least weight
+    texts = min(texts, max(1, total // min(rows, 96)))
+    return texts, min(rows, total // texts)
 
 
-def _summary(analysis: Analysis) -> str:
+def _shown(analysis: Summary) -> str:
+    """How much of the texts the pictures of tokens have."""
+    texts, tokens = _window(analysis)
+    given, longest = analysis.num_texts, max(map(len, analysis.tokens), default=tokens)
+    rule = f"Of every query the up to {KEYS} keys with at least {LEAST_WEIGHT:.0%} of its weight."
+    parts = [f"The first {tokens} of {longest} tokens."] if longest > tokens else []
+    parts += [f"The first {texts} of {given} texts."] if given > texts else []
+    return " ".join([rule, *parts])
+
+
+def _summary(analysis: Summary) -> str:
     heads = analysis.heads
     count = sum(int((~np.isnan(row)).sum()) for row in heads.mean["entropy"])
     done = (
@@ -64,6 +98,9 @@ def _summary(analysis: Analysis) -> str:
         if not analysis.is_complete
         else (f"{analysis.num_texts} text{'s' if analysis.num_texts != 1 else ''}")
     )
+    lengths = sorted({len(tokens) for tokens in analysis.tokens})
+    if lengths:
+        done += f" of {lengths[0]} tokens" if len(lengths) == 1 else f" of {lengths[0]} to {lengths[-1]} tokens"
     lines = [f"{done}, {len(heads.layers)} layers, {count} heads."]
     if not analysis.is_complete:
         lines.append("The run was interrupted; this is what was finished.")
@@ -71,11 +108,12 @@ def _summary(analysis: Analysis) -> str:
         lines.append(f"{analysis.num_cut} of the texts were cut to the length asked for.")
     massive = [block for block, share in analysis.residuals.massive_share().items() if share > 0]
     if massive:
-        lines.append(f"Massive activations after {', '.join(massive)}.")
+        more = f" and {len(massive) - 1} later blocks" if len(massive) > 1 else ""
+        lines.append(f"Massive activations after {massive[0]}{more}.")
     return " ".join(lines)
 
 
-def _definitions(analysis: Analysis) -> str:
+def _definitions(analysis: Summary) -> str:
     rows = "".join(
         f"<tr><td>{html.escape(q.name)}</td><td>{html.escape(q.unit)}</td><td>{html.escape(q.formula)}</td>"
         f"<td>{html.escape(q.source)}</td></tr>"
@@ -84,61 +122,103 @@ def _definitions(analysis: Analysis) -> str:
     return f"<table><tr><th>quantity</th><th>unit</th><th>formula</th><th>source</th></tr>{rows}</table>"
 
 
-def _payload(analysis: Analysis) -> dict[str, Any]:
-    heads, explained = analysis.heads, analysis.explained()
+def payload(analysis: Summary) -> dict[str, Any]:
+    """All numbers of the page, as the script reads them."""
+    heads, explained, fails = analysis.heads, analysis.explained(), analysis.fails()
     quantities = [{"name": q.name, "unit": q.unit, "formula": q.formula} for q in heads.quantities]
     grids = {
         part: {name: plain(grid) for name, grid in getattr(heads, part).items()} for part in ("mean", "low", "high")
     }
     if np.isfinite(explained).any():
-        formula = "1 - E KL(p || prior) / E KL(p || uniform), held out where there are two texts or more"
+        where = "in sample, on the one text it was fitted to" if analysis.is_in_sample else "held out"
+        formula = f"1 - E KL(p || prior) / E KL(p || uniform), {where}; hatched: not surely above zero"
         quantities.append({"name": "explained by position", "unit": "1", "formula": formula})
-        grids["mean"]["explained by position"] = plain(explained)
-        for side, index in (("low", 0), ("high", 1)):
-            grids[side]["explained by position"] = plain(_intervals(analysis)[..., index])
+        interval = np.where(fails[..., None], np.nan, analysis.explained_interval())
+        grids["mean"]["explained by position"] = plain(np.where(fails, np.nan, explained))
+        grids["low"]["explained by position"] = plain(interval[..., 0])
+        grids["high"]["explained by position"] = plain(interval[..., 1])
+    quantities.sort(key=lambda quantity: quantity["name"] != "mass of the strongest key")  # what is drawn at first
+    texts, width = _window(analysis)
     return {
         "layers": list(heads.layers),
         "numbers": list(heads.numbers),
         "heads": list(heads.heads),
-        "tokens": list(analysis.tokens[:SHOWN_TOKENS]),
+        "texts": [_names(analysis, text, width) for text in range(texts)],
+        "named": [_beginning(tokens) for tokens in analysis.tokens],
         "quantities": quantities,
         **grids,
-        "kinds": analysis.sink_kinds(),
-        "shares": [_first_shares(analysis, layer) for layer in heads.layers],
-        "priors": [_prior(analysis, layer) for layer in heads.layers],
+        "sinks": analysis.sink_kinds(),
+        "kinds": KINDS,
+        "kind": [[list(kinds) for kinds in row] for row in head_kinds(analysis)],
+        "fails": fails.tolist(),
+        "strongest": [_strongest(analysis, a) for a in range(len(heads.layers))],
+        "pairs": [[_pairs(analysis, layer, text, width) for layer in heads.layers] for text in range(texts)],
+        "shares": [_shares(analysis, layer, texts) for layer in heads.layers],
+        "priors": [_prior(analysis, layer, fails[a]) for a, layer in enumerate(heads.layers)],
         "curves": _curves(analysis),
     }
 
 
-def _intervals(analysis: Analysis) -> np.ndarray:
-    """(A, H, 2) of the explained divergence."""
-    grid = np.full((*analysis.heads.mean["entropy"].shape, 2), np.nan)
-    for a, layer in enumerate(analysis.heads.layers):
-        if layer in analysis.priors:
-            interval = analysis.priors[layer].interval
-            grid[a, : len(interval)] = interval
-    return grid
+def _names(analysis: Summary, text: int, width: int) -> list[str]:
+    """Tokens of a text, or nothing where they are not known."""
+    if not analysis.tokens:
+        return [""] * width
+    kept = max((found.key.shape[2] for found in analysis.top_keys.values()), default=0)
+    return list(analysis.tokens[text][: max(width, kept)])
 
 
-def _first_shares(analysis: Analysis, layer: str) -> Any:
-    """Heads by tokens: mean weight on each key of the first text over the queries that admit it."""
-    stats = analysis.statistics[layer]
-    mass, count = stats.column_mass[0, :, :SHOWN_TOKENS], stats.column_count[0, :, :SHOWN_TOKENS]
-    seen = (count > 0).any(0)
-    return plain((mass / count.clamp(min=1))[:, seen].numpy())
+def _beginning(tokens: tuple[str, ...]) -> str:
+    """The first words of a text, by which it is named."""
+    words = "".join(token.removeprefix("##") for token in tokens[:12]).replace("⏎", " ").split()
+    return " ".join(words)[:40]
 
 
-def _prior(analysis: Analysis, layer: str) -> dict[str, Any] | None:
-    """Both parts on the first positions."""
+def _strongest(analysis: Summary, a: int) -> list[list[list[Any]]]:
+    """Heads by texts: position, mass in percent and token of the strongest key."""
+    found = analysis.strongest
+    percent = np.rint(100 * found.mass[a]).astype(int)
+    columns = (found.position[a].T.tolist(), percent.T.tolist(), found.token[a].T.tolist())
+    return [[list(entry) for entry in zip(*rows, strict=True)] for rows in zip(*columns, strict=True)]
+
+
+def _pairs(analysis: Summary, layer: str, text: int, width: int) -> list[list[list[int]]] | None:
+    """Heads: keys a query, keys, and weights in percent, one after the other."""
+    kept = analysis.top_keys.get(layer)
+    if kept is None or text >= kept.key.shape[0]:
+        return None
+    count = min(width, len(analysis.tokens[text])) if analysis.tokens else width
+    key, weight = (values[text, :, :count, :KEYS].numpy() for values in (kept.key, kept.weight))
+    return [_packed(*head) for head in zip(key, weight, strict=True)]
+
+
+def _packed(key: NDArray[np.int32], weight: NDArray[np.float32]) -> list[list[int]]:
+    seen = weight >= LEAST_WEIGHT
+    return [seen.sum(-1).tolist(), key[seen].tolist(), np.rint(100 * weight[seen]).astype(int).tolist()]
+
+
+def _shares(analysis: Summary, layer: str, texts: int) -> list[Any]:
+    """Texts by tokens: mean weight on each key over heads, and over the queries that admit it."""
+    stats, rows = analysis.statistics[layer], []
+    for text in range(min(texts, stats.num_sequences)):
+        mass, count = (part[text, :, :SHOWN_TOKENS] for part in (stats.column_mass, stats.column_count))
+        seen = (count > 0).any(0)
+        rows.append(plain((mass / count.clamp(min=1))[:, seen].mean(0).numpy()))
+    return rows
+
+
+def _prior(analysis: Summary, layer: str, fails: NDArray[np.bool_]) -> dict[str, Any] | None:
+    """Both parts on the first positions; nothing of fits that failed."""
     if layer not in analysis.priors:
         return None
     report = analysis.priors[layer]
     size, reach = min(SHOWN_POSITIONS, report.key.shape[1]), report.key.shape[1] - 1
-    lag = report.lag[:, reach - size + 1 : reach + size]
-    return {"causal": report.is_causal, "size": size, "lag": plain(lag), "key": plain(report.key[:, :size])}
+    lag, key = report.lag[:, reach - size + 1 : reach + size], report.key[:, :size]
+    parts = zip(plain(lag), plain(key), fails, strict=False)
+    shown = [None if failed else {"lag": of_lag, "key": of_key} for of_lag, of_key, failed in parts]
+    return {"causal": report.is_causal, "size": size, "inSample": analysis.is_in_sample, "heads": shown}
 
 
-def _curves(analysis: Analysis) -> list[dict[str, Any]]:
+def _curves(analysis: Summary) -> list[dict[str, Any]]:
     """Panels of curves over layers and blocks: title, and name -> values with an interval where there is one."""
     heads, blocks = analysis.heads, analysis.residuals.blocks
     panel = {"title": "mean over heads", "names": list(heads.layers), "log": False, "numbers": list(heads.numbers)}

@@ -1,198 +1,175 @@
 "use strict";
-const data = JSON.parse(document.getElementById("data").textContent);
-const byId = name => document.getElementById(name);
-const SVG = "http://www.w3.org/2000/svg";
-const COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"];
-const CIVIDIS = ["#00224e", "#35456c", "#666970", "#948e77", "#c8b866", "#fee838"];
-const DIVERGING = ["#2166ac", "#92c5de", "#ffffff", "#f4a582", "#b2182b"];
-let chosen = firstHead();
+// The page: what is chosen, and what is drawn of it with charts.js, which stands before it.
+const THUMBS = 24, THUMB_TOKENS = 48;
+let data, chosen, order = [], shownThumbs = THUMBS, query = 1;
 
-function firstHead() {
-  const grid = data.mean[data.quantities[0].name];
-  let best = [0, 0, -Infinity];
-  grid.forEach((row, a) => row.forEach((v, h) => { if (v !== null && v > best[2]) best = [a, h, v]; }));
-  return {layer: best[0], head: best[1]};
+async function unpack() {
+  const bytes = Uint8Array.from(atob(byId("data").textContent), letter => letter.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+  return JSON.parse(await new Response(stream).text());
 }
-function number(v) { return v === null || v === undefined ? "none" : String(Number(v.toPrecision(5))); }
-function element(tag, attributes, parent, text) {
-  const node = document.createElementNS(SVG, tag);
-  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
-  if (text !== undefined) node.textContent = text;
-  if (parent) parent.appendChild(node);
-  return node;
-}
-function canvas(width, height, title) {
-  const svg = element("svg", {width, height, role: "img"});
-  if (title) { svg.setAttribute("aria-label", title); element("text", {x: 4, y: 14, class: "title"}, svg, title); }
-  return svg;
-}
-function blend(stops, t) {
-  const x = Math.min(Math.max(t, 0), 1) * (stops.length - 1), i = Math.min(Math.floor(x), stops.length - 2);
-  const part = (colour, k) => parseInt(colour.slice(1 + 2 * k, 3 + 2 * k), 16);
-  const mix = k => Math.round(part(stops[i], k) + (x - i) * (part(stops[i + 1], k) - part(stops[i], k)));
-  return `rgb(${mix(0)},${mix(1)},${mix(2)})`;
-}
-function finite(values) { return values.filter(v => v !== null && Number.isFinite(v)); }
-function ticks(low, high, count = 4) {
-  const step = 10 ** Math.floor(Math.log10((high - low) / count || 1));
-  const unit = [1, 2, 5, 10].map(k => k * step).find(k => (high - low) / k <= count + 1);
-  const found = [];
-  for (let v = Math.ceil(low / unit) * unit; v <= high + 1e-9 * unit; v += unit) found.push(Number(v.toPrecision(6)));
-  return found;
-}
-function headName(a, h) { return `${data.layers[a]}, head ${data.heads[h]}`; }
-function token(j) { return data.tokens.length > j ? `${j} "${data.tokens[j]}"` : String(j); }
+function headName(a, h) { return `Layer ${data.numbers[a]}, head ${data.heads[h]}`; }
+function textName(text) { return `${text + 1}${data.named[text] ? `: ${data.named[text]}…` : ""}`; }
+function tokensOf(text) { return data.texts[text] ?? []; }
+function token(j, text = 0) { const name = tokensOf(text)[j]; return name ? `${j} "${name}"` : String(j); }
+function chosenText() { return Number(byId("text").value || 0); }
+function exists(a, h) { return data.kind[a] !== undefined && data.mean.entropy[a][h] !== null; }
+function passes(a, h) { const kind = byId("kind").value; return !kind || data.kind[a][h].includes(kind); }
 
-function colourBar(svg, x, y, height, colour, low, high) {
-  const step = height / 40;
-  for (let i = 0; i < 40; i++)
-    element("rect", {x, y: y + height - (i + 1) * step, width: 10, height: step + 0.5, fill: colour(i / 39)}, svg);
-  element("text", {x: x + 14, y: y + 9}, svg, number(high));
-  element("text", {x: x + 14, y: y + height}, svg, number(low));
-}
+function choose(layer, head) { chosen = {layer, head}; draw(); }
 
 function drawGrid() {
   const name = byId("quantity").value, grid = data.mean[name], low = data.low[name], high = data.high[name];
   const quantity = data.quantities.find(q => q.name === name);
   byId("formula").textContent = `${quantity.formula}  [${quantity.unit}]`;
-  const heads = grid[0].length, size = Math.max(14, Math.min(34, 560 / heads)), left = 34, top = 24;
-  const width = Math.max(320, left + heads * size + 90);
-  const svg = canvas(width, top + grid.length * size + 36, `${name} by layer and head`);
-  const all = finite(grid.flat()), least = Math.min(...all), most = Math.max(...all);
+  const heads = grid[0].length, size = Math.max(12, Math.min(30, 620 / heads, 620 / grid.length)), left = 40, top = 24;
+  const across = heads * size, down = Math.max(grid.length * size, 60), width = Math.max(240, left + across + 86);
+  const svg = canvas(width, top + down + 36, `${name} by layer and head`);
+  const all = finite(grid.flat()), [least, most] = limits(all);
   grid.forEach((row, a) => {
-    element("text", {x: left - 6, y: top + (a + 0.65) * size, "text-anchor": "end"}, svg, data.numbers[a]);
+    if (a % Math.ceil(14 / size) === 0)
+      element("text", {x: left - 6, y: top + (a + 0.5) * size + 4, "text-anchor": "end"}, svg, data.numbers[a]);
     row.forEach((value, h) => {
-      if (value === null) return;
+      if (!exists(a, h)) return;
+      const failed = value === null && name === "explained by position" && data.fails[a][h];
       const interval = low[a][h] === null ? "" : `\n95% interval ${number(low[a][h])} to ${number(high[a][h])}`;
-      const kind = data.kinds[a][h] ? `\nsink: ${data.kinds[a][h]}` : "";
-      const stroke = a === chosen.layer && h === chosen.head ? "#D55E00" : "none";
-      const fill = blend(CIVIDIS, (value - least) / (most - least || 1));
-      const text = `${headName(a, h)}\n${name}: ${number(value)}${interval}${kind}`;
-      const cell = element("rect", {x: left + h * size + 1, y: top + a * size + 1, width: size - 2, height: size - 2,
-        fill, stroke, "stroke-width": 3, class: "cell", "data-tip": text}, svg);
-      cell.addEventListener("click", () => { chosen = {layer: a, head: h}; draw(); });
+      const kinds = data.kind[a][h].length ? `\n${data.kind[a][h].join(", ")}` : "";
+      const stands = failed ? "no prior: not surely better than uniform on other texts" : `${name}: ${number(value)}`;
+      const box = {x: left + h * size + 1, y: top + a * size + 1, width: size - 2, height: size - 2};
+      const look = value === null ? {class: "cell field"} :
+        {class: "cell", fill: blend(CIVIDIS, (value - least) / (most - least || 1))};
+      const cell = element("rect", {...box, ...look, opacity: passes(a, h) ? 1 : 0.12,
+        "data-tip": `${headName(a, h)} (${data.layers[a]})\n${stands}${interval}${kinds}`}, svg);
+      if (failed)
+        element("path", {d: `M${box.x} ${box.y + size - 2}L${box.x + size - 2} ${box.y}`, class: "hatch"}, svg);
+      cell.addEventListener("click", () => choose(a, h));
     });
   });
-  for (let h = 0; h < heads; h += Math.max(1, Math.ceil(24 / size)))
+  element("rect", {x: left + chosen.head * size, y: top + chosen.layer * size, width: size, height: size, fill: "none",
+    class: "chosen", "stroke-width": 3}, svg);
+  for (let h = 0; h < heads; h += Math.max(1, Math.ceil(20 / size)))
     element("text", {x: left + (h + 0.5) * size, y: top + grid.length * size + 14, "text-anchor": "middle"}, svg,
       data.heads[h]);
-  const middle = `translate(10,${top + grid.length * size / 2}) rotate(-90)`;
+  const middle = `translate(12,${top + grid.length * size / 2}) rotate(-90)`;
   element("text", {transform: middle, "text-anchor": "middle"}, svg, "layer");
-  element("text", {x: left + heads * size / 2, y: top + grid.length * size + 30, "text-anchor": "middle"}, svg, "head");
-  colourBar(svg, left + heads * size + 14, top, grid.length * size, t => blend(CIVIDIS, t), least, most);
+  element("text", {x: left + across / 2, y: top + grid.length * size + 30, "text-anchor": "middle"}, svg, "head");
+  if (all.length) colourBar(svg, left + across + 14, top, down, t => blend(CIVIDIS, t),
+    (all.some(v => v < least) ? "≤ " : "") + number(least), (all.some(v => v > most) ? "≥ " : "") + number(most));
   byId("grid").replaceChildren(svg);
 }
 
+// Of one head and text: a list [key, weight in percent] for every query.
+function pairs(a, h, text = chosenText()) {
+  const found = data.pairs[text]?.[a]?.[h];
+  if (!found) return [];
+  const [counts, keys, weights] = found;
+  let at = 0;
+  return counts.map(count => Array.from({length: count}, () => [keys[at], weights[at++]]));
+}
+function drawThumbs() {
+  const name = byId("quantity").value, way = byId("order").value;
+  order = [];
+  data.layers.forEach((_, a) => data.heads.forEach((_, h) => exists(a, h) && passes(a, h) && order.push([a, h])));
+  const value = ([a, h]) => data.mean[name][a][h] ?? -Infinity;
+  if (way !== "layer") order.sort((x, y) => (way === "down" ? 1 : -1) * (value(y) - value(x)));
+  byId("thumbs").replaceChildren(...order.slice(0, shownThumbs).map(([a, h]) => {
+    const here = a === chosen.layer && h === chosen.head, box = part("button", {type: "button",
+      class: here ? "thumb chosen" : "thumb", "data-tip": data.kind[a][h].join(", ") || "no kind of its own"});
+    const rows = pairs(a, h);
+    box.append(picture(rows, Math.min(THUMB_TOKENS, rows.length || 1)),
+      part("span", {}, `${data.numbers[a]}.${data.heads[h]}: ${number(data.mean[name][a][h])}`));
+    box.addEventListener("click", () => choose(a, h));
+    return box;
+  }));
+  byId("more").style.display = order.length > shownThumbs ? "" : "none";
+}
+
 function drawHead() {
-  const {layer, head} = chosen, table = document.createElement("table");
-  const caption = document.createElement("caption");
-  const kind = data.kinds[layer][head];
-  caption.textContent = headName(layer, head) + (kind ? `, sink: ${kind}` : "");
-  table.append(caption);
-  const addRow = (cells, tag) => {
-    const row = document.createElement("tr");
-    for (const text of cells) { const cell = document.createElement(tag); cell.textContent = text; row.append(cell); }
-    table.append(row);
-  };
-  addRow(["quantity", "mean", "95% interval"], "th");
+  const {layer, head} = chosen, kinds = data.kind[layer][head].join(", "), sink = data.sinks[layer][head];
+  byId("head-title").textContent = headName(layer, head) + (kinds ? `: ${kinds}` : "");
+  const rows = [["quantity", "mean", "95% interval"]];
   for (const {name} of data.quantities) {
-    const value = data.mean[name][layer][head];
+    const value = data.mean[name][layer][head], low = data.low[name][layer][head];
     if (value === null) continue;
-    const low = data.low[name][layer][head];
     const interval = low === null ? "" : `${number(low)} to ${number(data.high[name][layer][head])}`;
-    addRow([name, number(value), interval], "td");
+    rows.push([name, number(value), interval]);
   }
-  byId("head").replaceChildren(table);
+  byId("head").replaceChildren(table(`${data.layers[layer]}${sink ? `; sink by values: ${sink}` : ""}`, rows));
+  const strongest = (data.strongest[layer][head] ?? []).map(([at, percent, name], text) =>
+    [textName(text), `${at}`, name, `${percent}%`]);
+  const found = part("div", {class: "scroll"});
+  found.append(table("The strongest key of every text", [["text", "position", "token", "mean weight"], ...strongest]));
+  byId("strongest").replaceChildren(found);
+}
+
+function drawReading() {
+  const text = chosenText(), rows = pairs(chosen.layer, chosen.head), names = tokensOf(text);
+  if (rows.length) query = Math.max(0, Math.min(query, rows.length - 1));
+  const weight = new Map(rows[query] ?? []);
+  byId("reading").replaceChildren(...names.slice(0, Math.max(rows.length, ...weight.keys(), 0)).map((name, j) => {
+    const percent = weight.get(j), isKey = percent !== undefined;
+    const look = isKey ? {style: `background: rgba(213,94,0,${percent / 125 + 0.12})`} : {};
+    const key = part("span", {class: j === query ? "key query" : "key", ...look,
+      "data-tip": `token ${token(j, text)}${isKey ? `\nweight ${percent}%` : ""}`}, readable(name || j));
+    key.addEventListener("click", () => { if (j < rows.length) { query = j; drawReading(); } });
+    return key;
+  }));
+  const said = [...weight].map(([j, percent]) => `${percent}% ${token(j, text)}`);
+  const keys = said.join(", ") || "many keys, none above the least weight shown";
+  byId("said").textContent =
+    rows.length ? `Query ${token(query, text)} attends to ${keys}.` : "No pairs of tokens were kept.";
+  drawMap(rows, text);
+}
+// Lines may break between tokens.
+function readable(name) { return `${name}`.replace(/^##/, "") + "\u200b"; }
+function drawMap(rows, text) {
+  const size = Math.max(rows.length, 1), scale = Math.max(2, Math.min(12, Math.floor(420 / size)));
+  const svg = picture(rows, size), box = part("div", {class: "scroll"});
+  for (const side of ["width", "height"]) svg.setAttribute(side, size * scale);
+  element("rect", {x: 0, y: query, width: size, height: 1, fill: "#D55E00", opacity: 0.25}, svg);
+  const at = event => Math.floor(event.offsetY / scale);
+  svg.addEventListener("mousemove", event => {
+    const i = at(event), j = Math.floor(event.offsetX / scale), found = (rows[i] ?? []).find(([key]) => key === j);
+    const stands = found ? `weight ${found[1]}%` : "not among those shown";
+    svg.setAttribute("data-tip", `query ${token(i, text)}\nkey ${token(j, text)}\n${stands}`);
+  });
+  svg.addEventListener("click", event => { query = at(event); drawReading(); });
+  box.append(svg);
+  byId("map").replaceChildren(part("p", {class: "note"}, "queries down, keys across"), box);
 }
 
 function drawTokens() {
-  const {layer, head} = chosen, means = data.shares.map(heads => heads[0].map((_, j) => {
-    const column = finite(heads.map(row => row[j]));
-    return column.reduce((a, b) => a + b, 0) / column.length;
-  }));
-  const rows = means.map((values, a) => (
-    {label: `layer ${data.numbers[a]}`, values, tip: `${data.layers[a]}, mean over heads`}));
-  rows.push({label: "chosen", values: data.shares[layer][head], tip: headName(layer, head)});
-  const count = Math.max(...rows.map(r => r.values.length)), size = 16, left = 52;
-  const deepest = Math.max(1, ...data.tokens.map(t => t.length)), top = Math.min(110, 12 + 6.5 * deepest);
-  const svg = canvas(left + count * size + 60, top + (rows.length + 0.5) * size + 20);
+  const text = chosenText(), names = tokensOf(text);
+  const rows = data.shares.map((texts, a) => ({label: data.numbers[a], values: texts[text] ?? []}));
+  const count = Math.max(...rows.map(r => r.values.length)), size = 15, left = 52;
+  const deepest = Math.max(1, ...names.slice(0, count).map(t => t.length)), top = Math.min(110, 12 + 6.5 * deepest);
+  const svg = canvas(left + count * size + 60, top + rows.length * size + 20);
   for (let j = 0; j < count; j++) {
     const transform = `translate(${left + (j + 0.7) * size},${top - 5}) rotate(-90)`;
-    element("text", {transform}, svg, data.tokens[j] ?? j);
+    element("text", {transform}, svg, names[j] || j);
   }
-  rows.forEach((row, a) => {
-    const y = top + a * size + (a === rows.length - 1 ? 8 : 0);
-    element("text", {x: left - 6, y: y + 12, "text-anchor": "end"}, svg, row.label);
-    row.values.forEach((value, j) => value !== null && element("rect", {x: left + j * size, y, width: size - 1,
-      height: size - 1, fill: blend(["#eef2f7", "#0072B2"], Math.sqrt(value)), class: "token",
-      "data-tip": `${row.tip}\ntoken ${token(j)}: mean weight ${number(value)}`}, svg));
+  rows.forEach(({label, values}, a) => {
+    element("text", {x: left - 6, y: top + a * size + 11, "text-anchor": "end"}, svg, `layer ${label}`);
+    values.forEach((value, j) => value !== null && element("rect", {x: left + j * size, y: top + a * size,
+      width: size - 1, height: size - 1, class: "token ink", opacity: 0.06 + 0.94 * Math.sqrt(value),
+      "data-tip": `layer ${label}, mean over heads\ntoken ${token(j, text)}: mean weight ${number(value)}`}, svg));
   });
   byId("tokens").replaceChildren(svg);
 }
 
-function decades(low, high) {
-  const found = [];
-  for (let k = Math.floor(low); k <= high; k++)
-    for (const m of [1, 2, 5]) if (k + Math.log10(m) >= low && k + Math.log10(m) <= high) found.push(k + Math.log10(m));
-  return found;
-}
-function legend(svg, names, y = 26) {
-  let x = 56;
-  for (const [name, fill] of names) {
-    element("rect", {x, y: y - 8, width: 10, height: 8, fill}, svg);
-    element("text", {x: x + 14, y}, svg, name);
-    x += 34 + 6.2 * name.length;
-  }
-}
-function frame(width, height, title, xs, ys, labels) {
-  const box = {left: 52, right: 12, top: 36, bottom: 38}, svg = canvas(width, height, title);
-  const [x0, x1] = [Math.min(...xs), Math.max(...xs)], [least, most] = [Math.min(...ys), Math.max(...ys)];
-  const room = 0.04 * (most - least || 1), y0 = least === 0 ? 0 : least - room, y1 = most === 0 ? 0 : most + room;
-  const x = v => box.left + (v - x0) / (x1 - x0 || 1) * (width - box.left - box.right);
-  const y = v => height - box.bottom - (v - y0) / (y1 - y0 || 1) * (height - box.top - box.bottom);
-  for (const v of labels.log ? decades(y0, y1) : ticks(y0, y1)) {
-    const stroke = v === 0 && !labels.log ? "#999" : "#e5e5e5";
-    element("line", {x1: box.left, x2: width - box.right, y1: y(v), y2: y(v), stroke}, svg);
-    element("text", {x: box.left - 5, y: y(v) + 4, "text-anchor": "end"}, svg, labels.log ? number(10 ** v) : v);
-  }
-  for (const v of labels.x ? ticks(x0, x1, 6).filter(Number.isInteger) : [])
-    element("text", {x: x(v), y: height - box.bottom + 14, "text-anchor": "middle"}, svg, labels.numbers?.[v] ?? v);
-  element("text", {x: (box.left + width - box.right) / 2, y: height - 6, "text-anchor": "middle"}, svg, labels.x);
-  element("text", {transform: `translate(11,${height / 2}) rotate(-90)`, "text-anchor": "middle"}, svg, labels.y);
-  return {svg, x, y};
-}
-function line(plot, points, colour, tip, radius = 2.5) {
-  const path = points.map(([u, v], i) => `${i ? "L" : "M"}${plot.x(u)} ${plot.y(v)}`).join("");
-  element("path", {d: path, fill: "none", stroke: colour, "stroke-width": 1.5}, plot.svg);
-  points.forEach(([u, v], i) => {
-    element("circle", {cx: plot.x(u), cy: plot.y(v), r: radius, fill: colour}, plot.svg);
-    element("circle", {cx: plot.x(u), cy: plot.y(v), r: 7, fill: "transparent", "data-tip": tip(u, v, i)}, plot.svg);
-  });
-}
-
-function heatMap(title, rows, colour, tip, bar) {
-  const n = rows.length, size = Math.max(7, Math.floor(300 / n)), left = 40, top = 26;
-  const svg = canvas(left + n * size + 76, top + n * size + 36, title);
-  rows.forEach((row, i) => row.forEach((v, j) => v !== null && element("rect", {x: left + j * size, y: top + i * size,
-    width: size, height: size, fill: colour(v), "data-tip": tip(i, j, v)}, svg)));
-  for (let i = 0; i < n; i += Math.max(1, Math.ceil(n / 8))) {
-    element("text", {x: left - 4, y: top + (i + 0.8) * size, "text-anchor": "end"}, svg, i);
-    element("text", {x: left + (i + 0.5) * size, y: top + n * size + 13, "text-anchor": "middle"}, svg, i);
-  }
-  element("text", {x: left + n * size / 2, y: top + n * size + 29, "text-anchor": "middle"}, svg, "key position j");
-  element("text", {transform: `translate(11,${top + n * size / 2}) rotate(-90)`, "text-anchor": "middle"}, svg,
-    "query position i");
-  colourBar(svg, left + n * size + 10, top, n * size, bar.colour, bar.low, bar.high);
-  return svg;
-}
-
 function drawPrior() {
-  const prior = data.priors[chosen.layer], name = headName(chosen.layer, chosen.head);
-  byId("prior-title").textContent = `The implicit prior of ${name}`;
-  if (prior === null) { byId("prior").textContent = "No prior was fitted to this layer; see below."; return; }
-  const n = prior.size, lag = prior.lag[chosen.head], key = prior.key[chosen.head];
+  const priors = data.priors[chosen.layer], name = headName(chosen.layer, chosen.head), place = byId("prior");
+  byId("prior-title").textContent = `The implicit prior of ${name}` + (priors?.inSample ? " (in sample)" : "");
+  const prior = priors?.heads[chosen.head];
+  if (!prior) {
+    const why = priors ? "The fitted prior is not surely better than uniform attention on texts that it was not " +
+      "fitted to, so it is not drawn; more or longer texts may carry it." : "No prior was fitted here; see below.";
+    place.replaceChildren(part("p", {}, why));
+    return;
+  }
+  const n = priors.size, {lag, key} = prior;
   const keys = key.map((v, j) => [j, v]).filter(p => p[1] !== null);
-  const lags = lag.map((v, i) => [i - n + 1, v]).filter(p => p[1] !== null && (!prior.causal || p[0] >= 0));
+  const lags = lag.map((v, i) => [i - n + 1, v]).filter(p => p[1] !== null && (!priors.causal || p[0] >= 0));
   const line1 = frame(430, 260, "(a) key-only part", keys.map(p => p[0]), [0, ...keys.map(p => p[1])],
     {x: "key position j (tokens)", y: "u(j) (nats)"});
   line(line1, keys, COLOURS[0], (j, v) => `key ${token(j)}\nu(j) = ${number(v)} nats`);
@@ -201,7 +178,7 @@ function drawPrior() {
   line(line2, lags, COLOURS[0], (t, v) => `lag ${t}\nκ(t) = ${number(v)} nats`);
   const total = Array.from({length: n}, (_, i) => Array.from({length: n}, (_, j) => {
     const a = lag[i - j + n - 1], v = key[j];
-    return a === null || v === null || (prior.causal && j > i) ? null : a + v;
+    return a === null || v === null || (priors.causal && j > i) ? null : a + v;
   }));
   const centred = total.map(row => {
     const seen = finite(row), mean = seen.reduce((a, b) => a + b, 0) / seen.length;
@@ -215,7 +192,7 @@ function drawPrior() {
   const red = v => blend(DIVERGING, 0.5 + v / extreme / 2);
   const dark = p => blend(CIVIDIS, 1 + Math.log10(Math.max(p, 1e-3)) / 3);
   const pair = (i, j) => `query ${i}, key ${token(j)}\n`;
-  byId("prior").replaceChildren(line1.svg, line2.svg,
+  place.replaceChildren(line1.svg, line2.svg,
     heatMap("(c) row-centred log-prior (nats)", centred, red, (i, j, v) => `${pair(i, j)}${number(v)} nats`,
       {colour: t => blend(DIVERGING, t), low: -extreme, high: extreme}),
     heatMap("(d) induced prior", induced, dark, (i, j, v) => `${pair(i, j)}probability ${number(v)}`,
@@ -226,9 +203,11 @@ function drawMargins() {
   const content = data.mean["content margin"], prior = data.mean["prior margin"], bars = [];
   content.forEach((row, a) => row.forEach((c, h) => c !== null && bars.push({a, h, c, p: prior[a][h]})));
   if (!bars.length) { byId("margins").textContent = "No row has a margin."; return; }
-  const step = Math.max(6, Math.min(14, 1000 / bars.length)), width = 70 + bars.length * step;
+  const step = Math.max(4, Math.min(14, 1000 / bars.length)), width = 70 + bars.length * step;
   const sums = bars.flatMap(b => [Math.max(b.c, 0) + Math.max(b.p, 0), Math.min(b.c, 0) + Math.min(b.p, 0)]);
-  const plot = frame(width, 270, "Mean margin of the first token", [0, bars.length], [0, ...sums], {x: "", y: "nats"});
+  const [low, high] = limits(sums), cut = v => Math.min(Math.max(v, low), high);
+  const title = "Mean margin of the first token" + (sums.some(v => v !== cut(v)) ? "; bars that leave it are cut" : "");
+  const plot = frame(width, 270, title, [0, bars.length], [0, low, high], {x: "", y: "nats", keepsWidth: true});
   const thick = Math.max(1, plot.x(1) - plot.x(0) - 1.5);
   bars.forEach((b, i) => {
     let above = 0, below = 0;
@@ -236,16 +215,17 @@ function drawMargins() {
       `content ${number(b.c)}, prior ${number(b.p)}`;
     for (const [value, colour] of [[b.c, COLOURS[0]], [b.p, COLOURS[4]]]) {
       const base = value >= 0 ? above : below;
-      const top = plot.y(Math.max(base, base + value)), bottom = plot.y(Math.min(base, base + value));
+      const top = plot.y(cut(Math.max(base, base + value))), bottom = plot.y(cut(Math.min(base, base + value)));
       element("rect", {x: plot.x(i) + 1, y: top, width: thick, height: bottom - top, fill: colour, class: "margin",
         "data-tip": tip}, plot.svg);
       if (value >= 0) above += value; else below += value;
     }
     if (i === 0 || bars[i - 1].a !== b.a) {
-      element("line", {x1: plot.x(i), x2: plot.x(i), y1: 36, y2: 232, stroke: "#ccc"}, plot.svg);
-      element("text", {x: plot.x(i) + 3, y: 246}, plot.svg, `layer ${data.numbers[b.a]}`);
+      element("line", {x1: plot.x(i), x2: plot.x(i), y1: 36, y2: 232, class: "rule"}, plot.svg);
+      element("text", {x: plot.x(i) + 3, y: 246}, plot.svg, data.numbers[b.a]);
     }
   });
+  element("text", {x: 4, y: 262}, plot.svg, "layer");
   legend(plot.svg, [["content", COLOURS[0]], ["prior", COLOURS[4]]], 28);
   byId("margins").replaceChildren(plot.svg);
 }
@@ -270,20 +250,56 @@ function drawLayers() {
 }
 
 const tip = byId("tip");
-document.addEventListener("mousemove", event => {
-  const text = event.target instanceof Element ? event.target.getAttribute("data-tip") : null;
+function showTip(text, x, y) {
   tip.style.display = text ? "block" : "none";
   if (!text) return;
   tip.textContent = text;
-  tip.style.left = `${Math.min(event.clientX + 14, window.innerWidth - tip.offsetWidth - 8)}px`;
-  tip.style.top = `${Math.min(event.clientY + 14, window.innerHeight - tip.offsetHeight - 8)}px`;
-});
-function draw() { drawGrid(); drawHead(); drawTokens(); drawPrior(); }
-for (const {name} of data.quantities) {
-  if (!finite(data.mean[name].flat()).length) continue;
-  const option = document.createElement("option");
-  option.textContent = option.value = name;
-  byId("quantity").append(option);
+  tip.style.left = `${Math.max(4, Math.min(x + 14, window.innerWidth - tip.offsetWidth - 8))}px`;
+  tip.style.top = `${Math.max(4, Math.min(y + 14, window.innerHeight - tip.offsetHeight - 8))}px`;
 }
-byId("quantity").addEventListener("change", drawGrid);
-draw(); drawMargins(); drawLayers();
+document.addEventListener("mousemove", event => {
+  const near = event.target instanceof Element ? event.target.closest("[data-tip]") : null;
+  showTip(near ? near.getAttribute("data-tip") : null, event.clientX, event.clientY);
+});
+byId("grid").addEventListener("keydown", event => {
+  const move = {ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1]}[event.key];
+  if (!move) return;
+  event.preventDefault();
+  const [layer, head] = [chosen.layer + move[0], chosen.head + move[1]];
+  if (layer >= 0 && layer < data.layers.length && head >= 0 && head < data.heads.length && exists(layer, head))
+    choose(layer, head);
+});
+byId("reading").addEventListener("keydown", event => {
+  const move = {ArrowLeft: -1, ArrowRight: 1, ArrowUp: -10, ArrowDown: 10}[event.key];
+  if (!move) return;
+  event.preventDefault();
+  query += move;
+  drawReading();
+});
+
+function draw() { drawGrid(); drawThumbs(); drawHead(); drawReading(); drawPrior(); }
+function offer(name, entries, listener) {
+  byId(name).append(...entries.map(([value, text]) => part("option", {value}, text)));
+  byId(name).addEventListener("change", listener);
+}
+function start(found) {
+  data = found;
+  const first = data.mean[data.quantities[0].name].flatMap((row, a) => row.map((v, h) => [v ?? -Infinity, a, h]));
+  const [, layer, head] = first.reduce((x, y) => (y[0] > x[0] ? y : x));
+  chosen = {layer, head};
+  const named = data.quantities.filter(({name}) => finite(data.mean[name].flat()).length);
+  offer("quantity", named.map(({name}) => [name, name]), () => { drawGrid(); drawThumbs(); });
+  const counts = Object.keys(data.kinds).map(kind => [kind, data.kind.flat().filter(k => k.includes(kind)).length]);
+  const kinds = counts.filter(([, n]) => n).map(([kind, n]) => [kind, `${kind} (${n})`]);
+  offer("kind", [["", "all"], ...kinds], () => { shownThumbs = THUMBS; drawGrid(); drawThumbs(); });
+  offer("order", [], drawThumbs);
+  const texts = data.texts.map((_, text) => [text, textName(text)]);
+  offer("text", texts, () => { drawThumbs(); drawReading(); drawTokens(); });
+  byId("more").addEventListener("click", () => { shownThumbs += 4 * THUMBS; drawThumbs(); });
+  draw(); drawTokens(); drawMargins(); drawLayers();
+}
+unpack().then(start).catch(error => {
+  byId("failure").textContent =
+    `The pictures could not be drawn (${error.message}). They need a browser of 2023 or newer.`;
+  throw error;
+});

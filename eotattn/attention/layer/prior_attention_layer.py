@@ -389,6 +389,6 @@ def num_reserved(owner: str, prior: LogPrior | None, lanes: str, lane_dtype: tor
     require(prior.has_lanes, owner, "prior", "have lanes to reserve", type(prior).__name__, "Use lanes='appended'")
     known = isinstance(lane_dtype, torch.dtype) and lane_dtype.is_floating_point
     require(known, owner, "lane_dtype", "be a floating dtype", lane_dtype, "Pass e.g. torch.bfloat16", error=TypeError)
-    num_lanes = prior.num_lanes(lane_dtype)
+    num_lanes = prior.num_lanes(lane_dtype) + prior.biases_keys  # one that gradients of biases come back in
     step = WIDTH_STEP if lane_dtype.itemsize < 4 else 1  # so that every row of the content is read in whole words
     return -(-num_lanes // step) * step

@@ -1,4 +1,4 @@
-"""How exact the gradients of slopes are, against float64."""
+"""How exact the gradients of slopes and of forgetting gates are, against float64."""
 
 from __future__ import annotations
 
@@ -11,23 +11,25 @@ import torch
 from torch import Tensor
 
 from eotattn.attention import prior_attention
-from eotattn.benchmarks.oracle import relative_error, slope_gradient
+from eotattn.benchmarks.oracle import gate_gradient, relative_error, slope_gradient
 from eotattn.benchmarks.suites.configuration import Configuration
 from eotattn.benchmarks.suites.inputs import content, output_of
 from eotattn.benchmarks.timing import Row
-from eotattn.priors import RecencyPrior
+from eotattn.priors import ForgettingPrior, RecencyPrior, running_sums
 
-__all__ = ["gradients", "slope_errors"]
+__all__ = ["gate_errors", "gradients", "slope_errors"]
 
 
 def gradients(config: Configuration) -> Iterator[Row]:
-    """Slope gradients against float64: the norm of the error over that of the signal, over heads.
+    """Gradients of slopes and gates against float64: the norm of the error over that of the signal, over heads.
 
     ``of_strengths`` is the same for the parameter, in which a head counts by its ALiBi slope; ``worst_head`` is the
-    largest error of a head over the root mean square of all heads' signals.
+    largest error of a head over the root mean square of all heads' signals. Of gates, the norms are over tokens, and
+    ``value`` is that of all heads together.
     """
     for length in config.pick([128], [2048, 8192, 32768]):
         yield from slope_errors(config, length)
+        yield from gate_errors(config, length)
 
 
 def slope_errors(config: Configuration, length: int, heads: int = 12, offsets: tuple[int, ...] = (0,)) -> list[Row]:
@@ -55,6 +57,29 @@ def slope_errors(config: Configuration, length: int, heads: int = 12, offsets: t
             row["of_strengths"] = relative_error(found * units, exact * units)
             rows.append(row)
     return rows
+
+
+def gate_errors(config: Configuration, length: int, heads: int = 12, *, is_cured: bool = True) -> list[Row]:
+    """Errors at one length, heads with half-lives from 2 to 65 536 tokens and gates that vary from token to token.
+
+    Without ``is_cured`` the bias of keys is given alone, and what rounding leaves of the rows' sums is in its gradient.
+    """
+    width = 64
+    sides = [content(replace(config, seed=config.seed + n), 1, heads, length, width) for n in range(4)]
+    query, key, value, upstream = sides
+    mean = torch.tensor(ForgettingPrior(1, heads).half_lives, dtype=torch.float64).reciprocal() * math.log(2)
+    steps = torch.rand(heads, length, generator=torch.Generator().manual_seed(config.seed), dtype=torch.float64)
+    log_gates = (-2 * mean[:, None] * steps).to(query.device).requires_grad_()
+    sums = running_sums(log_gates[None])
+    of_queries = sums if is_cured else None
+    output = prior_attention(query, key, value, is_causal=True, backend="sdpa", key_bias=-sums, query_bias=of_queries)
+    found = torch.autograd.grad(output_of(output), [log_gates], upstream)[0]
+    with torch.no_grad():
+        exact = gate_gradient(query, key, value, upstream, log_gates, 1 / math.sqrt(width))
+    errors = (found - exact).norm(dim=-1) / exact.norm(dim=-1)
+    row: Row = {"quantity": "gate gradient", "length": length, "name": "gates" if is_cured else "gates, bias alone"}
+    row |= {"dtype": config.dtype, "value": float((found - exact).norm() / exact.norm())}
+    return [{**row, "mean_head": float(errors.mean()), "worst_head": float(errors.max())}]
 
 
 def _gradient(prior: RecencyPrior, sides: list[Tensor], upstream: Tensor, positions: range) -> Tensor:

@@ -19,7 +19,7 @@ from eotattn.benchmarks import peers
 from eotattn.benchmarks.suites.configuration import Configuration
 from eotattn.benchmarks.suites.layer import CausalLayer
 from eotattn.benchmarks.timing import Candidate, Row, measure
-from eotattn.priors import goat_prior
+from eotattn.priors import ForgettingPrior, LogPrior, goat_prior
 
 __all__ = ["training"]
 
@@ -56,15 +56,20 @@ def _layers(sizes: _Sizes) -> dict[str, Callable[[], nn.Module]]:
     def ours(**keywords: Any) -> nn.Module:
         return CausalLayer(PriorAttention(width, heads, bias=False, batch_first=True, **keywords))
 
-    def goat(**keywords: Any) -> nn.Module:
-        return ours(prior=goat_prior(heads, num_frequencies=4, length_scale=float(sizes.length)), **keywords)
+    def goat(gates: LogPrior | None = None, **keywords: Any) -> nn.Module:
+        prior: LogPrior = goat_prior(heads, num_frequencies=4, length_scale=float(sizes.length))
+        return ours(prior=prior if gates is None else prior + gates, **keywords)
 
+    reserved: dict[str, Any] = {"lanes": "reserved", "lane_dtype": torch.bfloat16}
+    gates = partial(ForgettingPrior, width, heads)
     return {
         "RoPE in plain PyTorch": lambda: ours(rotary=peers.TableRotary(width // heads, sizes.length)),
         "no position": lambda: peers.BareLayer(width, heads),
         "eotattn, Rotary": lambda: ours(rotary=Rotary(width // heads)),
-        "eotattn, GOAT, reserved": lambda: goat(lanes="reserved", lane_dtype=torch.bfloat16),
+        "eotattn, GOAT, reserved": lambda: goat(**reserved),
         "eotattn, GOAT, appended": goat,
+        "eotattn, gates, reserved": lambda: ours(prior=gates(), **reserved),
+        "eotattn, GOAT and gates, reserved": lambda: goat(gates=gates(), **reserved),
     }
 
 

@@ -132,6 +132,13 @@ class SinkStudy:
         by_seed, by_document = (pairs.groupby(key).saved.mean().tolist() for key in ("seed", "document"))
         return SeedInterval.of(by_seed), SeedInterval.of(by_document)
 
+    def strongest(self, arm: str, name: str) -> dict[int, float]:
+        """Seed -> a number of the head with the most mass on the first token."""
+        heads = self.rows(arm, "head_mass").set_index("seed")
+        top = {int(s): each.loc[each.value.idxmax()] for s, each in heads.reset_index().groupby("seed")}
+        rows = self.rows(arm, f"head_{name}").set_index(["seed", "block", "head"]).value
+        return {seed: float(rows[seed, each.block, each["head"]]) for seed, each in top.items()}
+
     @property
     def lengths(self) -> tuple[int, ...]:
         """Contexts of the test documents."""
@@ -147,6 +154,9 @@ class SinkStudy:
         row = {"arm": NAMES[arm], "seeds": str(len(self.of_seeds(arm, "sink_rate")))}
         for length in self.lengths:
             row[f"nats at {length}"] = _said(self.interval(arm, "test_loss", length=length), ".3f")
+        for name in ("mass", "margin", "prior_margin"):
+            strongest = SeedInterval.of(list(self.strongest(arm, name).values()))
+            row[f"strongest head: {name.replace('_', ' ')}"] = _said(strongest, ".2f")
         columns = {"sink_rate": ".2f", "margin_of_sinks": ".2f", "prior_share": ".2f", "key_only_of_sinks": ".2f"}
         columns |= {"outside": ".2f", "massive": ".0f", "kurtosis": ".0f", "value_norm_of_sinks": ".2f"}
         row |= {name.replace("_", " "): _said(self.interval(arm, name), spec) for name, spec in columns.items()}
@@ -178,6 +188,7 @@ def sink_verdict(study: SinkStudy) -> str:
     if "rope_without_token" in study.arms:
         lines.append(_differ(study, "sinks need a first token", "rope", "rope_without_token", "sink_rate", ".2f"))
     lines += [_most_is_prior(study, arm) for arm in with_prior]
+    lines += [_strongest_is_prior(study, arm) for arm in study.arms if study.interval(arm, "key_only") is not None]
     lines += [_smaller(study, arm) for arm in others]
     lines += [_bits(study, arm) for arm in others]
     lines += [_first_key(study, arm) for arm in study.arms]
@@ -211,6 +222,13 @@ def _most_is_prior(study: SinkStudy, arm: str) -> str:
     shares = study.of_seeds(arm, "prior_share")
     claim = f"{NAMES[arm]}: more than half of the margin of its sinks is prior"
     return _line(claim, SeedInterval.of([share - 0.5 for share in shares.values()]), "+.2f", "Share less one half:")
+
+
+def _strongest_is_prior(study: SinkStudy, arm: str) -> str:
+    margin, prior = (study.strongest(arm, name) for name in ("margin", "prior_margin"))
+    claim = f"{NAMES[arm]}: the head with the most mass on the first token owes it to the prior more than to content"
+    excess = SeedInterval.of([2 * prior[seed] - margin[seed] for seed in margin])
+    return _line(claim, excess, "+.2f", "Nats of the prior's part of its margin less the content's:")
 
 
 def _smaller(study: SinkStudy, arm: str) -> str:
@@ -272,6 +290,8 @@ def draw_sinks(study: SinkStudy) -> Figure:
         mass, share = (_heads(study, arm, name) for name in ("mass", "prior_share"))
         plot_sink_heads(mass, share, threshold=EPSILON, axes=axes[arm], legend=arm == arms[-1])
         rate = _said(study.interval(arm, "sink_rate"), ".2f")
+        if arm not in [row[0] for row in maps]:
+            axes[arm].set_ylabel("")
         axes[arm].set_title(f"{NAMES[arm]}\nsink rate {rate}", fontsize=9, loc="left")
     _draw_signal(study, axes["signal"])
     _draw_outliers(study, axes["outliers"])
@@ -289,7 +309,8 @@ def _heads(study: SinkStudy, arm: str, name: str) -> np.ndarray[Any, np.dtype[np
 
     if name == "mass":
         return grid("mass")
-    return np.clip(grid("prior_margin") / grid("margin"), 0.0, 1.0)
+    margin = grid("margin")
+    return np.where(margin > 0, np.clip(grid("prior_margin") / margin, 0.0, 1.0), np.nan)
 
 
 def _draw_signal(study: SinkStudy, axes: Axes) -> None:
@@ -325,7 +346,7 @@ def _bars(axes: Axes, arms: Sequence[str], intervals: Sequence[SeedInterval | No
 
 def _draw_outliers(study: SinkStudy, axes: Axes) -> None:
     _bars(axes, study.arms, [study.interval(arm, "massive") for arm in study.arms], ["#D55E00"] * len(study.arms))
-    axes.set_xscale("log")
+    axes.set_xlim(left=0)
     axes.set_xlabel("largest activation of the first token / median")
     axes.set_title("massive activations", fontsize=9, loc="left")
 

@@ -25,7 +25,7 @@ from eotattn.experiments.records import Measurement, Records, Row, Run
 from eotattn.experiments.scales import check_scale
 from eotattn.experiments.sink_measures import activation_outliers, mass_by_signal, measure_sinks
 from eotattn.experiments.tasks.language import PYTHON_STDLIB
-from eotattn.experiments.tasks.token_text import TokenText, Windows, begin
+from eotattn.experiments.tasks.token_text import BOOKS, TokenText, Windows, begin
 from eotattn.experiments.training import TrainingConfig, autocast, train, training_rows
 
 __all__ = ["ARMS", "RECIPES", "Arm", "SinkRecipe", "SinkRun", "measure", "recipe", "runs"]
@@ -98,7 +98,7 @@ class SinkRecipe:
     bins: int
 
 
-_LAPTOP_ARMS = tuple(arm for arm in ARMS if arm.name in ("rope", "paper_goat", "goat", "rope_without_token"))
+_LAPTOP_ARMS = tuple(arm for arm in ARMS if arm.name in ("rope", "paper_goat", "rope_without_token"))
 _TINY = DecoderConfig("rope", 257, num_layers=1, embed_dim=32, num_heads=2, train_length=32, block="llama")
 
 RECIPES = {
@@ -122,15 +122,15 @@ RECIPES = {
         arms=_LAPTOP_ARMS,
         decoder=replace(_TINY, num_layers=2, embed_dim=64, num_heads=4, train_length=128),
         training=TrainingConfig(
-            steps=500,
+            steps=700,
             batch_size=16,
             learning_rate=4e-3,
             prior_learning_rate=4e-2,
             warmup_steps=40,
             clip_priors=False,
             log_every=50,
-            evaluate_every=100,
-            checkpoint_every=250,
+            evaluate_every=350,
+            checkpoint_every=350,
         ),
         seeds=(0, 1, 2),
         lengths=(128, 256, 2048),
@@ -140,7 +140,7 @@ RECIPES = {
     ),
     "gpu": SinkRecipe(
         scale="gpu",
-        corpus="books",
+        corpus=BOOKS,
         arms=ARMS,
         decoder=DecoderConfig(
             "rope", 16_384, num_layers=12, embed_dim=512, num_heads=8, train_length=1024, block="llama"

@@ -5,6 +5,7 @@ Legend: B batch, L tokens of context, N windows, T scored tokens.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -22,9 +23,11 @@ from eotattn.experiments.tasks.batches import Batch, step_generator
 from eotattn.experiments.tasks.books import BEGINNING
 from eotattn.experiments.tasks.language import PYTHON_STDLIB, LanguageTask
 
-__all__ = ["DATA_VARIABLE", "TokenText", "Windows"]
+__all__ = ["BOOKS", "DATA_VARIABLE", "TokenText", "Windows"]
 
-#: Variable of the environment that names the folder of the corpus ``"books"``, for processes that are started too.
+#: Name of the corpus that :func:`prepare_books` makes.
+BOOKS = "books"
+#: Variable of the environment that names its folder, for processes that are started too.
 DATA_VARIABLE = "EOTATTN_DATA"
 #: The first token of windows of bytes: the number after the last byte.
 BYTE_BEGINNING = 256
@@ -72,7 +75,7 @@ class TokenText:
         Training files that ``corpus.json`` names and the folder lacks are left out, the last ones first: a part of a
         corpus is a corpus. The fingerprint tells.
         """
-        check_choice("TokenText", "corpus", corpus, (PYTHON_STDLIB, "books"))
+        check_choice("TokenText", "corpus", corpus, (PYTHON_STDLIB, BOOKS))
         if corpus == PYTHON_STDLIB:
             return cls._of_bytes()
         folder, remedy = os.environ.get(DATA_VARIABLE, ""), "Pass --data FOLDER; eotattn prepare makes one"
@@ -80,6 +83,7 @@ class TokenText:
         return cls._of_folder(Path(folder))
 
     @classmethod
+    @functools.cache
     def _of_bytes(cls) -> TokenText:
         task = LanguageTask.from_corpus(PYTHON_STDLIB, length=1)
         documents = {
@@ -109,7 +113,7 @@ class TokenText:
         }
         tokens = np.concatenate([arrays[file.name] for file in train])
         digest = hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
-        fingerprint = {"corpus": "books", "sha256": digest, "train_tokens": len(tokens)}
+        fingerprint = {"corpus": BOOKS, "sha256": digest, "train_tokens": len(tokens)}
         fingerprint |= {f"{name}_documents": len(each) for name, each in documents.items()}
         fingerprint |= {f"{name}_tokens": sum(map(len, each)) for name, each in documents.items()}
         return cls(tokens, documents, BEGINNING, facts["vocabulary_size"], fingerprint)

@@ -27,34 +27,17 @@ _DROPPED = 64
 
 @dataclass(frozen=True, eq=False)
 class DualityGap:
-    """What ``duality_gap`` returns, float64, each of the shape of the batch unless said otherwise.
+    """What ``duality_gap`` returns, float64, of the shape of the batch; "stored" is the coupling of the potentials."""
 
-    Args:
-        dual: Of the potentials, cost units, with all constants.
-        gap: Primal of the rounded coupling less that dual, cost units.
-        moved: Summed distance between the coupling as it is returned, in its own dtype, and the rounded one.
-        radius: Bound for the summed distance of the rounded coupling from the optimum.
-        mass: Total mass of the rounded coupling.
-        query_error: Summed distance of the row masses of the stored coupling from their target.
-        key_error: The same for the keys; zero for free keys.
-        cost: ``<coupling, -score>`` of the stored coupling, cost units.
-        entropy: ``-sum P log P`` of the stored coupling, nats.
-
-    Example:
-        >>> problem = TransportProblem(torch.zeros(1, 2))
-        >>> float(duality_gap(problem, torch.full((1,), -0.6931), torch.zeros(2)).entropy)
-        0.693...
-    """
-
-    dual: Tensor
-    gap: Tensor
-    moved: Tensor
-    radius: Tensor
-    mass: Tensor
-    query_error: Tensor
-    key_error: Tensor
-    cost: Tensor
-    entropy: Tensor
+    dual: Tensor  # of the potentials, cost units, with all constants
+    gap: Tensor  # primal of the rounded coupling less that dual, cost units
+    moved: Tensor  # summed distance between the coupling as it is returned, in its own dtype, and the rounded one
+    radius: Tensor  # bound for the summed distance of the rounded coupling from the optimum
+    mass: Tensor  # total of the rounded coupling
+    query_error: Tensor  # summed distance of the row masses of the stored coupling from their target
+    key_error: Tensor  # the same for the keys; zero for free keys
+    cost: Tensor  # ``<coupling, -score>`` of the stored coupling, cost units
+    entropy: Tensor  # ``-sum P log P`` of the stored coupling, nats
 
 
 def refined(problem: TransportProblem) -> TransportProblem:

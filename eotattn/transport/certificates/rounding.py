@@ -22,33 +22,17 @@ class RoundedCoupling:
     """A coupling given by vectors; any rows of it can be formed.
 
     ``row_mass_i weights_ij (1 + row_i + column_j)^+ row_factor_i column_factor_j + row_rest_i column_rest_j``.
-
-    Args:
-        problem: The problem.
-        key_potential: Of the weights, cost units, shape (..., m).
-        row_mass: Shape (..., n).
-        row: Relative change of rows, shape (..., n).
-        column: Relative change of columns, shape (..., m).
-        row_factor: Shape (..., n).
-        column_factor: Shape (..., m).
-        row_rest: Mass that rows lack, shape (..., n).
-        column_rest: Share of each column in what is missing, shape (..., m).
-
-    Example:
-        >>> problem = TransportProblem(torch.zeros(1, 2), key_marginal=torch.tensor([0.25, 0.75]))
-        >>> rounded_coupling(problem, torch.zeros(2)).rows(slice(None))
-        tensor([[0.2500, 0.7500]])
     """
 
     problem: TransportProblem
-    key_potential: Tensor
-    row_mass: Tensor
-    row: Tensor
-    column: Tensor
-    row_factor: Tensor
-    column_factor: Tensor
-    row_rest: Tensor
-    column_rest: Tensor
+    key_potential: Tensor  # of the weights, cost units, (..., m)
+    row_mass: Tensor  # (..., n)
+    row: Tensor  # relative change of rows, (..., n)
+    column: Tensor  # relative change of columns, (..., m)
+    row_factor: Tensor  # (..., n)
+    column_factor: Tensor  # (..., m)
+    row_rest: Tensor  # mass that rows lack, (..., n)
+    column_rest: Tensor  # share of each column in what is missing, (..., m)
 
     def rows(self, index: Rows) -> Tensor:
         """Some rows of the coupling, shape (..., r, m)."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,66 +45,55 @@ def envelope_value(problem: TransportProblem, query_potential: Tensor, key_poten
     return value
 
 
+def _target(problem: TransportProblem, key_potential: Tensor) -> Tensor:
+    """The mass at which the keys would be content, (..., m)."""
+    assert problem.key_marginal is not None
+    price = torch.where(key_potential.isfinite(), key_potential, 0.0)
+    return problem.key_marginal * (-price / problem.key_penalty).exp()
+
+
 def _weighted_residual(problem: TransportProblem, key_potential: Tensor, weight: Tensor) -> Tensor:
     """``sum_j weight_j (target_j - mass_j)``, shape of the batch; keys that carry nothing have no residual."""
-    assert problem.key_marginal is not None
-    live = key_potential.isfinite()
-    weight = torch.where(live, weight, 0.0)
+    weight = torch.where(key_potential.isfinite(), weight, 0.0)
     mass = row_mass(problem, respond(problem, key_potential))
     average = problem.affinity.average(key_potential, weight[..., None], problem.epsilon).squeeze(-1)
-    target = problem.key_marginal * (-torch.where(live, key_potential, 0.0) / problem.key_penalty).exp()
-    return ((weight * target).sum(-1) - (mass * average).sum(-1)).expand(problem.batch_shape)
+    residual = (weight * _target(problem, key_potential)).sum(-1) - (mass * average).sum(-1)
+    return residual.expand(problem.batch_shape)
 
 
-def _aliases(problem: TransportProblem, tensors: tuple[Tensor | None, ...]) -> tuple[TransportProblem, list[Tensor]]:
-    """The problem over fresh aliases of its tensors, and those aliases that want a gradient."""
-    aliased = [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
-    wanted = [tensor for tensor in aliased if tensor is not None and tensor.requires_grad]
-    return problem.with_leaves(*aliased), wanted
-
-
-def _distribute(
-    tensors: tuple[Tensor | None, ...], output: Tensor, wanted: list[Tensor], cotangent: Tensor
+def _pullback(
+    problem: TransportProblem, leaves: list[Tensor | None], value: Callable[[TransportProblem], Tensor], above: Tensor
 ) -> list[Tensor | None]:
-    """The product of ``cotangent`` with the derivative of ``output``, in the order of ``tensors``."""
+    """The product of ``above`` with the derivative of ``value(problem)`` in the leaves, in their order."""
     create = torch.is_grad_enabled()
-    found = iter(torch.autograd.grad(output, wanted, cotangent, create_graph=create, allow_unused=True))
-    return [next(found) if tensor is not None and tensor.requires_grad else None for tensor in tensors]
+    with torch.enable_grad():
+        aliases = [None if leaf is None else leaf.view_as(leaf) for leaf in leaves]
+        output = value(problem.with_leaves(*aliases))
+    wanted = [alias for alias in aliases if alias is not None and alias.requires_grad]
+    found = iter(torch.autograd.grad(output, wanted, above, create_graph=create, allow_unused=True))
+    return [None if alias is None or not alias.requires_grad else next(found) for alias in aliases]
 
 
 class _KeyPotential(torch.autograd.Function):
-    """The optimal key potential as a function of the problem's tensors."""
+    """The optimal key potential as a function of the problem's leaves."""
 
     @staticmethod
-    def forward(ctx: Any, problem: TransportProblem, key_potential: Tensor, *tensors: Tensor | None) -> Tensor:
-        ctx.problem = problem.with_leaves(*(None if x is None else x.detach() for x in tensors))
+    def forward(ctx: Any, problem: TransportProblem, key_potential: Tensor, *leaves: Tensor | None) -> Tensor:
+        ctx.problem = problem.detached()
         value = key_potential.clone()
-        ctx.save_for_backward(value, *tensors)
+        ctx.save_for_backward(value, *leaves)
         return value
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        key_potential, *tensors = ctx.saved_tensors
-        weight = _implicit_weight(ctx.problem.with_leaves(*tensors), key_potential, cotangents[0])
-        create = torch.is_grad_enabled()
-        with torch.enable_grad():
-            problem, wanted = _aliases(ctx.problem, tuple(tensors))
-            residual = _weighted_residual(problem, key_potential, weight)
-        with torch.set_grad_enabled(create):
-            gradients = _distribute(tuple(tensors), residual, wanted, torch.ones_like(residual))
-        return None, None, *gradients
-
-
-def _implicit_weight(problem: TransportProblem, key_potential: Tensor, cotangent: Tensor) -> Tensor:
-    """Solve the curvature against a cotangent."""
-    response = respond(problem, key_potential)
-    mass = row_mass(problem, response)
-    assert problem.key_marginal is not None
-    price = torch.where(key_potential.isfinite(), key_potential, 0.0)
-    target = problem.key_marginal * (-price / problem.key_penalty).exp()
-    cotangent = torch.where(key_potential.isfinite(), cotangent, 0.0)
-    solved = solve_curvature(problem, key_potential, mass, target, cotangent, problem.epsilon)
-    return problem.epsilon * solved
+        key_potential, *leaves = ctx.saved_tensors
+        problem = ctx.problem.with_leaves(*leaves)
+        mass = row_mass(problem, respond(problem, key_potential))
+        above = torch.where(key_potential.isfinite(), cotangents[0], 0.0)
+        target = _target(problem, key_potential)
+        weight = problem.epsilon * solve_curvature(problem, key_potential, mass, target, above, problem.epsilon)
+        ones = weight.new_ones(problem.batch_shape)
+        return None, None, *_pullback(problem, leaves, lambda one: _weighted_residual(one, key_potential, weight), ones)
 
 
 class _EnvelopeValue(torch.autograd.Function):
@@ -111,19 +101,14 @@ class _EnvelopeValue(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, problem: TransportProblem, query_potential: Tensor, key_potential: Tensor, *tensors: Tensor | None
+        ctx: Any, problem: TransportProblem, query_potential: Tensor, key_potential: Tensor, *leaves: Tensor | None
     ) -> Tensor:
-        ctx.problem = problem.with_leaves(*(None if x is None else x.detach() for x in tensors))
-        ctx.save_for_backward(query_potential, key_potential, *tensors)
+        ctx.problem = problem.detached()
+        ctx.save_for_backward(query_potential, key_potential, *leaves)
         return dual_objective(ctx.problem, query_potential, key_potential)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        query_potential, key_potential, *tensors = ctx.saved_tensors
-        create = torch.is_grad_enabled()
-        with torch.enable_grad():
-            problem, wanted = _aliases(ctx.problem, tuple(tensors))
-            value = dual_objective(problem, query_potential, key_potential)
-        with torch.set_grad_enabled(create):
-            gradients = _distribute(tuple(tensors), value, wanted, cotangents[0])
+        query, key, *leaves = ctx.saved_tensors
+        gradients = _pullback(ctx.problem, leaves, lambda one: dual_objective(one, query, key), cotangents[0])
         return None, None, None, *gradients

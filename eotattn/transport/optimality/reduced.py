@@ -16,30 +16,15 @@ __all__ = ["ReducedProblem", "reduce_problem"]
 
 @dataclass(frozen=True, eq=False)
 class ReducedProblem:
-    """What ``reduce_problem`` returns, float64.
+    """What ``reduce_problem`` returns, float64."""
 
-    Args:
-        cost: Cost units, shape (n', m'): zero at the peak of each row, and on forbidden pairs.
-        prior: Shape (n', m'): one at the peak of each row, zero on forbidden pairs.
-        lift: What the shift took from ``score + epsilon * log_prior``, cost units, shape (n',).
-        rows: Which queries remain, booleans, shape (n,).
-        columns: Which keys remain, booleans, shape (m,).
-        query_marginal: Shape (n',), positive.
-        key_marginal: Shape (m',), positive; ones for free keys.
-
-    Example:
-        >>> import torch
-        >>> reduce_problem(TransportProblem(torch.tensor([[1.0, 3.0]]))).cost
-        array([[2., 0.]])
-    """
-
-    cost: np.ndarray
-    prior: np.ndarray
-    lift: np.ndarray
-    rows: np.ndarray
-    columns: np.ndarray
-    query_marginal: np.ndarray
-    key_marginal: np.ndarray
+    cost: np.ndarray  # cost units, (n', m'): zero at the peak of each row, and on forbidden pairs
+    prior: np.ndarray  # (n', m'): one at the peak of each row, zero on forbidden pairs
+    lift: np.ndarray  # what the shift took from score + epsilon * log_prior, cost units, (n',)
+    rows: np.ndarray  # which queries remain, (n,)
+    columns: np.ndarray  # which keys remain, (m,)
+    query_marginal: np.ndarray  # (n',), positive
+    key_marginal: np.ndarray  # (m',), positive; ones for free keys
 
     def restore(self, plan: np.ndarray) -> np.ndarray:
         """Return the plan with zeros where rows and columns were dropped, shape (n, m)."""

@@ -28,28 +28,19 @@ _CONSTANT = 8
 
 @dataclass(frozen=True, eq=False)
 class MarginalResidual:
-    """What ``Residuals`` return; all masses are relative to ``exp(log_scale)``.
+    """What ``Residuals`` return: masses relative to ``exp(log_scale)``, logs in nats, -inf on what carries nothing.
 
-    Args:
-        log_rows: Log of what the queries send, nats, shape (..., n).
-        log_mass: Log of what the keys receive, nats, shape (..., m); -inf on keys that carry nothing, as is the next.
-        log_target: Log of the mass at which the keys would be content, nats, shape (..., m).
-        normaliser: Log of the normaliser of the rows, nats, shape (..., n).
-        mass: What the keys receive, shape (..., m).
-        target: The mass at which the keys would be content, shape (..., m).
-        log_scale: Log of the larger total, nats, shape (..., 1); ``None`` for zero, in balanced problems.
-        excess: Log of the total target over the total mass, nats, shape (..., 1); zero where rounding decides it, and
-            where the constant that would close it leaves the potential no digits; ``None`` in balanced problems.
+    ``excess`` is zero where rounding decides it, and where the constant that closes it leaves the potential no digits.
     """
 
-    log_rows: Tensor
-    log_mass: Tensor
-    log_target: Tensor
-    normaliser: Tensor
-    mass: Tensor
-    target: Tensor
-    log_scale: Tensor | None
-    excess: Tensor | None
+    log_rows: Tensor  # of what the queries send, (..., n)
+    log_mass: Tensor  # of what the keys receive, (..., m)
+    log_target: Tensor  # of the mass at which the keys would be content, (..., m)
+    normaliser: Tensor  # log of that of the rows, (..., n)
+    mass: Tensor  # (..., m)
+    target: Tensor  # (..., m)
+    log_scale: Tensor | None  # of the larger total, (..., 1); ``None`` for zero, in balanced problems
+    excess: Tensor | None  # log of total target over total mass, (..., 1); ``None`` in balanced problems
 
     @cached_property
     def row_mass(self) -> Tensor:
@@ -72,15 +63,6 @@ class Residuals:
 
     The difference is the gradient of the dual after the queries answered, so it vanishes exactly at the optimum. What
     does not depend on the potential is prepared once; on a GPU a call asks nothing of the host.
-
-    Args:
-        problem: The problem, with a key marginal.
-        epsilon: Temperature, cost units.
-
-    Example:
-        >>> problem = TransportProblem(torch.zeros(1, 2), key_marginal=torch.tensor([0.25, 0.75]))
-        >>> Residuals(problem, 1.0)(torch.zeros(2)).log_ratio.exp()
-        tensor([0.5000, 1.5000])
 
     Source: optimality conditions, Chizat et al. 2018.
     """

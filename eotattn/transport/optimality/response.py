@@ -19,17 +19,11 @@ __all__ = ["QueryResponse", "coupling_rows", "loaded_potential", "penalty_share"
 
 @dataclass(frozen=True, eq=False)
 class QueryResponse:
-    """What ``respond`` returns.
+    """What ``respond`` returns, each (..., n)."""
 
-    Args:
-        potential: Optimal query potential, cost units, shape (..., n).
-        log_growth: Log of row mass over query marginal, nats, shape (..., n); zero under an infinite query penalty.
-        transform: Soft c-transform of the key potential, cost units, shape (..., n).
-    """
-
-    potential: Tensor
-    log_growth: Tensor
-    transform: Tensor
+    potential: Tensor  # optimal query potential, cost units
+    log_growth: Tensor  # log of row mass over query marginal, nats; zero under an infinite query penalty
+    transform: Tensor  # soft c-transform of the key potential, cost units
 
 
 def penalty_share(penalty: Number, epsilon: Number) -> Number:

@@ -239,10 +239,6 @@ def peaked_logits(
 
     Subtracting the parts before dividing keeps full accuracy where score / epsilon is huge. Shapes: score and
     log-prior (..., r, m), potential (..., m); the logits (..., r, m), and cost units and nats of the peak (..., r, 1).
-
-    Example:
-        >>> peaked_logits(torch.tensor([[0.0, 2.0]]), None, torch.zeros(2), 0.5)[:2]
-        (tensor([[-4., 0.]]), tensor([[2.]]))
     """
     removed = (potential == -math.inf)[..., None, :]
     affinity = score + torch.where(potential.isfinite(), potential, 0.0)[..., None, :]

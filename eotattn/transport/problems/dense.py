@@ -18,16 +18,7 @@ __all__ = ["DenseAffinity"]
 
 
 class DenseAffinity(Affinity):
-    """Score and log-prior as tensors.
-
-    Args:
-        score: Shape (..., n, m), cost units.
-        log_prior: Shape (..., n, m), nats, or ``None`` for zero.
-
-    Example:
-        >>> DenseAffinity(torch.tensor([[0.0, 0.0]]), None).soft_c_transform(torch.zeros(2), 1.0)
-        tensor([-0.6931])
-    """
+    """Score (..., n, m), cost units, and log-prior (..., n, m), nats, or ``None`` for zero, as tensors."""
 
     holds_pairs = True
     product_size = 0.0
@@ -42,25 +33,12 @@ class DenseAffinity(Affinity):
             return self._score.shape
         return torch.broadcast_shapes(self._score.shape, self._log_prior.shape)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the score."""
-        return self._score.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Of the score."""
-        return self._score.device
-
-    @property
-    def precision(self) -> str:
-        """The dtype of the score."""
-        return f"{str(self.dtype).removeprefix('torch.')}, dense"
-
-    @property
-    def resolution(self) -> float:
-        """Of the dtype of the score."""
-        return torch.finfo(self.dtype).eps
+    dtype = property(lambda self: self._score.dtype)
+    device = property(lambda self: self._score.device)
+    precision = property(lambda self: f"{str(self.dtype).removeprefix('torch.')}, dense")
+    resolution = property(lambda self: torch.finfo(self.dtype).eps)
+    largest = property(lambda self: max(-self._extremes[0], self._extremes[1]))
+    spread = property(lambda self: self._extremes[1] - self._extremes[0])
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -152,15 +130,3 @@ class DenseAffinity(Affinity):
     def _extremes(self) -> tuple[float, float]:
         low, high = torch.stack(self._score.detach().aminmax()).tolist()
         return low, high
-
-    @property
-    def largest(self) -> float:
-        """The largest size of a score."""
-        low, high = self._extremes
-        return max(-low, high)
-
-    @property
-    def spread(self) -> float:
-        """The range of the scores."""
-        low, high = self._extremes
-        return high - low

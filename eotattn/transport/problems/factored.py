@@ -22,39 +22,23 @@ __all__ = ["FactoredAffinity", "PointAffinity"]
 
 @dataclass(frozen=True, eq=False)
 class FactoredAffinity(Affinity):
-    r"""``score_ij = <query_i, key_j> + query_bias_i + key_bias_j`` with a log-prior that is a sum of inner products.
+    """``score_ij = <query_i, key_j> + query_bias_i + key_bias_j`` with a log-prior that is a sum of inner products.
 
     A question is one fused call on ``[query, prior lanes, 1]`` and ``[key, prior lanes, potential]``, whose
     log-sum-exp is the soft c-transform and whose output is the average. The dtype of query and key is the kernel's; in
     bfloat16 potentials are written in three lanes, so that they keep 24 bits, and everything else stays in float32.
-
-    Args:
-        query: Shape (..., n, d), float32, float64 or bfloat16.
-        key: Shape (..., m, d), the same dtype.
-        query_bias: Cost units, shape (..., n), float64 for float64 and float32 otherwise, or ``None`` for zero.
-        key_bias: The same for keys.
-        factors: The part of the log-prior that depends on both, in nats, without constants of rows.
-        query_log_prior: The part that depends on the query alone, nats, shape (..., n), or ``None`` for zero.
-        key_log_prior: The same for keys.
-        key_padding: Booleans, shape (..., m), true where no query may use the key; ``None`` for nowhere.
-        query_padding: The same for queries; arises by exchanging the sides.
-        direction: 1 where query i may use keys 0 to i (needs n = m), -1 where keys i to m, 0 without such an order.
-
-    Example:
-        >>> FactoredAffinity(torch.zeros(1, 4), torch.zeros(2, 4)).soft_c_transform(torch.zeros(2), 1.0)
-        tensor([-0.6931])
     """
 
-    query: Tensor
-    key: Tensor
-    query_bias: Tensor | None = None
-    key_bias: Tensor | None = None
-    factors: tuple[PriorFactors, ...] = ()
-    query_log_prior: Tensor | None = None
-    key_log_prior: Tensor | None = None
-    key_padding: Tensor | None = None
-    query_padding: Tensor | None = None
-    direction: int = 0
+    query: Tensor  # (..., n, d), float32, float64 or bfloat16
+    key: Tensor  # (..., m, d)
+    query_bias: Tensor | None = None  # cost units, (..., n), float32 or float64
+    key_bias: Tensor | None = None  # the same for keys
+    factors: tuple[PriorFactors, ...] = ()  # of the log-prior that depends on both sides, nats
+    query_log_prior: Tensor | None = None  # the part of the query alone, nats, (..., n)
+    key_log_prior: Tensor | None = None  # the same for keys
+    key_padding: Tensor | None = None  # true where no query may use the key, (..., m)
+    query_padding: Tensor | None = None  # the same for queries; arises by exchanging the sides
+    direction: int = 0  # 1 where query i may use keys 0 to i (n = m), -1 where keys i to m, else 0
 
     holds_pairs = False
 
@@ -68,26 +52,16 @@ class FactoredAffinity(Affinity):
         leads += [vector.shape[:-1] for vector in (*vectors, *paddings) if vector is not None]
         return torch.Size((*torch.broadcast_shapes(*leads), self.query.shape[-2], self.key.shape[-2]))
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """float64 for float64 factors, else float32."""
-        return computing_dtype(self.query.dtype)
-
-    @property
-    def device(self) -> torch.device:
-        """Of the factors."""
-        return self.query.device
+    dtype = property(lambda self: computing_dtype(self.query.dtype))
+    device = property(lambda self: self.query.device)
+    resolution = property(lambda self: torch.finfo(self.query.dtype).eps)
+    spread = property(lambda self: 2 * self.largest)
 
     @property
     def precision(self) -> str:
         """The kernel's dtype and that of the potentials."""
         kernel, own = (str(dtype).removeprefix("torch.") for dtype in (self.query.dtype, self.dtype))
         return f"{own}, fused" if kernel == own else f"{own}, fused in {kernel}"
-
-    @property
-    def resolution(self) -> float:
-        """Of the kernel's dtype."""
-        return torch.finfo(self.query.dtype).eps
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -248,11 +222,6 @@ class FactoredAffinity(Affinity):
         query, key, *biases = torch.stack(parts).tolist()
         return float(query * key + sum(biases))
 
-    @property
-    def spread(self) -> float:
-        """Twice the bound of a single score."""
-        return 2 * self.largest
-
     @cached_property
     def product_size(self) -> float:
         """Of inner products and biases, from mean squares."""
@@ -269,12 +238,9 @@ class PointAffinity(FactoredAffinity):
     Distances do not see a common shift, but their expansion does: far from the origin it is a difference of large
     numbers. So the points are centred first, all problems of a batch alike; bfloat16 points, which that would round,
     are taken as they are.
-
-    Args:
-        centre: What was subtracted from the points, shape (d,), or ``None``.
     """
 
-    centre: Tensor | None = None
+    centre: Tensor | None = None  # what was subtracted from the points, (d,)
 
     @classmethod
     def between(cls, query: Tensor, key: Tensor, **rest: Tensor | None) -> PointAffinity:

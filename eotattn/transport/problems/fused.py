@@ -24,29 +24,14 @@ _FAR = -1e9
 
 @dataclass(frozen=True, eq=False)
 class FusedCalls:
-    r"""Log-sum-exps and averages over ``(<query_i, key_j> + potential_j) / epsilon``, for one potential after another.
+    """Log-sum-exps and averages over ``(<query_i, key_j> + potential_j) / epsilon``, one potential after another."""
 
-    Args:
-        query: Content and lanes of the log-prior, shape (..., n, w), the kernel's dtype.
-        key: The same for keys, shape (..., m, w).
-        constant: What every key adds to its logits, nats, shape (..., m), or ``None`` for zero; -inf removes it.
-        epsilon: Temperature, cost units.
-        scale: What the kernel multiplies inner products by; the rest of 1 / epsilon is in the query.
-        direction: 1 where query i may use keys 0 to i, -1 where keys i to m, 0 without such an order.
-
-    Example:
-        >>> calls = FusedCalls.prepare(torch.zeros(1, 4), torch.zeros(2, 4), (), epsilon=1.0)
-        >>> calls.log_sum_exp(torch.zeros(2))
-        tensor([0.6931])
-
-    """
-
-    query: Tensor
-    key: Tensor
-    constant: Tensor | None
-    epsilon: Number
-    scale: float
-    direction: int = 0
+    query: Tensor  # content and lanes of the log-prior, (..., n, w), the kernel's dtype
+    key: Tensor  # the same for keys, (..., m, w)
+    constant: Tensor | None  # what every key adds to its logits, nats, (..., m); -inf removes it
+    epsilon: Number  # cost units
+    scale: float  # what the kernel multiplies inner products by; the rest of 1 / epsilon is in the query
+    direction: int = 0  # 1 where query i may use keys 0 to i, -1 where keys i to m, else 0
 
     @classmethod
     def prepare(

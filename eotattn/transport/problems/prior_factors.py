@@ -21,19 +21,12 @@ __all__ = ["PriorFactors", "prior_factors"]
 
 @dataclass(frozen=True)
 class PriorFactors:
-    """Part of a log-prior in factored form: log_prior_ij = <query_i, key_j> + row_i.
+    """Part of a log-prior in factored form: log_prior_ij = <query_i, key_j> + row_i."""
 
-    Args:
-        query: (..., 1 or H, Q, F), nats or dimensionless.
-        key: (..., 1 or H, K, F).
-        row: (..., H, Q), nats, or ``None`` for zero: what attention does not see, and two-sided transport does.
-        exact: The side whose entries are zeros and ones, if one is.
-    """
-
-    query: Tensor
-    key: Tensor
-    row: Tensor | None = None
-    exact: Literal["query", "key"] | None = None
+    query: Tensor  # (..., 1 or H, Q, F), nats or dimensionless
+    key: Tensor  # (..., 1 or H, K, F)
+    row: Tensor | None = None  # (..., H, Q), nats: what attention does not see, and two-sided transport does
+    exact: Literal["query", "key"] | None = None  # the side whose entries are zeros and ones
 
     def split(self, dtype: torch.dtype, *, query_scale: float = 1.0) -> tuple[Tensor, Tensor]:
         """Both sides as lanes of ``dtype``, (..., 1 or H, L, P): each factor in three numbers where it has 16 bits.

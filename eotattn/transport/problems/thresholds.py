@@ -30,11 +30,6 @@ class TsallisAffinity(DenseAffinity):
 
     ``soft_c_transform`` is minus epsilon times the threshold, at which the weights of the row sum to one. What the keys
     would answer is not defined here: the problem is one-sided, and ``transposed`` tells of reachability alone.
-
-    Args:
-        score: Shape (..., n, m), cost units.
-        log_prior: Shape (..., n, m), nats, or ``None`` for zero.
-        regulariser: Which entropy.
     """
 
     def __init__(self, score: Tensor, log_prior: Tensor | None, regulariser: Tsallis) -> None:

@@ -42,10 +42,6 @@ _UNPLACEABLE = 64
 def temperatures(problem: TransportProblem) -> list[float]:
     """Return the factors of epsilon to pass through: from a hundredth of the range of the scores, by tens, to one.
 
-    Example:
-        >>> temperatures(TransportProblem(torch.tensor([[0.0, 1000.0]])))
-        [10.0, 1.0]
-
     Source: epsilon scaling, Schmitzer 2019.
     """
     steps = math.log10(max(1.0, problem.affinity.spread / (100 * problem.coldest)))
