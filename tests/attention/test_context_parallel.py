@@ -1,5 +1,7 @@
 """Four processes that share the tokens of a sequence give what one gives (gloo, CPU)."""
 
+from functools import reduce
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,6 +15,9 @@ from torch.distributed.tensor.experimental._context_parallel import _attention a
 
 from eotattn import PriorAttention, goat_prior, prior_attention
 from eotattn.attention import AttentionSinks, PackedDocuments, Rotary, merge
+from eotattn.attention.statistics import SequenceStatistics, row_statistics
+from eotattn.priors import FourierPrior, TransposedPrior
+from eotattn.transport import Newton, TransportProblem, solve
 
 COUNT, LENGTH, B, H, HK, D = 4, 24, 2, 4, 2, 6
 
@@ -222,6 +227,83 @@ def heads_of_one_process(rank):
         assert_close(own, of_all)
 
 
+def all_queries_and_keys(rank):
+    """(H, L, D) contents of a transport problem with a prior, and a function that takes the shard of this process."""
+    query, key, _, _ = (tensor.detach() for tensor in content(torch.float64))
+    key = key.repeat_interleave(H // HK, dim=1)
+    prior = FourierPrior(H, num_frequencies=2)
+    with torch.no_grad():
+        for parameter in prior.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(8)))
+    return query, key, prior.freeze(), lambda tensor: tensor[:, :, shard(rank)]
+
+
+def log_sum_exp(query, keys, prior, positions, bias):
+    """ln sum_j exp(score_ij + log_prior_ij + bias_j) over the keys of all processes, (B, H, Q)."""
+    shards = zip(keys, Gather.apply(bias), range(COUNT), strict=True)
+    parts = [
+        prior_attention(
+            query, key, key, prior=prior, key_bias=of_keys, query_positions=positions, key_positions=shard(owner),
+            return_lse=True,
+        )
+        for key, of_keys, owner in shards
+    ]  # fmt: skip
+    return merge(*zip(*parts, strict=True))[1]
+
+
+def two_sided_transport(rank):
+    """Sinkhorn's half-steps are log-sum-exps, which merge; residual and dual value are sums over processes."""
+    query, key, prior, own = all_queries_and_keys(rank)
+    at, log_share = torch.arange(LENGTH), -torch.tensor(LENGTH).double().log()
+    log_prior = prior.dense(at, at, dtype=torch.float64)
+    marginal = torch.full((LENGTH,), 1 / LENGTH, dtype=torch.float64)
+    problem = TransportProblem(query @ key.mT / D**0.5, log_prior=log_prior, key_marginal=marginal)
+    expected = solve(problem, Newton(tolerance=1e-12))
+    assert expected.converged.all()
+
+    query, key, mine = own(query), own(key), shard(rank)
+    queries, keys = Gather.apply(query), Gather.apply(key)
+    of_keys = torch.zeros(key.shape[:3], dtype=torch.float64)
+    for _ in range(80):
+        of_queries = -log_sum_exp(query, keys, prior, mine, of_keys)
+        received = log_sum_exp(key, queries, TransposedPrior(prior), mine, of_queries + log_share)
+        residual = ((of_keys + received).exp() - 1 / LENGTH).abs().sum(-1)
+        of_keys = log_share - received
+    of_queries = -log_sum_exp(query, keys, prior, mine, of_keys)
+    reference = log_prior[:, mine].exp().sum((1, 2)).expand(B, H) / LENGTH  # of the queries here, mass one each / n
+    sums = torch.stack([residual, of_keys.mean(-1) / COUNT, of_queries.mean(-1) / COUNT, reference])
+    dist.all_reduce(sums)
+    residual, shift, mean, reference = sums
+    assert residual.max() < 1e-12
+    # masses of 1 / n that are right to 1e-12 leave potentials n times as uncertain, and more where P P^T is near one
+    assert_close(of_keys - shift[..., None], own(expected.key_potential), tolerance=1e-9)
+    assert_close(of_queries + shift[..., None], own(expected.query_potential), tolerance=1e-9)
+    assert_close(shift + mean + reference - 1, expected.dual)
+
+
+def statistics_add(rank):
+    """Each process has its queries, in two runs, and all keys: what it sums adds to what one process sums."""
+    query, key, prior, _ = all_queries_and_keys(rank)
+
+    def sums(start, stop):
+        def rows(first, last):
+            return prior.dense(torch.arange(start + first, start + last), torch.arange(stop), dtype=torch.float64)
+
+        options = {"log_prior": rows, "is_causal": True, "query_start": start}
+        seen = row_statistics(query[:, :, start:stop], key[:, :, :stop], **options)
+        return SequenceStatistics.of(seen)
+
+    size = LENGTH // (2 * COUNT)
+    runs = [sums(part * size, (part + 1) * size) for part in (rank, 2 * COUNT - 1 - rank)]
+    everyone = [None] * COUNT
+    dist.all_gather_object(everyone, runs[0].continued(runs[1]))
+    total, whole = reduce(SequenceStatistics.continued, everyone), sums(0, LENGTH)
+    for name in ("num_queries", "num_margins", "key_mass", "column_mass", "column_count", "lag_mass"):
+        assert_close(getattr(total, name), getattr(whole, name))
+    for name, value in whole.sums.items():
+        assert_close(total.sums[name], value)
+
+
 CASES = (
     merged_double,
     merged_single,
@@ -232,6 +314,8 @@ CASES = (
     engine_without_balance,
     refused_by_engine,
     heads_of_one_process,
+    two_sided_transport,
+    statistics_add,
 )
 
 
