@@ -94,10 +94,12 @@ def git_state(folder: Path | None = None) -> dict[str, str | bool | None]:
         folder: Package folder; by default that of ``eotattn``.
 
     Returns:
-        ``{"commit": ..., "dirty": ...}``; dirty says whether the package's own files differ from the commit. An
-        installation outside a checkout gives the variable ``EOTATTN_COMMIT`` of the environment or ``"unknown"``, and
-        ``None``.
+        ``{"commit": ..., "dirty": ...}``; dirty says whether the package's own files differ from the commit. The
+        variable ``EOTATTN_COMMIT`` of the environment, where it is set, says the commit of a copy whose checkout lags
+        behind; then, and outside a checkout, dirty is ``None``, and the commit ``"unknown"`` if nothing says it.
     """
+    if "EOTATTN_COMMIT" in os.environ:
+        return {"commit": os.environ["EOTATTN_COMMIT"], "dirty": None}
     folder = Path(__file__).resolve().parent if folder is None else folder
 
     def git(*arguments: str) -> str:
@@ -108,7 +110,7 @@ def git_state(folder: Path | None = None) -> dict[str, str | bool | None]:
         git("ls-files", "--error-unmatch", "__init__.py")
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", "."))}
     except (OSError, subprocess.SubprocessError):
-        return {"commit": os.environ.get("EOTATTN_COMMIT", "unknown"), "dirty": None}
+        return {"commit": "unknown", "dirty": None}
 
 
 def provenance(

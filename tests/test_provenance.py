@@ -58,6 +58,8 @@ def test_git_state_of_a_checkout_and_of_none(tmp_path, monkeypatch):
     assert state["dirty"] is False
     (package / "__init__.py").write_text("changed = True")
     assert git_state(package)["dirty"] is True
+    monkeypatch.setenv("EOTATTN_COMMIT", "of a copy")
+    assert git_state(package) == {"commit": "of a copy", "dirty": None}
 
 
 def test_versions_name_what_is_absent(monkeypatch):

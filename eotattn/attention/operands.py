@@ -5,6 +5,8 @@ Legend: B batch, H query heads, Hk key heads, Q queries, K keys, L tokens, C col
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from eotattn.attention.token_bias import bias_terms, gauge_lanes
 from eotattn.compat import known_size
 from eotattn.kernels import append, sdpa
 from eotattn.priors.lane_plan import LanePlan, LaneRequest, plan_lanes
-from eotattn.priors.lane_sides import Side
+from eotattn.priors.lane_sides import Placed, Side
 from eotattn.priors.lanes import Lanes, middle, span_of
 from eotattn.priors.memory import may_remember, remembered
 from eotattn.priors.probing import Span, bits_of
@@ -96,22 +98,33 @@ def plan_of(call: AttentionCall, terms: tuple[Term | KeyTerm, ...]) -> tuple[Lan
 
 def _sides(call: AttentionCall, terms: tuple[Term | KeyTerm, ...]) -> tuple[Side, Side]:
     """What the lanes of both sides are made of."""
-    plan, query_table, key_table = _planned(call, terms)
+    plan, query, key = _planned(call, terms)
     of_heads, of_key_heads = plan.coefficients(terms)
     more = plan.more_of_keys(terms, call.key_positions.tensor.double()) if plan.looked_up else None
-    query = plan.with_gains(plan.query.side(query_table, of_heads), call.query_gains)
-    return query, plan.key.side(key_table, of_key_heads, more)
+    query_side = plan.query.side(query.table, of_heads, held=query.placed)
+    if any(gain is not None for gain in call.query_gains):
+        query_side = plan.with_gains(query_side, call.query_gains)
+    return query_side, plan.key.side(key.table, of_key_heads, more, held=key.placed)
 
 
-def _planned(call: AttentionCall, terms: tuple[Term | KeyTerm, ...]) -> tuple[LanePlan, Tensor, Tensor]:
-    """The plan and the tables of both sides; found at once for a call like an earlier one."""
+class _Fixed(NamedTuple):
+    """What is fixed of one side: features at the call's positions, and what its plan holds."""
+
+    table: Tensor
+    placed: Placed
+
+
+def _planned(call: AttentionCall, terms: tuple[Term | KeyTerm, ...]) -> tuple[LanePlan, _Fixed, _Fixed]:
+    """The plan and what is fixed of both sides; found at once for a call like an earlier one."""
     query_at, key_at, device = call.query_positions, call.key_positions, call.query.device
 
-    def make() -> tuple[LanePlan, Tensor, Tensor]:
+    def make() -> tuple[LanePlan, _Fixed, _Fixed]:
         plan, origin = plan_of(call, terms)
-        return plan, _table(plan, "query", call, origin), _table(plan, "key", call, origin)
+        tables = [_table(plan, side, call, origin) for side in ("query", "key")]
+        placed = [side.placed(device, table.dtype) for side, table in zip((plan.query, plan.key), tables, strict=True)]
+        return plan, _Fixed(tables[0], placed[0]), _Fixed(tables[1], placed[1])
 
-    if query_at.run is None or key_at.run is None or not may_remember(device):
+    if query_at.run is None or key_at.run is None:
         return make()
     names = tuple([(term.features, term.by_key_head) for term in terms])
     places = (query_at.first, key_at.first, query_at.shard)

@@ -116,7 +116,7 @@ def append_plainly(
         parts.append(lanes.expand(*lead, lanes.shape[-1]))
     if far is not None:
         parts.append(far.expand(*lead, 1))
-    filled = sum(part.shape[-1] for part in parts)
+    filled = sum([part.shape[-1] for part in parts])
     spare = (kernel_width(filled, content.device) if width is None else width) - filled
     if spare > 0:
         parts.append(content.new_zeros(()).expand(*lead, spare))

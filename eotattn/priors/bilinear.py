@@ -131,6 +131,9 @@ class BilinearPrior(LogPrior, metaclass=_NamesFeatures):
 
     def __getattr__(self, name: str) -> Any:
         """Also say, where features read what they may not, what that is."""
+        parameters = vars(self).get("_parameters", {})
+        if name in parameters:  # at once: every call asks
+            return parameters[name]
         hidden = vars(self).get("_hidden", {})
         if name in hidden:
             rule = "read nothing but numbers, strings and tuples of them that the constructor set"

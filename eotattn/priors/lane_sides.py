@@ -7,18 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from eotattn.compat import admitted
-from eotattn.priors.memory import MadeInGraphs, is_plain, remembered
+from eotattn.priors.memory import MadeInGraphs, remembered
 from eotattn.priors.splitting import MOST_PIECES, multiply, split_numbers, write_pieces
 from eotattn.priors.terms import FEATURES, computing_dtype
 
-__all__ = ["Column", "Lane", "Shape", "Side", "SideLayout", "SidePlan"]
+__all__ = ["Column", "Lane", "Placed", "Shape", "Side", "SideLayout", "SidePlan"]
 
 
 class Side(NamedTuple):
@@ -103,7 +102,7 @@ class SidePlan(MadeInGraphs):
         selection: (N or M N, C * P) float64: from the coefficients of a head (key head) to its matrix.
         fixed: (1 or heads, C, P) float64: what is in the matrix besides.
         piece: (P,) int8.
-        valued: The selection without constants of each row: those have gradients, but no value.
+        constant: What of the selection has a gradient but no value: constants of each row.
         depth: Pieces of a product at most.
     """
 
@@ -111,7 +110,7 @@ class SidePlan(MadeInGraphs):
     selection: Tensor | None
     fixed: Tensor
     piece: Tensor
-    valued: Tensor | None
+    constant: Tensor | None
     depth: int
 
     def table(self, names: Sequence[str], side: str, positions: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -132,68 +131,62 @@ class SidePlan(MadeInGraphs):
         lead = torch.broadcast_shapes(*(part.shape[:-1] for part in made))  # samples may differ in some terms alone
         return torch.cat([part.expand(*lead, part.shape[-1]) for part in made], dim=-1)
 
-    def side(self, table: Tensor, coefficients: Tensor | None, more: Tensor | None = None) -> Side:
+    def side(
+        self,
+        table: Tensor,
+        coefficients: Tensor | None,
+        more: Tensor | None = None,
+        held: Placed | None = None,
+    ) -> Side:
         """The side with the matrix that follows from the coefficients of the heads, float64; none are fixed ones."""
-        held = self._on_device(table.device, table.dtype)
+        held = self.placed(table.device, table.dtype) if held is None else held
         if coefficients is None or self.selection is None:
             return Side(table, held.fixed, held.piece, self.depth, more)
-        matrix = (_Matrix.apply if is_plain() else _matrix)(coefficients, held, table.dtype)
-        return Side(table, matrix.view(-1, *self.fixed.shape[1:]), held.piece, self.depth, more)
+        matrix = _matrix(coefficients, held, table.dtype).view(-1, *self.fixed.shape[1:])
+        return Side(table, matrix, held.piece, self.depth, more)
 
-    def _on_device(self, device: torch.device, dtype: torch.dtype) -> _Placed:
+    def placed(self, device: torch.device, dtype: torch.dtype) -> Placed:
         """What the plan holds, put there once; a graph takes it as inputs."""
         if torch.compiler.is_compiling():
-            return _Placed(*getattr(self, self.make_in_graph("_placed", device, dtype)))
-        return remembered((self, dtype), device, partial(self._placed, device, dtype))
+            return Placed(*getattr(self, self.make_in_graph("_placed", device, dtype)))
+        return remembered((self, dtype), device, lambda: self._placed(device, dtype))
 
-    def _placed(self, device: torch.device, dtype: torch.dtype) -> _Placed:
-        numbers = (self.selection, self.valued, self.fixed, self.piece)
-        selection, valued, fixed, piece = (None if x is None else admitted(x).to(device) for x in numbers)
+    def _placed(self, device: torch.device, dtype: torch.dtype) -> Placed:
+        numbers = (self.selection, self.constant, self.fixed, self.piece)
+        selection, constant, fixed, piece = (None if x is None else admitted(x).to(device) for x in numbers)
         assert fixed is not None
-        assert piece is not None
-        return _Placed(selection, valued, fixed.flatten(1), fixed.to(dtype), piece)
+        return Placed(selection, constant, fixed.flatten(1), fixed.to(dtype), piece)
 
 
-class _Placed(NamedTuple):
+class Placed(NamedTuple):
     """What a side plan holds, on a device.
 
     Args:
-        selection: (N or M N, C * P) float64, how coefficients enter the gradient of the matrix.
-        valued: The same, how they enter its value.
+        selection: (N or M N, C * P) float64, how coefficients enter the matrix.
+        constant: The same, what of it has no value; ``None`` for nothing.
         start: (1 or heads, C * P) float64, what is in the matrix besides.
         fixed: (1 or heads, C, P): the matrix of a side on which nothing is learned.
         piece: (P,) int8.
     """
 
     selection: Any
-    valued: Any
+    constant: Any
     start: Any
-    fixed: Tensor
-    piece: Tensor
+    fixed: Any
+    piece: Any
 
 
-def _matrix(coefficients: Tensor, held: _Placed, dtype: torch.dtype) -> Tensor:
-    """(heads, C * P) from (heads, N) float64; sums, which compilers fuse with what is around them."""
-    learned = coefficients.unsqueeze(-1) * held.selection
-    constant = coefficients.detach().unsqueeze(-1) * (held.selection - held.valued)
-    return (held.start + (learned - constant).sum(1)).to(dtype)
-
-
-class _Matrix(torch.autograd.Function):
-    """:func:`_matrix` in one step each way."""
-
-    @staticmethod
-    def forward(ctx: Any, coefficients: Tensor, held: _Placed, dtype: torch.dtype) -> Tensor:
-        ctx.selection, ctx.dtype = held.selection, dtype
-        return torch.addmm(held.start, coefficients, held.valued).to(dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return grads[0].double() @ ctx.selection.mT, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return (tangents[0] @ ctx.selection).to(ctx.dtype)
+def _matrix(coefficients: Tensor, held: Placed, dtype: torch.dtype) -> Tensor:
+    """(heads, C * P) from (heads, N) float64; in graphs as sums, which compilers fuse with what is around them."""
+    if torch.compiler.is_compiling():
+        products = coefficients.unsqueeze(-1) * held.selection
+        if held.constant is not None:
+            products = products - coefficients.detach().unsqueeze(-1) * held.constant
+        return (held.start + products.sum(1)).to(dtype)
+    matrix = torch.addmm(held.start, coefficients, held.selection)
+    if held.constant is not None:  # no value, but a gradient
+        matrix = torch.addmm(matrix, coefficients.detach(), held.constant, alpha=-1)
+    return matrix.to(dtype)
 
 
 @dataclass(frozen=True)
@@ -242,7 +235,7 @@ class SideLayout:
             selection=selection.flatten(1) if learns else None,
             fixed=fixed,
             piece=torch.tensor(pieces, dtype=torch.int8),
-            valued=(selection * ~is_constant).flatten(1) if learns else None,
+            constant=(selection * is_constant).flatten(1) if learns and bool(is_constant.any()) else None,
             depth=max(pieces, default=0) + 1,
         )
 

@@ -47,8 +47,10 @@ def remembered(key: Hashable, device: torch.device, make: Callable[[], Value]) -
         device: Where its tensors are.
         make: Computes it; gradients are not recorded.
     """
-    if not may_remember(device):
-        return make()
+    return _kept(key, device, make) if may_remember(device) else make()
+
+
+def _kept(key: Hashable, device: torch.device, make: Callable[[], Value]) -> Value:
     # what another stream computes may not be there yet
     place = (key, device, raw_stream(device) if device.type == "cuda" else 0)
     with _LOCK:
@@ -90,9 +92,7 @@ _CONSTANTS = _Constants()
 def constants(numbers: tuple[float, ...], device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
     """``numbers`` as (n,) on ``device``, put there once; not to be written to."""
     if may_remember(device):
-        return remembered(
-            ("constants", numbers, dtype), device, lambda: torch.tensor(numbers, dtype=dtype, device=device)
-        )
+        return _kept(("constants", numbers, dtype), device, lambda: torch.tensor(numbers, dtype=dtype, device=device))
     if not numbers:
         return torch.empty(0, dtype=dtype, device=device)
     if torch.compiler.is_compiling():

@@ -285,7 +285,7 @@ def draw_sinks(study: SinkStudy) -> Figure:
     below = [name for name in ("signal", "outliers", "losses") for _ in range(span)]
     below += ["."] * (columns - len(below))
     height = 2.6 * len(maps) + 3.6
-    figure, axes = mosaic([*maps, below], size=(2.6 * columns, height), heights=[2.6] * len(maps) + [3.6])
+    figure, axes = mosaic([*maps, below], size=(max(13.0, 2.6 * columns), height), heights=[2.6] * len(maps) + [3.6])
     for arm in arms:
         mass, share = (_heads(study, arm, name) for name in ("mass", "prior_share"))
         plot_sink_heads(mass, share, threshold=EPSILON, axes=axes[arm], legend=arm == arms[-1])
@@ -315,7 +315,7 @@ def _heads(study: SinkStudy, arm: str, name: str) -> np.ndarray[Any, np.dtype[np
 
 def _draw_signal(study: SinkStudy, axes: Axes) -> None:
     """Figure 2c by both protocols, and the network before training."""
-    shown = [arm for arm in ("rope", "goat", "paper_goat") if arm in study.arms]
+    shown = [arm for arm in ("rope", "paper_goat", "goat", "alibi_goat") if arm in study.arms]
     styles = line_styles(shown)
     lines = {"last block, all queries": "-", "all blocks, late queries": "--"}
     for arm in shown:
@@ -326,10 +326,11 @@ def _draw_signal(study: SinkStudy, axes: Axes) -> None:
                 colour = styles[arm]["color"] if state == "trained" else "0.65"
                 label = f"{NAMES[arm]}: {protocol}" if state == "trained" else None
                 axes.plot(rows.signal, rows.value, line, color=colour, linewidth=1.3, label=label)
-    axes.set_xlabel("signal strength ω (nats)")
-    axes.set_ylabel("mass on the first token")
+    axes.set_xlabel("signal strength ω (nats)", fontsize=9)
+    axes.set_ylabel("mass on the first token", fontsize=9)
     axes.set_title("figure 2c, two protocols; grey: untrained", fontsize=9, loc="left")
-    axes.legend(frameon=False, fontsize=6.5)
+    axes.set_ylim(0, 1.4 * axes.get_ylim()[1])  # room for the legend
+    axes.legend(frameon=False, fontsize=6.5, loc="upper right")
 
 
 def _bars(axes: Axes, arms: Sequence[str], intervals: Sequence[SeedInterval | None], colours: Sequence[str]) -> None:
@@ -347,7 +348,7 @@ def _bars(axes: Axes, arms: Sequence[str], intervals: Sequence[SeedInterval | No
 def _draw_outliers(study: SinkStudy, axes: Axes) -> None:
     _bars(axes, study.arms, [study.interval(arm, "massive") for arm in study.arms], ["#D55E00"] * len(study.arms))
     axes.set_xlim(left=0)
-    axes.set_xlabel("largest activation of the first token / median")
+    axes.set_xlabel("largest activation of the first token / median", fontsize=9)
     axes.set_title("massive activations", fontsize=9, loc="left")
 
 
@@ -356,5 +357,5 @@ def _draw_losses(study: SinkStudy, axes: Axes) -> None:
     pairs = [study.saving(arm, over="rope", length=study.lengths[0]) for arm in arms]
     _bars(axes, arms, [seeds if seeds.count > 1 else documents for seeds, documents in pairs], ["#0072B2"] * len(arms))
     axes.axvline(0.0, color="0.45", linestyle="--", linewidth=1)
-    axes.set_xlabel(f"nats a token saved over RoPE, {study.lengths[0]} tokens")
+    axes.set_xlabel(f"nats a token saved over RoPE, {study.lengths[0]} tokens", fontsize=9)
     axes.set_title("language", fontsize=9, loc="left")
