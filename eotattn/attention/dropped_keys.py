@@ -53,22 +53,27 @@ class DroppedKeys:
         while len(self.bins) > self.max_bins:
             self._join()
 
-    def log_sum_exp_bound(self, query: Tensor, positions: Tensor, scale: float) -> Tensor:
-        """At least ln sum_j exp(scale * <query, key_j> + log_prior_j) over all keys noted: (B, H, Q) float64, nats.
+    def log_sum_exp_bound(self, query: Tensor, positions: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """At least ln sum_j exp(scale * <query, key_j> + log_prior_j) over all keys noted.
 
         Args:
             query: (B, H, Q, D).
             positions: (Q,) of the queries.
             scale: Factor on the inner products.
+
+        Returns:
+            The bound (B, H, Q), and how large the terms are that a log-prior is the sum of, (H, Q); float64, nats.
         """
         key_low, low, key_high, high, norm, tables = (torch.stack(side) for side in zip(*self.bins, strict=True))
         scaled = (scale * query.double()).unflatten(1, (key_low.shape[2], -1))  # (B, Hk, G, Q, D)
         corner = _corner(scaled.unsqueeze(0), key_low[:, :, :, None], key_high[:, :, :, None])
         content = torch.minimum(corner, scaled.norm(dim=-1) * norm[..., None, None]).flatten(2, 3)  # (N, B, H, Q)
-        prior = _corner(self._of_queries(positions.double(), query.shape[1]), low[:, None], high[:, None])
+        of_queries = self._of_queries(positions.double(), query.shape[1])
+        prior = _corner(of_queries, low[:, None], high[:, None])
         counts = torch.tensor(self.counts, dtype=torch.float64, device=query.device).log()
         of_keys = (counts[:, None] + tables).unsqueeze(-1) + prior  # (N, H, Q)
-        return (content + of_keys.unsqueeze(1)).logsumexp(0)
+        sizes = of_queries.abs() @ torch.maximum(low.abs(), high.abs()).amax(0)
+        return (content + of_keys.unsqueeze(1)).logsumexp(0), sizes
 
     def _of_keys(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Features (K, F) of keys, and the sum (1 or H, K) of the tables that are looked up by key."""

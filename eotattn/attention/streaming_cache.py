@@ -23,8 +23,8 @@ __all__ = ["StreamedAttention", "StreamingCache"]
 OWNER = "StreamingCache"
 #: A dropped chunk is noted in pieces of the kept tokens over this, so that a prior that decays loses little in each.
 PIECES = 8
-#: Room for the rounding of the kernel's log-sum-exp, in roundings of its dtype.
-ROUNDINGS = 64
+#: Room for the error of the kernel's log-sum-exp, in roundings of its dtype and of its sums.
+ROUNDINGS = 16
 
 
 class StreamedAttention(NamedTuple):
@@ -152,9 +152,10 @@ class StreamingCache:
         )  # fmt: skip
         lost = torch.zeros_like(lse, dtype=torch.float64)
         if self._dropped.counts:
-            most = self._dropped.log_sum_exp_bound(query, torch.arange(new.start, new.stop, device=lse.device), scale)
-            room = ROUNDINGS * torch.finfo(query.dtype).eps * (1 + lse.double().abs())
-            lost = torch.sigmoid(most - lse.double() + room)
+            at = torch.arange(new.start, new.stop, device=lse.device)
+            most, sizes = self._dropped.log_sum_exp_bound(query, at, scale)
+            rounding = torch.finfo(query.dtype).eps + torch.finfo(lse.dtype).eps * (lse.double().abs() + sizes)
+            lost = torch.sigmoid(most - lse.double() + ROUNDINGS * rounding)
         self._keep(keys, values, new.stop)
         return StreamedAttention(output, lse, lost)
 

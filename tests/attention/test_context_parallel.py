@@ -16,6 +16,7 @@ from torch.distributed.tensor.experimental._context_parallel import _attention a
 from eotattn import PriorAttention, goat_prior, prior_attention
 from eotattn.attention import AttentionSinks, PackedDocuments, Rotary, merge
 from eotattn.attention.statistics import SequenceStatistics, row_statistics
+from eotattn.integrations import capture
 from eotattn.priors import FourierPrior, TransposedPrior
 from eotattn.transport import Newton, TransportProblem, solve
 
@@ -203,6 +204,11 @@ def refused_by_engine(rank):
         for backend in ("reference", "near_far", "flex", "varlen"):
             with pytest.raises(NotImplementedError, match="context_parallel shares stock calls"):
                 prior_attention(query, key, value, prior=prior, is_causal=True, backend=backend)
+        with (
+            pytest.raises(ValueError, match="capture: model must run outside of context_parallel"),
+            capture(layer := make_layer(H)),
+        ):
+            layer(torch.zeros(B, 4, 32), is_causal=True, need_weights=False)
         with pytest.raises(ValueError, match="key must have the query's 4 tokens"):
             prior_attention(query, key[:, :, :2], value[:, :, :2], prior=prior, is_causal=True)
 
