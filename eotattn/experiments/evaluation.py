@@ -20,7 +20,7 @@ from eotattn.experiments.networks import Decoder
 from eotattn.experiments.training import Evaluate, Row
 from eotattn.integrations import TrainingProbe
 
-__all__ = ["SinkObservations", "length_curve", "sink_observations", "target_bits", "watch_sinks"]
+__all__ = ["SinkObservations", "length_curve", "read_attention", "sink_observations", "target_bits", "watch_sinks"]
 
 
 @torch.no_grad()
@@ -136,18 +136,18 @@ def sink_observations(network: Decoder, tokens: Tensor, *, first_query: int = 1)
     tokens = tokens.to(next(network.parameters()).device)
     admissible = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()
     for block, hidden in zip(network.blocks, network.attention_inputs(tokens), strict=True):
-        scores, log_prior = _scores(block.attention, hidden, network.positions(length, tokens.device))
-        weights = (scores + log_prior).masked_fill(~admissible, -math.inf).softmax(-1)
+        scores, weights, _ = read_attention(block.attention, hidden, network.positions(length, tokens.device))
         yield SinkObservations(
             score_range(scores, admissible)[..., first_query:].cpu(), sink_mass(weights)[..., first_query:].cpu()
         )
 
 
-def _scores(attention: PriorAttention, hidden: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Content scores (B, H, L, L), nats, and the log-prior that is added to them."""
+def read_attention(
+    attention: PriorAttention, hidden: Tensor, positions: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Content scores (B, H, L, L), nats, the layer's own weights, likewise, and values (B, H, L, D)."""
     heads = attention.project(hidden, query_positions=positions, key_positions=positions)
     scores = attention.scale * heads.query @ heads.key.transpose(-2, -1)
-    if attention.prior is None:
-        return scores, torch.zeros((), device=scores.device)
-    at = torch.arange(hidden.shape[1], device=hidden.device) if positions is None else positions
-    return scores, attention.prior.dense(at, at)
+    asked = {"need_weights": True, "average_attn_weights": False, "is_causal": True}
+    _, weights = attention(hidden, query_positions=positions, **asked)
+    return scores, weights, heads.value

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from eotattn.attention import PriorAttention
 from eotattn.diagnostics import SinkMassReport, score_range, sink_mass_by_score_range
+from eotattn.experiments.evaluation import read_attention
 from eotattn.experiments.networks import Decoder
 from eotattn.experiments.prior_parts import key_only_part
 
@@ -78,7 +79,7 @@ def measure_sinks(network: Decoder, tokens: Tensor) -> SinkHeads:
     """
     rows: list[dict[str, Tensor]] = []
     for attention, hidden in _attention_inputs(network, tokens[:, :SHORT]):
-        scores, weights, value = _read(attention, hidden)
+        scores, weights, value = read_attention(attention, hidden)
         length = weights.shape[-1]
         first = min(FIRST_QUERY, length // 2)
         whole, content = (_margin(x)[..., first:].mean((0, 2)) for x in (weights.clamp(min=TINY).log(), scores))
@@ -106,7 +107,7 @@ def mass_by_signal(network: Decoder, tokens: Tensor, *, num_bins: int) -> dict[s
     """
     omegas, masses = [], []
     for attention, hidden in _attention_inputs(network, tokens):
-        scores, weights, _ = _read(attention, hidden)
+        scores, weights, _ = read_attention(attention, hidden)
         admissible = torch.ones(weights.shape[-2:], dtype=torch.bool, device=weights.device).tril()
         omegas.append(score_range(scores, admissible).mean(1)[:, 1:].cpu())
         masses.append(weights[..., 0].mean(1)[:, 1:].cpu())
@@ -142,14 +143,6 @@ def _margin(logits: Tensor) -> Tensor:
     others[:, 0] = False
     total = logits.masked_fill(~others, 0.0).sum(-1)
     return logits[..., 0] - total / others.sum(-1)
-
-
-def _read(attention: PriorAttention, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Content scores and weights (N, H, L, L), and values (N, H, L, D), of what a layer reads."""
-    heads = attention.project(hidden)
-    scores = attention.scale * heads.query @ heads.key.transpose(-2, -1)
-    _, weights = attention(hidden, need_weights=True, average_attn_weights=False, is_causal=True)
-    return scores, weights, heads.value
 
 
 def _attention_inputs(network: Decoder, tokens: Tensor) -> Iterator[tuple[PriorAttention, Tensor]]:

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 
 from eotattn.checks import require
 from eotattn.diagnostics import SinkMassReport
-from eotattn.plotting.style import OKABE_ITO, line_styles, resolve_axes, to_array
+from eotattn.plotting.style import line_styles, resolve_axes, to_array
 
 __all__ = ["plot_sink_heads", "plot_sink_mass"]
 
@@ -81,7 +81,7 @@ def plot_sink_heads(
     masses = to_array("plot_sink_heads", "mass", mass, num_axes=2)
     shares = to_array("plot_sink_heads", "prior_share", prior_share, num_axes=2)
     blocks, heads = masses.shape
-    colours = LinearSegmentedColormap.from_list("share", [OKABE_ITO["vermillion"], "#DDDDDD", OKABE_ITO["blue"]])
+    colours = LinearSegmentedColormap.from_list("share", ["#8C510A", "#DDDDDD", "#01665E"])  # no method's colours
     block, head = np.meshgrid(np.arange(blocks), np.arange(heads), indexing="ij")
     is_sink = masses > threshold
     size = 110 * masses

@@ -316,7 +316,7 @@ def _heads(study: SinkStudy, arm: str, name: str) -> np.ndarray[Any, np.dtype[np
 def _draw_signal(study: SinkStudy, axes: Axes) -> None:
     """Figure 2c by both protocols, and the network before training."""
     shown = [arm for arm in ("rope", "paper_goat", "goat", "alibi_goat") if arm in study.arms]
-    styles = line_styles(shown)
+    styles = line_styles(shown, order=list(NAMES))
     lines = {"last block, all queries": "-", "all blocks, late queries": "--"}
     for arm in shown:
         for protocol, line in lines.items():
@@ -333,11 +333,12 @@ def _draw_signal(study: SinkStudy, axes: Axes) -> None:
     axes.legend(frameon=False, fontsize=6.5, loc="upper right")
 
 
-def _bars(axes: Axes, arms: Sequence[str], intervals: Sequence[SeedInterval | None], colours: Sequence[str]) -> None:
-    """One row an arm."""
-    for row, (interval, colour) in enumerate(zip(intervals, colours, strict=True)):
+def _bars(axes: Axes, arms: Sequence[str], intervals: Sequence[SeedInterval | None]) -> None:
+    """One row an arm, in its colour."""
+    styles = line_styles(arms, order=list(NAMES))
+    for row, (arm, interval) in enumerate(zip(arms, intervals, strict=True)):
         if interval is not None:
-            error = 0.0 if math.isnan(interval.half_width) else interval.half_width
+            error, colour = 0.0 if math.isnan(interval.half_width) else interval.half_width, styles[arm]["color"]
             axes.errorbar(interval.mean, row, xerr=error, fmt="o", color=colour, capsize=2, markersize=4)
     axes.set_yticks(range(len(arms)), [NAMES[arm] for arm in arms], fontsize=7)
     axes.set_ylim(len(arms) - 0.5, -0.5)
@@ -346,7 +347,7 @@ def _bars(axes: Axes, arms: Sequence[str], intervals: Sequence[SeedInterval | No
 
 
 def _draw_outliers(study: SinkStudy, axes: Axes) -> None:
-    _bars(axes, study.arms, [study.interval(arm, "massive") for arm in study.arms], ["#D55E00"] * len(study.arms))
+    _bars(axes, study.arms, [study.interval(arm, "massive") for arm in study.arms])
     axes.set_xlim(left=0)
     axes.set_xlabel("largest activation of the first token / median", fontsize=9)
     axes.set_title("massive activations", fontsize=9, loc="left")
@@ -355,7 +356,7 @@ def _draw_outliers(study: SinkStudy, axes: Axes) -> None:
 def _draw_losses(study: SinkStudy, axes: Axes) -> None:
     arms = [arm for arm in study.arms if arm != "rope"]
     pairs = [study.saving(arm, over="rope", length=study.lengths[0]) for arm in arms]
-    _bars(axes, arms, [seeds if seeds.count > 1 else documents for seeds, documents in pairs], ["#0072B2"] * len(arms))
+    _bars(axes, arms, [seeds if seeds.count > 1 else documents for seeds, documents in pairs])
     axes.axvline(0.0, color="0.45", linestyle="--", linewidth=1)
     axes.set_xlabel(f"nats a token saved over RoPE, {study.lengths[0]} tokens", fontsize=9)
     axes.set_title("language", fontsize=9, loc="left")
