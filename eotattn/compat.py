@@ -5,6 +5,7 @@ Private names may move with any release. ``tests/test_compat.py`` calls each one
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch._guards import active_fake_mode
+from torch.nn import functional
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "allows_tf32",
     "attention_implementation",
     "constant_in_graphs",
+    "context_parallel_region",
     "cpu_flash_attention",
     "cpu_flash_attention_backward",
     "cudnn_attention",
@@ -46,6 +49,8 @@ __all__ = [
 
 Wrapper = TypeVar("Wrapper", bound=Tensor)
 Function = TypeVar("Function", bound=Callable[..., Any])
+#: The call as it is where nobody has replaced it.
+_PLAIN_ATTENTION = functional.scaled_dot_product_attention
 
 
 # PyTorch: tensors and modes ---------------------------------------------------------------------------------------
@@ -165,6 +170,19 @@ def fused_attention_choice(query: Tensor, key: Tensor, value: Tensor, **options:
     index = torch._fused_sdp_choice(query, key, value, **options)
     backends = torch.nn.attention.SDPBackend.__members__.items()
     return next(name for name, member in backends if member.value == index).lower()
+
+
+def context_parallel_region() -> tuple[int, int, bool] | None:
+    """Rank, number of processes, and whether shards are balanced, in ``context_parallel``; ``None`` outside of it."""
+    attend = functional.scaled_dot_product_attention
+    if attend is _PLAIN_ATTENTION:
+        return None
+    engine = sys.modules.get("torch.distributed.tensor.experimental._context_parallel._attention")
+    if engine is None or attend not in engine._replaced_functions:
+        return None
+    held = dict(zip(attend.__code__.co_freevars, attend.__closure__ or (), strict=True))
+    mesh = held["device_mesh"].cell_contents
+    return mesh.get_local_rank(), mesh.size(), engine._cp_options.enable_load_balance
 
 
 def cpu_flash_attention(*operands: Any, scale: float, attn_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -300,6 +300,26 @@ def test_attention_functions_are_forgotten():
         assert "ours" not in transformers.AttentionMaskInterface()
 
 
+def test_context_parallel_region():
+    with moved("context_parallel's replacement of scaled_dot_product_attention", "attention in context_parallel"):
+        from torch.distributed.tensor.experimental._context_parallel import _attention as engine
+
+        class Mesh:
+            def get_local_rank(self):
+                return 2
+
+            def size(self):
+                return 5
+
+        assert compat.context_parallel_region() is None
+        engine._enable_context_parallel_dispatcher_impl(seq_dim=2, mesh=Mesh())
+        try:
+            assert compat.context_parallel_region() == (2, 5, engine._cp_options.enable_load_balance)
+        finally:
+            engine._disable_context_parallel_dispatcher_impl()
+        assert compat.context_parallel_region() is None
+
+
 def test_first_parameter():
     with moved("torch.nn.Module._parameters and _modules", "layers that check where their prior is"):
         deep = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Sequential(torch.nn.Identity(), torch.nn.Linear(2, 2)))

@@ -19,6 +19,11 @@ Conventions:
 - **Statistics store no weights.** On CUDA two kernel sweeps compute all of them; elsewhere blocks of rows do.
 - The content of a call is not searched for NaN, which would cost a pass over it: PyTorch's fused kernel on a CPU turns
   a NaN query row into zeros, the reference keeps it.
+- PyTorch's ``context_parallel`` shares a call between GPUs as it is: priors, rotary content, grouped queries and biases
+  of keys need nothing more, and positions may be left out. What it cannot share (documents, sinks, masks) goes shard by
+  shard with ``return_lse`` and :func:`merge`.
+- :class:`StreamingCache` keeps the first and the most recent tokens of an endless text, and bounds what all others
+  would have weighed.
 - With FSDP2 call ``fully_shard(layer.prior)`` before what holds it gets a mixed-precision policy; with accelerate's
   offloading pass ``preload_module_classes=["PriorAttention"]``.
 """
@@ -32,6 +37,7 @@ from eotattn.attention.layer.goat_attention import GoatAttention
 from eotattn.attention.layer.prior_attention_layer import PriorAttention
 from eotattn.attention.layer.rotary import Rotary
 from eotattn.attention.merging import merge
+from eotattn.attention.streaming_cache import StreamedAttention, StreamingCache
 
 __all__ = [
     "AttentionSinks",
@@ -41,6 +47,8 @@ __all__ = [
     "PackedDocuments",
     "PriorAttention",
     "Rotary",
+    "StreamedAttention",
+    "StreamingCache",
     "explain",
     "merge",
     "prior_attention",

@@ -60,8 +60,8 @@ class Reference:
     name = "reference"
 
     def refusal(self, call: AttentionCall) -> str | None:
-        """Never."""
-        return None
+        """Never, but where it would miss the keys of other processes."""
+        return STOCK_ONLY if call.is_shared else None
 
     def run(self, call: AttentionCall) -> Served:
         """Output, weights and log-sum-exp."""
@@ -128,7 +128,9 @@ class NearFar:
 
     def refusal(self, call: AttentionCall) -> str | None:
         """Why it cannot serve the call, or ``None``."""
-        return NO_WEIGHTS if call.return_weights else near_far.refusal(call)
+        if call.return_weights or call.is_shared:
+            return NO_WEIGHTS if call.return_weights else STOCK_ONLY
+        return near_far.refusal(call)
 
     def run(self, call: AttentionCall) -> Served:
         """Output and log-sum-exp."""
@@ -143,7 +145,7 @@ class Varlen:
 
     def refusal(self, call: AttentionCall) -> str | None:
         """Why it cannot serve the call, or ``None``."""
-        reason = varlen.refusal(call.query, dropout_p=call.dropout_p)
+        reason = STOCK_ONLY if call.is_shared else varlen.refusal(call.query, dropout_p=call.dropout_p)
         reason = reason or _without_lanes(call)
         if reason is None and call.masks.dense is not None:
             reason = "it takes no mask of pairs; say is_causal, window or documents, with positions as ranges"
@@ -179,8 +181,8 @@ class Flex:
 
     def refusal(self, call: AttentionCall) -> str | None:
         """Why it cannot serve the call, or ``None``."""
-        if call.return_weights:
-            return NO_WEIGHTS
+        if call.return_weights or call.is_shared:
+            return NO_WEIGHTS if call.return_weights else STOCK_ONLY
         if call.prior is not None and call.prior.num_samples is not None:
             return "its score modification of a prior reads no sample; use 'reference'"
         if call.query_gains:
@@ -218,6 +220,7 @@ class Flex:
 
 #: Backends by the names that users ask for.
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Sdpa(), NearFar(), Varlen(), Flex(), Reference())}
+STOCK_ONLY = "context_parallel shares stock calls between processes; use backend='sdpa'"
 NO_WEIGHTS = "fused kernels do not return weights; use backend='reference'"
 
 

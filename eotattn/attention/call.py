@@ -16,7 +16,14 @@ from torch import Tensor
 
 from eotattn.attention.attention_sinks import AttentionSinks, SinkKeys
 from eotattn.attention.cache import KeyValueCache
-from eotattn.attention.call_positions import Band, GivenPositions, Positions, causal_pattern, resolve_positions
+from eotattn.attention.call_positions import (
+    Band,
+    GivenPositions,
+    Positions,
+    Shard,
+    causal_pattern,
+    resolve_positions,
+)
 from eotattn.attention.documents import PackedDocuments
 from eotattn.attention.masks import Masks, gather_masks
 from eotattn.attention.token_bias import check_biases, check_gains
@@ -133,6 +140,14 @@ class AttentionCall:
         of_sinks = None if sinks is None else SinkKeys.of(OWNER, sinks)
         if of_sinks is not None:
             of_sinks.check(OWNER, query, value)
+        shared = Shard.here(0, keys)
+        if shared is not None:
+            apart = {
+                "attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "window": window, "documents": documents,
+                "cache": cache, "sinks": sinks,
+            }  # fmt: skip
+            apart |= {"return_lse": return_lse or None, "return_weights": return_weights or None}
+            _check_shared(query, key, prior, is_causal, shared, apart)
         if documents is not None:
             given = (query_positions, key_positions)
             return cls._of_documents(
@@ -211,6 +226,11 @@ class AttentionCall:
         return self.return_lse or self.sinks is not None
 
     @property
+    def is_shared(self) -> bool:
+        """Whether other processes hold more keys, and PyTorch's ``context_parallel`` serves stock calls alone."""
+        return self.query_positions.shard is not None
+
+    @property
     def has_log_prior(self) -> bool:
         """Whether anything is added to the scores besides masks."""
         return self.prior is not None or self.key_bias is not None
@@ -252,6 +272,25 @@ def static_size(size: int) -> int:
     while number != size:
         number += 1
     return number
+
+
+def _check_shared(
+    query: Tensor, key: Tensor, prior: LogPrior | None, is_causal: bool, shard: Shard, apart: dict[str, Any]
+) -> None:
+    """Raise unless PyTorch's ``context_parallel`` can serve the call: one stock call on the tokens of all processes."""
+    for name, given in apart.items():
+        rule, remedy = (
+            "be left out in context_parallel",
+            "Attend outside of it, to one shard of keys at a time, and merge",
+        )
+        require(given is None, OWNER, name, rule, given, remedy)
+    has_lanes, remedy = prior is None or prior.has_lanes, "Use one with lanes"
+    require(has_lanes, OWNER, "prior", "have lanes in context_parallel", type(prior).__name__, remedy)
+    if query.shape[2] != key.shape[2]:
+        rule = f"have the query's {query.shape[2]} tokens in context_parallel"
+        fail(OWNER, "key", rule, key, "Let every process hold queries and keys of the same tokens")
+    rule, remedy = "be true in context_parallel, whose shards are balanced for it", "Turn its load balancing off"
+    require(is_causal or not shard.is_balanced, OWNER, "is_causal", rule, is_causal, remedy)
 
 
 def _check_pattern(is_causal: bool, window: int | None, *, on_grid: bool) -> None:

@@ -9,19 +9,58 @@ fastest path without waiting for the device.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from eotattn.checks import fail, require
+from eotattn.compat import context_parallel_region
 from eotattn.priors.prior_positions import check_positions, consecutive
 
-__all__ = ["Band", "GivenPositions", "Positions", "causal_pattern", "resolve_positions"]
+__all__ = ["Band", "GivenPositions", "Positions", "Shard", "causal_pattern", "resolve_positions"]
 
 #: What a user may give: one position a token, or consecutive ones by a range or by the first.
 GivenPositions: TypeAlias = Tensor | range | int | Sequence[int] | None
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Consecutive tokens that processes share as PyTorch's ``context_parallel`` shares them.
+
+    Args:
+        first: Position of the first token of all.
+        total: Tokens of all processes together.
+        rank: Which process this is.
+        count: Processes.
+        is_balanced: Whether process i holds parts i and 2 * count - 1 - i of equal length, or part i of ``count``.
+    """
+
+    first: int
+    total: int
+    rank: int
+    count: int
+    is_balanced: bool
+
+    @classmethod
+    def here(cls, first: int, length: int) -> Shard | None:
+        """That of ``length`` tokens held by this process, in ``context_parallel``; ``None`` outside of it."""
+        region = context_parallel_region()
+        return None if region is None else cls(first, length * region[1], *region)
+
+    @property
+    def offset(self) -> int:
+        """Tokens of others before the first one of this process."""
+        return self.rank * (self.total // self.count // (1 + self.is_balanced))
+
+    def positions(self, device: torch.device) -> Tensor:
+        """(L,) int64, those that this process holds."""
+        length, start = self.total // self.count, self.first + self.offset
+        if not self.is_balanced:
+            return consecutive(start, length, device)
+        last = self.first + self.total - self.offset - length // 2
+        return torch.cat([consecutive(at, length // 2, device) for at in (start, last)])
 
 
 @dataclass(frozen=True)
@@ -35,6 +74,7 @@ class Positions:
         device: Device of the tokens.
         on_grid: Whether the positions are points of a grid.
         largest: No position is further from zero, where that is known.
+        shard: What they are of the positions of all processes, in ``context_parallel``.
     """
 
     given: Tensor | None
@@ -43,6 +83,14 @@ class Positions:
     device: torch.device
     on_grid: bool = False
     largest: int | None = None
+    shard: Shard | None = None
+
+    @property
+    def run(self) -> tuple[int, int] | None:
+        """First position and number of the consecutive ones that these are, or that processes share; else ``None``."""
+        if self.shard is not None:
+            return self.shard.first, self.shard.total
+        return None if self.first is None else (self.first, self.length)
 
     @property
     def tensor(self) -> Tensor:
@@ -93,6 +141,8 @@ def resolve_positions(
         TypeError: If the argument is none of what may be given.
     """
     on_grid = num_coordinates > 1
+    if (shard := Shard.here(0, length)) is not None:
+        return _of_shard(owner, argument, given, shard, Positions(None, None, length, device, on_grid))
     if given is None and not on_grid:
         return Positions(None, 0, length, device)
     if isinstance(given, int) and not isinstance(given, bool) and not on_grid:
@@ -119,6 +169,25 @@ def resolve_positions(
     return Positions(given, None, length, device, on_grid)
 
 
+def _of_shard(owner: str, argument: str, given: GivenPositions, shard: Shard, at: Positions) -> Positions:
+    """Positions in ``context_parallel``: those of the engine's shards, whose order its causality is of."""
+    require(not at.on_grid, owner, argument, "lie on a sequence in context_parallel", "a grid", "Attend outside of it")
+    remedy = "Name the tokens among its buffers, so that shards are equal"
+    parts = 1 + shard.is_balanced
+    require(at.length % parts == 0, owner, argument, f"be a multiple of {parts} in context_parallel", at.length, remedy)
+    if given is None or isinstance(given, int):
+        shard = replace(shard, first=given or 0)
+        return replace(at, given=shard.positions(at.device), shard=shard)
+    tensor = torch.as_tensor(given, device=at.device)
+    fits = tensor.dim() in (1, 2) and tensor.shape[-1] == at.length and 0 not in tensor.shape
+    if fits:  # waits for the device, which positions that are left out do not
+        shard = replace(shard, first=int(tensor.flatten()[0]) - shard.offset)
+        fits = bool((tensor == shard.positions(at.device)).all())
+    rule, remedy = "be this process's shard of consecutive ones in context_parallel", "Leave them out"
+    require(fits, owner, argument, rule, given, remedy)
+    return replace(at, given=shard.positions(at.device), shard=shard)
+
+
 def _as_tensor(owner: str, argument: str, given: Any, device: torch.device) -> Tensor:
     """A list or an array as a tensor."""
     remedy = "Pass a tensor, a list, a range, the first position, or nothing for 0, 1, 2, ..."
@@ -138,6 +207,8 @@ def causal_pattern(query: Positions, key: Positions, window: int | None = None) 
         boolean mask (Q, K) or (B, 1, Q, K), true where visible.
     """
     queries, keys = query.length, key.length
+    if query.shard is not None:  # the engine reads the triangle as that of all processes' tokens
+        return Band()
     if query.first is not None and key.first is not None:
         offset = query.first - key.first
         window = None if window is not None and window >= queries + offset else window

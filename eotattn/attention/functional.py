@@ -54,6 +54,11 @@ def prior_attention(
     and the given log-prior. A query without admissible keys gets output, weights and gradients zero. The content is
     not searched for NaN: PyTorch's fused CPU kernel turns a NaN query row into zeros, the reference keeps it.
 
+    In ``torch.distributed.tensor.experimental.context_parallel``, on a GPU, every process passes its own tokens.
+    Positions left out are those of its shard (a number is that of the first token of all), ``is_causal`` is the
+    engine's own causality, and lanes count positions alike on all processes. Sinks, masks, windows, documents, caches
+    and ``return_lse`` are refused there.
+
     Args:
         query: (B, H, Q, D), floating.
         key: (B, Hk, K, D); Hk divides H (grouped-query attention); kernels get the Hk heads as they are.

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from eotattn.attention.call import AttentionCall, static_size
-from eotattn.attention.call_positions import Positions
 from eotattn.attention.token_bias import bias_terms, gauge_lanes
 from eotattn.compat import known_size
 from eotattn.kernels import append, sdpa
@@ -71,8 +70,8 @@ def plan_of(call: AttentionCall, terms: tuple[Term | KeyTerm, ...]) -> tuple[Lan
     """Which lane of the call holds what, and the origin that relative terms count from."""
     query_at, key_at = call.query_positions, call.key_positions
     origin: Tensor | int = 0
-    if query_at.first is not None and key_at.first is not None:
-        runs = _run(query_at), _run(key_at)
+    if query_at.run is not None and key_at.run is not None:
+        runs = _run(query_at.run), _run(key_at.run)
         origin = runs[0][0] + runs[0][1] // 2
         ends = [end for first, length in runs for end in (first, first + length)]
         span = Span(bits_of(max(map(abs, ends))), bits_of(max(abs(end - origin) for end in ends)))
@@ -125,10 +124,11 @@ def _planned(call: AttentionCall, terms: tuple[Term | KeyTerm, ...]) -> tuple[La
         placed = [side.placed(device, table.dtype) for side, table in zip((plan.query, plan.key), tables, strict=True)]
         return plan, _Fixed(tables[0], placed[0]), _Fixed(tables[1], placed[1])
 
-    if query_at.first is None or key_at.first is None:
+    if query_at.run is None or key_at.run is None:
         return make()
     names = tuple([(term.features, term.by_key_head) for term in terms])
-    shape = (*call.query.shape[1:3], *call.key.shape[1:3], query_at.first, key_at.first)
+    places = (query_at.first, key_at.first, query_at.shard)
+    shape = (*call.query.shape[1:3], *call.key.shape[1:3], *places)
     return remembered((names, _gained(call), shape, call.query.dtype, call.scale, call.tolerance), device, make)
 
 
@@ -147,13 +147,13 @@ def _with_gauge(gauge: tuple[Tensor, Tensor] | None, query: Side, key: Side) -> 
     return query._replace(more=of_query), key._replace(more=of_key)
 
 
-def _run(at: Positions) -> tuple[int, int]:
+def _run(positions: tuple[int, int]) -> tuple[int, int]:
     """First position and length of a run that holds consecutive positions; a graph serves all lengths."""
-    assert at.first is not None
-    length = at.length if torch.compiler.is_compiling() else SHORTEST_RUN
-    while length < at.length:
+    first, least = positions
+    length = least if torch.compiler.is_compiling() else SHORTEST_RUN
+    while length < least:
         length *= 2
-    return at.first, length
+    return first, length
 
 
 def _table(plan: LanePlan, side: str, call: AttentionCall, origin: Tensor | int) -> Tensor:
@@ -169,5 +169,5 @@ def _table(plan: LanePlan, side: str, call: AttentionCall, origin: Tensor | int)
         make = lambda: plan.table(side, at.tensor, origin)  # noqa: E731
         documents = call.masks.documents
         return make() if documents is None else documents.remembered((plan, side), device, make)
-    constants = (side, *_run(at), origin)
+    constants = (side, *_run((at.first, at.length)), origin)
     return remembered((plan, *constants), device, lambda: plan.run_table(*constants, device))[: at.length]

@@ -20,6 +20,7 @@ from eotattn.attention.observers import observe
 from eotattn.attention.operands import lanes_of
 from eotattn.attention.row_constants import row_constants
 from eotattn.attention.statistics.score_rows import LaneRows, RowSource, TensorRows
+from eotattn.checks import require
 from eotattn.integrations.captured_call import CapturedCall
 from eotattn.integrations.recorder import Recorder
 
@@ -33,6 +34,8 @@ def listen(recorder: Recorder) -> Iterator[None]:
     def record(call: AttentionCall, backend: Backend, serve: Callable[[], Served]) -> Served:
         if not recorder.is_listening:
             return serve()
+        remedy = "Capture one process on a shorter text"
+        require(not call.is_shared, "capture", "model", "run outside of context_parallel", "a shard", remedy)
         with recorder.muted():
             served = serve()
         layer = recorder.frames.layer_name(recorder.frames.stack[-1].name, call.query, call.key)

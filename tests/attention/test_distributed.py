@@ -1,13 +1,9 @@
 """Two processes give what one gives: data parallel, fully sharded, and a sequence shared between them (gloo, CPU)."""
 
-import traceback
-from datetime import timedelta
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import Gather, reports, run_together
 from tolerances import assert_close
 from torch import nn
 
@@ -80,7 +76,7 @@ def shared_sequence(rank):
     half = LENGTH // WORLD
     mine = range(rank * half, (rank + 1) * half)
     content = layer.project(x[:, mine.start : mine.stop])
-    key, value = Gather.apply(content.key), Gather.apply(content.value)
+    key, value = (torch.cat([*Gather.apply(side)], dim=2) for side in (content.key, content.value))
     heads = prior_attention(
         content.query, key, value, prior=layer.prior, query_positions=mine, is_causal=True, scale=layer.scale
     )
@@ -94,49 +90,17 @@ def shared_sequence(rank):
         assert_close(parameter.grad, expected[name])
 
 
-class Gather(torch.autograd.Function):
-    """Concatenate the tokens of all processes; every process adds to the gradient of each."""
-
-    @staticmethod
-    def forward(ctx, part):
-        parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(WORLD)]
-        dist.all_gather(parts, part.contiguous())
-        return torch.cat(parts, dim=2)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)
-        return gradient.chunk(WORLD, dim=2)[dist.get_rank()]
-
-
 CASES = (data_parallel, fully_sharded, shared_sequence)
 
 
-def worker(rank, folder, everyone):
-    """Run every case and leave the traceback of those that fail."""
-    patience = timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=patience)
-    torch.set_num_threads(1)
-    for case in CASES:
-        try:
-            case(rank)
-        except Exception:  # noqa: PERF203
-            Path(folder, f"{case.__name__}.{rank}").write_text(traceback.format_exc())
-    dist.barrier()
-    everyone.wait()  # with no message left on its way, a process that leaves first aborts no other
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
-def failures(tmp_path_factory):
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    everyone = mp.get_context("spawn").Barrier(WORLD)
-    mp.spawn(worker, args=(str(folder), everyone), nprocs=WORLD)
+    run_together(CASES, WORLD, folder)
     return folder
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_agree_with_one(failures, case):
-    for report in failures.glob(f"{case.__name__}.*"):
-        pytest.fail(report.read_text())
+def test_two_processes_agree_with_one(folder, case):
+    for report in reports(case, folder):
+        pytest.fail(report)

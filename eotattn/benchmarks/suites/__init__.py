@@ -14,6 +14,7 @@ from eotattn.benchmarks.suites.padding import padding
 from eotattn.benchmarks.suites.patterns import patterns
 from eotattn.benchmarks.suites.precision import precision
 from eotattn.benchmarks.suites.relative import relative
+from eotattn.benchmarks.suites.ring import ring
 from eotattn.benchmarks.suites.rotary_decoder import rotary
 from eotattn.benchmarks.suites.sink_calls import sinks
 from eotattn.benchmarks.suites.statistics import statistics
@@ -25,7 +26,7 @@ __all__ = ["SUITES", "Configuration", "configure"]
 
 _ALL = (
     *(overview, attention, layer, training, rotary, decode, padding, patterns),
-    *(relative, precision, gradients, sinks, transport, statistics),
+    *(relative, precision, gradients, sinks, transport, statistics, ring),
 )
 
 #: Every suite by name.
