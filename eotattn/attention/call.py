@@ -240,7 +240,8 @@ class AttentionCall:
             sides.append(self.query_bias[:, :, start : start + count, None])
         if not sides:
             return total
-        bias = sum(sides[1:], start=sides[0]).to(dtype)  # large numbers that cancel, before they are rounded
+        wide = [side.to(torch.promote_types(side.dtype, dtype)) for side in sides]
+        bias = sum(wide[1:], start=wide[0]).to(dtype)  # large numbers that cancel, before they are rounded
         return bias if total is None else total + bias
 
 

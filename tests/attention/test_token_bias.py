@@ -119,6 +119,18 @@ def test_a_bias_of_queries_alone_has_no_effect_and_a_gradient_of_zero():
     assert float(torch.autograd.grad(output.sum(), bias)[0].abs().max()) < 1e-12
 
 
+def test_biases_in_float32_are_added_in_the_dtype_of_the_call():
+    """A sum of forgetting gates and its half of the query cancel: float32 would round both before that."""
+    inputs, sums = content(), (3e4 * normal(B, H, L)).float()
+    options = {"is_causal": True, "backend": "reference", "return_lse": True}
+    for found, expected in zip(
+        prior_attention(*inputs, key_bias=-sums, query_bias=sums, **options),
+        prior_attention(*inputs, key_bias=-sums.double(), query_bias=sums.double(), **options),
+        strict=True,
+    ):
+        assert_close(found, expected)
+
+
 @pytest.mark.parametrize("heads", HEADS)
 def test_shared_biases_share_lanes(heads):
     lanes = lanes_of(AttentionCall.from_arguments(*content(torch.bfloat16), key_bias=bias_of(heads)))
