@@ -34,6 +34,7 @@ __all__ = [
     "in_backward_pass",
     "in_export",
     "is_intercepted",
+    "is_transformed",
     "known_size",
     "lasting",
     "map_tensors",
@@ -63,7 +64,12 @@ def tensor_version(tensor: Tensor) -> int:
 
 def is_intercepted() -> bool:
     """Whether a dispatch mode (e.g. fake tensors) or a function transform (e.g. vmap) sees every operation."""
-    return _get_current_dispatch_mode() is not None or torch._C._functorch.peek_interpreter_stack() is not None
+    return _get_current_dispatch_mode() is not None or is_transformed()
+
+
+def is_transformed() -> bool:
+    """Whether a function transform (e.g. vmap, or the gradient of :mod:`torch.func`) sees every operation."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 @contextmanager

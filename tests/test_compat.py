@@ -58,7 +58,7 @@ def test_function_transforms_are_seen():
     seen = []
 
     def look(x):
-        seen.append(compat.is_intercepted())
+        seen.append(compat.is_intercepted() and compat.is_transformed())
         return x
 
     with moved("torch._C._functorch.peek_interpreter_stack", "remembered tables"):

@@ -19,6 +19,7 @@ from eotattn.attention.measured import preference
 from eotattn.attention.operands import call_terms, operands, plan_of
 from eotattn.attention.row_constants import row_constants
 from eotattn.attention.token_bias import is_learned
+from eotattn.compat import is_transformed
 from eotattn.kernels import flex, local, log_sum_exp, packed, reference, sdpa, varlen
 from eotattn.priors import LogPrior
 from eotattn.priors.flex_form import ScoreMod, biased_score
@@ -82,6 +83,8 @@ class Sdpa:
         mask = call.masks.dense
         if call.needs_lse and mask is not None and mask.requires_grad:
             return "the log-sum-exp of fused calls has no gradient in attn_mask; use backend='reference'"
+        if call.needs_lse and _is_transformed(call):
+            return NO_TRANSFORMS
         return _without_lanes(call) or _rounds_mask(call)
 
     def run(self, call: AttentionCall) -> Served:
@@ -130,7 +133,7 @@ class NearFar:
         """Why it cannot serve the call, or ``None``."""
         if call.return_weights or call.is_shared:
             return NO_WEIGHTS if call.return_weights else STOCK_ONLY
-        return near_far.refusal(call)
+        return NO_TRANSFORMS if _is_transformed(call) else near_far.refusal(call)
 
     def run(self, call: AttentionCall) -> Served:
         """Output and log-sum-exp."""
@@ -220,6 +223,7 @@ class Flex:
 
 #: Backends by the names that users ask for.
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Sdpa(), NearFar(), Varlen(), Flex(), Reference())}
+NO_TRANSFORMS = "the log-sum-exp of fused calls has no gradient under torch.func; use backend='reference'"
 STOCK_ONLY = "context_parallel shares stock calls between processes; use backend='sdpa'"
 NO_WEIGHTS = "fused kernels do not return weights; use backend='reference'"
 
@@ -251,6 +255,11 @@ def _without_lanes(call: AttentionCall) -> str | None:
     if call.prior is not None and not call.prior.has_lanes:
         return "this prior has no lanes; use backend='near_far', 'reference' or 'flex'"
     return None
+
+
+def _is_transformed(call: AttentionCall) -> bool:
+    """Whether a gradient is wanted within a function transform, as those of :mod:`torch.func` are."""
+    return not torch.compiler.is_compiling() and is_transformed() and call.follows_gradients
 
 
 def _rounds_mask(call: AttentionCall) -> str | None:

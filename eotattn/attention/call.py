@@ -231,6 +231,15 @@ class AttentionCall:
         return self.query_positions.shard is not None
 
     @property
+    def follows_gradients(self) -> bool:
+        """Whether gradients of the content, or of what lanes beside it carry, will be asked for."""
+        if not torch.is_grad_enabled():
+            return False
+        sides = (self.query, self.key, self.value, self.key_bias, self.query_bias, *self.query_gains)
+        learned = () if self.prior is None else self.prior.parameters()
+        return any(one is not None and one.requires_grad for one in (*sides, *learned))
+
+    @property
     def has_log_prior(self) -> bool:
         """Whether anything is added to the scores besides masks."""
         return self.prior is not None or self.key_bias is not None
@@ -260,7 +269,8 @@ class AttentionCall:
             sides.append(self.query_bias[:, :, start : start + count, None])
         if not sides:
             return total
-        bias = sum(sides[1:], start=sides[0]).to(dtype)  # large numbers that cancel, before they are rounded
+        wide = [side.to(torch.promote_types(side.dtype, dtype)) for side in sides]
+        bias = sum(wide[1:], start=wide[0]).to(dtype)  # large numbers that cancel, before they are rounded
         return bias if total is None else total + bias
 
 

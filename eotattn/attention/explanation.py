@@ -17,6 +17,7 @@ from eotattn.attention.call import AttentionCall
 from eotattn.attention.masks import Masks
 from eotattn.attention.measured import TIMES, Times, pattern_of
 from eotattn.attention.operands import lanes_of
+from eotattn.attention.token_bias import is_learned
 from eotattn.checks import check_choice, require
 from eotattn.compat import fused_attention_choice
 from eotattn.kernels import log_sum_exp, sdpa
@@ -56,7 +57,7 @@ class Explanation:
         reason: Why this one.
         kernel: Kernel that PyTorch would pick for the fused call, e.g. ``"cudnn_attention"``; ``None`` elsewhere.
         width: Score width of the fused call, lanes and padding to the kernel's step included.
-        num_lanes: Lanes that the prior and a padding mask occupy.
+        num_lanes: Lanes that the prior, biases of tokens and a padding mask occupy.
         error_bound: Largest error of the log-prior in the kernel's dtype, nats, beside the kernel's own rounding of
             the content; zero where the log-prior is dense.
         times: How long this backend takes, as measured on one GPU; :data:`~eotattn.attention.measured.TIMES`.
@@ -134,6 +135,7 @@ def explain(query: Tensor, key: Tensor, value: Tensor, *, backend: str = "auto",
     num_lanes = max((lanes.num_lanes for lanes in each), default=0)
     if wanted.name in IN_LANES:
         num_lanes += call.masks.padding is not None and call.masks.dense is None
+        num_lanes += not is_near_far and is_learned(call.query_bias)
     width = call.query.shape[-1] + num_lanes
     width = sdpa.kernel_width(width, call.query.device) if num_lanes else width
     return Explanation(
@@ -175,9 +177,8 @@ def _kernel(backend: Backend, call: AttentionCall, width: int) -> str | None:
         return "varlen_attn" if backend.name == "varlen" else None
     query, key, value = call.query, call.key, call.value
     if call.needs_lse:
-        with_gradient = torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value))
-        wide = query.new_empty(*query.shape[:-1], width)
-        return _OPERATORS[log_sum_exp.route(wide, value, call.masks.dense, with_gradient=with_gradient)]
+        wide, masks = query.new_empty(*query.shape[:-1], width), call.masks.dense
+        return _OPERATORS[log_sum_exp.route(wide, value, masks, with_gradient=call.follows_gradients)]
     if query.device.type == "cpu" and value.shape[-1] < width:
         value = value.new_empty(*value.shape[:-1], width)  # as the call itself pads it
     plain = call.masks.triangle or (call.masks.band is None and call.masks.dense is None)

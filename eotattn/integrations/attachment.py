@@ -270,6 +270,8 @@ def _layer_prior(name: str, module: nn.Module, given: GivenPrior, heads: Sequenc
     prior = copy.deepcopy(prior)
     on_line, remedy = prior.num_coordinates == 1, "Pass a prior of one coordinate"
     require(on_line, OWNER, "prior", "lie on a sequence", type(prior).__name__, remedy)
+    rule, remedy = "read positions alone", "Priors that read the tokens are for PriorAttention"
+    require(not prior.reads_tokens, OWNER, "prior", rule, type(prior).__name__, remedy)
     if prior.num_heads != len(chosen):
         fail(OWNER, "prior", f"have {len(chosen)} heads for {name}", prior.num_heads, "Build it for its query heads")
     if len(chosen) < total:

@@ -104,7 +104,7 @@ def _reads_lanes(call: AttentionCall) -> bool:
 
 
 def _prior_rows(call: AttentionCall) -> RowSource | None:
-    if call.prior is None and call.key_bias is None:
+    if not call.has_log_prior and call.query_bias is None:
         return None
     dtype = torch.promote_types(call.query.dtype, torch.float32)
     if _reads_lanes(call):

@@ -8,6 +8,7 @@ queries and keys exchanged is the other half. It also joins calls over disjoint 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -74,7 +75,7 @@ def attend(
     if mask is not None:
         mask, has_keys = _finite_rows(mask)
     operands = (query, key, value)
-    with torch.autocast(query.device.type, enabled=False):  # the dtype is the caller's choice
+    with _without_autocast(query.device):  # the dtype is the caller's choice
         if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
             output, log_sum_exp = _Differentiable.apply(*operands, mask, scale, is_causal)
         else:
@@ -277,14 +278,14 @@ class _Differentiable(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor, grad_log_sum_exp: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise NotImplementedError(
-                "log_sum_exp.attend: fused operators have first derivatives only; got create_graph=True. "
-                "State a dense problem for second derivatives."
+                "fused attention with its log-sum-exp has first derivatives only; got create_graph=True. "
+                "Use backend='reference', or a dense transport problem."
             )
         scale, is_causal, name, score_width, width = ctx.options
         query, key, value, mask, output, *rest = ctx.saved_tensors
         grads: tuple[Tensor, ...]
         if name == "blocks":
-            with torch.autocast(query.device.type, enabled=False):
+            with _without_autocast(query.device):
                 given = (query, key, value, mask, output, rest[0], grad_output, grad_log_sum_exp)
                 return (*_blocks_backward(*given, scale, is_causal), None, None, None)
         grad = grad_output.new_zeros(output.shape)
@@ -300,6 +301,10 @@ class _Differentiable(torch.autograd.Function):
             operands = (grad, query, key, value, mask, output, *rest, 0.0, [True, True, True, False], is_causal)
             grads = efficient_attention_backward(*operands, scale=scale)
         return grads[0][..., :score_width], grads[1][..., :score_width], grads[2][..., :width], None, None, None
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def _computing(dtype: torch.dtype) -> torch.dtype:

@@ -72,7 +72,8 @@ class MadeInGraphs:
     @constant_in_graphs
     def make_in_graph(self, method: str, *arguments: Any) -> str:
         """Call ``method`` with constants, once; returns the name of the attribute that holds what it returned."""
-        name = f"{method}_{abs(hash(arguments))}"
+        names: dict[Hashable, str] = vars(self).setdefault("_in_graphs", {})  # by arguments: -1 and -2 hash alike
+        name = names.setdefault((method, *arguments), f"_in_graphs_{len(names)}")
         if name not in vars(self):
             with plain_tensors():
                 made = getattr(self, method)(*arguments)

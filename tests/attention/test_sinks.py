@@ -9,8 +9,10 @@ from oracles import attention, causal, normal
 from test_merging import AT, PATTERNS, PRIORS, B, D, H, L, V, content, dense, uncompiled  # noqa: F401
 from tolerances import TOLERANCE, assert_close
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from eotattn.attention import AttentionSinks, KeyValueCache, explain, merge, prior_attention
+from eotattn.attention import AttentionSinks, KeyValueCache, PriorAttention, explain, merge, prior_attention
+from eotattn.kernels import log_sum_exp
 from eotattn.priors import RecencyPrior
 
 
@@ -186,6 +188,46 @@ def test_recency_takes_nothing_from_them_at_query_100_000(kind, dtype):
         # sums of half a nat a token over half of the keys: 2^-24 of 1024 nats each, beside what 16-bit lanes may add
         assert_close(ratio, torch.ones_like(ratio), tolerance=1e-3 if dtype == torch.float32 else 8e-3)
     assert_close(masses[1] / masses[0], torch.ones_like(masses[0]), tolerance=2e-3)
+
+
+def test_gradients_of_torch_func_take_a_route_that_has_them():
+    query, key, value = content()
+    sinks = SINKS["registers"]
+
+    def total(sink, backend="auto"):
+        bias = torch.arange(L) * sink
+        options = {"prior": RecencyPrior(H), "key_bias": bias.expand(B, 1, L), "sinks": sinks, "is_causal": True}
+        return prior_attention(query, key, value, **options, backend=backend).sum()
+
+    sink = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(total(sink), sink)
+    assert_close(torch.func.grad(total)(sink.detach()), expected)
+    assert_close(torch.func.vmap(torch.func.grad(total))(sink.detach().expand(3)), expected.expand(3))
+    for backend in ("sdpa", "near_far"):
+        with pytest.raises(NotImplementedError, match=f"backend '{backend}' cannot serve this call .* torch.func"):
+            torch.func.grad(lambda x, backend=backend: total(x, backend))(sink.detach())
+
+
+def test_shapes_are_known_without_numbers():
+    """On the meta device and under a mode of fake tensors."""
+
+    def shape(device):
+        layer = PriorAttention(16, H, sinks=AttentionSinks.registers(H, 16 // H), prior=RecencyPrior(H), device=device)
+        output = layer(torch.ones(B, L, 16, device=device), is_causal=True, need_weights=False)[0]
+        output.sum().backward()
+        return output.shape
+
+    assert shape("meta") == (B, L, 16)
+    with FakeTensorMode():
+        assert shape(None) == (B, L, 16)
+
+
+def test_explain_knows_whose_gradients_are_followed(monkeypatch):
+    seen = []
+    monkeypatch.setattr(log_sum_exp, "route", lambda *_, with_gradient: seen.append(with_gradient) or "cpu")
+    for prior in (RecencyPrior(H), RecencyPrior(H).freeze(), None):
+        explain(*content(), prior=prior, sinks=SINKS["logits"], is_causal=True)
+    assert seen == [True, False, False]
 
 
 def test_a_query_without_keys_has_what_its_sinks_give():

@@ -12,7 +12,7 @@ from tolerances import assert_close
 from eotattn.attention import KeyValueCache, PackedDocuments, explain, prior_attention
 from eotattn.attention.backends import BACKENDS
 from eotattn.attention.call import AttentionCall
-from eotattn.attention.operands import lanes_of
+from eotattn.attention.operands import lanes_of, operands
 from eotattn.integrations import capture
 from eotattn.priors import FourierPrior, KeyTablePrior, RecencyPrior, RelativeBiasPrior, goat_prior
 
@@ -117,6 +117,18 @@ def test_a_bias_of_queries_alone_has_no_effect_and_a_gradient_of_zero():
     output = prior_attention(*inputs, query_bias=bias, is_causal=True)
     assert_close(output, prior_attention(*inputs, is_causal=True))
     assert float(torch.autograd.grad(output.sum(), bias)[0].abs().max()) < 1e-12
+
+
+def test_biases_in_float32_are_added_in_the_dtype_of_the_call():
+    """A sum of forgetting gates and its half of the query cancel: float32 would round both before that."""
+    inputs, sums = content(), (3e4 * normal(B, H, L)).float()
+    options = {"is_causal": True, "backend": "reference", "return_lse": True}
+    for found, expected in zip(
+        prior_attention(*inputs, key_bias=-sums, query_bias=sums, **options),
+        prior_attention(*inputs, key_bias=-sums.double(), query_bias=sums.double(), **options),
+        strict=True,
+    ):
+        assert_close(found, expected)
 
 
 @pytest.mark.parametrize("heads", HEADS)
@@ -230,6 +242,31 @@ def test_capture_sees_the_bias():
         model(bias)
     (statistics,) = seen.values() if isinstance(seen, dict) else seen.layers.values()
     assert_close(statistics.column_mass.double(), weights.sum(2), tolerance=1e-5)
+
+
+def test_capture_sees_the_bias_of_queries_alone_beside_sinks():
+    class Model(torch.nn.Module):
+        def forward(self, bias):
+            return prior_attention(*content(), query_bias=bias, sinks=torch.zeros(H), is_causal=True)
+
+    bias, at = 3 * normal(B, H, L, seed=8), torch.arange(L)
+    _, plain = attention(*content(), allowed=causal(at, at))
+    query, key, _ = content()
+    scores = query @ key.repeat_interleave(H // HK, 1).mT / D**0.5
+    lse = scores.masked_fill(~causal(at, at), -torch.inf).logsumexp(-1) + bias
+    model = Model()
+    with capture(model) as seen:
+        model(bias)
+    (statistics,) = seen.layers.values()
+    assert_close(statistics.column_mass.double(), (plain * lse.sigmoid()[..., None]).sum(2), tolerance=1e-5)
+
+
+def test_explain_counts_the_lane_of_a_bias_of_queries_that_trains():
+    bias = normal(B, H, L).requires_grad_()
+    for prior in (None, RecencyPrior(H)):
+        call = AttentionCall.from_arguments(*content(), prior=prior, query_bias=bias, is_causal=True)
+        width = explain(*content(), prior=prior, query_bias=bias, is_causal=True).width
+        assert width == operands(call)[0].shape[-1]
 
 
 def test_factors_of_a_query_are_those_of_some_terms():

@@ -14,6 +14,7 @@ from eotattn import FourierPrior, GridPrior, RecencyPrior, goat_prior
 from eotattn.attention import AttentionSinks
 from eotattn.integrations import attach, capture, register_attention
 from eotattn.integrations.attachment import attention_layers
+from eotattn.priors import ForgettingPrior, QueryGainPrior
 
 #: Families that no other test of this package knows.
 HELD_OUT = [
@@ -324,6 +325,8 @@ def test_models_that_compute_softmax_by_hand_are_refused():
         ({"heads": [0]}, "attach: heads must come with a prior"),
         ({"sinks": torch.zeros(3)}, "attach: sinks must have 4 logits for model.layers.0.self_attn"),
         ({"sinks": "first token"}, "attach: sinks must be AttentionSinks"),
+        ({"prior": QueryGainPrior(RecencyPrior(4), 8)}, "attach: prior must read positions alone"),
+        ({"prior": lambda heads: ForgettingPrior(8, heads)}, "attach: prior must read positions alone"),
         ({"positional": True}, "attach: positional must come with a prior"),
         (
             {"prior": {"model.layers.0.self_attn": RecencyPrior(4)}, "layers": [0]},

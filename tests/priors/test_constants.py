@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -404,3 +405,13 @@ def test_score_mod_is_exact_a_million_tokens_out(name):
     index = torch.meshgrid(torch.arange(HEADS), AT, AT, indexing="ij")
     modified = prior.score_mod(at, at)(torch.zeros(HEADS, 9, 9), torch.tensor(0), *index)
     assert_close(modified, prior.dense(at, at))
+
+
+def test_a_graph_takes_the_constants_of_its_own_prior():
+    """-1 and -2 have the same hash in Python: what one graph was given is not what the next one is."""
+    x = torch.randn(1, HEADS, 7, 4, generator=torch.Generator().manual_seed(0))
+    for factor in (-1.0, -2.0):
+        prior = factor * RecencyPrior(HEADS)
+        attend = partial(prior_attention, prior=prior)
+        compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+        assert_close(compiled(x, x, x), attend(x, x, x))

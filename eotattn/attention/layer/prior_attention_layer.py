@@ -139,7 +139,9 @@ class PriorAttention(ProjectedHeads):
             check_choice(owner, "output_gate", output_gate, KINDS)
             sizes = (embed_dim, num_heads, self.head_dim)
             self.output_gate = OutputGate(*sizes, kind=output_gate, bias=bias, **make)
-        self.sinks = None if sinks is None else self._checked_sinks(owner, sinks).to(**make)
+        self.sinks = None if sinks is None else self._checked_sinks(owner, sinks)
+        if self.sinks is not None and (device is not None or dtype is not None):
+            self.sinks.to(**make)
 
     def reset_parameters(self) -> None:
         """Initialise the projections as ``nn.MultiheadAttention`` does (Xavier, zero biases); reset the prior."""
