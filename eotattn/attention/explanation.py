@@ -17,7 +17,7 @@ from eotattn.attention.call import AttentionCall
 from eotattn.attention.masks import Masks
 from eotattn.attention.measured import TIMES, Times, pattern_of
 from eotattn.attention.operands import lanes_of
-from eotattn.checks import check_choice, require
+from eotattn.checks import check_choice, require, speaking_as
 from eotattn.compat import fused_attention_choice
 from eotattn.kernels import log_sum_exp, sdpa
 
@@ -84,6 +84,7 @@ class Explanation:
         return "\n".join(lines)
 
 
+@speaking_as("explain")
 def explain(query: Tensor, key: Tensor, value: Tensor, *, backend: str = "auto", **options: Any) -> Explanation:
     """Say what :func:`prior_attention` would do with these arguments; nothing is attended.
 
