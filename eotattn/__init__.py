@@ -25,10 +25,11 @@ Example:
     torch.Size([1, 2, 5, 8])
 """
 
+import importlib
 import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
-from eotattn.attention import GoatAttention, PriorAttention, Rotary, prior_attention
+from eotattn.attention import AttentionSinks, GoatAttention, PriorAttention, Rotary, explain, merge, prior_attention
 from eotattn.priors import (
     AlibiPrior,
     ClassTokenPrior,
@@ -48,15 +49,17 @@ from eotattn.priors import (
     grid_positions,
     split_parameters,
 )
-from eotattn.transport import TransportProblem, TransportSolution, solve
+from eotattn.transport import TransportProblem, TransportSolution, Tsallis, solve, with_dummy_key
 
 if TYPE_CHECKING:
     from eotattn.analysis import analyze
+    from eotattn.integrations import attach, intervene
 
     __version__: str
 
 __all__ = [
     "AlibiPrior",
+    "AttentionSinks",
     "ClassTokenPrior",
     "DensePrior",
     "ForgettingPrior",
@@ -74,23 +77,31 @@ __all__ = [
     "T5Prior",
     "TransportProblem",
     "TransportSolution",
+    "Tsallis",
     "__version__",
     "analyze",
+    "attach",
+    "explain",
     "factorise",
     "goat_prior",
     "grid_positions",
+    "intervene",
+    "merge",
     "prior_attention",
     "solve",
     "split_parameters",
+    "with_dummy_key",
 ]
+
+
+#: Rooms of the upper floors, which are imported when one of these names is asked for.
+_LATER = {"analyze": "eotattn.analysis", "attach": "eotattn.integrations", "intervene": "eotattn.integrations"}
 
 
 def __getattr__(name: str) -> Any:
     """What is made when it is first asked for: ``analyze`` needs matplotlib, ``__version__`` reads a file."""
-    if name == "analyze":
-        from eotattn.analysis import analyze
-
-        return analyze
+    if name in _LATER:
+        return getattr(importlib.import_module(_LATER[name]), name)
     if name == "__version__":
         try:
             return importlib.metadata.version("eotattn")

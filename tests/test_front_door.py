@@ -41,10 +41,13 @@ def test_every_name_is_there():
         _ = eotattn.nothing
 
 
-def test_analyze_is_imported_when_it_is_asked_for():
+def test_rooms_above_are_imported_when_they_are_asked_for():
     script = """
         import sys, eotattn
-        assert "analyze" in eotattn.__all__ and "eotattn.analysis" not in sys.modules
+        assert {"analyze", "attach", "intervene"} <= set(eotattn.__all__)
+        assert not {"eotattn.analysis", "eotattn.integrations"} & set(sys.modules)
+        eotattn.attach, eotattn.intervene
+        assert "eotattn.integrations" in sys.modules and "transformers" not in sys.modules
         eotattn.analyze
         assert "eotattn.analysis" in sys.modules and "matplotlib" in sys.modules
     """

@@ -8,6 +8,7 @@ import torch
 
 import eotattn
 from eotattn import (
+    ForgettingPrior,
     FourierPrior,
     GoatAttention,
     GridPrior,
@@ -17,10 +18,13 @@ from eotattn import (
     Rotary,
     SinkPrior,
     TransportProblem,
+    explain,
+    factorise,
     goat_prior,
     grid_positions,
     prior_attention,
     solve,
+    with_dummy_key,
 )
 from eotattn.analysis import ByteTokenizer, analyze, code_samples, prose_samples, read_texts
 from eotattn.attention import KeyValueCache, PackedDocuments
@@ -65,6 +69,7 @@ PRIORS = [
     (SinkPrior, (0,), "num_heads must be at least 1; got 0"),
     (SinkPrior, ("two",), "num_heads must be an integer; got 'two'"),
     (RelativeBiasPrior, (0, 4), "num_heads must be at least 1; got 0"),
+    (ForgettingPrior, (8, 0), "num_heads must be at least 1; got 0"),
     (GridPrior, (RecencyPrior(2), None), "axes must be a LogPrior"),
     (alibi_slopes, (0,), "num_heads must be at least 1; got 0"),
     (alibi_slopes, (1.5,), "num_heads must be an integer; got 1.5"),
@@ -142,6 +147,17 @@ PROBLEMS = [
         {"log_prior": torch.zeros(3, 3)},
         "log_prior must have shape (..., 2, 3); got shape (3, 3)",
     ),
+    (with_dummy_key, (SCORE, "0"), {}, "logit must be a number or a tensor; got '0'"),
+    (
+        with_dummy_key,
+        (SCORE, 0.0),
+        {"key_marginal": torch.ones(3) / 3, "untransported": 0.25},
+        "key_marginal must sum to 1 - untransported, 0.75; got 1.0",
+    ),
+    (ForgettingPrior, (8, 2), {"half_lives": 4.0}, "half_lives must be a list of numbers, tokens; got 4.0"),
+    (factorise, (RecencyPrior(2), 64), {"tolerance": 0.1}, "positions must be a tensor; got 64"),
+    (factorise, (RecencyPrior(2), range(64)), {"tolerance": 0.1}, "positions must be a tensor; got range(0, 64)"),
+    (explain, (X, X, X), {"prior": RecencyPrior(3)}, "prior must have the query's 2 heads; got 3"),
     (solve, (SCORE,), {}, "problem must be a TransportProblem"),
     (solve, (None,), {}, "problem must be a TransportProblem"),
     (certify, (None, SCORE), {}, "weights must be a tensor; got <class 'NoneType'>"),

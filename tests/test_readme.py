@@ -10,6 +10,9 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
+import torch
+
+import eotattn
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -42,6 +45,31 @@ def test_readme_example_runs_and_prints(name, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(tmp_path)
     importlib.import_module(module)
     assert re.search(says, capsys.readouterr().out)
+
+
+CALLS = [line for line in README.splitlines() if re.match(r"\| [a-z].* \| `.*\(.*`", line)]
+
+
+def test_each_call_of_the_table_runs():
+    pytest.importorskip("transformers")
+    q = k = v = torch.randn(2, 8, 6, 16)
+    out_1, lse_1 = eotattn.prior_attention(q, k, v, return_lse=True)
+    given = {"torch": torch, "q": q, "k": k, "v": v, "x": torch.randn(2, 6, 64), "score": torch.randn(5, 6)}
+    given |= {"out_1": out_1, "lse_1": lse_1, "out_2": out_1, "lse_2": lse_1, "texts": [torch.arange(9)] * 3}
+    names = {name: getattr(eotattn, name) for name in eotattn.__all__}
+    assert len(CALLS) > 9
+    for line in CALLS:
+        for call in re.findall(r"`(\w+\(.*?)`", line.split("|")[2]):
+            if "..." not in call:
+                fresh = {"model": small_llama()} if "model" in call else {}
+                assert eval(call, {**names, **given, **fresh}) is not None, call
+
+
+def small_llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=9, **sizes))
 
 
 # Claims -------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from eotattn.attention.masks import Masks
 from eotattn.attention.measured import TIMES, Times, pattern_of
 from eotattn.attention.operands import lanes_of
 from eotattn.attention.token_bias import is_learned
-from eotattn.checks import check_choice, require
+from eotattn.checks import check_choice, require, speaking_as
 from eotattn.compat import fused_attention_choice
 from eotattn.kernels import log_sum_exp, sdpa
 
@@ -46,6 +46,8 @@ _PRIOR_WORDS = {
     "reference": "",
     "near_far": "",
 }
+#: How the words about a backend begin that could serve the call too.
+_SERVES = "would serve: "
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Explanation:
         error_bound: Largest error of the log-prior in the kernel's dtype, nats, beside the kernel's own rounding of
             the content; zero where the log-prior is dense.
         times: How long this backend takes, as measured on one GPU; :data:`~eotattn.attention.measured.TIMES`.
-        alternatives: The other backends, each with what it lacks, or what it is.
+        alternatives: The other backends, each with what it lacks, or with what it would do.
     """
 
     backend: str | None
@@ -81,10 +83,13 @@ class Explanation:
             lines.append(f"error bound    {self.error_bound:.1e} nats of the log-prior")
         if self.times is not None and self.times.forward is not None:
             lines.append(f"measured       {self.times} of plain causal attention (H200, bfloat16, 8192 tokens)")
-        lines += [f"{'not ' + name:<15}{why}" for name, why in self.alternatives.items()]
+        for name, why in self.alternatives.items():
+            word = "or " if why.startswith(_SERVES) else "not "
+            lines.append(f"{word + name:<15}{why.removeprefix(_SERVES)}")
         return "\n".join(lines)
 
 
+@speaking_as("explain")
 def explain(query: Tensor, key: Tensor, value: Tensor, *, backend: str = "auto", **options: Any) -> Explanation:
     """Say what :func:`prior_attention` would do with these arguments; nothing is attended.
 
@@ -112,7 +117,7 @@ def explain(query: Tensor, key: Tensor, value: Tensor, *, backend: str = "auto",
         not sdpa       this prior has no lanes; use backend='near_far', 'reference' or 'flex'
         not flex       it compiles for a GPU and the query is on cpu
         not varlen     it is a GPU kernel and the query is on cpu
-        not reference  would serve: dense tensor operations; Q x K weights in memory, not measured
+        or reference   dense tensor operations; Q x K weights in memory, not measured
     """
     check_choice("explain", "backend", backend, ("auto", *BACKENDS))
     kept = options.get("cache") is None
@@ -122,7 +127,7 @@ def explain(query: Tensor, key: Tensor, value: Tensor, *, backend: str = "auto",
     refused = wanted.refusal(call)
     times = TIMES[pattern_of(call.masks, call.query.shape[2], has_prior=call.has_log_prior)]
     others = {
-        name: BACKENDS[name].refusal(call) or f"would serve: {_words(name, call)}, {times[name]}"
+        name: BACKENDS[name].refusal(call) or f"{_SERVES}{_words(name, call)}, {times[name]}"
         for name in times
         if name != wanted.name
     }

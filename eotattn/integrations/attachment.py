@@ -39,7 +39,7 @@ GivenSinks: TypeAlias = (
 GivenPrior: TypeAlias = "LogPrior | Callable[[int], LogPrior] | Mapping[str, LogPrior] | None"
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Attached:
     """A model whose attention runs through :func:`eotattn.prior_attention`; a context that ends that, if entered.
 
@@ -83,6 +83,15 @@ class Attached:
         self._implementations, self._frozen = [], []
         return self.model
 
+    def __repr__(self) -> str:
+        """The model by name, and what each layer was given."""
+        changes = layer_changes(self.model)
+        named = [
+            f"{name}: {' and '.join(type(part).__name__ for part in (change.prior, change.sinks) if part is not None)}"
+            for name, change in changes.items()
+        ]
+        return f"Attached({', '.join([type(self.model).__name__, *named])})"
+
     def __enter__(self) -> Attached:
         return self
 
@@ -114,7 +123,8 @@ def attach(
     Args:
         model: A model that calls the attention interface; also within PEFT's or the compiler's shell.
         prior: A log-prior of H heads, of which every chosen layer gets a copy; or what makes one from the number of
-            heads, e.g. ``goat_prior``; or one for each layer by name. Without one the attention function alone changes.
+            heads, e.g. ``goat_prior``; or one for each layer by name. Of positions alone: one that reads the tokens
+            needs :class:`~eotattn.PriorAttention`. Without one the attention function alone changes.
         layers: Names (as in ``named_modules``) or numbers of self-attention layers; all by default.
         heads: Heads that the prior speaks of, all by default; ``prior`` has as many heads, or is made for as many.
         sinks: What queries of every chosen layer may attend to instead of keys: :class:`AttentionSinks` or (H,) logits,
@@ -268,6 +278,8 @@ def _layer_prior(name: str, module: nn.Module, given: GivenPrior, heads: Sequenc
     check_prior(OWNER, "prior", prior)
     assert isinstance(prior, LogPrior)
     prior = copy.deepcopy(prior)
+    rule, remedy = "read positions alone", "Build the layers of PriorAttention, which hands it the tokens"
+    require(not prior.reads_tokens, OWNER, "prior", rule, type(prior).__name__, remedy)
     on_line, remedy = prior.num_coordinates == 1, "Pass a prior of one coordinate"
     require(on_line, OWNER, "prior", "lie on a sequence", type(prior).__name__, remedy)
     rule, remedy = "read positions alone", "Priors that read the tokens are for PriorAttention"

@@ -129,6 +129,10 @@ class AddSink(Intervention):
 
     logit: float = 0.0
 
+    def __post_init__(self) -> None:
+        is_number = isinstance(self.logit, (int, float))
+        require(is_number, "AddSink", "logit", "be a number", self.logit, "Pass nats", error=TypeError)
+
     def sinks(self, heads: Sequence[int], total: int) -> AttentionSinks | None:
         """One logit a head, and none at the others."""
         logits = torch.full((total,), -torch.inf)
@@ -162,7 +166,7 @@ def intervene(  # noqa: PLR0913  (one argument an option of the study)
     max_length: int | None = None,
     num_splits: int = 3,
     num_controls: int = 3,
-    loss: Loss = next_token_losses,
+    loss: Loss | None = None,
     seed: int = 0,
 ) -> InterventionReport:
     """Change heads of a model and say what that does to its loss, with intervals over texts and random heads beside.
@@ -172,7 +176,7 @@ def intervene(  # noqa: PLR0913  (one argument an option of the study)
 
     Args:
         model: A causal language model of transformers; left as it is.
-        texts: At least two texts, or their ids (1, L) or (L,).
+        texts: Texts, or their ids (1, L) or (L,): at least two, and three where priors have to be fitted.
         interventions: What to do, each by itself; by default: replace the heads that a prior of positions explains
             above 0.8 by those priors, replace as many that are explained least, and hide the first token.
         tokenizer: Of the model, where texts are strings.
@@ -180,7 +184,7 @@ def intervene(  # noqa: PLR0913  (one argument an option of the study)
         num_splits: Parts of the texts, at least 2.
         num_controls: Groups of as many heads, drawn at random from all, that the same is done to; 0 for none. Where an
             intervention takes all heads there is no such group.
-        loss: (model, ids) -> losses of tokens, nats.
+        loss: (model, ids) -> losses of tokens, nats; by default of every token after the first, given those before.
         seed: Of the parts and of the random heads.
 
     Returns:
@@ -189,21 +193,29 @@ def intervene(  # noqa: PLR0913  (one argument an option of the study)
     Raises:
         ValueError: For texts, heads or names that do not fit.
         NotImplementedError: If attention of the model does not go through the interface of transformers.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2)
+        >>> texts = [torch.arange(9), torch.arange(9).flip(0)]
+        >>> report = intervene(LlamaForCausalLM(LlamaConfig(**sizes)), texts, [HideKey("first token hidden")])
+        >>> report["first token hidden"].num_heads, report.base.shape
+        (4.0, (2,))
     """
     is_module = isinstance(model, nn.Module)
     require(is_module, OWNER, "model", "be a module", type(model), "Load it first", error=TypeError)
     model = base_model(model)
     ids = _encoded(model, texts, tokenizer, max_length)
     chosen = standard_interventions() if interventions is None else list(interventions)
-    names = [intervention.name for intervention in chosen]
-    require(
-        0 < len(set(names)) == len(names), OWNER, "interventions", "be some, each with its name", names, "Name them"
-    )
+    named = all(isinstance(one, Intervention) and isinstance(one.name, str) for one in chosen)
+    names = [intervention.name for intervention in chosen] if named else []
+    rule, remedy = "be some, each with its name", "Pass e.g. [HideKey('first token hidden')]"
+    require(0 < len(set(names)) == len(names), OWNER, "interventions", rule, names or chosen, remedy)
     check_positive_int(OWNER, "num_controls", num_controls, minimum=0)
     fits_needed = any(intervention.needs_fits for intervention in chosen)
     parts = _parts(len(ids), num_splits, seed) if fits_needed else [list(range(len(ids)))]
     counts = {name: num_heads(name, module) for name, module in attention_layers(model).items()}
-    study = _Study(model, ids, counts, loss, num_controls, seed)
+    study = _Study(model, ids, counts, loss or next_token_losses, num_controls, seed)
     groups = {
         intervention.name: study.heads(intervention) for intervention in chosen if not callable(intervention.heads)
     }

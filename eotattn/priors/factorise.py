@@ -156,6 +156,9 @@ def factorise(
     check_positive(owner, "tolerance", tolerance)
     check_positive_int(owner, "max_rank", max_rank)
     keys = positions if key_positions is None else key_positions
+    for name, side in (("positions", positions), ("key_positions", keys)):
+        remedy = "Pass e.g. torch.arange(64)"
+        require(isinstance(side, Tensor), owner, name, "be a tensor", side, remedy, error=TypeError)
     prior.check_positions(positions, keys)
     for name, side in (("positions", positions), ("key_positions", keys)):
         row = 1 if prior.num_coordinates == 1 else 2

@@ -70,9 +70,12 @@ class ForgettingPrior(LogPrior):
         self.embed_dim = check_positive_int(owner, "embed_dim", embed_dim)
         count = num_heads if num_kv_heads is None else check_positive_int(owner, "num_kv_heads", num_kv_heads)
         require(num_heads % count == 0, owner, "num_kv_heads", f"divide {num_heads}", num_kv_heads, "Choose a divisor")
+        listed = isinstance(half_lives, Sequence) and all(isinstance(time, (int, float)) for time in half_lives)
+        remedy = "Pass the shortest and the longest"
+        require(listed, owner, "half_lives", "be a list of numbers, tokens", half_lives, remedy, error=TypeError)
         good = len(half_lives) in (2, count) and all(0 < time < math.inf for time in half_lives)
         rule = f"be two positive numbers, or {count} of them"
-        require(good, owner, "half_lives", rule, tuple(half_lives), "Pass the shortest and the longest")
+        require(good, owner, "half_lives", rule, tuple(half_lives), remedy)
         self.half_lives = _spread(half_lives, count)
         self.num_kept = count
         self.weight = nn.Parameter(torch.empty(count, embed_dim, dtype=torch.float32))

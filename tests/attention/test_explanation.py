@@ -85,7 +85,7 @@ def test_the_kernel_is_the_fused_one(dtype):
     explanation = explain(*content(dtype), prior=goat_prior(H), is_causal=True)
     assert explanation.kernel == "flash_attention"
     assert "flash_attention" in str(explanation)
-    assert "not reference" in str(explanation)
+    assert "or reference" in str(explanation)
 
 
 def test_bad_arguments_are_refused():

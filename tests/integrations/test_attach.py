@@ -10,7 +10,7 @@ from tolerances import TOLERANCE, assert_close
 
 pytest.importorskip("transformers")
 
-from eotattn import FourierPrior, GridPrior, RecencyPrior, goat_prior
+from eotattn import ForgettingPrior, FourierPrior, GridPrior, RecencyPrior, goat_prior
 from eotattn.attention import AttentionSinks
 from eotattn.integrations import attach, capture, register_attention
 from eotattn.integrations.attachment import attention_layers
@@ -310,6 +310,7 @@ def test_models_that_compute_softmax_by_hand_are_refused():
     [
         ({"prior": RecencyPrior(3)}, "attach: prior must have 4 heads for model.layers.0.self_attn; got 3"),
         ({"prior": RecencyPrior(4), "heads": [0]}, "attach: prior must have 1 heads"),
+        ({"prior": ForgettingPrior(32, 4)}, "attach: prior must read positions alone; got 'ForgettingPrior'"),
         (
             {"prior": RecencyPrior, "heads": [7]},
             "attach: heads must name heads from 0 to 3 of model.layers.0.self_attn",
@@ -342,6 +343,14 @@ def test_bad_input_is_one_clear_line_and_leaves_the_model_alone(options, message
     assert "\n" not in str(error.value)
     assert model.config._attn_implementation == "sdpa"
     assert not [name for name in model.state_dict() if "eotattn" in name]
+
+
+def test_what_is_attached_says_so_in_a_line():
+    model = BY_NAME["llama"].build("sdpa")
+    with attach(model, RecencyPrior, layers=[1], sinks=torch.zeros(4)) as attached:
+        assert repr(attached) == "Attached(LlamaForCausalLM, model.layers.1.self_attn: RecencyPrior and AttentionSinks)"
+    with attach(model) as attached:
+        assert repr(attached) == "Attached(LlamaForCausalLM)"
 
 
 def test_a_second_prior_is_refused():

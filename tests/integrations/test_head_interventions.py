@@ -202,6 +202,8 @@ def test_the_table_is_read_as_it_is():
         ({"num_splits": 1}, "intervene: num_splits must be at least 2"),
         ({"num_controls": -1}, "intervene: num_controls must be at least 0"),
         ({"interventions": []}, "intervene: interventions must be some, each with its name"),
+        ({"interventions": [HideKey]}, "intervene: interventions must be some, each with its name; got [<class"),
+        ({"interventions": [HideKey(0)]}, "intervene: interventions must be some, each with its name; got [HideKey"),
         ({"interventions": [HideKey("a"), HideKey("a")]}, "intervene: interventions must be some, each with its name"),
         ({"interventions": [HideKey("a", [(2, 0)])]}, "intervene: heads of 'a' must be (layer, head) pairs"),
         ({"interventions": [HideKey("a", [(0, 4)])]}, "intervene: heads of 'a' must be (layer, head) pairs"),
@@ -222,5 +224,7 @@ def test_bad_input_is_one_clear_line(model, texts, options, message):
 def test_interventions_that_cannot_be_are_refused_when_they_are_made():
     with pytest.raises(TypeError, match="AddPrior: make must make a prior of H heads"):
         AddPrior("a")
+    with pytest.raises(TypeError, match="AddSink: logit must be a number; got 'x'"):
+        AddSink("a", logit="x")
     with pytest.raises(ValueError, match="HideKey: position must be at least 0"):
         HideKey("a", position=-1)

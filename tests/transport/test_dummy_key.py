@@ -83,7 +83,11 @@ def test_at_low_temperature_it_is_the_linear_programme_of_partial_transport():
             ValueError,
             r"untransported must lie in \(0, 1\)",
         ),
-        ({"key_marginal": torch.full((M,), 1 / M), "untransported": 0.5}, ValueError, "key_marginal must sum to one"),
+        (
+            {"key_marginal": torch.full((M,), 1 / M), "untransported": 0.5},
+            ValueError,
+            "with_dummy_key: key_marginal must sum to 1 - untransported, 0.5",
+        ),
         ({"log_prior": torch.zeros(N, M + 1)}, ValueError, "with_dummy_key: log_prior must"),
     ],
 )

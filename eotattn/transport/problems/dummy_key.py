@@ -4,18 +4,21 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from eotattn.checks import check_no_nan, require
+from eotattn.checks import check_floating, check_no_nan, require
 from eotattn.transport.problems.admissibility import check_log_prior, check_score
 from eotattn.transport.problems.problem import TransportProblem
 
 __all__ = ["with_dummy_key"]
 
 _OWNER = "with_dummy_key"
+#: How far the masses may be from one before it is the caller's arithmetic; TransportProblem looks closer.
+_COARSE = 1e-3
 
 
 def with_dummy_key(
@@ -64,6 +67,8 @@ def with_dummy_key(
     """
     check_score(_OWNER, score)
     check_log_prior(_OWNER, log_prior, score)
+    is_number = isinstance(logit, (int, float, Tensor)) and not isinstance(logit, bool)
+    require(is_number, _OWNER, "logit", "be a number or a tensor", logit, "Pass nats", error=TypeError)
     kept = torch.as_tensor(logit, dtype=score.dtype, device=score.device)
     check_no_nan(_OWNER, "logit", kept)
     queries, keys = score.shape[-2:]
@@ -80,6 +85,13 @@ def with_dummy_key(
         assert untransported is not None
         inside = isinstance(untransported, float) and 0 < untransported < 1
         require(inside, _OWNER, "untransported", "lie in (0, 1)", untransported, "Pass the part of the mass that stays")
+        check_floating(_OWNER, "key_marginal", key_marginal)
+        penalty = options.get("key_penalty")
+        is_soft = penalty is not None and (isinstance(penalty, Tensor) or penalty != math.inf)
+        sums = key_marginal.detach().double().sum(-1)
+        fits = is_soft or bool(((sums + untransported - 1).abs() < _COARSE).all())
+        rule = f"sum to 1 - untransported, {1 - untransported:g}"
+        require(fits, _OWNER, "key_marginal", rule, sums.tolist(), "Multiply it by that over its sum")
         own = key_marginal.new_full((*key_marginal.shape[:-1], 1), untransported)
         key_marginal = torch.cat([key_marginal, own], dim=-1)
     padded = torch.cat([score, score.new_zeros(*score.shape[:-1], 1)], dim=-1)
