@@ -14,7 +14,7 @@ from eotattn import ForgettingPrior, FourierPrior, GridPrior, RecencyPrior, goat
 from eotattn.attention import AttentionSinks
 from eotattn.integrations import attach, capture, register_attention
 from eotattn.integrations.attachment import attention_layers
-from eotattn.priors import ForgettingPrior, QueryGainPrior
+from eotattn.priors import QueryGainPrior
 
 #: Families that no other test of this package knows.
 HELD_OUT = [
