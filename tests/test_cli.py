@@ -194,5 +194,5 @@ def test_analyze_ends_with_what_it_found_and_where(tmp_path, monkeypatch, capsys
     assert sinks == f"1 of 2 heads puts more than 30% of attention on one token {where_sinks}"
     assert kinds == "Of 2 heads, none attends mostly to the previous token."
     assert explained.startswith("Fitted to this one text and judged on it, in sample, a prior of position alone")
-    assert where == "Page: new/report.html"
+    assert where == "Page, with what each quantity is: new/report.html"
     assert (tmp_path / "new" / "report.html").is_file()

@@ -124,7 +124,7 @@ def _write(
         return
     write_analysis(folder, result)
     if report is not None:
-        for line in (*findings(result), f"Page: {given}/{PAGE}"):
+        for line in (*findings(result), f"Page, with what each quantity is: {given}/{PAGE}"):
             report(line)
 
 

@@ -523,7 +523,7 @@ def test_the_command_is_the_function(folder, tmp_path, dtype, capsys):
     found = analyze(folder, [TEXTS[2]], out=tmp_path / "b", **options)
     printed = capsys.readouterr().out
     for name, said in (("a", str(found) + "\n\n"), ("b", "")):
-        said += "\n".join([*findings(found), f"Page: {tmp_path}/{name}/report.html", ""])
+        said += "\n".join([*findings(found), f"Page, with what each quantity is: {tmp_path}/{name}/report.html", ""])
         assert said in printed
     one, other = (json.loads((tmp_path / name / "report.json").read_text()) for name in "ab")
     assert one == other
