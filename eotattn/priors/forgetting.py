@@ -48,7 +48,11 @@ class ForgettingPrior(LogPrior):
         Lin et al. 2025 (arXiv 2503.02130), section 3.
 
     Example:
+        >>> from eotattn import PriorAttention
+        >>> from eotattn.priors import Tokens
         >>> prior = ForgettingPrior(8, 2, half_lives=(1.0, 4.0))
+        >>> PriorAttention(8, 2, prior=prior)(torch.ones(1, 3, 8), is_causal=True)[0].shape
+        torch.Size([1, 3, 8])
         >>> tokens = torch.ones(1, 3, 8)  # (B, L, E)
         >>> prior.read_tokens(Tokens(tokens, tokens)).query_bias[0].exp()
         tensor([[0.5000, 0.2500, 0.1250],
