@@ -24,6 +24,8 @@ __all__ = ["Factorisation", "FactorisedPrior", "factorise"]
 
 #: Pairs of a head at most: the dense log-prior is in memory, and the work grows with the cube of the positions.
 MOST_PAIRS = 4096**2
+#: Lanes at most: a call's plan holds a number for every pair of weights, column and lane.
+MOST_LANES = 128
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def factorise(
         positions: (L,) or on grids (L, C), distinct; of queries, and of keys too.
         tolerance: Largest error of any pair, nats.
         key_positions: (K,) or (K, C), distinct, where keys have positions of their own.
-        max_rank: Lanes at most.
+        max_rank: Lanes at most, up to 128: what a call prepares once grows with the fourth power of the rank.
 
     Returns:
         A :class:`Factorisation`; its ``prior`` serves in any attention call at these positions.
@@ -155,6 +157,8 @@ def factorise(
     check_prior(owner, "prior", prior)
     check_positive(owner, "tolerance", tolerance)
     check_positive_int(owner, "max_rank", max_rank)
+    rule, remedy = f"be at most {MOST_LANES}", "Use the dense form of such a prior"
+    require(max_rank <= MOST_LANES, owner, "max_rank", rule, max_rank, remedy)
     keys = positions if key_positions is None else key_positions
     for name, side in (("positions", positions), ("key_positions", keys)):
         remedy = "Pass e.g. torch.arange(64)"

@@ -86,6 +86,7 @@ def test_copies_are_equal(copied):
 BAD = {
     "rank": (lambda: factorise(off_neutral(RelativeBiasPrior(2, 40)), AT, tolerance=1e-6, max_rank=20), "needs rank"),
     "precision": (lambda: factorise(AlibiPrior(2), AT, tolerance=1e-18, max_rank=60), "no rank reaches it"),
+    "lanes": (lambda: factorise(AlibiPrior(2), AT, tolerance=1e-3, max_rank=129), "max_rank must be at most 128"),
     "tolerance": (lambda: factorise(AlibiPrior(2), AT, tolerance=0.0), "factorise: tolerance must be positive"),
     "no prior": (lambda: factorise(3, AT, tolerance=1.0), "factorise: prior must be a LogPrior"),
     "twice": (lambda: factorise(AlibiPrior(2), AT // 2, tolerance=1.0), "be one row of distinct positions"),
