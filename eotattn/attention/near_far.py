@@ -21,10 +21,10 @@ from eotattn.attention.call import AttentionCall
 from eotattn.attention.call_positions import Band, Positions
 from eotattn.attention.masks import Masks
 from eotattn.attention.merging import merge
-from eotattn.attention.token_bias import expand_heads
 from eotattn.kernels import near
 from eotattn.priors import exponentials
 from eotattn.priors.far_form import FarForm, Tail
+from eotattn.priors.reading import expand_heads
 from eotattn.priors.splitting import unit_roundoff
 
 __all__ = ["attend", "describe", "far_calls", "far_error", "refusal"]

@@ -364,6 +364,12 @@ def read_each(parts: Sequence[LogPrior], tokens: Tokens) -> list[Reading]:
         readings.append(part.read_tokens(tokens._replace(before=before)))
         start += part.num_kept
     if any(reading.query_gains for reading in readings):
+        without = [type(part).__name__ for part in parts if not part.has_lanes]
+        if without:
+            raise NotImplementedError(
+                f"QueryGainPrior: priors beside it must have lanes; got {', '.join(without)}. "
+                f"Put them into layers of their own."
+            )
         counted = zip(parts, readings, strict=True)
         readings = [
             reading if reading.query_gains else reading._replace(query_gains=(None,) * len(part.terms()))

@@ -16,7 +16,7 @@ from torch.nn import functional
 from eotattn.checks import check_floating, check_no_nan, check_positive_int, check_shape, require
 from eotattn.priors.base import LogPrior
 from eotattn.priors.memory import is_plain
-from eotattn.priors.reading import Reading, Tokens
+from eotattn.priors.reading import Reading, Tokens, expand_heads
 from eotattn.priors.terms import KeyTerm, Term
 
 __all__ = ["ForgettingPrior", "running_sums"]
@@ -109,7 +109,7 @@ class ForgettingPrior(LogPrior):
         )
         of_queries = None
         if tokens.query is tokens.key:
-            of_queries = sums.repeat_interleave(self.num_heads // self.num_kept, dim=1)
+            of_queries = expand_heads(sums, self.num_heads)
         return Reading(key_bias=-sums, query_bias=of_queries, kept=sums)
 
     def log_prior(self, head: Tensor, query_position: Tensor, key_position: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from eotattn.priors import (
     JoinedPrior,
     QueryGainPrior,
     RecencyPrior,
+    T5Prior,
     Tokens,
     goat_prior,
     running_sums,
@@ -312,6 +313,9 @@ def test_combinations_without_meaning_are_refused():
     prior, x = GridPrior(gates(), gates()), torch.ones(1, 3, E)
     with pytest.raises(NotImplementedError, match=r"GridPrior\.read_tokens: parts must read positions alone"):
         prior.read_tokens(Tokens(x, x))
+    for parts in (slopes() + T5Prior(H), JoinedPrior(T5Prior(2), slopes())):
+        with pytest.raises(NotImplementedError, match="QueryGainPrior: priors beside it must have lanes; got T5Prior"):
+            parts.read_tokens(Tokens(x, x))
 
 
 def test_a_failed_call_leaves_the_cache_as_it_was():
