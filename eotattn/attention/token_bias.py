@@ -47,6 +47,9 @@ def check_gains(
     owner: str, query: Tensor, prior: LogPrior | None, gains: Tensor | Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
     """One factor (B, H, Q) or ``None`` for each term of the prior, or none at all; raises unless they fit."""
+    rule, remedy = "be a tensor, or one or None for each term", "Pass those of prior.read_tokens(...)"
+    are_known = isinstance(gains, (Tensor, tuple, list))
+    require(are_known, owner, "query_gains", rule, gains, remedy, error=TypeError)
     if not isinstance(gains, Tensor) and all(gain is None for gain in gains):
         return ()
     remedy = "Pass those of prior.read_tokens(...), or one for the whole prior"

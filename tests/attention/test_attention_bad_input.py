@@ -273,6 +273,11 @@ FUNCTIONAL = {
         ValueError,
         "query_gains must belong to a prior with lanes; got 'no prior'",
     ),
+    "a query gain that is a number": (
+        call(prior=RECENCY, query_gains=2.0),
+        TypeError,
+        "query_gains must be a tensor, or one or None for each term; got 2.0",
+    ),
     "query gains of another shape": (
         call(prior=RECENCY, query_gains=torch.ones(B, H, K)),
         ValueError,
