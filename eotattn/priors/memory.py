@@ -16,7 +16,7 @@ from torch import Tensor
 
 from eotattn.compat import constant_in_graphs, is_intercepted, lasting, plain_tensors, raw_stream
 
-__all__ = ["MadeInGraphs", "constants", "is_plain", "may_remember", "remembered"]
+__all__ = ["MadeInGraphs", "constants", "is_plain", "may_remember", "name_in_graphs", "remembered"]
 
 #: Values kept; the least recently used one goes first.
 MAX_VALUES = 512
@@ -66,14 +66,19 @@ def _kept(key: Hashable, device: torch.device, make: Callable[[], Value]) -> Val
     return value
 
 
+def name_in_graphs(owner: object, what: Hashable) -> str:
+    """The attribute of ``owner`` that holds what graphs take from it; by equality, since -1 and -2 hash alike."""
+    names: dict[Hashable, str] = vars(owner).setdefault("_in_graphs", {})
+    return names.setdefault(what, f"_in_graphs_{len(names)}")
+
+
 class MadeInGraphs:
     """An object that computes tensors from constants once, while a graph is traced; the graph has them as inputs."""
 
     @constant_in_graphs
     def make_in_graph(self, method: str, *arguments: Any) -> str:
         """Call ``method`` with constants, once; returns the name of the attribute that holds what it returned."""
-        names: dict[Hashable, str] = vars(self).setdefault("_in_graphs", {})  # by arguments: -1 and -2 hash alike
-        name = names.setdefault((method, *arguments), f"_in_graphs_{len(names)}")
+        name = name_in_graphs(self, (method, *arguments))
         if name not in vars(self):
             with plain_tensors():
                 made = getattr(self, method)(*arguments)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from eotattn.compat import constant_in_graphs
-from eotattn.priors.memory import remembered
+from eotattn.priors.memory import name_in_graphs, remembered
 
 __all__ = [
     "BIAS_TERM",
@@ -80,7 +80,7 @@ class Features:
     @constant_in_graphs
     def prepare(self, make: str, *constants: Any) -> str:
         """Compute something from constants while a graph is traced; returns the attribute that holds it."""
-        name = f"{make}_{abs(hash(constants))}"
+        name = name_in_graphs(self, (make, *constants))
         if name not in vars(self):
             vars(self)[name] = PREPARED[make](*constants)
         return name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -36,8 +37,16 @@ class TransposedPrior(CombinedPrior):
         rule, remedy = "read positions alone", "Transpose the parts that do"
         require(not prior.reads_tokens, "TransposedPrior", "prior", rule, type(prior).__name__, remedy)
         super().__init__([prior], prior.num_heads)
+        self._name_features()
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        self._name_features()
+
+    def _name_features(self) -> None:
+        """Before a graph is traced, which cannot."""
         if self.has_lanes:
-            self.terms()  # names its features before a graph is traced
+            self.terms()
 
     @property
     def prior(self) -> LogPrior:

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from eotattn.priors import (
     SinkPrior,
     TransposedPrior,
 )
+from eotattn.priors.terms import FEATURES
 from eotattn.transport import TransportProblem
 
 B, H, Q, K, D = 3, 4, 5, 7, 8
@@ -99,3 +102,12 @@ def test_a_prior_that_reads_tokens_is_not_transposed():
         TransposedPrior(ForgettingPrior(8, H))
     with pytest.raises(TypeError, match="TransposedPrior: prior must be a LogPrior"):
         TransposedPrior(nn.Linear(2, 2))
+
+
+def test_an_unpickled_prior_names_its_features_before_a_graph_is_traced(monkeypatch):
+    prior, x = TransposedPrior(RecencyPrior(2)), torch.ones(1, 2, 5, 4)
+    expected = prior_attention(x, x, x, prior=prior, sinks=torch.zeros(2))
+    stored, (term,) = pickle.dumps(prior), prior.terms()
+    monkeypatch.delitem(FEATURES, term.features.name)  # as in another process
+    attend = partial(prior_attention, prior=pickle.loads(stored), sinks=torch.zeros(2))
+    assert_close(torch.compile(attend, fullgraph=True, backend="aot_eager")(x, x, x), expected)
