@@ -145,6 +145,11 @@ def test_file_names_are_unique():
     assert namesakes(elsewhere + list(inside.values())) == KNOWN_NAMESAKES
 
 
+def test_names_of_test_files_are_unique():
+    """Pytest imports them by their names alone."""
+    assert namesakes((PACKAGE.parent / "tests").rglob("*.py")) == set()
+
+
 def test_the_front_door_only_re_exports():
     statements = ast.parse((PACKAGE / "__init__.py").read_text()).body
     kinds = ast.Import | ast.ImportFrom | ast.Assign | ast.AnnAssign | ast.FunctionDef | ast.If
