@@ -370,4 +370,5 @@ def test_tensors_that_last():
     with moved("torch._dynamo.mark_static_address", "constants of compiled graphs"):
         tensor = torch.zeros(3)
         assert compat.lasting(tensor) is tensor
+        assert tensor._dynamo_static_input_type
         assert compat.lasting(None) is None

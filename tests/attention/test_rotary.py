@@ -1,13 +1,10 @@
 """Rotary content against an independent rewrite with complex numbers in float64."""
 
-from collections import Counter
-
 import pytest
 import torch
 from attention.oracles import attention, causal, normal
-from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from lowered_graphs import graphs_of
 from tolerances import assert_close
-from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -169,23 +166,6 @@ def test_consecutive_positions_are_exact_wherever_they_start(first):
     expected = turned(content, torch.arange(first, first + L))
     assert_close(Rotary(10)(content, range(first, first + L)), expected, tolerance=5e-7)
     assert_close(Rotary(10)(content, torch.arange(first, first + L)), expected, tolerance=5e-7)
-
-
-def graphs_of(function, *inputs):
-    """What the compiler is given to lower, forward and backward, once it has cleaned up."""
-    graphs = []
-
-    def keep(graph, _):
-        graphs.append(graph)
-        return make_boxed_func(graph)
-
-    torch._dynamo.reset()
-    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
-    output = torch.compile(function, fullgraph=True, backend=backend)(*inputs)
-    assert_close(output, function(*inputs))
-    output.sum().backward()
-    assert len(graphs) == 2
-    return [Counter(str(node.target) for node in graph.graph.nodes) for graph in graphs]
 
 
 @pytest.mark.parametrize("name", POSITIONS)
