@@ -5,7 +5,7 @@ Legend: B batch, H query heads, Hk key heads, Q queries, K keys, L tokens, C col
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor
@@ -15,11 +15,12 @@ from eotattn.attention.token_bias import bias_terms, gauge_lanes
 from eotattn.compat import known_size
 from eotattn.kernels import append, sdpa
 from eotattn.priors.lane_plan import LanePlan, LaneRequest, plan_lanes
-from eotattn.priors.lane_sides import Placed, Side
+from eotattn.priors.lane_sides import Side
 from eotattn.priors.lanes import Lanes, middle, span_of
 from eotattn.priors.memory import may_remember, remembered
 from eotattn.priors.probing import Span, bits_of
 from eotattn.priors.terms import KeyTerm, Term
+from eotattn.priors.weight_map import WeightMap
 
 __all__ = ["call_terms", "lanes_of", "operands", "plan_of"]
 
@@ -98,38 +99,38 @@ def plan_of(call: AttentionCall, terms: tuple[Term | KeyTerm, ...]) -> tuple[Lan
 
 def _sides(call: AttentionCall, terms: tuple[Term | KeyTerm, ...]) -> tuple[Side, Side]:
     """What the lanes of both sides are made of."""
-    plan, query, key = _planned(call, terms)
-    of_heads, of_key_heads = plan.coefficients(terms)
+    plan, tables, held = _planned(call, terms)
     more = plan.more_of_keys(terms, call.key_positions.tensor.double()) if plan.looked_up else None
-    query_side = plan.query.side(query.table, of_heads, held=query.placed)
-    if any(gain is not None for gain in call.query_gains):
-        query_side = plan.with_gains(query_side, call.query_gains)
-    return query_side, plan.key.side(key.table, of_key_heads, more, held=key.placed)
+    query, key = plan.sides(terms, tables, more, held)
+    return plan.with_gains(query, call.query_gains) if call.query_gains else query, key
 
 
-class _Fixed(NamedTuple):
-    """What is fixed of one side: features at the call's positions, and what its plan holds."""
-
-    table: Tensor
-    placed: Placed
-
-
-def _planned(call: AttentionCall, terms: tuple[Term | KeyTerm, ...]) -> tuple[LanePlan, _Fixed, _Fixed]:
-    """The plan and what is fixed of both sides; found at once for a call like an earlier one."""
+def _planned(
+    call: AttentionCall, terms: tuple[Term | KeyTerm, ...]
+) -> tuple[LanePlan, tuple[Tensor, Tensor], WeightMap]:
+    """The plan, the tables of both sides, and how learned numbers enter; found at once for a call like an earlier one."""
     query_at, key_at, device = call.query_positions, call.key_positions, call.query.device
 
-    def make() -> tuple[LanePlan, _Fixed, _Fixed]:
+    def make() -> tuple[LanePlan, tuple[Tensor, Tensor], WeightMap]:
         plan, origin = plan_of(call, terms)
-        tables = [_table(plan, side, call, origin) for side in ("query", "key")]
-        placed = [side.placed(device, table.dtype) for side, table in zip((plan.query, plan.key), tables, strict=True)]
-        return plan, _Fixed(tables[0], placed[0]), _Fixed(tables[1], placed[1])
+        query, key = (_table(plan, side, call, origin) for side in ("query", "key"))
+        return plan, (query, key), plan.held(terms, device, query.dtype)
 
-    if query_at.run is None or key_at.run is None:
+    if torch.compiler.is_compiling() or query_at.run is None or key_at.run is None:
         return make()
-    names = tuple([(term.features, term.by_key_head) for term in terms])
-    places = (query_at.first, key_at.first, query_at.shard)
-    shape = (*call.query.shape[1:3], *call.key.shape[1:3], *places)
-    return remembered((names, _gained(call), shape, call.query.dtype, call.scale, call.tolerance), device, make)
+    key: list[Hashable] = [
+        call.query.shape[1:3], call.key.shape[1:3], call.query.dtype, call.scale, call.tolerance,
+        _gained(call) if call.query_gains else (), query_at.first, key_at.first, query_at.shard,
+    ]  # fmt: skip
+    for term in terms:
+        key.append(term.features)
+        if isinstance(term, KeyTerm):
+            key.append(term.by_key_head)
+        else:
+            key.append(term.units)
+            for one in term.numbers:
+                key.append(one.shape)
+    return remembered(tuple(key), device, make)
 
 
 def _gained(call: AttentionCall) -> tuple[int, ...]:

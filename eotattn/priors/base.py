@@ -480,7 +480,10 @@ class ScaledPrior(CombinedPrior):
 
     def terms(self) -> tuple[Term | KeyTerm, ...]:
         """The terms of the prior with their weights scaled."""
-        return tuple([term.weighted(self._scale) for term in self.prior.terms()])
+        factors = self.factor
+        if isinstance(factors, Tensor):
+            return tuple([term.weighted(self._scale) for term in self.prior.terms()])
+        return tuple([term.scaled(factors) for term in self.prior.terms()])
 
     def far_form(self) -> FarForm | None:
         """The prior's form, scaled."""

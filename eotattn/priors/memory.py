@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from eotattn.compat import constant_in_graphs, is_intercepted, lasting, plain_tensors, raw_stream
+from eotattn.compat import constant_in_graphs, is_intercepted, lasting, map_tensors, plain_tensors, raw_stream
 
 __all__ = ["MadeInGraphs", "constants", "is_plain", "may_remember", "name_in_graphs", "remembered"]
 
@@ -81,8 +81,7 @@ class MadeInGraphs:
         name = name_in_graphs(self, (method, *arguments))
         if name not in vars(self):
             with plain_tensors():
-                made = getattr(self, method)(*arguments)
-                vars(self)[name] = lasting(made) if isinstance(made, Tensor) else tuple(lasting(part) for part in made)
+                vars(self)[name] = map_tensors(lasting, getattr(self, method)(*arguments))
         return name
 
 
