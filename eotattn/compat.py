@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._guards import active_fake_mode
 from torch.nn import functional
-from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
+from torch.utils._python_dispatch import _disable_current_modes, _len_torch_dispatch_stack
 
 __all__ = [
     "admitted",
@@ -64,7 +64,7 @@ def tensor_version(tensor: Tensor) -> int:
 
 def is_intercepted() -> bool:
     """Whether a dispatch mode (e.g. fake tensors) or a function transform (e.g. vmap) sees every operation."""
-    return _get_current_dispatch_mode() is not None or is_transformed()
+    return _len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def is_transformed() -> bool:

@@ -81,11 +81,12 @@ class Sdpa:
     def refusal(self, call: AttentionCall) -> str | None:
         """Why it cannot serve the call, or ``None``."""
         mask = call.masks.dense
-        if call.needs_lse and mask is not None and mask.requires_grad:
-            return "the log-sum-exp of fused calls has no gradient in attn_mask; use backend='reference'"
-        if call.needs_lse and _is_transformed(call):
-            return NO_TRANSFORMS
-        return _without_lanes(call) or _rounds_mask(call)
+        if call.needs_lse:
+            if mask is not None and mask.requires_grad:
+                return "the log-sum-exp of fused calls has no gradient in attn_mask; use backend='reference'"
+            if _is_transformed(call):
+                return NO_TRANSFORMS
+        return _without_lanes(call) or (None if mask is None else _rounds_mask(call))
 
     def run(self, call: AttentionCall) -> Served:
         """Output, and the log-sum-exp where it is asked for."""
@@ -119,9 +120,10 @@ class Sdpa:
             return packed.attend(query, key, value, fused=fused, **shared)
         if band is not None and window is not None:
             return local.attend(query, key, value, window=window, offset=band.offset, fused=fused, **shared)
-        oblong = band is not None and not band.is_triangle
-        mask = band.mask(query.shape[2], key.shape[2], query.device) if oblong and band is not None else None
-        return fused(query, key, value, mask=mask, is_causal=masks.triangle, **shared)
+        if band is None or masks.triangle:
+            return fused(query, key, value, mask=None, is_causal=band is not None, **shared)
+        mask = band.mask(query.shape[2], key.shape[2], query.device)
+        return fused(query, key, value, mask=mask, is_causal=False, **shared)
 
 
 class NearFar:
@@ -244,8 +246,12 @@ def choose(call: AttentionCall) -> Backend:
     """The first backend that can serve the call, fastest first as measured."""
     if call.return_weights:
         return BACKENDS["reference"]
-    names = preference(call.masks, call.query.shape[2], has_prior=call.has_log_prior)
-    return next(backend for backend in map(BACKENDS.__getitem__, names) if backend.refusal(call) is None)
+    has_prior = call.prior is not None or call.key_bias is not None
+    names = preference(call.masks, call.query.shape[2], has_prior=has_prior)
+    for name in names:
+        if BACKENDS[name].refusal(call) is None:
+            return BACKENDS[name]
+    raise AssertionError("the reference serves every call")
 
 
 def _without_lanes(call: AttentionCall) -> str | None:
@@ -294,7 +300,10 @@ def _fused_mask(call: AttentionCall) -> Tensor | None:
 
 def _without_empty_rows(call: AttentionCall, output: Tensor) -> Tensor:
     """Output (B, H, Q, V) with zeros where a query has no admissible key."""
-    return _of_rows_with_keys(call, output[..., : call.value.shape[-1]], 0.0)
+    width = call.value.shape[-1]
+    output = output if output.shape[-1] == width else output[..., :width]
+    masks = call.masks
+    return output if masks.padding is None and masks.key_bias is None else _of_rows_with_keys(call, output, 0.0)
 
 
 def _of_rows_with_keys(call: AttentionCall, rows: Tensor, otherwise: float) -> Tensor:

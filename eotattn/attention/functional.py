@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from eotattn.attention.attention_sinks import AttentionSinks
 from eotattn.attention.backends import BACKENDS, choose
 from eotattn.attention.cache import KeyValueCache
-from eotattn.attention.call import AttentionCall, without_autocast
+from eotattn.attention.call import AttentionCall, autocast_dtype
 from eotattn.attention.call_positions import GivenPositions
 from eotattn.attention.documents import PackedDocuments
 from eotattn.attention.observers import serve
@@ -159,10 +160,16 @@ def prior_attention(
     if cache is not None:  # after all checks passed: a call that fails leaves the cache as it was
         cache.append(*new)
         call = call.with_content(cache.keys, cache.values)
-    with without_autocast(call.query.device):
+    device = call.query.device
+    if autocast_dtype(device) is None:
         output, weights, lse = serve(call, served_by)
+    else:  # lanes keep the dtype they have
+        with torch.autocast(device.type, enabled=False):
+            output, weights, lse = serve(call, served_by)
+    if not (return_weights or return_lse):
+        return output
     more = tuple(one for one, asked in ((weights, return_weights), (lse, return_lse)) if asked and one is not None)
-    return (output, *more) if more else output
+    return (output, *more)
 
 
 def _check_left_to_cache(

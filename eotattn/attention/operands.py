@@ -17,7 +17,7 @@ from eotattn.kernels import append, sdpa
 from eotattn.priors.lane_plan import LanePlan, LaneRequest, plan_lanes
 from eotattn.priors.lane_sides import Side
 from eotattn.priors.lanes import Lanes, middle, span_of
-from eotattn.priors.memory import may_remember, remembered
+from eotattn.priors.memory import kept, may_remember, remembered
 from eotattn.priors.probing import Span, bits_of
 from eotattn.priors.terms import KeyTerm, Term
 from eotattn.priors.weight_map import WeightMap
@@ -30,7 +30,8 @@ SHORTEST_RUN = 64
 
 def call_terms(call: AttentionCall) -> tuple[Term | KeyTerm, ...]:
     """The terms of the log-prior, and of what depends on the key alone."""
-    return (*(() if call.prior is None else call.prior.terms()), *bias_terms(call))
+    terms = () if call.prior is None else call.prior.terms()
+    return terms if call.key_bias is None and call.masks.key_bias is None else (*terms, *bias_terms(call))
 
 
 def operands(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,7 +42,7 @@ def operands(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
             return stored
     terms = call_terms(call)
     padding = call.masks.padding if call.masks.dense is None else None
-    gauge = gauge_lanes(call)
+    gauge = None if call.query_bias is None else gauge_lanes(call)
     query, key = call.query, call.key
     if not terms and gauge is not None:
         query, key = (
@@ -50,7 +51,9 @@ def operands(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     if not terms and padding is None:
         return query, key, call.value
     far = None if padding is None else sdpa.padding_lane(padding, call.query.dtype, scale=call.scale)
-    sides = _with_gauge(gauge, *_sides(call, terms)) if terms else (None, None)
+    sides = _sides(call, terms) if terms else (None, None)
+    if terms and gauge is not None:
+        sides = _with_gauge(gauge, *sides)
     query, key = append.append(query, key, sides[0], sides[1], far)
     return query, key, call.value
 
@@ -116,7 +119,8 @@ def _planned(
         query, key = (_table(plan, side, call, origin) for side in ("query", "key"))
         return plan, (query, key), plan.held(terms, device, query.dtype)
 
-    if torch.compiler.is_compiling() or query_at.run is None or key_at.run is None:
+    is_run = (query_at.first is not None or query_at.shard) and (key_at.first is not None or key_at.shard)
+    if not is_run or not may_remember(device):
         return make()
     key: list[Hashable] = [
         call.query.shape[1:3], call.key.shape[1:3], call.query.dtype, call.scale, call.tolerance,
@@ -130,7 +134,7 @@ def _planned(
             key.append(term.units)
             for one in term.numbers:
                 key.append(one.shape)
-    return remembered(tuple(key), device, make)
+    return kept(tuple(key), device, make)
 
 
 def _gained(call: AttentionCall) -> tuple[int, ...]:
@@ -138,10 +142,8 @@ def _gained(call: AttentionCall) -> tuple[int, ...]:
     return tuple([term for term, gain in enumerate(call.query_gains) if gain is not None])
 
 
-def _with_gauge(gauge: tuple[Tensor, Tensor] | None, query: Side, key: Side) -> tuple[Side, Side]:
+def _with_gauge(gauge: tuple[Tensor, Tensor], query: Side, key: Side) -> tuple[Side, Side]:
     """Both sides with the lane that has the gradient of a bias of queries."""
-    if gauge is None:
-        return query, key
     of_query, of_key = gauge
     if key.more is not None:
         of_key = torch.cat([key.more, of_key.expand(*key.more.shape[:-1], 1)], dim=-1)

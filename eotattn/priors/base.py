@@ -314,7 +314,10 @@ class CombinedPrior(LogPrior):
     @property
     def has_lanes(self) -> bool:
         """Whether every part has lanes."""
-        return all([part.has_lanes for part in self.parts])  # noqa: C419  # every call asks
+        for part in self.parts:  # noqa: SIM110  # every call asks
+            if not part.has_lanes:
+                return False
+        return True
 
     @property
     def reads_tokens(self) -> bool:
@@ -406,7 +409,10 @@ class SumPrior(CombinedPrior):
 
     def terms(self) -> tuple[Term | KeyTerm, ...]:
         """The terms of all parts."""
-        return tuple([term for part in self.parts for term in part.terms()])
+        terms: list[Term | KeyTerm] = []
+        for part in self.parts:
+            terms += part.terms()
+        return tuple(terms)
 
     def far_form(self) -> FarForm | None:
         """The sum of the parts' forms."""
@@ -480,10 +486,11 @@ class ScaledPrior(CombinedPrior):
 
     def terms(self) -> tuple[Term | KeyTerm, ...]:
         """The terms of the prior with their weights scaled."""
-        factors = self.factor
-        if isinstance(factors, Tensor):
-            return tuple([term.weighted(self._scale) for term in self.prior.terms()])
-        return tuple([term.scaled(factors) for term in self.prior.terms()])
+        factors, scaled = self.factor, []
+        for part in self.parts:
+            for term in part.terms():
+                scaled.append(term.weighted(self._scale) if isinstance(factors, Tensor) else term.scaled(factors))
+        return tuple(scaled)
 
     def far_form(self) -> FarForm | None:
         """The prior's form, scaled."""

@@ -115,13 +115,10 @@ class BilinearPrior(LogPrior, metaclass=_NamesFeatures):
 
     def terms(self) -> tuple[Term | KeyTerm, ...]:
         """One term."""
-        return (self._term(),)
-
-    def _term(self) -> Term:
         features = FEATURES[self._features_name]
         if type(self).coefficients is not BilinearPrior.coefficients:
-            return Term(features, (self.coefficients(),))
-        return Term(features, self.learned(), self.units())
+            return (Term(features, (self.coefficients(),)),)
+        return (Term(features, self.learned(), self.units()),)
 
     def log_prior(self, head: Tensor, query_position: Tensor, key_position: Tensor) -> Tensor:
         """The bilinear form, elementwise, in nats."""
@@ -133,7 +130,9 @@ class BilinearPrior(LogPrior, metaclass=_NamesFeatures):
     def dense(self, query_positions: Tensor, key_positions: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
         """As in :class:`LogPrior`; one product of matrices."""
         self.check_positions(query_positions, key_positions)
-        factors, features = self._term().sides(query_positions.double(), key_positions.double())
+        (term,) = BilinearPrior.terms(self)
+        assert isinstance(term, Term)
+        factors, features = term.sides(query_positions.double(), key_positions.double())
         return (factors @ features.unsqueeze(-3).mT).to(computing_dtype(dtype))
 
     def __setattr__(self, name: str, value: Any) -> None:

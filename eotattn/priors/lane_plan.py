@@ -120,7 +120,10 @@ class LanePlan(MadeInGraphs):
         """Both sides at tables of features, with further lanes of the keys; ``held`` is what :meth:`held` returns."""
         query, key = tables
         held = self.held(terms, query.device, query.dtype) if held is None else held
-        numbers = [one for term in terms if isinstance(term, Term) for one in term.numbers]
+        numbers: list[Tensor] = []
+        for term in terms:
+            if isinstance(term, Term):
+                numbers += term.numbers
         matrices = map_weights(held, (self.query.fixed.shape, self.key.fixed.shape), query.dtype, numbers)
         return (
             Side(query, matrices[0], held.pieces[0], self.query.depth),
@@ -131,12 +134,16 @@ class LanePlan(MadeInGraphs):
         """How learned numbers enter the matrices, put on a device once; a graph takes it as inputs."""
         learned = tuple([(term.widths, term.units) for term in terms if isinstance(term, Term)])
         if torch.compiler.is_compiling():
-            return getattr(self, self.make_in_graph("_held", learned, device, dtype))
-        return remembered((self, learned, dtype), device, lambda: self._held(learned, device, dtype))
+            held: WeightMap = getattr(self, self.make_in_graph("_held", learned, device, dtype, True))
+            return held
+        return remembered((self, learned, dtype), device, lambda: self._held(learned, device, dtype, False))
 
-    def _held(self, learned: Sequence[tuple[Any, Any]], device: torch.device, dtype: torch.dtype) -> WeightMap:
+    def _held(
+        self, learned: Sequence[tuple[Any, Any]], device: torch.device, dtype: torch.dtype, in_graph: bool
+    ) -> WeightMap:
+        of_terms = tuple([Learned(*one) for one in learned])
         heads = (self.request.num_heads, self.request.num_kv_heads)
-        return weight_map((self.query, self.key), tuple([Learned(*one) for one in learned]), heads, device, dtype)
+        return weight_map((self.query, self.key), of_terms, heads, device, dtype, in_graph=in_graph)
 
     def with_gains(self, side: Side, gains: Sequence[Tensor | None]) -> Side:
         """The side of queries with their own factors (B, H, Q), one a term or ``None``, on the lanes of the terms."""

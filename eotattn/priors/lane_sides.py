@@ -46,7 +46,7 @@ class Side(NamedTuple):
             products = self.gains.to(products.dtype) * products
             assert self.constant is not None
             products = torch.where(self.constant, products - products.detach(), products)
-        lanes = write_pieces(products, self.piece, self.depth, dtype)
+        lanes = products.to(dtype) if self.depth == 1 else write_pieces(products, self.piece, self.depth, dtype)
         if self.more is None:
             return lanes
         lead = torch.broadcast_shapes(lanes.shape[:-1], self.more.shape[:-1])

@@ -63,6 +63,7 @@ class WeightMap(NamedTuple):
         query: (1 or H, C, P) the query's matrix if nothing is learned on that side, else ``None``.
         key: The same of the key.
         pieces: (P,) int8 of either side.
+        in_graph: Whether a graph takes it as inputs.
     """
 
     units: Any
@@ -71,6 +72,7 @@ class WeightMap(NamedTuple):
     query: Any
     key: Any
     pieces: Any
+    in_graph: bool = False
 
 
 def weight_map(
@@ -79,12 +81,14 @@ def weight_map(
     heads: tuple[int, int],
     device: torch.device,
     dtype: torch.dtype,
+    *,
+    in_graph: bool,
 ) -> WeightMap:
     """The map to the matrices, in ``dtype``, of the sides of a plan for H and Hk heads, query before key."""
     made = _weight_map(sides, learned, heads)
-    placed: WeightMap = map_tensors(lambda one: None if one is None else admitted(one).to(device), made)
+    placed: WeightMap = map_tensors(lambda x: admitted(x).to(device) if isinstance(x, Tensor) else x, made)
     query, key = (None if one is None else one.to(dtype) for one in (placed.query, placed.key))
-    return placed._replace(query=query, key=key)
+    return placed._replace(query=query, key=key, in_graph=in_graph)
 
 
 @lru_cache(maxsize=512)
@@ -112,14 +116,16 @@ def _weight_map(
 
 def _block(sides: Sequence[SidePlan], back: Tensor) -> Block:
     selections = [side.selection for side in sides if side.selection is not None]
-    kept = [s if side.constant is None else s - side.constant for s, side in zip(selections, sides, strict=True)]
-    values = torch.cat(kept, dim=1)
+    gradients = values = torch.cat(selections, dim=1)
+    if any(side.constant is not None for side in sides):
+        kept = [s if side.constant is None else s - side.constant for s, side in zip(selections, sides, strict=True)]
+        values = torch.cat(kept, dim=1)
     most = max(1, int((values != 0).sum(0).max()))
     sources = values.abs().argsort(dim=0, descending=True, stable=True)[:most]
     return Block(
         start=torch.cat([side.fixed.flatten(1) for side in sides], dim=1),
         values=values,
-        gradients=torch.cat(selections, dim=1),
+        gradients=gradients,
         back=back,
         sources=sources,
         factors=values.gather(0, sources),
@@ -137,45 +143,52 @@ def map_weights(
         dtype: Of the matrices.
         numbers: Learned numbers, (H,) or (H, n).
     """
+    query, key = held.query, held.key
     if not held.blocks:
-        return held.query, held.key
-    learning = tuple([tuple(shape[-2:]) for shape, fixed in zip(shapes, held[3:5], strict=True) if fixed is None])
+        return query, key
+    learning = shapes if query is None and key is None else shapes[:1] if query is None else shapes[1:]
     if not torch.is_grad_enabled():
         made = _matrices(held, learning, dtype, numbers)
-    elif torch.compiler.is_compiling() or not is_intercepted():
+    elif held.in_graph or (held.units.is_cuda and not is_intercepted()):  # where operations are launches
         made = _Product.apply(held, learning, dtype, *numbers)
     else:
         made = _matrices(held, learning, dtype, numbers, differentiably=True)
     if len(made) == 2:
         return made
-    return (made[0], held.key) if held.query is None else (held.query, made[0])
+    return (made[0], key) if query is None else (query, made[0])
 
 
 def _matrices(
     held: WeightMap,
-    shapes: Sequence[tuple[int, int]],
+    shapes: Sequence[torch.Size],
     dtype: torch.dtype,
     numbers: Sequence[Tensor],
     *,
     differentiably: bool = False,
 ) -> tuple[Tensor, ...]:
-    """The matrices of the sides that learn, whose shapes are (C, P); to any order, in any transform if asked to."""
-    each = [one if one.dim() == 2 else one.unsqueeze(-1) for one in numbers]
+    """The matrices of the sides that learn, shaped (..., C, P); to any order, in any transform if asked to."""
+    each: list[Tensor] = []
+    for one in numbers:
+        each.append(one if one.dim() == 2 else one.unsqueeze(-1))
     learned = (each[0] if len(each) == 1 else torch.cat(each, dim=1)) * held.units
     products = []
     for block in held.blocks:
         rows = learned.view(-1, block.values.shape[0])
-        if differentiably:
+        if differentiably and block.gradients is not block.values:
             product = torch.addmm(block.start, rows.detach(), block.values)
             products.append(torch.addmm(product, rows - rows.detach(), block.gradients))
-        elif torch.compiler.is_compiling():  # elementwise, which compilers fuse with what is around it
+        elif held.in_graph:  # elementwise, which compilers fuse with what is around it
             entries = [rows[:, at] * by for at, by in zip(block.sources, block.factors, strict=True)]
             products.append(sum(entries, start=block.start))
         else:
             products.append(torch.addmm(block.start, rows, block.values))
     if len(products) < len(shapes):
-        products = list(products[0].split([columns * lanes for columns, lanes in shapes], dim=1))
-    return tuple([one.view(-1, *shape).to(dtype) for one, shape in zip(products, shapes, strict=True)])
+        first = shapes[0][1] * shapes[0][2]
+        products = [products[0][:, :first], products[0][:, first:]]
+    made: tuple[Tensor, ...] = ()
+    for product, shape in zip(products, shapes, strict=True):
+        made += (product.view(-1, shape[1], shape[2]).to(dtype),)
+    return made
 
 
 class _Product(torch.autograd.Function):
@@ -183,7 +196,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, held: WeightMap, shapes: Any, dtype: torch.dtype, *numbers: Tensor) -> tuple[Tensor, ...]:
-        ctx.held, ctx.numbers = held, [(one.shape, one.dtype) for one in numbers]
+        ctx.held, ctx.kinds = held, [(one.shape, one.dtype) for one in numbers]
         return _matrices(held, shapes, dtype, numbers)
 
     @staticmethod
@@ -192,15 +205,15 @@ class _Product(torch.autograd.Function):
         for n, block in enumerate(blocks):
             own = [grad.flatten(1) for grad in (grads if len(blocks) == 1 else grads[n : n + 1])]
             grad = (own[0] if len(own) == 1 else torch.cat(own, dim=1)).double()
-            if torch.compiler.is_compiling():
+            if ctx.held.in_graph:
                 row, entry = block.back // block.values.shape[0], block.back % block.values.shape[0]
                 part = (grad[row] * block.gradients[entry]).sum(-1)
             else:
                 part = (grad @ block.gradients.mT).flatten()[block.back]
             flat = part if flat is None else flat + part
         assert flat is not None
-        flat, kinds = flat * ctx.held.units_back, {dtype for _, dtype in ctx.numbers}
+        flat, kinds = flat * ctx.held.units_back, {dtype for _, dtype in ctx.kinds}
         flat = flat.to(kinds.pop()) if len(kinds) == 1 else flat
-        parts = flat.split([shape.numel() for shape, _ in ctx.numbers])
-        back = [part.view(shape).to(dtype) for part, (shape, dtype) in zip(parts, ctx.numbers, strict=True)]
+        parts = flat.split([shape.numel() for shape, _ in ctx.kinds])
+        back = [part.view(shape).to(dtype) for part, (shape, dtype) in zip(parts, ctx.kinds, strict=True)]
         return (None, None, None, *back)
