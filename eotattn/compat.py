@@ -6,7 +6,7 @@ Private names may move with any release. ``tests/test_compat.py`` calls each one
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -37,6 +37,7 @@ __all__ = [
     "is_transformed",
     "known_size",
     "lasting",
+    "listed",
     "map_tensors",
     "names_attention_implementation",
     "no_torch_function",
@@ -137,8 +138,16 @@ def first_parameter(module: torch.nn.Module) -> torch.nn.Parameter | None:
         for parameter in module._parameters.values():
             if parameter is not None:
                 return parameter
-        stack += [child for child in reversed(module._modules.values()) if child is not None]
+        for child in reversed(module._modules.values()):
+            if child is not None:
+                stack.append(child)
     return None
+
+
+def listed(module: nn.Module, name: str) -> Collection[Any]:
+    """What the ``nn.ModuleList`` of that name holds, in one step: what every call asks must cost nothing."""
+    held: nn.Module = module._modules[name]  # type: ignore[assignment]
+    return held._modules.values()
 
 
 def has_forward_hooks(module: torch.nn.Module) -> bool:

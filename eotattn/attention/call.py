@@ -119,7 +119,9 @@ class AttentionCall:
         query_gains: Tensor | Sequence[Tensor | None] = (),
     ) -> AttentionCall:
         """Check the arguments of :func:`prior_attention`; raises what that function documents."""
-        query, key, value = _as_autocast(query, key, value)
+        dtype = autocast_dtype(query.device) if isinstance(query, Tensor) else None
+        if dtype is not None:
+            query, key, value = _as_autocast(dtype, query, key, value)
         if not _fits(query, key, value):
             _refuse_content(query, key, value)
         (batch, heads, queries, width), keys, device = query.shape, key.shape[2], query.device
@@ -343,15 +345,12 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype in which autocast runs fused calls on ``device``, or ``None`` outside autocast."""
     # not torch.amp.is_autocast_available, which the compiler of PyTorch 2.11 cannot trace
     active = device.type in ("cpu", "cuda", "xpu", "mps") and torch.is_autocast_enabled(device.type)
-    return torch.getautocast_dtype(device.type) if active else None
+    return torch.get_autocast_dtype(device.type) if active else None
 
 
-def _as_autocast(*content: Tensor) -> tuple[Tensor, ...]:
+def _as_autocast(dtype: torch.dtype, *content: Tensor) -> tuple[Tensor, ...]:
     """What autocast would make of a fused call's arguments, done before lanes are written in their dtype."""
-    if not isinstance(content[0], Tensor):
-        return content
-    dtype = autocast_dtype(content[0].device)
-    if dtype is None or not all(isinstance(tensor, Tensor) for tensor in content):
+    if not all(isinstance(tensor, Tensor) for tensor in content):
         return content
     narrow = (torch.float32, torch.bfloat16, torch.float16)  # as autocast itself: float64 stays
     return tuple(tensor.to(dtype) if tensor.dtype in narrow else tensor for tensor in content)

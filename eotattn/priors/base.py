@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from eotattn.checks import check_positive, check_positive_int, require
+from eotattn.compat import listed
 from eotattn.priors.far_form import FarForm, Tail
 from eotattn.priors.flex_form import ScoreMod, score_mod_of
 from eotattn.priors.lane_plan import LaneRequest, plan_lanes
@@ -314,7 +315,7 @@ class CombinedPrior(LogPrior):
     @property
     def has_lanes(self) -> bool:
         """Whether every part has lanes."""
-        for part in self.parts:  # noqa: SIM110  # every call asks
+        for part in listed(self, "parts"):  # noqa: SIM110
             if not part.has_lanes:
                 return False
         return True
@@ -322,7 +323,10 @@ class CombinedPrior(LogPrior):
     @property
     def reads_tokens(self) -> bool:
         """Whether a part reads the tokens."""
-        return any(part.reads_tokens for part in self.parts)
+        for part in listed(self, "parts"):  # noqa: SIM110
+            if part.reads_tokens:
+                return True
+        return False
 
     def read_tokens(self, tokens: Tokens) -> Reading:
         """What the parts read.
@@ -410,7 +414,7 @@ class SumPrior(CombinedPrior):
     def terms(self) -> tuple[Term | KeyTerm, ...]:
         """The terms of all parts."""
         terms: list[Term | KeyTerm] = []
-        for part in self.parts:
+        for part in listed(self, "parts"):
             terms += part.terms()
         return tuple(terms)
 
@@ -487,7 +491,7 @@ class ScaledPrior(CombinedPrior):
     def terms(self) -> tuple[Term | KeyTerm, ...]:
         """The terms of the prior with their weights scaled."""
         factors, scaled = self.factor, []
-        for part in self.parts:
+        for part in listed(self, "parts"):
             for term in part.terms():
                 scaled.append(term.weighted(self._scale) if isinstance(factors, Tensor) else term.scaled(factors))
         return tuple(scaled)

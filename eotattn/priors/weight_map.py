@@ -120,10 +120,11 @@ def _block(sides: Sequence[SidePlan], back: Tensor) -> Block:
     if any(side.constant is not None for side in sides):
         kept = [s if side.constant is None else s - side.constant for s, side in zip(selections, sides, strict=True)]
         values = torch.cat(kept, dim=1)
+    rows = max(side.fixed.shape[0] for side in sides)
     most = max(1, int((values != 0).sum(0).max()))
     sources = values.abs().argsort(dim=0, descending=True, stable=True)[:most]
     return Block(
-        start=torch.cat([side.fixed.flatten(1) for side in sides], dim=1),
+        start=torch.cat([side.fixed.flatten(1).expand(rows, -1) for side in sides], dim=1),
         values=values,
         gradients=gradients,
         back=back,
@@ -187,7 +188,7 @@ def _matrices(
         products = [products[0][:, :first], products[0][:, first:]]
     made: tuple[Tensor, ...] = ()
     for product, shape in zip(products, shapes, strict=True):
-        made += (product.view(-1, shape[1], shape[2]).to(dtype),)
+        made += (product.view(product.shape[0], shape[1], shape[2]).to(dtype),)
     return made
 
 
