@@ -140,7 +140,7 @@ def first_parameter(module: torch.nn.Module) -> torch.nn.Parameter | None:
                 return parameter
         for child in reversed(module._modules.values()):
             if child is not None:
-                stack.append(child)
+                stack.append(child)  # noqa: PERF401  # a comprehension is a call
     return None
 
 

@@ -164,8 +164,8 @@ class AttentionCall:
             )  # fmt: skip
         num_coordinates = 1 if prior is None else prior.num_coordinates
         masked = window is not None or attn_mask is not None or key_padding_mask is not None or cache is not None
-        given = query_positions is not None or key_positions is not None
-        plain = not masked and not given and num_coordinates == 1 and shared is None
+        placed = query_positions is not None or key_positions is not None
+        plain = not masked and not placed and num_coordinates == 1 and shared is None
         if plain and (is_causal or not torch.compiler.is_compiling()) and queries == keys:  # as most calls are
             at = Positions(None, 0, queries, device)
             return cls(

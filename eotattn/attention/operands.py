@@ -111,7 +111,7 @@ def _sides(call: AttentionCall, terms: tuple[Term | KeyTerm, ...]) -> tuple[Side
 def _planned(
     call: AttentionCall, terms: tuple[Term | KeyTerm, ...]
 ) -> tuple[LanePlan, tuple[Tensor, Tensor], WeightMap]:
-    """The plan, the tables of both sides, and how learned numbers enter; found at once for a call like an earlier one."""
+    """Plan, tables of both sides, how learned numbers enter; found at once for a call like an earlier one."""
     query_at, key_at, device = call.query_positions, call.key_positions, call.query.device
 
     def make() -> tuple[LanePlan, tuple[Tensor, Tensor], WeightMap]:
@@ -133,7 +133,7 @@ def _planned(
         else:
             key.append(term.units)
             for one in term.numbers:
-                key.append(one.shape)
+                key.append(one.shape)  # noqa: PERF401  # a comprehension is a call
     return kept(tuple(key), device, make)
 
 

@@ -493,7 +493,8 @@ class ScaledPrior(CombinedPrior):
         factors, scaled = self.factor, []
         for part in listed(self, "parts"):
             for term in part.terms():
-                scaled.append(term.weighted(self._scale) if isinstance(factors, Tensor) else term.scaled(factors))
+                change = term.weighted(self._scale) if isinstance(factors, Tensor) else term.scaled(factors)
+                scaled.append(change)
         return tuple(scaled)
 
     def far_form(self) -> FarForm | None:

@@ -95,7 +95,7 @@ class BilinearPrior(LogPrior, metaclass=_NamesFeatures):
         return dense_weights(self.coefficients(), features.entries, features.num_features)
 
     def coefficients(self) -> Tensor:
-        """(H, N), nats: what weights are made of, in float64 where they have units; by default the weights themselves."""
+        """(H, N), nats: the numbers that weights are made of; by default the weights themselves."""
         return side_by_side(self.learned(), self.units())
 
     def learned(self) -> tuple[Tensor, ...]:

@@ -130,7 +130,6 @@ class SidePlan:
         return torch.cat([part.expand(*lead, part.shape[-1]) for part in made], dim=-1)
 
 
-
 @dataclass(frozen=True)
 class SideLayout:
     """From lanes to the plan of each side.

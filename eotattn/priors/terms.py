@@ -140,7 +140,9 @@ class Term:
 
     def scaled(self, factors: tuple[float, ...]) -> Term:
         """The same with H constants as factors."""
-        return Term(self.features, self.numbers, factors if self.units is None else tuple(map(mul, self.units, factors)))
+        return Term(
+            self.features, self.numbers, factors if self.units is None else tuple(map(mul, self.units, factors))
+        )
 
     def on_axis(self, axis: int) -> Term:
         """The term of one coordinate of a grid, zero where either position is a class token (negative)."""

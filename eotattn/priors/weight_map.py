@@ -93,9 +93,7 @@ def weight_map(
 
 @lru_cache(maxsize=512)
 @plain_tensors()
-def _weight_map(
-    sides: tuple[SidePlan, SidePlan], learned: tuple[Learned, ...], heads: tuple[int, int]
-) -> WeightMap:
+def _weight_map(sides: tuple[SidePlan, SidePlan], learned: tuple[Learned, ...], heads: tuple[int, int]) -> WeightMap:
     num_heads, _ = heads
     units = torch.ones(num_heads, sum(sum(one.widths) for one in learned), dtype=torch.float64)
     order = torch.arange(units.numel()).view(units.shape)
@@ -170,7 +168,7 @@ def _matrices(
     """The matrices of the sides that learn, shaped (..., C, P); to any order, in any transform if asked to."""
     each: list[Tensor] = []
     for one in numbers:
-        each.append(one if one.dim() == 2 else one.unsqueeze(-1))
+        each.append(one if one.dim() == 2 else one.unsqueeze(-1))  # noqa: PERF401  # a comprehension is a call
     learned = (each[0] if len(each) == 1 else torch.cat(each, dim=1)) * held.units
     products = []
     for block in held.blocks:
