@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from eotattn.attention import rebased
 from eotattn.attention.call import AttentionCall
 from eotattn.attention.call_positions import Band, Positions
 from eotattn.attention.masks import Masks
 from eotattn.attention.merging import merge
+from eotattn.attention.rectangles import BLOCK, Rectangle, reach_of, rectangles
 from eotattn.kernels import near
-from eotattn.priors import exponentials
+from eotattn.priors import LogPrior, exponentials
 from eotattn.priors.far_form import FarForm, Tail
 from eotattn.priors.reading import expand_heads
 from eotattn.priors.splitting import unit_roundoff
@@ -122,7 +122,7 @@ def far_calls(call: AttentionCall) -> Iterator[AttentionCall]:
     """The stock calls for far keys."""
     for tail, is_past in _sides(call):
         if _is_smooth(_form(call)):
-            yield from (part.call for part in _smooth_parts(call, tail, is_past=is_past)[0])
+            yield from (part for _, part in _smooth_parts(call, tail, is_past=is_past)[0])
         else:
             yield from (part for part, _ in _far_parts(call, tail, is_past=is_past))
 
@@ -190,11 +190,9 @@ def _is_smooth(form: FarForm) -> bool:
 def _smooth_blocks(call: AttentionCall) -> near.Blocks:
     """Blocks whose edges are those of the far rectangles."""
     reach, offset, queries, keys = _form(call).reach, _offset(call), call.query.shape[2], call.key.shape[2]
-    block = min(rebased.BLOCK, queries)
-    before = rebased.reach_of(reach, offset, block)
-    after = (
-        0 if call.masks.band is not None else rebased.reach_of(reach, keys - offset - _padded(queries, block), block)
-    )
+    block = min(BLOCK, queries)
+    before = reach_of(reach, offset, block)
+    after = 0 if call.masks.band is not None else reach_of(reach, keys - offset - _padded(queries, block), block)
     return near.Blocks(queries, keys, offset, before, after, block=block, whole=True)
 
 
@@ -211,16 +209,17 @@ def _fit(call: AttentionCall, tail: Tail, *, is_past: bool, evaluate: bool = Tru
     return exponentials.fit(tail.decay, reach, furthest, call.query.device, evaluate=evaluate)
 
 
-def _smooth_parts(call: AttentionCall, tail: Tail, *, is_past: bool) -> tuple[Iterator[rebased.Part], Tensor]:
+def _smooth_parts(
+    call: AttentionCall, tail: Tail, *, is_past: bool
+) -> tuple[Iterator[tuple[Rectangle, AttentionCall]], Tensor]:
     """The calls for far keys of one side, in the order of tokens or in reverse, and a constant to add."""
     blocks, found = _smooth_blocks(call), _fit(call, tail, is_past=is_past, evaluate=False)
-    if is_past:
-        side = rebased.Side(call, blocks.offset - blocks.before, blocks.size)
-    else:
+    first = blocks.offset - blocks.before
+    if not is_past:
         rows = _padded(blocks.queries, blocks.size)
         query = functional.pad(call.query, (0, 0, 0, rows - blocks.queries))
         turn = lambda side: None if side is None else side.flip(-1)  # noqa: E731
-        turned = replace(
+        call = replace(
             call,
             query=query.flip(2),
             key=call.key.flip(2),
@@ -228,20 +227,31 @@ def _smooth_parts(call: AttentionCall, tail: Tail, *, is_past: bool) -> tuple[It
             masks=Masks(padding=turn(call.masks.padding), key_bias=turn(call.masks.key_bias)),
             key_bias=turn(call.key_bias),
         )
-        side = rebased.Side(turned, blocks.keys - blocks.offset - rows - blocks.after, blocks.size)
+        first = blocks.keys - blocks.offset - rows - blocks.after
     constant = found.constant if tail.constant is None else found.constant + tail.constant
-    return rebased.parts(side, found.prior), constant
+    return _of_exponentials(call, first, blocks.size, found.prior), constant
+
+
+def _of_exponentials(
+    call: AttentionCall, first: int, block: int, prior: LogPrior
+) -> Iterator[tuple[Rectangle, AttentionCall]]:
+    """The exponential of a lag is the product of two of distances from an edge, both at most one."""
+    device = call.query.device
+    for one in rectangles(call.query.shape[2], call.key.shape[2], first, block):
+        query_at = Positions(None, max(0, first - one.width) if one.size == one.length else 0, one.size, device)
+        key_at = Positions(torch.arange(one.width, 0, -1, device=device), None, one.width, device)
+        yield one, one.call(call, prior, query_at, key_at)
 
 
 def _smooth(call: AttentionCall, tail: Tail, fused: _Fused, *, is_past: bool) -> tuple[Tensor, Tensor] | None:
     """Output and log-sum-exp over the far keys of one side of a smooth decay, if there are any."""
     parts, constant = _smooth_parts(call, tail, is_past=is_past)
     joined: tuple[Tensor, Tensor] | None = None
-    for part in parts:
-        served = fused(part.call)
+    for rectangle, part in parts:
+        served = fused(part)
         lse = served.lse
         assert lse is not None
-        one = part.placed(served.output.to(lse.dtype), 0.0), part.placed(lse, float("-inf"))
+        one = rectangle.placed(served.output.to(lse.dtype), 0.0), rectangle.placed(lse, float("-inf"))
         joined = one if joined is None else _merged([joined, one])
     if joined is None:
         return None
