@@ -260,7 +260,7 @@ def answer(call: AttentionCall, backend: Backend) -> Served:
 
 
 def choose(call: AttentionCall) -> Backend:
-    """The first backend that can serve the call, fastest first as measured; ``rebased`` where one call is too coarse."""
+    """The first that can serve the call, fastest first as measured; ``rebased`` where one call is too coarse."""
     if call.return_weights:
         return BACKENDS["reference"]
     if rebased.is_worth_it(call) and BACKENDS["rebased"].refusal(call) is None:

@@ -72,7 +72,7 @@ def test_it_is_the_dense_definition_with_gradients(bias_heads, name, pattern):
     allowed = causal(at, keys) if "is_causal" in options else torch.ones(queries, L, dtype=torch.bool)
     if "key_padding_mask" in options:
         allowed = allowed & ~PADDING[:, None, None]
-    expected, weights = attention(*inputs, log_prior=log_prior, allowed=allowed)
+    expected, _ = attention(*inputs, log_prior=log_prior, allowed=allowed)
     score = inputs[0] @ inputs[1].repeat_interleave(H // HK, 1).mT / D**0.5 + log_prior
     expected_lse = score.masked_fill(~allowed, -torch.inf).logsumexp(-1)
     gains = () if gain is None else gain
