@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from eotattn.attention.call import AttentionCall
 from eotattn.attention.call_positions import Band, Positions
+from eotattn.attention.document_calls import document_calls
 from eotattn.attention.masks import Masks
 from eotattn.attention.merging import merge
 from eotattn.attention.rectangles import BLOCK, Rectangle, reach_of, rectangles
@@ -60,9 +61,9 @@ def refusal(call: AttentionCall) -> str | None:
     query_at, key_at, masks = call.query_positions, call.key_positions, call.masks
     if call.prior is None:
         return "there is no prior to treat near and far apart"
-    if masks.dense is not None or masks.documents is not None:
-        return "it takes no mask of pairs and no documents; say is_causal or window"
-    if query_at.first is None or key_at.first is None:
+    if masks.dense is not None:
+        return "it takes no mask of pairs; say is_causal or window"
+    if masks.documents is None and (query_at.first is None or key_at.first is None):
         return "its positions must be consecutive: ranges, or left out"
     if call.dropout_p:
         return "it has no dropout"
@@ -71,11 +72,19 @@ def refusal(call: AttentionCall) -> str | None:
     form = call.prior.far_form()
     if form is None:
         return "this prior is neither constant far away, nor smooth, nor carried by lanes there"
+    if masks.documents is not None:
+        if _is_smooth(form) or torch.compiler.is_compiling():
+            return "it takes no documents in graphs, or with a smooth decay"
+        return _too_near(form) if max(masks.documents.lengths) <= form.reach else None
     if masks.band is not None and masks.band.offset != _offset(call):
         return "its positions must be those of the slots of the cache"
     if _furthest(call) < form.reach:
-        return f"no key is {form.reach} tokens away, so that nothing is far"
+        return _too_near(form)
     return _smooth_refusal(call) if _is_smooth(form) and _window(call) is None else None
+
+
+def _too_near(form: FarForm) -> str:
+    return f"no key is {form.reach} tokens away, so that nothing is far"
 
 
 def _smooth_refusal(call: AttentionCall) -> str | None:
@@ -120,6 +129,10 @@ def describe(call: AttentionCall) -> str:
 
 def far_calls(call: AttentionCall) -> Iterator[AttentionCall]:
     """The stock calls for far keys."""
+    if call.masks.documents is not None:
+        for document in document_calls(call):
+            yield from far_calls(document)
+        return
     for tail, is_past in _sides(call):
         if _is_smooth(_form(call)):
             yield from (part for _, part in _smooth_parts(call, tail, is_past=is_past)[0])
@@ -134,6 +147,11 @@ def attend(call: AttentionCall, fused: _Fused) -> tuple[Tensor, Tensor]:
         call: The call.
         fused: Serves a call whose prior has lanes, with its log-sum-exp.
     """
+    if call.masks.documents is not None:
+        each = zip(*(attend(document, fused) for document in document_calls(call)), strict=True)
+        batch = call.query.shape[0]
+        output, lse = (torch.cat(parts, dim=2).unflatten(2, (batch, -1))[0].transpose(0, 1) for parts in each)
+        return output, lse
     far = _smooth if _is_smooth(_form(call)) else _far
     parts = [far(call, tail, fused, is_past=is_past) for tail, is_past in _sides(call)]
     if _form(call).reach > 0:

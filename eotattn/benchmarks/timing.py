@@ -21,7 +21,7 @@ Row = dict[str, Any]
 #: Calls in a row in one sample, on a GPU.
 CALLS = 5
 #: Seconds that one candidate's samples take at most, about; a slow one is called fewer times, and three times at least.
-SECONDS = 5.0
+SECONDS = 3.0
 
 
 @dataclass(frozen=True)

@@ -158,9 +158,8 @@ def _lanes(rows: ScoreRows) -> tuple[Tensor, Tensor] | str | None:
     prior, bias = _lanes_of_prior(rows), _lanes_of_bias(rows)
     if prior is None or bias is None:
         return bias if prior is None else prior
-    for lanes in (prior, bias):
-        if isinstance(lanes, str):
-            return lanes
+    if isinstance(prior, str) or isinstance(bias, str):
+        return prior if isinstance(prior, str) else bias
     return torch.cat([prior[0], bias[0]], dim=-1), torch.cat([prior[1], bias[1]], dim=-1)
 
 

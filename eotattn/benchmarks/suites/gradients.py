@@ -62,11 +62,12 @@ def slope_errors(
             with torch.no_grad():
                 prior.strength.copy_(0.5 / units)
         q, k, v, up = (tensor.detach() for tensor in (query, key, value, upstream))
-        sink = {"sink": 0.0} if has_sink else {}
-        exact = slope_gradient(q, k, v, up, prior.slopes.detach(), 1 / math.sqrt(width), **sink)
+        sink = 0.0 if has_sink else -math.inf
+        exact = slope_gradient(q, k, v, up, prior.slopes.detach(), 1 / math.sqrt(width), sink=sink)
         for first in offsets:
             positions = range(first, first + length)
-            options = {"backend": backend, "sinks": torch.zeros(heads, device=query.device) if has_sink else None}
+            options: dict[str, Any] = {"backend": backend}
+            options["sinks"] = torch.zeros(heads, device=query.device) if has_sink else None
             found = _gradient(prior, [query, key, value], up, positions, **options).double() / units
             error = (found - exact).abs() / exact.square().mean().sqrt()  # of the slope: every head counts alike
             name = f"slopes {slope}{', beside a sink, ' + backend if has_sink else ''}"
@@ -117,6 +118,7 @@ def sum_times(config: Configuration, shape: tuple[int, ...]) -> list[Row]:
 
 def _gradient(prior: RecencyPrior, sides: list[Tensor], upstream: Tensor, positions: range, **options: Any) -> Tensor:
     """(H,) gradient of the strengths through one causal call."""
-    at: dict[str, Any] = {"query_positions": positions, "key_positions": positions}
-    output = output_of(prior_attention(*sides, prior=prior, is_causal=True, **at, **options))
+    options |= {"query_positions": positions, "key_positions": positions, "prior": prior, "is_causal": True}
+    query, key, value = sides
+    output = output_of(prior_attention(query, key, value, **options))
     return torch.autograd.grad(output, [prior.strength], upstream)[0]
