@@ -26,6 +26,8 @@ from eotattn.priors.reading import expand_heads
 
 __all__ = ["attend", "calls", "is_worth_it", "refusal"]
 
+#: Nats below the largest bias that a call counts from, where a key has no weight any more.
+NEGLIGIBLE = 100.0
 #: Errors of the log-prior that calls may make by adding up a bias of keys, nats, unless a tolerance is given.
 ALLOWED = {torch.float32: 1e-5, torch.float64: 1e-12}
 
@@ -65,8 +67,10 @@ def is_worth_it(call: AttentionCall) -> bool:
 
 
 def calls(call: AttentionCall) -> Iterator[AttentionCall]:
-    """The stock calls, for a call that is not refused."""
-    yield from (part.call for part in _parts(call))
+    """The stock calls, for a call that is not refused; their biases no lower than where keys have weight."""
+    for part in _parts(call):
+        bias = part.call.key_bias
+        yield part.call if bias is None else replace(part.call, key_bias=bias.clamp(min=-NEGLIGIBLE))
 
 
 def attend(call: AttentionCall, fused: Callable[[AttentionCall], Any]) -> tuple[Tensor, Tensor]:

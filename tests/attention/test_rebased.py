@@ -130,6 +130,7 @@ def test_explain_says_what_it_does():
     assert told.backend == "rebased"
     assert "from close by" in str(told)
     assert coarse.error_bound > 1e-5
+    assert told.error_bound < coarse.error_bound / 5
 
 
 def test_slope_gradients_beside_a_sink_are_right_in_bfloat16(monkeypatch):
