@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from eotattn.attention import near_far
+from eotattn.attention import near_far, rebased
 from eotattn.attention.call import AttentionCall
 from eotattn.attention.measured import preference
 from eotattn.attention.operands import call_terms, operands, plan_of
@@ -143,6 +143,23 @@ class NearFar:
         return Served(_without_empty_rows(call, output), lse=_of_rows_with_keys(call, lse, float("-inf")))
 
 
+class Rebased:
+    """Stock calls over rectangles whose lanes and biases count from close by: exact where one call loses digits."""
+
+    name = "rebased"
+
+    def refusal(self, call: AttentionCall) -> str | None:
+        """Why it cannot serve the call, or ``None``."""
+        if call.return_weights or call.is_shared:
+            return NO_WEIGHTS if call.return_weights else STOCK_ONLY
+        return NO_TRANSFORMS if _is_transformed(call) else rebased.refusal(call)
+
+    def run(self, call: AttentionCall) -> Served:
+        """Output and log-sum-exp."""
+        output, lse = rebased.attend(call, Sdpa().run)
+        return Served(_without_empty_rows(call, output), lse=_of_rows_with_keys(call, lse, float("-inf")))
+
+
 class Varlen:
     """PyTorch's variable-length kernel with the prior in lanes: no mask, whatever the pattern; GPU, 16 bits."""
 
@@ -224,7 +241,9 @@ class Flex:
 
 
 #: Backends by the names that users ask for.
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Sdpa(), NearFar(), Varlen(), Flex(), Reference())}
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend for backend in (Sdpa(), NearFar(), Rebased(), Varlen(), Flex(), Reference())
+}
 NO_TRANSFORMS = "the log-sum-exp of fused calls has no gradient under torch.func; use backend='reference'"
 STOCK_ONLY = "context_parallel shares stock calls between processes; use backend='sdpa'"
 NO_WEIGHTS = "fused kernels do not return weights; use backend='reference'"
@@ -243,11 +262,12 @@ def answer(call: AttentionCall, backend: Backend) -> Served:
 
 
 def choose(call: AttentionCall) -> Backend:
-    """The first backend that can serve the call, fastest first as measured."""
+    """The first that can serve the call, fastest first as measured; ``rebased`` where one call is too coarse."""
     if call.return_weights:
         return BACKENDS["reference"]
-    has_prior = call.prior is not None or call.key_bias is not None
-    names = preference(call.masks, call.query.shape[2], has_prior=has_prior)
+    if call.key_bias is not None and rebased.is_worth_it(call) and BACKENDS["rebased"].refusal(call) is None:
+        return BACKENDS["rebased"]
+    names = preference(call.masks, call.query.shape[2], has_prior=call.has_log_prior)
     for name in names:
         if BACKENDS[name].refusal(call) is None:
             return BACKENDS[name]

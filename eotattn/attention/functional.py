@@ -87,14 +87,18 @@ def prior_attention(
         tolerance: Error that the prior's lanes may add in 16 bits, nats; by default about what content's own rounding
             costs. A smaller one takes more lanes.
         backend: ``"auto"``, ``"sdpa"`` (lanes through stock fused calls), ``"near_far"`` (priors that are a constant,
-            or have lanes, far away: near keys by blocks, far keys in stock calls), ``"varlen"`` (lanes through the
-            variable-length kernel; GPU, 16 bits), ``"flex"`` (GPU) or ``"reference"`` (dense). A backend asked for by
-            name is used or refused, never replaced; ``"auto"`` takes the fastest that can serve the call, as measured;
-            :func:`explain` says which, and why.
+            or have lanes, far away: near keys by blocks, far keys in stock calls), ``"rebased"`` (lanes through
+            log2(Q / 128) stock calls that count from close by: exact however far biases sum up), ``"varlen"`` (lanes
+            through the variable-length kernel; GPU, 16 bits), ``"flex"`` (GPU) or ``"reference"`` (dense). A backend
+            asked for by name is used or refused, never replaced; ``"auto"`` takes the fastest that can serve the call,
+            as measured; :func:`explain` says which, and why.
         key_bias: A log-prior of keys that the tokens decide: (B, H, K), or (B, Hk, K) or (B, 1, K) where heads share
             it and its lanes; nats, finite, any floating dtype, with gradient. Beside a cache (B, ..., Q), of the new
             tokens, with every call or with none. Lanes carry it exactly to the last digit of float32; float64 keeps
-            sums over many tokens exact until then. Hide keys by ``key_padding_mask`` instead.
+            sums over many tokens exact until then. One call adds it to the scores in float32, which errs by up to 6e-8
+            of what the bias spans: where that is beyond 1e-5 nats in float32, or beyond ``tolerance``, ``"auto"`` takes
+            ``"rebased"`` on a CPU, which sees the numbers at once; elsewhere name it. Hide keys by
+            ``key_padding_mask`` instead.
         query_bias: (B, H, Q), nats: a constant of each row. Softmax does not see it; sinks and the log-sum-exp do. Its
             gradient is what rounding leaves of a sum that is zero in exact arithmetic. Where both biases are of the
             same numbers, as the running sums -c and c of log forgetting gates, the gradient of these numbers is a

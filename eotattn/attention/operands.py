@@ -76,7 +76,8 @@ def plan_of(call: AttentionCall, terms: tuple[Term | KeyTerm, ...]) -> tuple[Lan
     origin: Tensor | int = 0
     if query_at.run is not None and key_at.run is not None:
         runs = _run(query_at.run), _run(key_at.run)
-        origin = runs[0][0] + runs[0][1] // 2
+        after = query_at.run[0] >= sum(key_at.run)  # what is near the edge between them is then a small number
+        origin = runs[0][0] if after else runs[0][0] + runs[0][1] // 2
         ends = [end for first, length in runs for end in (first, first + length)]
         span = Span(bits_of(max(map(abs, ends))), bits_of(max(abs(end - origin) for end in ends)))
     elif query_at.on_grid:

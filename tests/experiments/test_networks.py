@@ -269,7 +269,7 @@ def test_graphs_of_gates_hold_no_scan(kind):
     network = decoder(kind)
     for graph in graphs_of(network, tokens(6)):
         assert graph["eotattn.running_sums.default"] == len(network.blocks)
-        assert not [name for name in graph if "cum" in name or "scan" in name]
+        assert not [target for target in graph if "cum" in target or "scan" in target]
 
 
 def test_gates_train_with_the_content_and_sinks_with_the_priors():

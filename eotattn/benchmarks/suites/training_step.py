@@ -70,6 +70,7 @@ def _layers(sizes: _Sizes) -> dict[str, Callable[[], nn.Module]]:
         "eotattn, GOAT, appended": goat,
         "eotattn, gates, reserved": lambda: ours(prior=gates(), **reserved),
         "eotattn, GOAT and gates, reserved": lambda: goat(gates=gates(), **reserved),
+        "flash-linear-attention, gates": lambda: peers.FlashForgetting(width, heads, gates().bias.detach()),
     }
 
 
@@ -96,7 +97,7 @@ def _step(make: Callable[[], nn.Module], sizes: _Sizes, config: Configuration) -
     decoder = nn.Sequential(nn.Embedding(sizes.vocabulary, sizes.width), *blocks, *ends).to(device)
     if device.type != "cpu":
         for block in blocks:
-            block.compile(fullgraph=True)
+            block.compile(fullgraph=not isinstance(block.attention, peers.FlashForgetting))
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-4, fused=True)
     tokens = torch.randint(sizes.vocabulary, (sizes.batch, sizes.length + 1)).to(device)
 
