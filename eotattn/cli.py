@@ -138,7 +138,7 @@ def _add_bench(subparsers: Subparsers[_Parser]) -> None:
     text = "time, memory and error against every peer that is installed"
     parser = subparsers.add_parser("bench", help=text, description=text)
     suites = "overview (a GPU's bounds in minutes), attention, layer, decode, padding, patterns, relative, precision, "
-    suites += "gradients, training, rotary, sinks, transport, statistics or ring (several GPUs)"
+    suites += "gradients, training, rotary, sinks, transport, statistics, ring or parallel (several GPUs)"
     parser.add_argument("suite", help=suites)
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default: float32)")

@@ -5,13 +5,9 @@ Legend: H heads, L tokens, D head width.
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +21,7 @@ from eotattn.attention.call_positions import Shard
 from eotattn.attention.statistics import SequenceStatistics, row_statistics
 from eotattn.benchmarks.suites.configuration import Configuration
 from eotattn.benchmarks.suites.inputs import gpt_prior, measured, output_of, trained
+from eotattn.benchmarks.suites.launch import measure_together
 from eotattn.benchmarks.timing import Candidate, Row
 from eotattn.priors import LogPrior
 
@@ -40,30 +37,16 @@ Content = tuple[Tensor, Tensor, Tensor]
 def ring(config: Configuration) -> Iterator[Row]:
     """Forward, and forward and backward, on one GPU and on all of them; what lanes cost, and how exact they are."""
     count = torch.cuda.device_count() if config.device == "cuda" else 1
-    with tempfile.TemporaryDirectory() as folder:
-        if count > 1:
-            torch.multiprocessing.spawn(_work, args=(config, count, folder), nprocs=count)
-        else:
-            _work(0, config, 1, folder)
-        yield from json.loads(Path(folder, "rows.json").read_text())
+    yield from measure_together(partial(_work, count=count), config, count)
     if count == 1:
         yield {"name": "PyTorch's ring", "failure": f"it shares work between GPUs; got one process on {config.device}"}
 
 
-def _work(rank: int, config: Configuration, count: int, folder: str) -> None:
-    """Measure in step with the other processes; the first one writes the rows down."""
-    if count > 1:
-        torch.cuda.set_device(rank)
-        config = replace(config, device=f"cuda:{rank}")
-        dist.init_process_group("nccl", init_method=f"file://{folder}/store", rank=rank, world_size=count)
-    rows: list[Row] = []
+def _work(config: Configuration, count: int) -> Iterator[Row]:
+    """Measure in step with the other processes."""
     heads, width = config.pick([(2, 16)], [(8, 64)])[0]
     for length in config.pick([64], [131072, 1048576]):
-        rows += _rows(config, count, heads, length, width)
-    if rank == 0:
-        Path(folder, "rows.json").write_text(json.dumps(rows))
-    if count > 1:
-        dist.destroy_process_group()
+        yield from _rows(config, count, heads, length, width)
 
 
 def _rows(config: Configuration, count: int, heads: int, length: int, width: int) -> list[Row]:
