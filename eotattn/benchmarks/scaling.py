@@ -54,7 +54,8 @@ class DecoderSizes:
     def block_parameters(self) -> int:
         """Of all blocks: projections of attention and of the gated MLP, and the weights of two norms each."""
         hidden = 64 * -(-8 * self.width // (3 * 64))
-        projections = 2 * self.width * (self.width + self._kv_width) + 3 * self.width * hidden
+        kv_width = self.width // self.heads * (self.kv_heads or self.heads)
+        projections = 2 * self.width * (self.width + kv_width) + 3 * self.width * hidden
         return self.layers * (projections + 2 * self.width)
 
     @property
@@ -62,34 +63,38 @@ class DecoderSizes:
         """Of the whole decoder without priors."""
         return self.block_parameters + self.width + 2 * self.vocabulary * self.width
 
-    def matrix_operations(self) -> float:
-        """Floating-point operations a token of all matrix products, forward and backward: six a weight."""
-        weights = self.block_parameters - 2 * self.layers * self.width + self.vocabulary * self.width
-        return 6.0 * weights
+    def matrix_operations(self, *, recompute: bool = False) -> float:
+        """Floating-point operations a token of all matrix products, forward and backward: six a weight.
 
-    def attention_operations(self, length: int) -> float:
+        Args:
+            recompute: Whether blocks keep their inputs alone and compute the rest again in the backward pass.
+        """
+        blocks = self.block_parameters - 2 * self.layers * self.width
+        return 6.0 * (blocks + self.vocabulary * self.width) + 2.0 * blocks * recompute
+
+    def attention_operations(self, length: int, *, recompute: bool = False) -> float:
         """Floating-point operations a token of causal attention, forward and backward.
 
         Seven products over half of the square: scores and outputs; in the backward pass scores once more, and the
-        gradients of values, weights, queries and keys. Lanes widen the four of them that have D columns of content.
+        gradients of values, weights, queries and keys. Lanes widen four of them: the scores and what follows from them.
         """
         wider = 1 + self.appended * self.heads / self.width
-        return self.layers * length * self.width * (3 + 4 * wider)
+        return self.layers * length * self.width * (3 + 4 * wider + (1 + wider) * recompute)
 
-    def ring_bytes(self, length: int, ring: int) -> float:
+    def ring_bytes(self, length: int, ring: int, *, recompute: bool = False) -> float:
         """Bytes that each of ``ring`` GPUs sends for one sequence.
 
-        Keys and values go round in bfloat16, forward and again backward; their gradients go round in float32, and home,
-        as in PyTorch's ``context_parallel``.
+        Keys and values go round in bfloat16, once forward and once backward; their gradients go round in float32, and
+        home, as in PyTorch's ``context_parallel``.
         """
         if ring == 1:
             return 0.0
-        numbers = length * (2 * self._kv_width + self.appended * (self.kv_heads or self.heads))
-        return self.layers * numbers * (2 * HALF * (ring - 1) / ring + SINGLE)
+        return self.layers * length * self.kv_numbers * ((2 + recompute) * HALF * (ring - 1) / ring + SINGLE)
 
     @property
-    def _kv_width(self) -> int:
-        return self.width // self.heads * (self.kv_heads or self.heads)
+    def kv_numbers(self) -> int:
+        """Of the key, with its lanes, and the value of a token in one block."""
+        return (2 * self.width // self.heads + self.appended) * (self.kv_heads or self.heads)
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,8 @@ class StepCost:
         ring: Seconds that keys, values and their gradients are on links.
         gradients: Seconds that gradients of weights are on links.
         state_gib: Memory of weights, gradients and moments on each GPU, GiB.
+        kept_gib: Memory of what the backward pass waits for, at least: the inputs of blocks, and the keys, values and
+            their gradients of one block, which every GPU of a ring gathers, GiB.
     """
 
     matrices: float
@@ -132,6 +139,7 @@ class StepCost:
     ring: float
     gradients: float
     state_gib: float
+    kept_gib: float
 
     @property
     def least(self) -> float:
@@ -145,7 +153,15 @@ class StepCost:
 
 
 def step_cost(
-    sizes: DecoderSizes, machine: Machine, *, length: int, tokens: int, gpus: int, ring: int = 1, sharded: bool = False
+    sizes: DecoderSizes,
+    machine: Machine,
+    *,
+    length: int,
+    tokens: int,
+    gpus: int,
+    ring: int = 1,
+    recompute: bool = False,
+    sharded: bool = False,
 ) -> StepCost:
     """A step over ``tokens`` tokens in sequences of ``length``, each shared by ``ring`` of ``gpus`` GPUs.
 
@@ -156,6 +172,7 @@ def step_cost(
         tokens: Tokens of a step, all GPUs together.
         gpus: Number of GPUs.
         ring: GPUs that share a sequence; divides ``gpus``.
+        recompute: Whether blocks keep their inputs alone; a GPU then computes one sequence, or its share, at a time.
         sharded: Whether weights, gradients and moments are shared out over the GPUs (FSDP): then weights are gathered
             twice in bfloat16 and gradients are scattered in float32, once a step.
 
@@ -171,11 +188,12 @@ def step_cost(
     once = (gpus - 1) / gpus * sizes.parameters
     sent = once * (2 * HALF + SINGLE) if sharded else once * 2 * SINGLE
     return StepCost(
-        matrices=share * sizes.matrix_operations() / machine.matrix_rate,
-        attention=share * sizes.attention_operations(length) / machine.attention_rate,
-        ring=sequences * sizes.ring_bytes(length, ring) / machine.link(ring),
+        matrices=share * sizes.matrix_operations(recompute=recompute) / machine.matrix_rate,
+        attention=share * sizes.attention_operations(length, recompute=recompute) / machine.attention_rate,
+        ring=sequences * sizes.ring_bytes(length, ring, recompute=recompute) / machine.link(ring),
         gradients=sent / machine.link(gpus),
         state_gib=STATE * sizes.parameters / (gpus if sharded else 1) / 2**30,
+        kept_gib=length * (sizes.layers * sizes.width * HALF / ring + sizes.kv_numbers * (HALF + SINGLE)) / 2**30,
     )
 
 

@@ -1,9 +1,12 @@
 """The model of costs: operations against PyTorch's own counter, bytes against messages sent one by one."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 
 from eotattn.benchmarks.scaling import DecoderSizes, Machine, step_cost, stored_table, with_appended
@@ -25,15 +28,18 @@ def test_parameters_are_those_of_the_decoder():
     assert paper.parameters == 110_119_680
 
 
-def test_operations_are_those_that_pytorch_counts():
-    length, batch = 24, 2
+@pytest.mark.parametrize("recompute", [False, True])
+def test_operations_are_those_that_pytorch_counts(recompute):
+    length, batch, network = 24, 2, decoder(24)
+    for block in network.blocks if recompute else ():
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     tokens = torch.randint(50, (batch, length), generator=torch.Generator().manual_seed(0))
-    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        decoder(length)(tokens).square().sum().backward()
-    counted = counter.get_total_flops()
-    # PyTorch counts whole squares of scores, in six products: scores are kept for the backward pass.
-    squares = SIZES.attention_operations(length) * 2 * 6 / 7
-    assert counted == batch * length * (SIZES.matrix_operations() + squares)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), set_checkpoint_early_stop(False):
+        network(tokens).square().sum().backward()
+    # PyTorch counts whole squares of scores, and not those that fused kernels compute again in the backward pass.
+    squares = 2 * SIZES.attention_operations(length, recompute=recompute) - 2 * SIZES.layers * length * SIZES.width
+    expected = batch * length * (SIZES.matrix_operations(recompute=recompute) + squares)
+    assert counter.get_total_flops() == expected
 
 
 @pytest.mark.parametrize("ring", [1, 2, 5])
@@ -48,6 +54,8 @@ def test_bytes_of_a_ring_are_those_of_its_messages(ring):
         for _ in range(ring if ring > 1 else 0):  # gradients follow, and come home
             sent += 4 * (key + value)
     assert sizes.ring_bytes(length, ring) == pytest.approx(sent)
+    once_more = sizes.layers * (ring - 1) * 2 * (key + value)
+    assert sizes.ring_bytes(length, ring, recompute=True) == pytest.approx(sent + once_more)
 
 
 def test_times_are_operations_and_bytes_over_rates():
@@ -59,6 +67,8 @@ def test_times_are_operations_and_bytes_over_rates():
     assert cost.gradients == pytest.approx(14 * (SIZES.parameters / 8) * 4 / 1e9)
     assert cost.least == max(cost.matrices + cost.attention, cost.ring + cost.gradients)
     assert cost.most == pytest.approx(cost.matrices + cost.attention + cost.ring + cost.gradients)
+    # Per block 16 numbers of a quarter of the inputs, then keys and values of 64 tokens and their gradients.
+    assert cost.kept_gib * 2**30 == pytest.approx(3 * 16 * 96 * 2 + 64 * 2 * 96 * (2 + 4))
     sharded = step_cost(SIZES, MACHINE, length=64, tokens=64 * 8, gpus=8, ring=4, sharded=True)
     assert sharded.state_gib == pytest.approx(cost.state_gib / 8)
 
