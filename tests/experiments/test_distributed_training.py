@@ -289,13 +289,16 @@ def test_the_command_line_shares_a_run_and_speaks_once(tmp_path, capsys):
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == len(lines) == 2
     assert done.stderr.count("rope, seed 0, step 5: loss") == 1
-    one, two = (read_losses(tmp_path / name) for name in ("alone", "two"))
+    (one, device), (two, devices) = (read_run(tmp_path / name) for name in ("alone", "two"))
+    assert (device, devices) == ("cpu", "2 x cpu")
     assert two == pytest.approx(one, abs=1e-4)  # float32: ten times what was measured
     wrong = subprocess.run([*command, *asked, str(tmp_path / "two"), "--jobs", "2"], **told_to)
     assert wrong.stderr.count("--jobs must be 1 where the processes of a launcher share each run; got 2") == 1
 
 
-def read_losses(out):
+def read_run(out):
+    """Losses of a run, and the device that its record names."""
     folder = RunFolder(ResultFolder(str(out), "smoke", "fig_sinks"))
-    rows = json.loads((folder.path / "rope-seed0.json").read_text())["rows"]
-    return [row["value"] for row in rows if row["quantity"] in ("training_loss", "validation_loss")]
+    record = json.loads((folder.path / "rope-seed0.json").read_text())
+    losses = [row["value"] for row in record["rows"] if row["quantity"] in ("training_loss", "validation_loss")]
+    return losses, record["device"]
