@@ -23,7 +23,7 @@ from eotattn.experiments.runs import Plan, RunsFailedError, UnknownRunsError, pe
 from eotattn.experiments.scales import ALL_SCALES, SCALES, check_scale
 from eotattn.experiments.studies import ablations, copy_mixture, dna, language, retrieval, vision
 from eotattn.experiments.tasks.token_text import BOOKS, DATA_VARIABLE
-from eotattn.processes import is_first_process
+from eotattn.processes import is_first_process, num_processes
 from eotattn.provenance import check_writable, write_atomically
 
 __all__ = ["FIGURES", "Figure", "find_notebooks", "make_runs", "reproduce", "strip_machine"]
@@ -197,6 +197,8 @@ def reproduce(
     if jobs is not None:
         check_positive_int("reproduce", "jobs", jobs)
     found = choose_figures("reproduce", figures, scale)
+    rule, remedy = "be drawn by one process", "Make their runs with eotattn train"
+    require(num_processes() == 1, "reproduce", "figures", rule, f"{num_processes()} processes", remedy)
     check_writable("reproduce", Path(out) / scale, given=out)
     check_installed("reproduce", "experiments", *REQUIREMENTS)
     folder = find_notebooks(found.values())

@@ -25,8 +25,8 @@ from eotattn.experiments.training import TrainingConfig, train
 
 #: A checkpoint at step 4 or 8 falls between two rows of the loss, whose sums it must hold.
 CONFIG = TrainingConfig(steps=12, batch_size=8, warmup_steps=2, log_every=3, checkpoint_every=4, learning_rate=1e-3)
-#: Gradients of log-priors are float32 numbers, so parts of a batch round them by 6e-8; a dozen steps of Adam, 1e-3 each,
-#: move a log-prior by 1e-9 at most from where the whole batch does. All else is float64.
+#: Gradients of log-priors are float32 numbers, so parts of a batch round them by 6e-8; a dozen steps of Adam of 1e-3
+#: each move a log-prior by 1e-9 at most from where the whole batch does. All else is float64.
 LOSSES, OUTPUTS = 1e-9, 1e-7
 ACCUMULATIONS = (1, 4)
 

@@ -22,7 +22,7 @@ from eotattn.attention.statistics import SequenceStatistics, row_statistics
 from eotattn.benchmarks.suites.configuration import Configuration
 from eotattn.benchmarks.suites.inputs import gpt_prior, measured, output_of, trained
 from eotattn.benchmarks.suites.launch import measure_together
-from eotattn.benchmarks.timing import Candidate, Row
+from eotattn.benchmarks.timing import Candidate, Row, measure
 from eotattn.priors import LogPrior
 
 __all__ = ["ring"]
@@ -60,7 +60,7 @@ def _rows(config: Configuration, count: int, heads: int, length: int, width: int
                 alone: list[Row] = []
                 if length <= LONGEST_ALONE:
                     whole = _content(config, heads, length, width)
-                    alone = measured(_candidates(whole, prior, "one process", backward=backward), config)
+                    alone = _measured(_candidates(whole, prior, "one process", backward=backward), config, length)
                 shared = _in_ring(config, count, (heads, length, width), prior, backward=backward) if count > 1 else []
             baseline = (alone or shared)[0].get("median_ms")
             for row in (*alone, *shared):
@@ -72,6 +72,13 @@ def _rows(config: Configuration, count: int, heads: int, length: int, width: int
     if count > 1:
         rows += [{**size, "pass": "statistics", **row} for row in _statistics(config, count, prior, length, width)]
     return rows
+
+
+def _measured(candidates: Sequence[Candidate], config: Configuration, length: int) -> list[Row]:
+    """Time the candidates; where a call takes seconds, a few single ones."""
+    if length <= LONGEST_ALONE:
+        return measured(candidates, config)
+    return measure(candidates, device=torch.device(config.device), rounds=min(3, config.rounds), warmup=1, calls=1)
 
 
 def _kernels(config: Configuration) -> dict[str, SDPBackend | None]:
@@ -122,7 +129,7 @@ def _in_ring(
     content = _content(config, heads, length, width, mine)
     mesh = init_device_mesh("cuda", (count,))
     with context_parallel(mesh, buffers=[torch.zeros(2 * count, device=config.device)], buffer_seq_dims=[0]):
-        rows = measured(_candidates(content, prior, f"{count} processes", backward=backward), config)
+        rows = _measured(_candidates(content, prior, f"{count} processes", backward=backward), config, length)
         output = _output(content, prior)
     if length <= LONGEST_ALONE and not backward:
         whole = _output(_content(config, heads, length, width), prior)[:, :, mine]
@@ -177,4 +184,4 @@ def _statistics(config: Configuration, count: int, prior: LogPrior, length: int,
             Candidate("SDPA, one process", lambda: forward),
             Candidate(f"eotattn, statistics, {count} processes", lambda: all_statistics),
         ]
-        return measured(candidates, config)
+        return _measured(candidates, config, length)
