@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 
-from eotattn.benchmarks.scaling import DecoderSizes, Machine, step_cost, stored_table, with_appended
+from eotattn.benchmarks.step_costs import DecoderSizes, Machine, step_cost, stored_table, with_appended
 from eotattn.experiments.networks import Decoder, DecoderConfig
 
 SIZES = DecoderSizes(layers=3, width=96, heads=6, vocabulary=50)
