@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from eotattn.checks import require
 from eotattn.experiments.device import training_device, training_device_name
 from eotattn.experiments.results import ResultFolder
+from eotattn.processes import is_first_process
 from eotattn.provenance import provenance, write_atomically
 
 __all__ = [
@@ -231,8 +232,9 @@ def make(run: Run, store: RunFolder) -> Record:
         seconds=seconds,
         provenance=origin,
     )
-    store.write(record)
-    checkpoint.unlink(missing_ok=True)
+    if is_first_process():
+        store.write(record)
+        checkpoint.unlink(missing_ok=True)
     return record
 
 

@@ -49,10 +49,11 @@ from typing import Any
 
 import torch
 
-from eotattn.checks import called, check_positive, check_positive_int
+from eotattn.checks import called, check_positive, check_positive_int, require
 from eotattn.experiments.device import training_device
 from eotattn.experiments.records import Measurement, Record, Records, Run, RunFolder, make
 from eotattn.experiments.results import ResultFolder
+from eotattn.processes import agreed, num_processes
 
 __all__ = [
     "Measurement",
@@ -97,7 +98,9 @@ class UnknownRunsError(ValueError):
 
 
 def default_jobs() -> int:
-    """One run a GPU, as many as torch has threads on a CPU."""
+    """One run a GPU, as many as torch has threads on a CPU; one where processes of a launcher share each run."""
+    if num_processes() > 1:
+        return 1
     return torch.cuda.device_count() if training_device().type == "cuda" else torch.get_num_threads()
 
 
@@ -134,6 +137,8 @@ def perform(
         UnknownRunsError: In the end, a ValueError, if a pattern of ``only`` names no run.
     """
     jobs = default_jobs() if jobs is None else check_positive_int("perform", "jobs", jobs)
+    rule, remedy = "be 1 where the processes of a launcher share each run", "Leave it out"
+    require(jobs == 1 or num_processes() == 1, "perform", "jobs", rule, jobs, remedy)
     deadline = time.monotonic() + 60 * check_positive("perform", "minutes", minutes, allow_inf=True)
     store = RunFolder(folder)
     records: dict[str, Record] = {}
@@ -143,7 +148,7 @@ def perform(
         named |= {run.name: run for run in new}
         missing = []
         for run in new:
-            record = store.read(run)
+            record = agreed(store.read(run))
             if record is not None:
                 records[run.name] = record
                 report(f"{run.name}: stored, {record.device}, {record.date}; {record.summary}")
@@ -188,15 +193,20 @@ def _made(runs: Sequence[Run], store: RunFolder, jobs: int, deadline: float) -> 
         yield from _side_by_side(runs, store, jobs, deadline)
         return
     for run in runs:
-        if time.monotonic() < deadline:
-            yield run.name, _attempt(run, store)
+        if agreed(time.monotonic() < deadline):
+            yield run.name, agreed(_attempt(run, store))
 
 
 def _attempt(run: Run, store: RunFolder) -> Record | str:
-    """A run's record, or the traceback of its exception: one failing run must not take the others with it."""
+    """A run's record, or the traceback of its exception: one failing run must not take the others with it.
+
+    Where processes share a run, the exception ends this one: the others would wait for it.
+    """
     try:
         return make(run, store)
     except Exception:
+        if num_processes() > 1:
+            raise
         return traceback.format_exc()
 
 
