@@ -21,7 +21,7 @@ from eotattn.transport.problems.admissibility import (
     checked_marginal,
     resolved_key_penalty,
 )
-from eotattn.transport.problems.affinity import Affinity, Number, is_constraint
+from eotattn.transport.problems.affinity import Affinity, Number, broadcast, is_constraint
 from eotattn.transport.problems.dense import DenseAffinity
 from eotattn.transport.problems.factored_statement import factored_affinity, point_affinity
 from eotattn.transport.problems.regulariser import Tsallis
@@ -312,7 +312,7 @@ class TransportProblem:
         """The leading dimensions, broadcast over all tensors; empty for one problem."""
         leaves = (self.query_marginal, self.key_marginal, self.epsilon, self.query_penalty, self.key_penalty)
         leads = [leaf.shape[:-1] for leaf in leaves if isinstance(leaf, Tensor)]
-        return torch.broadcast_shapes(self.affinity.shape[:-2], *leads)
+        return broadcast(self.affinity.shape[:-2], *leads)
 
     @property
     def regulariser(self) -> Tsallis | None:
