@@ -1,8 +1,9 @@
-"""Problems with every kind of marginal, through the POT call that is right for each."""
+"""The same problems through POT, the independent oracle. The only file that imports it."""
 
-# Legend: n queries, m keys. POT's traps that the calls below avoid (0.9.7, each shown by a test or by its source):
-# a balanced `ot.solve` ignores the reference `c`; `reg_type="entropy"` replaces it by ones; the unbalanced value lacks
-# mass terms; an empty row, or a column whose kernel underflows, silently returns the starting point.
+# Legend: n queries, m keys; n' and m' those that carry mass.
+# POT's traps that the calls below avoid (0.9.7, each shown by a test or by its source): a balanced `ot.solve` ignores the
+# reference `c`; `reg_type="entropy"` replaces it by ones; the unbalanced value lacks mass terms; an empty row, or a
+# column whose kernel underflows, silently returns the starting point.
 
 from __future__ import annotations
 
@@ -17,14 +18,13 @@ import torch
 from torch import Tensor
 
 from eotattn.transport.optimality.objective import primal_objective
-from eotattn.transport.optimality.reduced import ReducedProblem, reduce_problem
 from eotattn.transport.problems import TransportProblem
 from eotattn.transport.solvers.iteration import temperatures
 
-__all__ = ["LOG_CALL", "UNBALANCED_CALL", "PotSolution", "hard_marginals", "log_sinkhorn", "solve", "tensor_like"]
+__all__ = ["PotSolution", "fixed_key_marginal", "log_sinkhorn", "solve"]
 
-LOG_CALL = "ot.bregman.sinkhorn_log"
-UNBALANCED_CALL = "ot.unbalanced.sinkhorn_unbalanced"
+_LOG_CALL = "ot.bregman.sinkhorn_log"
+_UNBALANCED_CALL = "ot.unbalanced.sinkhorn_unbalanced"
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,43 +75,43 @@ def solve(problem: TransportProblem, *, tolerance: float = 1e-15, max_iterations
     Source: POT, Flamary et al. 2021.
     """
     if problem.is_balanced:
-        return _run(
-            problem, lambda one: hard_marginals(one, reduce_problem(one), tolerance, max_iterations)[0], LOG_CALL
-        )
-    return _run(problem, lambda one: _soft(one, reduce_problem(one), tolerance, max_iterations), UNBALANCED_CALL)
+        return _run(problem, lambda one: _hard(one, _reduced(one), tolerance, max_iterations)[0], _LOG_CALL)
+    return _run(problem, lambda one: _soft(one, _reduced(one), tolerance, max_iterations), _UNBALANCED_CALL)
 
 
-def log_sinkhorn(
-    cost: Tensor,
-    query_marginal: Tensor,
-    key_marginal: Tensor,
-    *,
-    epsilon: float,
-    tolerance: float,
-    max_iterations: int = 10_000,
-) -> Tensor:
-    """Run ``ot.bregman.sinkhorn_log`` on tensors as they are, from zero: what a benchmark times, not an oracle.
+def fixed_key_marginal(problem: TransportProblem, key_marginal: Tensor) -> tuple[Tensor, Tensor]:
+    """Solve a free-key problem with its key marginal fixed: an oracle that shares nothing with the closed form.
+
+    At the key marginal of the free optimum the constraint is idle, so the key potential must be constant.
 
     Args:
-        cost: Shape (n, m), cost units.
-        query_marginal: Shape (n,), sums to one.
-        key_marginal: Shape (m,), sums to one.
-        epsilon: Temperature, cost units.
-        tolerance: POT's ``stopThr``.
-        max_iterations: POT's ``numItermax``.
+        problem: One problem (no batch) with free keys and an infinite query penalty.
+        key_marginal: Shape (m,), e.g. the column sums of the coupling to be tested.
 
     Returns:
-        The key potential, cost units, shape (m,), free up to a constant, against the reference without marginals.
+        ``(coupling, key_potential)``, shapes (n, m) and (m,), cost units; the potential is NaN on keys without mass.
+
+    Raises:
+        NotImplementedError: If the problem is a batch, has a key marginal, or a finite query penalty.
 
     Example:
-        >>> half = torch.full((2,), 0.5)
-        >>> log_sinkhorn(torch.zeros(2, 2), half, half, epsilon=1.0, tolerance=1e-6).diff()
-        tensor([0.])
-
-    Source: POT, Flamary et al. 2021.
+        >>> fixed_key_marginal(TransportProblem(torch.zeros(1, 2)), torch.tensor([0.5, 0.5]))[0]
+        tensor([[0.5000, 0.5000]])
     """
-    options = {"stopThr": tolerance, "numItermax": max_iterations, "warn": False, "log": True}
-    found: Tensor = ot.bregman.sinkhorn_log(query_marginal, key_marginal, cost, epsilon, **options)[1]["log_v"]
+    if problem.batch_shape or problem.key_marginal is not None or not math.isinf(problem.query_penalty):
+        rule = "serves one problem with free keys and an infinite query_penalty"
+        raise NotImplementedError(f"pot: {_LOG_CALL} as an oracle {rule}; got {problem}.")
+    arrays = _reduced(problem, key_marginal)
+    coupling, potential = _hard(problem, arrays, 1e-13, 100_000)
+    full = np.full(problem.num_keys, math.nan)
+    full[arrays.columns] = potential
+    return _tensor_like(problem, coupling), _tensor_like(problem, full)
+
+
+def log_sinkhorn(cost: Tensor, *marginals: Tensor, epsilon: float, tolerance: float) -> Tensor:
+    """``ot.bregman.sinkhorn_log`` on tensors as they are, from zero, for benchmarks: the key potential, cost units."""
+    options = {"stopThr": tolerance, "numItermax": 10_000, "warn": False, "log": True}
+    found: Tensor = ot.bregman.sinkhorn_log(*marginals, cost, epsilon, **options)[1]["log_v"]
     return epsilon * found
 
 
@@ -133,15 +133,15 @@ def _run(problem: TransportProblem, solver: Callable[[TransportProblem], np.ndar
         }
         return problem.with_tensors(*(None if tensor is None else tensor[index] for tensor in flat)).replaced(**own)
 
-    plans = [tensor_like(problem, solver(alone(index))) for index in range(math.prod(batch))]
+    plans = [_tensor_like(problem, solver(alone(index))) for index in range(math.prod(batch))]
     coupling = torch.stack(plans).reshape(*batch, n, m)
     with torch.no_grad():
         value = primal_objective(problem, coupling)
     return PotSolution(coupling, value, call)
 
 
-def hard_marginals(
-    problem: TransportProblem, arrays: ReducedProblem, tolerance: float, max_iterations: int
+def _hard(
+    problem: TransportProblem, arrays: _Arrays, tolerance: float, max_iterations: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Two hard marginals: the prior enters the cost, and warmer temperatures start the cooler ones."""
     forbidden = arrays.prior == 0
@@ -165,17 +165,19 @@ def hard_marginals(
                 warmstart=start,
             )
         start = (4 * log["log_u"], 4 * log["log_v"])
-    _require_converged(log["err"][-1], 10 * tolerance, LOG_CALL)
+    _require_converged(log["err"][-1], 10 * tolerance, _LOG_CALL)
     return arrays.restore(plan), problem.coldest * log["log_v"]
 
 
-def _soft(problem: TransportProblem, arrays: ReducedProblem, tolerance: float, max_iterations: int) -> np.ndarray:
+def _soft(problem: TransportProblem, arrays: _Arrays, tolerance: float, max_iterations: int) -> np.ndarray:
     """A soft or absent marginal: the reference is an argument, and free keys are a penalty of zero."""
     with np.errstate(over="ignore", invalid="ignore"):
         kernel = arrays.prior * np.exp(-arrays.cost / problem.epsilon)
     seen: np.ndarray = np.asarray(kernel.any(0))
     if not np.isfinite(kernel).all() or (problem.key_marginal is not None and not seen.all()):
-        raise NotImplementedError(f"pot.solve: {UNBALANCED_CALL} cannot hold {problem}; its kernel leaves the doubles.")
+        raise NotImplementedError(
+            f"pot.solve: {_UNBALANCED_CALL} cannot hold {problem}; its kernel leaves the doubles."
+        )
     # A column that underflows would make POT stop at its starting point; its mass is below 1e-300.
     arrays = arrays.keep_columns(seen)
     demand = _shifted_marginal(problem, arrays)
@@ -194,18 +196,18 @@ def _soft(problem: TransportProblem, arrays: ReducedProblem, tolerance: float, m
                 log=True,
             )
         except UserWarning as warning:
-            raise NotImplementedError(f"pot.solve: {UNBALANCED_CALL} cannot hold {problem}; {warning}.") from warning
-    _require_converged(log["err"][-1], tolerance, UNBALANCED_CALL)
+            raise NotImplementedError(f"pot.solve: {_UNBALANCED_CALL} cannot hold {problem}; {warning}.") from warning
+    _require_converged(log["err"][-1], tolerance, _UNBALANCED_CALL)
     return arrays.restore(plan)
 
 
-def _shifted_marginal(problem: TransportProblem, arrays: ReducedProblem) -> np.ndarray:
+def _shifted_marginal(problem: TransportProblem, arrays: _Arrays) -> np.ndarray:
     """The query marginal that undoes the shift of the rows, which a finite penalty would otherwise feel."""
     if problem.query_penalty in (0.0, math.inf):
         return arrays.query_marginal
     exponent = arrays.lift / problem.query_penalty
     if exponent.max() > 600:
-        raise NotImplementedError(f"pot.solve: {UNBALANCED_CALL} cannot hold {problem}; the optimal mass overflows.")
+        raise NotImplementedError(f"pot.solve: {_UNBALANCED_CALL} cannot hold {problem}; the optimal mass overflows.")
     return arrays.query_marginal * np.exp(exponent)
 
 
@@ -215,6 +217,57 @@ def _require_converged(error: float, tolerance: float, call: str) -> None:
         raise RuntimeError(f"pot: {call} must converge; got an error of {error:.1e}. Raise max_iterations or epsilon.")
 
 
-def tensor_like(problem: TransportProblem, array: np.ndarray) -> Tensor:
+def _tensor_like(problem: TransportProblem, array: np.ndarray) -> Tensor:
     """A tensor like the score."""
     return torch.as_tensor(array, dtype=problem.affinity.dtype, device=problem.affinity.device)
+
+
+@dataclass(frozen=True, eq=False)
+class _Arrays:
+    """One problem in float64, reduced to what carries mass and shifted to where doubles are accurate."""
+
+    cost: np.ndarray  # cost units, (n', m'): zero at the peak of each row, and on forbidden pairs
+    prior: np.ndarray  # (n', m'): one at the peak of each row, zero on forbidden pairs
+    lift: np.ndarray  # what the shift took from score + epsilon * log_prior, cost units, (n',)
+    rows: np.ndarray  # which queries remain, (n,)
+    columns: np.ndarray  # which keys remain, (m,)
+    query_marginal: np.ndarray  # (n',), positive
+    key_marginal: np.ndarray  # (m',), positive; ones for free keys
+
+    def restore(self, plan: np.ndarray) -> np.ndarray:
+        """Return the plan with zeros where rows and columns were dropped, shape (n, m)."""
+        full = np.zeros((self.rows.size, self.columns.size))
+        full[np.ix_(self.rows, self.columns)] = plan
+        return full
+
+    def keep_columns(self, kept: np.ndarray) -> _Arrays:
+        """Return the problem with some of the remaining keys dropped; ``kept`` are booleans of shape (m',)."""
+        columns = self.columns.copy()
+        columns[columns] = kept
+        cost, prior, key_marginal = self.cost[:, kept], self.prior[:, kept], self.key_marginal[kept]
+        return _Arrays(cost, prior, self.lift, self.rows, columns, self.query_marginal, key_marginal)
+
+
+def _reduced(problem: TransportProblem, key_marginal: Tensor | None = None) -> _Arrays:
+    """Drop what carries nothing, and shift the peak of every row to cost zero and prior one.
+
+    The shift changes no attention weights. Where a query penalty is zero it would change the mass, and is left out.
+    """
+    if problem.regulariser is not None:
+        raise NotImplementedError(f"pot: no call of POT serves this regulariser around a prior; got {problem}.")
+    score, log_prior, query, key = (None if x is None else x.detach().cpu().double().numpy() for x in problem.tensors)
+    key = key if key_marginal is None else key_marginal.detach().cpu().double().numpy()
+    assert score is not None
+    assert query is not None
+    nats = np.zeros_like(score) if log_prior is None else log_prior
+    rows = query > 0
+    columns = np.isfinite(nats[rows]).any(0) & (True if key is None else key > 0)
+    score, nats, query = score[rows][:, columns], nats[rows][:, columns], query[rows]
+    key = np.ones(score.shape[1]) if key is None else key[columns]
+    lift = np.zeros(len(query))
+    if problem.query_penalty > 0:
+        peak = (score / problem.epsilon + nats).argmax(1)[:, None]
+        top, top_nats = np.take_along_axis(score, peak, 1), np.take_along_axis(nats, peak, 1)
+        score, nats, lift = score - top, nats - top_nats, (top + problem.epsilon * top_nats)[:, 0]
+    cost = np.where(np.isfinite(nats), 0.0 - score, 0.0)
+    return _Arrays(cost, np.exp(nats), lift, rows, columns, query, key)
