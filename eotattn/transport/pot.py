@@ -1,8 +1,8 @@
 """The same problems through POT, the independent oracle. The only file that imports it."""
 
 # Legend: n queries, m keys; n' and m' those that carry mass.
-# POT's traps that the calls below avoid (0.9.7, each shown by a test or by its source): a balanced `ot.solve` ignores the
-# reference `c`; `reg_type="entropy"` replaces it by ones; the unbalanced value lacks mass terms; an empty row, or a
+# POT's traps that the calls below avoid (0.9.7, each shown by a test or by its source): a balanced `ot.solve` ignores
+# the reference `c`; `reg_type="entropy"` replaces it by ones; the unbalanced value lacks mass terms; an empty row, or a
 # column whose kernel underflows, silently returns the starting point.
 
 from __future__ import annotations
