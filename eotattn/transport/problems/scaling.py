@@ -140,7 +140,8 @@ class Scaling:
         weights = self._weights.view(-1, n, m)
         turned = weights.mT
         sends = self._log_marginal.exp().expand(*batch, n).reshape(-1, 1, n)
-        wanted = marginal.expand(*batch, m).reshape(-1, 1, m)
+        removed = (~self._live).to(marginal).expand(*batch, m).reshape(-1, 1, m)  # keys that stay where they are
+        wanted = marginal.expand(*batch, m).reshape(-1, 1, m) + removed
         factor = self._distance(potential).expand(*batch, m).reshape(-1, 1, m).exp()
         kept, before, rows = factor.clone(), torch.empty_like(factor), torch.empty_like(sends)
         going = active.expand(batch).reshape(-1, 1, 1)
@@ -149,7 +150,7 @@ class Scaling:
             steps = min(stride, most - done)
             for _ in range(steps):
                 torch.div(sends, torch.bmm(factor, turned, out=rows), out=rows)
-                torch.div(wanted, torch.bmm(rows, weights, out=before), out=before)
+                torch.div(wanted, torch.baddbmm(removed, rows, weights, out=before), out=before)
                 factor, before = before, factor
             torch.where(going, factor, kept, out=kept)
             count.add_(going, alpha=steps)

@@ -186,7 +186,7 @@ class _Level:
         bounds = min(most, int(left)), self.stride, -1.0 if self.bound is None else self.bound
         following, count, fine = scaling.iterated(self.potential, marginal, self.active, bounds)
         if not bool(fine.all()):
-            self.stride = self.stride if bool((fine & self.active).any()) else 1
+            self.stride //= 2  # the single step may bring the next ones within reach, or not
             following = torch.where(fine[..., None], following, self.step(self.potential, self.state))
             count = torch.where(fine, count, self.active)
         return following, count
