@@ -236,20 +236,7 @@ class TransportProblem:
         )
 
     def with_tensors(self, *tensors: Tensor | None) -> TransportProblem:
-        """Return the same problem over other tensors of the same shapes, unchecked: for detached or aliased copies.
-
-        Args:
-            *tensors: In the order of ``tensors``: for a dense problem the score (..., n, m), the log-prior or
-                ``None``, the query marginal (..., n), the key marginal (..., m) or ``None``.
-
-        Returns:
-            A problem with this one's epsilon and penalties.
-
-        Example:
-            >>> problem = TransportProblem(torch.zeros(2, 3))
-            >>> problem.with_tensors(problem.score + 1, None, problem.query_marginal, None).score.sum().item()
-            6.0
-        """
+        """The same problem over other tensors of the same shapes, in the order of ``tensors``, unchecked."""
         *parts, query_marginal, key_marginal = tensors
         return self.replaced(
             affinity=self.affinity.with_tensors(*parts), query_marginal=query_marginal, key_marginal=key_marginal
