@@ -37,6 +37,7 @@ from eotattn.attention.layer.goat_attention import GoatAttention
 from eotattn.attention.layer.prior_attention_layer import PriorAttention
 from eotattn.attention.layer.rotary import Rotary
 from eotattn.attention.merging import merge
+from eotattn.attention.static_cache import StaticCache
 from eotattn.attention.streaming_cache import StreamedAttention, StreamingCache
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "PackedDocuments",
     "PriorAttention",
     "Rotary",
+    "StaticCache",
     "StreamedAttention",
     "StreamingCache",
     "explain",

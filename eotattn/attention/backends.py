@@ -119,9 +119,10 @@ class Sdpa:
             return packed.attend(query, key, value, fused=fused, **shared)
         if band is not None and window is not None:
             return local.attend(query, key, value, window=window, offset=band.offset, fused=fused, **shared)
-        oblong = band is not None and not band.is_triangle
-        mask = band.mask(query.shape[2], key.shape[2], query.device) if oblong and band is not None else None
-        return fused(query, key, value, mask=mask, is_causal=masks.triangle, **shared)
+        if band is not None and band.is_triangle:  # a branch, since graphs want no symbol as an argument
+            return fused(query, key, value, mask=None, is_causal=True, **shared)
+        mask = None if band is None else band.mask(query.shape[2], key.shape[2], query.device)
+        return fused(query, key, value, mask=mask, is_causal=False, **shared)
 
 
 class NearFar:
@@ -299,6 +300,8 @@ def _without_empty_rows(call: AttentionCall, output: Tensor) -> Tensor:
 
 def _of_rows_with_keys(call: AttentionCall, rows: Tensor, otherwise: float) -> Tensor:
     """Rows (B, H, Q, ...) and ``otherwise`` where a query has no admissible key."""
+    if call.cache is not None and not call.cache.counts_on_host:
+        return rows  # new tokens are not padding there, so that each sees itself
     has_keys = call.masks.has_keys(call.query.shape[2])
     if has_keys is None:
         return rows

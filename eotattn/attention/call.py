@@ -165,7 +165,9 @@ class AttentionCall:
         seen: Band | Tensor | None = None
         if window is not None or is_causal:
             _check_pattern(is_causal, window, on_grid=query_at.on_grid)
-            in_slots = cache is not None and window is None  # slots are in the order of positions, padding or not
+            in_slots = (
+                cache is not None and cache.counts_on_host and window is None
+            )  # slots are in the order of positions, padding or not
             seen = Band(keys - queries) if in_slots else causal_pattern(query_at, key_at, window)
         masks = _gather((batch, heads, queries, keys), query, attn_mask, key_padding_mask, seen, None)
         return cls(

@@ -120,8 +120,9 @@ class Band:
 
     def mask(self, queries: int, keys: int, device: torch.device) -> Tensor:
         """(Q, K) boolean, true where visible."""
-        visible = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(self.offset)
-        return visible if self.window is None else visible.triu(self.offset - self.window + 1)
+        # sums, not tril, whose diagonal a graph holds fixed
+        lag = torch.arange(queries, device=device).unsqueeze(-1) + self.offset - torch.arange(keys, device=device)
+        return lag >= 0 if self.window is None else (lag >= 0) & (lag < self.window)
 
 
 def resolve_positions(
