@@ -5,6 +5,7 @@ Legend: B batch, Hk key heads, S slots, L new tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from eotattn.attention.cache import CacheView, KeyValueCache
+from eotattn.attention.slot_products import SlotProducts
 from eotattn.attention.slots import put
 from eotattn.checks import require
 from eotattn.compat import lasting
@@ -53,6 +55,7 @@ class StaticCache(KeyValueCache):
 
     @torch.inference_mode(False)
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        self._products: SlotProducts | None = None
         self._count = torch.zeros(1, dtype=torch.int64, device=keywords.get("device"))
         super().__init__(*arguments, **keywords)
         self._make_ready()
@@ -175,6 +178,16 @@ class StaticCache(KeyValueCache):
         self._count.add_(key.shape[2])
         return None
 
+    def _beside(self, query: Tensor, at: slice | Tensor, gains: Sequence[Tensor | None]) -> Tensor:
+        if isinstance(at, slice) or self._plan is None or self._products is None or gains:
+            return super()._beside(query, at, gains)
+        coefficients, _ = self._plan.coefficients(self._terms())
+        assert coefficients is not None
+        lanes = self._products.lanes(coefficients, at, self._plan.query.depth, query.dtype)
+        far, spare = sdpa.far_lift(query.dtype, scale=self.scale), self._keys.width - self.key_width - self._num_lanes - 1
+        parts = [query, lanes.expand(*query.shape[:-1], -1), query.new_full((), far).expand(*query.shape[:-1], 1)]
+        return functional.pad(torch.cat(parts, dim=-1), (0, spare))
+
     def _slot_numbers(self) -> Tensor:
         return torch.arange(self.max_length, device=self._count.device)
 
@@ -185,7 +198,9 @@ class StaticCache(KeyValueCache):
         if self._plan is not None and self._query_table is None:
             with torch.inference_mode(False):
                 self._query_table = self._plan.table("query", self._slot_positions(), self._origin)
-        numbers = (self._count, self._padding, self._positions, self._query_table, self._key_bias, self._kept)
+                self._products = SlotProducts.of(self._plan.query, self._query_table)
+        of_queries = () if self._products is None else self._products
+        numbers = (*of_queries, self._count, self._padding, self._positions, self._query_table, self._key_bias, self._kept)
         for tensor in (*numbers, *self._keys.tensors(), *self._values.tensors()):
             lasting(tensor)
 
