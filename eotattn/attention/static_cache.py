@@ -69,8 +69,10 @@ class StaticCache(KeyValueCache):
     @property
     def kept(self) -> Tensor | None:
         """(B, N) float64, what was kept of the last token, or ``None`` in an empty cache."""
-        if self.counts_on_host or self._kept is None:
+        if self.counts_on_host:
             return super().kept
+        if self._kept is None:
+            return None
         last = self._kept.index_select(2, (self._count - 1).clamp(min=0)).squeeze(2)
         return torch.where(self._count > 0, last, 0.0)
 
