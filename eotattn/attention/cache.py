@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from eotattn.attention.call_positions import static_size
 from eotattn.attention.masks import check_padding_mask
 from eotattn.attention.slots import make_slots, put
 from eotattn.attention.token_bias import is_learned, key_bias_term
@@ -107,12 +108,7 @@ class KeyValueCache:
             rule, heads = f"have a multiple of {num_kv_heads} heads", prior.num_heads
             require(heads % num_kv_heads == 0, "KeyValueCache", "prior", rule, heads, "Build it for query heads")
         self.max_length, self._length, self.first_position = max_length, 0, first_position
-        self.key_width, self.value_width, self.scale, self.prior = (
-            key_width,
-            value_width,
-            1 / math.sqrt(key_width),
-            prior,
-        )
+        self.key_width, self.value_width, self.prior = key_width, value_width, prior
         place = torch.empty(0, device=device).device
         self._keys, self._values = (
             make_slots("KeyValueCache", (batch_size, num_kv_heads, max_length, width), dtype, place, store)
@@ -132,6 +128,11 @@ class KeyValueCache:
         batch, heads = self._keys.shape[:2]
         sizes = f"{self.length} of {self.max_length} slots, {batch} x {heads} heads, {self._keys.dtype}"
         return f"{type(self).__name__}({sizes}, prior={'none' if self.prior is None else type(self.prior).__name__})"
+
+    @property
+    def scale(self) -> float:
+        """The scale that lanes are made for, 1 / sqrt(D); in graphs a number, not a symbol, whatever the widths."""
+        return 1 / math.sqrt(static_size(self.key_width))
 
     @property
     def length(self) -> int:

@@ -23,6 +23,7 @@ from eotattn.attention.call_positions import (
     Shard,
     causal_pattern,
     resolve_positions,
+    static_size,
 )
 from eotattn.attention.documents import PackedDocuments
 from eotattn.attention.masks import Masks, gather_masks
@@ -274,16 +275,6 @@ class AttentionCall:
         wide = [side.to(torch.promote_types(side.dtype, dtype)) for side in sides]
         bias = sum(wide[1:], start=wide[0]).to(dtype)  # large numbers that cancel, before they are rounded
         return bias if total is None else total + bias
-
-
-def static_size(size: int) -> int:
-    """A size as a number, also where a graph is traced whose sizes are symbols: the graph is then of this size."""
-    if not torch.compiler.is_compiling():
-        return size
-    number = 1
-    while number != size:
-        number += 1
-    return number
 
 
 def _check_shared(

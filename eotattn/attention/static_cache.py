@@ -186,7 +186,10 @@ class StaticCache(KeyValueCache):
         coefficients, _ = self._plan.coefficients(self._terms())
         assert coefficients is not None
         lanes = self._products.lanes(coefficients, at, self._plan.query.depth, query.dtype)
-        far, spare = sdpa.far_lift(query.dtype, scale=self.scale), self._keys.width - self.key_width - self._num_lanes - 1
+        far, spare = (
+            sdpa.far_lift(query.dtype, scale=self.scale),
+            self._keys.width - self.key_width - self._num_lanes - 1,
+        )
         parts = [query, lanes.expand(*query.shape[:-1], -1), query.new_full((), far).expand(*query.shape[:-1], 1)]
         return functional.pad(torch.cat(parts, dim=-1), (0, spare))
 
@@ -202,7 +205,15 @@ class StaticCache(KeyValueCache):
                 self._query_table = self._plan.table("query", self._slot_positions(), self._origin)
                 self._products = SlotProducts.of(self._plan.query, self._query_table)
         of_queries = () if self._products is None else self._products
-        numbers = (*of_queries, self._count, self._padding, self._positions, self._query_table, self._key_bias, self._kept)
+        numbers = (
+            *of_queries,
+            self._count,
+            self._padding,
+            self._positions,
+            self._query_table,
+            self._key_bias,
+            self._kept,
+        )
         for tensor in (*numbers, *self._keys.tensors(), *self._values.tensors()):
             lasting(tensor)
 
