@@ -23,6 +23,7 @@ from eotattn.kernels.sdpa import WIDTH_STEP
 from eotattn.priors import LogPrior
 from eotattn.priors.base import check_prior
 from eotattn.priors.lane_plan import LanePlan, LaneRequest, plan_lanes
+from eotattn.priors.memory import is_plain
 from eotattn.priors.probing import Span, bits_of
 from eotattn.priors.terms import KeyTerm, Term
 
@@ -246,7 +247,17 @@ class KeyValueCache:
             TypeError: If the padding is not boolean.
         """
         self._check_new(key, value, key_bias)
-        positions = self.next_positions(key.shape[-2], padding)
+        return self.fill(self.next_positions(key.shape[-2], padding), key, value, padding, key_bias)
+
+    def fill(
+        self,
+        positions: Tensor | range,
+        key: Tensor,
+        value: Tensor,
+        padding: Tensor | None = None,
+        key_bias: Tensor | None = None,
+    ) -> Tensor | range:
+        """:meth:`append` what :meth:`after` has let through, at the positions that it gave."""
         self._expect_bias(0 if key_bias is None else key_bias.shape[1])
         self._write(key, value, key_bias)
         if padding is not None and not isinstance(positions, range):
@@ -257,6 +268,13 @@ class KeyValueCache:
             self._widen()
             self._expect_no_padding(new.start)
         return positions
+
+    def shows(self, keys: Tensor, values: Tensor) -> bool:
+        """Whether these, from :meth:`after`, are views of what is stored now."""
+        if not is_plain():
+            return False
+        stored = (self._keys.address, self._values.address)
+        return (keys.data_ptr(), values.data_ptr()) == stored
 
     def operands(self, call: Any) -> tuple[Tensor, Tensor, Tensor] | None:
         """What a fused kernel takes for the queries of an :class:`AttentionCall`, whose keys were filled in last.
@@ -327,6 +345,11 @@ class KeyValueCache:
         self._length = length
 
     def _check_new(self, key: Tensor, value: Tensor, key_bias: Tensor | None) -> None:
+        batch, heads = self._keys.shape[:2]
+        sizes = [(batch, heads, key.shape[-2], width) for width in (self.key_width, self.value_width)]
+        plain = key_bias is None and self._key_bias is None and key.is_floating_point() and value.is_floating_point()
+        if plain and [tuple(key.shape), tuple(value.shape)] == sizes:  # quick, since every step asks
+            return
         for name, side, width in (("key", key, self.key_width), ("value", value, self.value_width)):
             check_floating("KeyValueCache", name, side)
             check_shape("KeyValueCache", name, side, (*self._values.shape[:2], key.shape[-2], width), "Match the cache")
@@ -419,11 +442,12 @@ class KeyValueCache:
             return False
         if self.prior is None and self._plan is None:
             return not self._hides_slots or math.isclose(call.scale, self.scale)
+        if self._plan is None or not math.isclose(call.scale, self.scale):
+            return False
+        if not torch.is_grad_enabled():
+            return True
         numbers = [] if self.prior is None else self.prior.parameters()
-        learns = any(map(is_learned, (call.query_bias, *call.query_gains))) or any(
-            is_learned(number) for number in numbers
-        )
-        return self._plan is not None and math.isclose(call.scale, self.scale) and not learns
+        return not any(map(is_learned, (call.query_bias, *call.query_gains, *numbers)))
 
     def _widen(self) -> None:
         """Make room for lanes and for the lane that hides slots, and on a CPU for values as wide as keys."""

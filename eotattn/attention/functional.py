@@ -127,7 +127,8 @@ def prior_attention(
     if cache is not None:
         _check_left_to_cache(query, key, cache, query_positions, key_positions, documents)
         check_biases("prior_attention", query, key, key_bias, query_bias, cache.scale if scale is None else scale)
-        key, value, query_positions, key_positions, key_padding_mask, key_bias = cache.after(*new)
+        view = cache.after(*new)
+        key, value, query_positions, key_positions, key_padding_mask, key_bias = view
     call = AttentionCall.from_arguments(
         query,
         key,
@@ -157,8 +158,9 @@ def prior_attention(
             f"prior_attention: backend {backend!r} cannot serve this call with {call.prior_name}: {reason}."
         )
     if cache is not None:  # after all checks passed: a call that fails leaves the cache as it was
-        cache.append(*new)
-        call = call.with_content(cache.keys, cache.values)
+        cache.fill(view.query_positions, *new)
+        if not cache.shows(call.key, call.value):
+            call = call.with_content(cache.keys, cache.values)
     with without_autocast(call.query.device):
         output, weights, lse = serve(call, served_by)
     more = tuple(one for one, asked in ((weights, return_weights), (lse, return_lse)) if asked and one is not None)

@@ -40,6 +40,11 @@ class Slots:
         """(B, Hk, S, W - D), what stands beside the content, to be written to."""
         return self._rows[..., self.content_width :]
 
+    @property
+    def address(self) -> int:
+        """Where content that is read as a view lies."""
+        return self._rows.data_ptr()
+
     def tensors(self) -> list[Tensor]:
         """The storage."""
         return [self._rows]

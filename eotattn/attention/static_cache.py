@@ -116,11 +116,16 @@ class StaticCache(KeyValueCache):
         bias = None if key_bias is None else self._key_bias
         return CacheView(self.keys, self.values, new, of_keys, hidden, bias)
 
-    def append(
-        self, key: Tensor, value: Tensor, padding: Tensor | None = None, key_bias: Tensor | None = None
+    def fill(
+        self,
+        positions: Tensor | range,
+        key: Tensor,
+        value: Tensor,
+        padding: Tensor | None = None,
+        key_bias: Tensor | None = None,
     ) -> Tensor | range:
-        """Write new tokens into the next slots, as :meth:`KeyValueCache.append` does."""
-        positions = super().append(key, value, padding, key_bias)
+        """:meth:`append` what :meth:`after` has let through, at the positions that it gave."""
+        positions = super().fill(positions, key, value, padding, key_bias)
         self._make_ready()
         return positions
 
