@@ -85,7 +85,8 @@ def _stepping(kind: str, shape: Shape, attend: Callable[[], Tensor], rewind: Cal
     """The step in its kind, which begins again when the cache is full."""
     on_gpu = torch.cuda.is_available() and attend().is_cuda
     rewind()
-    run, begin = attend, (lambda: None)
+    run: Callable[[], Any] = attend
+    begin: Callable[[], Any] = lambda: None  # noqa: E731
     if kind == "compiled":
         options: dict[str, Any] = {"mode": "reduce-overhead"} if on_gpu else {"backend": "aot_eager"}
         run, begin = torch.compile(attend, fullgraph=True, **options), torch.compiler.cudagraph_mark_step_begin
