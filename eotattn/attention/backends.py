@@ -300,7 +300,7 @@ def _without_empty_rows(call: AttentionCall, output: Tensor) -> Tensor:
 
 def _of_rows_with_keys(call: AttentionCall, rows: Tensor, otherwise: float) -> Tensor:
     """Rows (B, H, Q, ...) and ``otherwise`` where a query has no admissible key."""
-    if call.cache is not None and not call.cache.counts_on_host:
+    if call.cache is not None and not call.cache.counts_on_host and call.masks.key_bias is None:
         return rows  # new tokens are not padding there, so that each sees itself
     has_keys = call.masks.has_keys(call.query.shape[2])
     if has_keys is None:

@@ -121,8 +121,8 @@ class Band:
     def mask(self, queries: int, keys: int, device: torch.device) -> Tensor:
         """(Q, K) boolean, true where visible."""
         # sums, not tril, whose diagonal a graph holds fixed
-        lag = torch.arange(queries, device=device).unsqueeze(-1) + self.offset - torch.arange(keys, device=device)
-        return lag >= 0 if self.window is None else (lag >= 0) & (lag < self.window)
+        last, at = torch.arange(queries, device=device).unsqueeze(-1) + self.offset, torch.arange(keys, device=device)
+        return at <= last if self.window is None else (at <= last) & (at > last - self.window)
 
 
 def resolve_positions(

@@ -86,8 +86,9 @@ class StaticCache(KeyValueCache):
     @property
     def counts_on_host(self) -> bool:
         """Whether the number of tokens is known on the host, as it is outside of graphs."""
-        is_capturing = self._count.is_cuda and torch.cuda.is_current_stream_capturing()
-        return not (torch.compiler.is_compiling() or is_capturing)
+        if torch.compiler.is_compiling():
+            return False
+        return not (self._count.is_cuda and torch.cuda.is_current_stream_capturing())
 
     def has_room(self, count: int) -> bool:
         """Whether ``count`` more tokens fit; in graphs the caller sees to it."""

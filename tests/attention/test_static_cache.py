@@ -1,6 +1,7 @@
 """A static cache: one recorded graph is every step, and gives what a call without a cache gives."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from priors.cases import off_neutral
 from tolerances import assert_close
 from torch._inductor.utils import run_and_get_code
 
-from eotattn.attention import AttentionSinks, PriorAttention, Rotary, StaticCache, prior_attention
+from eotattn.attention import AttentionSinks, KeyValueCache, PriorAttention, Rotary, StaticCache, prior_attention
 from eotattn.priors import (
     AlibiPrior,
     ForgettingPrior,
@@ -226,3 +227,43 @@ def test_a_graph_writes_one_row_and_copies_no_cache():
     assert made
     assert not [line for line in made if str(length) in line]
     assert "extern_kernels" not in body
+
+
+def test_a_graph_computes_no_phases():
+    """Rotary content reads its row of a table that was made before."""
+    layer, x = layer_of("rotary", torch.float32), normal(B, 2, E, dtype=torch.float32)
+    cache, names = layer.make_cache(B, L, is_static=True), []
+
+    def keep(graph, _):
+        names.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    torch._dynamo.reset()
+    step = torch.compile(lambda x: layer(x, need_weights=False, cache=cache)[0], fullgraph=True, backend=keep)
+    with torch.no_grad():
+        step(x[:, :1])
+        found = step(x[:, 1:])
+    assert_close(found, full(layer, x)[:, 1:])
+    assert not [name for name in names if "rotary_table" in name or "cos" in name.lower()]
+
+
+def test_a_call_by_call_step_asks_little():
+    """Functions of Python that a step runs; 254 and 302 before checks were made once."""
+    prior = goat_prior(H)
+    cache = KeyValueCache(1, HK, L, D, D, prior=prior)
+    new = [normal(1, n, 1, D, seed=n, dtype=torch.float32) for n in (H, HK, HK)]
+    count = 0
+
+    def counting(frame, event, argument):
+        nonlocal count
+        count += event == "call"
+
+    with torch.inference_mode():
+        for _ in range(3):
+            prior_attention(*new, prior=prior, cache=cache, is_causal=True)
+        sys.setprofile(counting)
+        try:
+            prior_attention(*new, prior=prior, cache=cache, is_causal=True)
+        finally:
+            sys.setprofile(None)
+    assert count <= 240
