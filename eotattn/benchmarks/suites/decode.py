@@ -50,7 +50,7 @@ def decode_step(config: Configuration, shape: Shape) -> list[Row]:
     }
     rows: list[Row] = []
     for kind in ("eager", "compiled", *(["recorded"] if config.place["device"].type == "cuda" else [])):
-        torch._dynamo.reset()
+        torch.compiler.reset()
         with torch.inference_mode(kind == "eager"), torch.no_grad():
             found = measured(_candidates(config, shape, kind, priors), config)
         names = ("batch", "heads", "kv_heads", "length", "width")
