@@ -230,24 +230,6 @@ def test_a_graph_writes_one_row_and_copies_no_cache():
     assert "extern_kernels" not in body
 
 
-def test_a_graph_computes_no_phases():
-    """Rotary content reads its row of a table that was made before."""
-    layer, x = layer_of("rotary", torch.float32), normal(B, 2, E, dtype=torch.float32)
-    cache, names = layer.make_cache(B, L, is_static=True), []
-
-    def keep(graph, _):
-        names.extend(str(node.target) for node in graph.graph.nodes)
-        return graph.forward
-
-    torch._dynamo.reset()
-    step = torch.compile(lambda x: layer(x, need_weights=False, cache=cache)[0], fullgraph=True, backend=keep)
-    with torch.no_grad():
-        step(x[:, :1])
-        found = step(x[:, 1:])
-    assert_close(found, full(layer, x)[:, 1:])
-    assert not [name for name in names if "rotary_table" in name or "cos" in name.lower()]
-
-
 def test_a_call_by_call_step_asks_little():
     """Functions of Python that a step runs; 254 and 302 before checks were made once."""
     prior = goat_prior(H)

@@ -209,8 +209,7 @@ class PriorAttention(ProjectedHeads):
         )
         key_positions = query_positions if key is query and key_positions is None else key_positions
         at = self._positions(inputs, query_positions, key_positions, padding, documents, cache)
-        bound = None if cache is None or cache.first_position < 0 else cache.first_position + cache.max_length
-        content = self.project(*inputs, query_positions=at[0], key_positions=at[1], bound=bound)
+        content = self.project(*inputs, query_positions=at[0], key_positions=at[1])
         reading = self._read(inputs, padding, documents, cache, key_bias)
         if documents is not None or cache is not None:
             at = (None, None)  # they say it themselves
@@ -334,8 +333,6 @@ class PriorAttention(ProjectedHeads):
         if self.prior is not None:
             _make_ready(owner, self.prior, device)
         sizes = (batch_size, self.num_kv_heads, max_length, self.content_dim, self.head_dim)
-        if is_static and self.rotary is not None:
-            self.rotary.prepare(max_length, device)
         kind = StaticCache if is_static else KeyValueCache
         return kind(*sizes, prior=self.prior, dtype=dtype, device=device, store=store)
 

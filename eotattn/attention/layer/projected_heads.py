@@ -100,12 +100,8 @@ class ProjectedHeads(nn.Module):
         *,
         query_positions: Tensor | range | None = None,
         key_positions: Tensor | range | None = None,
-        bound: int | None = None,
     ) -> Heads:
-        """Project (B, length, E) inputs to heads, rotary applied: what :func:`prior_attention` receives.
-
-        ``bound`` is what :class:`Rotary` may know of the positions.
-        """
+        """Project (B, length, E) inputs to heads, rotary applied: what :func:`prior_attention` receives."""
         key = query if key is None else key
         value = key if value is None else value
         if self._is_packed:
@@ -115,8 +111,8 @@ class ProjectedHeads(nn.Module):
         counts = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         heads = [part.unflatten(-1, (count, -1)).transpose(1, 2) for part, count in zip(flat, counts, strict=True)]
         if self.rotary is not None:
-            heads[0] = self.rotary(heads[0], query_positions, argument="query_positions", bound=bound)
-            heads[1] = self.rotary(heads[1], key_positions, argument="key_positions", bound=bound)
+            heads[0] = self.rotary(heads[0], query_positions, argument="query_positions")
+            heads[1] = self.rotary(heads[1], key_positions, argument="key_positions")
         return Heads(*heads)
 
     def check_widths(self, query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from eotattn.attention.call_positions import Positions, resolve_positions
 from eotattn.attention.layer.rotary_tables import FIRST_LENGTH, Frequencies, positions_table, run_table
 from eotattn.checks import check_floating, check_positive, check_positive_int, check_shape, require
-from eotattn.compat import in_export, lasting
+from eotattn.compat import in_export
 from eotattn.priors.memory import may_remember
 
 __all__ = ["Rotary"]
@@ -53,12 +53,7 @@ class Rotary(nn.Module):
         self._run_to(FIRST_LENGTH, torch.get_default_device(), torch.float32)
 
     def forward(
-        self,
-        content: Tensor,
-        positions: Tensor | range | None = None,
-        *,
-        argument: str = "positions",
-        bound: int | None = None,
+        self, content: Tensor, positions: Tensor | range | None = None, *, argument: str = "positions"
     ) -> Tensor:
         """Turn ``content`` by its positions.
 
@@ -66,7 +61,6 @@ class Rotary(nn.Module):
             content: (B, H, L, D).
             positions: (L,) or (B, L), tokens, or a ``range``; by default 0, 1, 2, ...
             argument: What errors call the positions.
-            bound: Whole positions given as a tensor lie in [0, bound), which is not checked: a table may serve them.
 
         Returns:
             Same shape and dtype.
@@ -78,7 +72,7 @@ class Rotary(nn.Module):
             "Rotary", argument, positions, batch=batch, length=length, num_coordinates=1, device=content.device
         )
         computing = torch.promote_types(content.dtype, torch.float32)
-        table = self._table(resolved, positions, computing, bound)
+        table = self._table(resolved, positions, computing)
         cos, sin = (table.unsqueeze(2) if table.dim() == 4 else table).unbind(0)
         first, second = content[..., : self.rotary_width].to(computing).chunk(2, dim=-1)
         rotated = torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(content.dtype)
@@ -86,23 +80,12 @@ class Rotary(nn.Module):
             return rotated
         return torch.cat([rotated, content[..., self.rotary_width :]], dim=-1)
 
-    def prepare(self, length: int, device: torch.device) -> None:
-        """Have the table of ``length`` positions on a device, so that graphs which are traced later read it there."""
-        lasting(self._run_to(length, device, torch.float32))
-
-    def _table(
-        self, positions: Positions, given: Tensor | range | None, dtype: torch.dtype, bound: int | None
-    ) -> Tensor:
+    def _table(self, positions: Positions, given: Tensor | range | None, dtype: torch.dtype) -> Tensor:
         """Cosines and sines of the positions, (2, L, R) or (2, B, L, R)."""
         if positions.first is not None and positions.first >= 0:
             run = self._run_to(positions.first + positions.length, positions.device, dtype)
             if run is not None:
                 return run.narrow(1, positions.first, positions.length)
-        if bound is not None and positions.given is not None:
-            run = self._run_to(bound, positions.device, dtype)
-            if run is not None:
-                at = positions.given
-                return run.index_select(1, at.flatten()).unflatten(1, at.shape)
         return positions_table(positions.tensor, given, self._frequencies, dtype)
 
     def _run_to(self, length: int, device: torch.device, dtype: torch.dtype) -> Tensor | None:
