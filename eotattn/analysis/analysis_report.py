@@ -164,6 +164,7 @@ def summarize(
         strongest=strongest_keys(statistics, tokens=tokens if known else None),
         top_keys=top_keys,
         tokens=tokens if known else (),
+        loss=np.array([part.loss for part in found]),
         subject=subject or Subject.today("a model"),
         num_texts=len(found),
         num_given=num_given,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from tqdm import tqdm
 
 from eotattn.analysis.analysis_report import Analysis, summarize
@@ -20,6 +22,7 @@ from eotattn.analysis.texts import EncodedTexts, check_texts, encode
 from eotattn.attention.statistics.score_rows import WeightRows
 from eotattn.checks import check_positive_int, require, speaking_as
 from eotattn.diagnostics import TopKeys
+from eotattn.integrations.attachment import base_model
 from eotattn.integrations.capture import capture
 from eotattn.integrations.loading import load_local_model
 from eotattn.integrations.maps import map_statistics, read_maps
@@ -55,7 +58,8 @@ def analyze(  # noqa: PLR0913  (one argument an option of the command)
         model: A Hugging Face model, or the folder of one (``config.json``, tokenizer, safetensors; library classes
             only, never pickles or remote code), or any module that takes token ids (1, L).
         texts: At least one text of at least two tokens.
-        tokenizer: Of a model that is given as an object; :class:`ByteTokenizer` for models of bytes.
+        tokenizer: Of a model that is given as an object; :class:`ByteTokenizer` for models of bytes. Of the folder of a
+            model: the folder of its tokenizer, where that is another.
         attention: Instead of model and texts: attention maps as :func:`eotattn.integrations.read_maps` takes them.
         out: Folder for tables, figures and ``report.html``; written when all is done. Nothing is written without.
         layers: Names or indices of layers; all by default.
@@ -98,9 +102,14 @@ def analyze(  # noqa: PLR0913  (one argument an option of the command)
     given_model = model
     with shards() as processes:
         if isinstance(model, (str, Path)):
-            _check_idle({"tokenizer": tokenizer}, "with the folder of a model")
+            rule, remedy = "be a folder beside the folder of a model", "Drop it"
+            is_place = tokenizer is None or isinstance(tokenizer, (str, Path))
+            require(is_place, OWNER, "tokenizer", rule, type(tokenizer), remedy)
             model, tokenizer = load_local_model(
-                model, device=processes.device(device or "cpu"), dtype=dtype or "float32"
+                model,
+                device=processes.device(device or "cpu"),
+                dtype=dtype or "float32",
+                tokenizer_folder=None if tokenizer is None else Path(tokenizer),
             )
         else:
             _check_idle({"device": device, "dtype": dtype}, "with a model object")
@@ -209,7 +218,7 @@ def _run_text(
     """One text; options are those of the capture."""
     device = next(model.parameters()).device
     with residuals(model) as norms, capture(model, layers, heads, token_scores=True, **options) as captured:
-        model(ids.to(device))
+        output = model(ids.to(device))
     return TextFindings(
         captured.layers,
         captured.values,
@@ -218,4 +227,13 @@ def _run_text(
         captured.numbers,
         captured.token_scores,
         captured.top_keys,
+        loss=_next_token_loss(model, output, ids),
     )
+
+
+def _next_token_loss(model: nn.Module, output: Any, ids: Tensor) -> float:
+    """Mean nats of the tokens after the first, of a causal language model of transformers; else NaN."""
+    logits, name = getattr(output, "logits", None), type(base_model(model)).__name__
+    if logits is None or not name.endswith(("ForCausalLM", "LMHeadModel")):
+        return math.nan
+    return float(functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:].to(logits.device)))

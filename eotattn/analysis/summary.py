@@ -6,6 +6,7 @@ Legend: A layers, H heads, N texts.
 from __future__ import annotations
 
 import datetime
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -67,6 +68,7 @@ class TextFindings:
         token_scores: Layer -> weights on keys whose token repeats, where ids were seen.
         top_keys: Layer -> strongest keys of the first queries, where that was kept.
         tokens: Its tokens, for names; none for maps.
+        loss: Of its tokens after the first, the mean, nats; NaN where the model does not predict the next token.
     """
 
     statistics: dict[str, SequenceStatistics]
@@ -77,6 +79,7 @@ class TextFindings:
     token_scores: dict[str, TokenStatistics] = field(default_factory=dict)
     top_keys: dict[str, TopKeys] = field(default_factory=dict)
     tokens: tuple[str, ...] = ()
+    loss: float = math.nan
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +95,7 @@ class Summary:
         strongest: The key that receives most weight, by layer, text and head.
         top_keys: Layer -> strongest keys of the first queries, of the first texts: a picture of single heads.
         tokens: Tokens of every text; none for maps.
+        loss: (N,) mean nats a token of every text; NaN where the model does not predict the next token.
         subject: What was analysed, by which version, when.
         num_texts: Texts that were finished.
         num_given: Texts that were given; more where the run was interrupted.
@@ -107,6 +111,7 @@ class Summary:
     strongest: StrongestKeys
     top_keys: dict[str, TopKeys]
     tokens: tuple[tuple[str, ...], ...]
+    loss: NDArray[np.float64]
     subject: Subject
     num_texts: int
     num_given: int
