@@ -6,7 +6,6 @@ Legend: A layers, H heads, N texts.
 from __future__ import annotations
 
 import datetime
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -57,7 +56,7 @@ class Subject:
 
 @dataclass(frozen=True, eq=False)
 class TextFindings:
-    """Of one text.
+    """Of one text, or of a few that ran together.
 
     Args:
         statistics: Layer -> sums over the rows of its attention.
@@ -67,8 +66,10 @@ class TextFindings:
         numbers: Layer -> its number in the model; in the order of ``statistics`` where it is not known.
         token_scores: Layer -> weights on keys whose token repeats, where ids were seen.
         top_keys: Layer -> strongest keys of the first queries, where that was kept.
-        tokens: Its tokens, for names; none for maps.
-        loss: Of its tokens after the first, the mean, nats; NaN where the model does not predict the next token.
+        tokens: A text's tokens, for names, one entry a text; none where they are not known.
+        loss: A text's mean over its tokens after the first, nats, one entry a text; none where the model does not
+            predict the next token.
+        count: Texts.
     """
 
     statistics: dict[str, SequenceStatistics]
@@ -78,8 +79,9 @@ class TextFindings:
     numbers: dict[str, int] = field(default_factory=dict)
     token_scores: dict[str, TokenStatistics] = field(default_factory=dict)
     top_keys: dict[str, TopKeys] = field(default_factory=dict)
-    tokens: tuple[str, ...] = ()
-    loss: float = math.nan
+    tokens: tuple[tuple[str, ...], ...] = ()
+    loss: tuple[float, ...] = ()
+    count: int = 1
 
 
 @dataclass(frozen=True, eq=False)
