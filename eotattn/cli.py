@@ -193,6 +193,10 @@ def _analyze(arguments: argparse.Namespace) -> int:
         formation = analyze_checkpoints(arguments.model, texts, report=lines.append, **options)
         if is_first_process():
             print(formation, "", *lines, sep="\n")
+        if not formation.is_complete:
+            done = f"{len(formation.steps)} of {formation.num_given} checkpoints"
+            _say(f"eotattn analyze: interrupted; {arguments.out} holds the {done} that were finished")
+            return INTERRUPTED
         return 0
     analysis = analyze(arguments.model, texts, report=lines.append, **options)
     if is_first_process():

@@ -3,10 +3,10 @@
 from eotattn.analysis.analysis_report import Analysis
 from eotattn.analysis.byte_tokens import ByteTokenizer
 from eotattn.analysis.checkpoints import SinkFormation, analyze_checkpoints, checkpoints_in
-from eotattn.analysis.comparison import ModelComparison, compare
 from eotattn.analysis.figures import prior_panels
 from eotattn.analysis.findings import details, findings
 from eotattn.analysis.head_kinds import head_kinds
+from eotattn.analysis.model_comparison import ModelComparison, compare
 from eotattn.analysis.run import analyze
 from eotattn.analysis.samples import code_samples, prose_samples
 from eotattn.analysis.texts import read_texts

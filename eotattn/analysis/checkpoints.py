@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from eotattn.analysis.analysis_report import Analysis
-from eotattn.analysis.comparison import (
+from eotattn.analysis.folder import REPORT, check_folder, write_files
+from eotattn.analysis.head_kinds import tellable
+from eotattn.analysis.model_comparison import (
     FIRST,
     LOSS,
     NORM,
@@ -28,8 +31,6 @@ from eotattn.analysis.comparison import (
     text_numbers,
     whole_numbers,
 )
-from eotattn.analysis.folder import REPORT, check_folder, write_files
-from eotattn.analysis.head_kinds import tellable
 from eotattn.analysis.page import page
 from eotattn.analysis.run import analyze
 from eotattn.analysis.texts import check_texts
@@ -68,10 +69,17 @@ class SinkFormation(Table):
     Attributes:
         steps: S training steps, increasing.
         analyses: The analysis of each.
+        num_given: Checkpoints that were there; more where the run was interrupted.
     """
 
     steps: tuple[int, ...]
     analyses: tuple[Analysis, ...]
+    num_given: int
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every checkpoint was finished."""
+        return len(self.steps) == self.num_given
 
     def to_dict(self) -> dict[str, NDArray[np.generic]]:
         """One row a checkpoint and layer: means over texts; of token scores, of the layer's highest head.
@@ -170,9 +178,11 @@ def analyze_checkpoints(
             :func:`~eotattn.analysis.analyze`.
 
     Returns:
-        :class:`SinkFormation`; prints as a table.
+        :class:`SinkFormation`; prints as a table. An interruption (Ctrl-C) ends the run and keeps the checkpoints that
+        were finished.
 
     Raises:
+        KeyboardInterrupt: If no checkpoint was finished.
         ValueError: If there are no checkpoints, or one of them lacks files; before any is loaded.
     """
     found = checkpoints_in(folder)
@@ -182,8 +192,17 @@ def analyze_checkpoints(
     check_texts(texts)
     for path in found.values():
         check_files(path)
-    analyses = [analyze(path, texts, tokenizer=_tokenizer_for(path), **options) for path in found.values()]
-    formation = SinkFormation(tuple(found), tuple(analyses))
+    analyses: list[Analysis] = []
+    try:
+        for path in tqdm(found.values(), desc="checkpoints", leave=False, disable=None):
+            analyses.append(analyze(path, texts, tokenizer=_tokenizer_for(path), **options))
+            if not analyses[-1].is_complete:
+                analyses.pop()
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        if not analyses:
+            raise
+    formation = SinkFormation(tuple(found)[: len(analyses)], tuple(analyses), len(found))
     if place is not None and is_first_process():
         write_files(OWNER, place, _contents(formation))
         if report is not None:

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -128,6 +129,20 @@ def test_the_command_writes_table_figure_and_pages(run, tmp_path, capsys):
     assert sorted(files) == sorted(path.name for path in out.iterdir() if path.name != "report.json")
     assert {"step_4.html", "step_8.html", "step_12.html", "steps.png"} <= set(files)
     assert cli.main(["analyze", str(run), "--texts", str(tmp_path / "texts.jsonl"), "--out", str(out)]) == 0, "again"
+
+
+@pytest.mark.parametrize("finished", [0, 1])
+def test_an_interruption_keeps_finished_checkpoints(run, formation, tmp_path, capsys, monkeypatch, finished):
+    """Whether it comes between texts, where an analysis ends early, or before the first one."""
+    ready = [*formation.analyses[:finished], replace(formation.analyses[finished], num_texts=1)]
+    monkeypatch.setattr("eotattn.analysis.checkpoints.analyze", lambda *_, **__: ready.pop(0))
+    (tmp_path / "text").write_text(TEXTS[0])
+    command = ["analyze", str(run), "--text", str(tmp_path / "text"), "--out", str(tmp_path / "out")]
+    assert cli.main(command) == 130
+    said = capsys.readouterr().err
+    assert ("holds the 1 of 3 checkpoints" in said) == (finished == 1)
+    assert (tmp_path / "out").exists() == (finished == 1)
+    assert ready == []
 
 
 def test_a_tokenizer_beside_the_checkpoints_is_read(run, formation, tmp_path):
