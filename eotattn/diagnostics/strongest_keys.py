@@ -78,9 +78,9 @@ class StrongestKeys(Table):
 
     def of(self, texts: NDArray[np.bool_]) -> StrongestKeys:
         """Those of some of the texts, (N,) true for each that stays."""
-        position, mass, token = (
-            tuple(each[texts[: len(each)]] for each in part) for part in (self.position, self.mass, self.token)
-        )
+        position = tuple(each[texts[: len(each)]] for each in self.position)
+        mass = tuple(each[texts[: len(each)]] for each in self.mass)
+        token = tuple(each[texts[: len(each)]] for each in self.token)
         return replace(self, position=position, mass=mass, token=token)
 
     def common(self, layer: int) -> list[tuple[str, int]]:
