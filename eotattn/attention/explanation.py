@@ -122,6 +122,7 @@ def explain(query: Tensor, key: Tensor, value: Tensor, *, backend: str = "auto",
         calls, merged
         error bound    0.0e+00 nats of the log-prior
         not sdpa       this prior has no lanes; use backend='near_far', 'reference' or 'flex'
+        not rebased    it counts the positions of priors with lanes, the same for every sample
         not flex       it compiles for a GPU and the query is on cpu
         not varlen     it is a GPU kernel and the query is on cpu
         or reference   dense tensor operations; Q x K weights in memory, not measured
