@@ -140,6 +140,8 @@ class AttentionCall:
             check_biases(OWNER, query, key, key_bias, query_bias, scale)
         none = isinstance(query_gains, tuple) and len(query_gains) == 0  # which graphs can trace
         gains = () if none else check_gains(OWNER, query, prior, query_gains)
+        if type(return_lse) is not bool or type(return_weights) is not bool:
+            _refuse_switches(return_lse=return_lse, return_weights=return_weights)
         if dropout_p != 0.0:
             check_probability(OWNER, "dropout_p", dropout_p)
         if tolerance is not None:
@@ -309,6 +311,11 @@ def _check_shared(
         fail(OWNER, "key", rule, key, "Let every process hold queries and keys of the same tokens")
     rule, remedy = "be true in context_parallel, whose shards are balanced for it", "Turn its load balancing off"
     require(is_causal or not shard.is_balanced, OWNER, "is_causal", rule, is_causal, remedy)
+
+
+def _refuse_switches(**switches: object) -> None:
+    for name, value in switches.items():
+        require(type(value) is bool, OWNER, name, "be True or False", value, "Pass a bool", error=TypeError)
 
 
 def _check_pattern(is_causal: bool, window: int | None, *, on_grid: bool) -> None:
