@@ -219,7 +219,16 @@ def test_a_new_prior_is_a_file_a_name_and_a_case(tmp_path):
         file.write(f'\nfrom eotattn.priors.weekday import {prior.name}\n__all__.append("{prior.name}")\n')
     text = cases.read_text().replace("import (\n", f"import (\n    {prior.name},\n", 1)
     cases.write_text(text.replace("CASES = {\n", f'CASES = {{\n    "weekday": (lambda: {prior.name}(HEADS), ()),\n'))
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "weekday", "tests/priors/test_contract.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "weekday",
+        "tests/priors/test_contract.py",
+    ]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     environment |= {"PYTHONPATH": str(tmp_path)}
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
