@@ -37,7 +37,7 @@ def test_readme_has_an_example_for_each_of_the_three_users():
 
 
 @pytest.mark.parametrize("name", NEEDS_AND_SAYS)
-def test_readme_example_runs_and_prints(name, tmp_path, monkeypatch, capsys):
+def test_readme_example_runs_and_prints(name, tmp_path, monkeypatch, capsys, recwarn):
     library, says = NEEDS_AND_SAYS[name]
     if library is not None:
         pytest.importorskip(library)
@@ -48,6 +48,8 @@ def test_readme_example_runs_and_prints(name, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(tmp_path)
     importlib.import_module(module)
     assert re.search(says, capsys.readouterr().out)
+    own = r"[A-Za-z_]+: [a-z_]+ "  # how this package begins its sentences
+    assert [str(warning.message) for warning in recwarn if re.match(own, str(warning.message))] == []
 
 
 CALLS = [line for line in README.splitlines() if re.match(r"\| [a-z].* \| `.*\(.*`", line)]
