@@ -201,8 +201,13 @@ def context_parallel_region() -> tuple[int, int, bool] | None:
 
 
 def cpu_flash_attention(*operands: Any, scale: float, attn_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """``(query, key, value, dropout, is_causal)`` -> output and log-sum-exp, on a CPU."""
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*operands, scale=scale, attn_mask=attn_mask)
+    """``(query, key, value, dropout, is_causal)`` -> output and log-sum-exp, on a CPU.
+
+    PyTorch 2.11 tells compilers that the log-sum-exp of float64 is float32, hence the conversion.
+    """
+    operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    output, log_sum_exp = operator(*operands, scale=scale, attn_mask=attn_mask)
+    return output, log_sum_exp.to(torch.promote_types(output.dtype, torch.float32))
 
 
 def cpu_flash_attention_backward(

@@ -180,7 +180,12 @@ def engine_with_grouped_queries(rank):
 
 
 def engine_without_balance(rank):
-    check_engine(rank, H, 20, positions_as_buffer=False)
+    options = engine._cp_options  # its own choice for this length from 2.13 on
+    options.enable_load_balance = False
+    try:
+        check_engine(rank, H, 20, positions_as_buffer=False)
+    finally:
+        options.enable_load_balance = True
 
 
 def refused_by_engine(rank):
