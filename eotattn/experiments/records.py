@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from eotattn.checks import require
 from eotattn.experiments.device import training_device, training_device_name
 from eotattn.experiments.results import ResultFolder
+from eotattn.experiments.tasks.parts import closed_data
 from eotattn.provenance import provenance, write_atomically
 
 __all__ = [
@@ -75,11 +76,16 @@ class Run:
         configuration: Frozen dataclass with a ``seed``.
         measure: Function of a module (so that another process can call it): (configuration, checkpoint file) ->
             measurement. The checkpoint is of this run and configuration, or does not exist yet.
+        chooses: Whether its record decides something, such as a learning rate. Such a run may not read test data, and
+            no other run of the study starts before all of them are stored.
+        continues: A choosing run of an equal configuration, whose trained weights this one reads where they are left.
     """
 
     name: str
     configuration: Configuration
     measure: Callable[[Any, Path], Measurement]
+    chooses: bool = False
+    continues: Run | None = None
 
     def __post_init__(self) -> None:
         plain = self.name.replace("-", "").replace("_", "").replace(".", "").isalnum()
@@ -148,10 +154,8 @@ class RunFolder:
 
     @property
     def path(self) -> Path:
-        """The folder, made if it is missing."""
-        path = self.results.path / ".runs" / self.results.figure
-        path.mkdir(parents=True, exist_ok=True)
-        return path
+        """The folder; made when a run is."""
+        return self.results.path / ".runs" / self.results.figure
 
     def checkpoint(self, run: Run) -> Path:
         """File of an unfinished run; its name depends on the configuration, so that no other one continues it."""
@@ -193,7 +197,7 @@ class RunFolder:
 
     def forget(self, only: Sequence[str] = ()) -> None:
         """Delete records and checkpoints of runs whose names match a pattern; of all runs by default."""
-        for file in self.path.iterdir():
+        for file in self.path.iterdir() if self.path.is_dir() else ():
             name = file.stem.rpartition("-")[0] if file.suffix == ".pt" else file.stem
             if not only or any(fnmatch(name, pattern) for pattern in only):
                 file.unlink()
@@ -204,10 +208,11 @@ def make(run: Run, store: RunFolder) -> Record:
 
     The run sees torch's generators seeded with its own seed, whatever was made before it in this process.
     """
-    checkpoint = store.checkpoint(run)
+    checkpoint = store.checkpoint(run.continues or run)
+    store.path.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     devices = [torch.cuda.current_device()] if training_device().type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), closed_data(run.chooses):
         torch.manual_seed(run.configuration.seed)
         measurement = run.measure(run.configuration, checkpoint)
     seconds = time.perf_counter() - started
@@ -232,7 +237,8 @@ def make(run: Run, store: RunFolder) -> Record:
         provenance=origin,
     )
     store.write(record)
-    checkpoint.unlink(missing_ok=True)
+    if not run.chooses:
+        checkpoint.unlink(missing_ok=True)
     return record
 
 

@@ -9,7 +9,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +17,14 @@ from eotattn.experiments import recipes
 from eotattn.experiments.figures import sink_study
 from eotattn.experiments.records import RunFolder
 from eotattn.experiments.results import ResultFolder
-from eotattn.experiments.runs import Plan, RunsFailedError, UnknownRunsError, perform
-from eotattn.experiments.scales import ALL_SCALES, SCALES, check_scale
+from eotattn.experiments.runs import RunsFailedError, UnknownRunsError, perform
+from eotattn.experiments.scales import ALL_SCALES, check_scale
 from eotattn.experiments.studies import ablations, copy_mixture, dna, language, retrieval, vision
+from eotattn.experiments.study import Figure
 from eotattn.experiments.tasks.token_text import BOOKS, DATA_VARIABLE
 from eotattn.provenance import check_writable, write_atomically
 
 __all__ = ["FIGURES", "Figure", "find_notebooks", "make_runs", "reproduce", "strip_machine"]
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One figure: how it is called and what it is made of.
-
-    Args:
-        name: Of the notebook and of all its files.
-        recipe: Scale -> recipe.
-        runs: Lists the runs of a recipe, as in :mod:`eotattn.experiments.runs`.
-        scales: Names of the scales that it has.
-    """
-
-    name: str
-    recipe: Callable[[str], Any]
-    runs: Plan
-    scales: tuple[str, ...] = tuple(SCALES)
 
 
 #: Number in the paper, or name -> figure. A new figure is one line.
@@ -52,7 +35,7 @@ FIGURES = {
     "4": Figure("fig4_dna", recipes.dna, dna.runs),
     "5": Figure("fig5_vision", recipes.vision, vision.runs),
     "ablations": Figure("ablations", recipes.ablations, ablations.runs),
-    "sinks": Figure("fig_sinks", sink_study.recipe, sink_study.runs, tuple(sink_study.RECIPES)),
+    "sinks": sink_study.FIGURE,
 }
 
 #: What the notebooks need beyond the package's own requirements.

@@ -18,6 +18,7 @@ from eotattn.experiments import reproduce
 from eotattn.experiments.records import Measurement, Run, RunFolder, merged_provenance
 from eotattn.experiments.results import ResultFolder
 from eotattn.experiments.runs import RunsFailedError, perform
+from eotattn.experiments.tasks import PASSKEY, RetrievalTask
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def test_side_by_side_runs_give_the_same_numbers_and_survive_others(folder):
     assert set(reported) == set(recipe)
     assert "FAILED" in reported["bad-seed0"]
     assert "no numbers today" in reported["bad-seed0"]
-    assert "its process ended with exit code 3" in reported["dead-seed0"]
+    assert "its process ended before the run did" in reported["dead-seed0"]
     check_numbers(perform(runs, THREE, folder, jobs=1, report=lines.append))
     assert sum("stored" in line for line in lines) == 3
 
@@ -255,6 +256,50 @@ def test_runs_may_depend_on_records(folder):
     assert records["main-seed1"].configuration["count"] == 1 + means.index(max(means))
 
 
+def choose(draw, checkpoint):
+    """Leaves what it learned for the run that continues it, and does not get test data."""
+    checkpoint.write_text("trained")
+    numbers = torch.randn(draw.count)
+    if draw.event == "peek":
+        RetrievalTask(64).examination(PASSKEY, 2, depth=0.5)
+    return Measurement([{"quantity": "mean", "value": float(numbers.mean())}])
+
+
+def report_on(draw, checkpoint):
+    """Reads test data with what was learned."""
+    learned = float(checkpoint.exists())
+    RetrievalTask(64).examination(PASSKEY, 2, depth=0.5)
+    return Measurement([{"quantity": "learned", "value": learned}])
+
+
+def choosing_plan(recipe, records):
+    """Two choices; the reports are named from the start, as by a plan that does not wait."""
+    choices = [Run(f"choose-{n}", Draw(n, 0, recipe), choose, chooses=True) for n in (1, 2)]
+    reports = [Run(f"report-{run.configuration.count}", run.configuration, report_on, continues=run) for run in choices]
+    return [*reports, *choices]
+
+
+def test_reports_wait_for_all_choices_and_continue_what_they_trained(folder):
+    lines = []
+    records = perform(choosing_plan, "", folder, jobs=1, report=lines.append)
+    assert [line.split(":")[0] for line in lines] == ["choose-1", "choose-2", "report-1", "report-2"]
+    assert [records[f"report-{n}"].value("learned") for n in (1, 2)] == [1.0, 1.0]
+    assert list(RunFolder(folder).path.glob("*.pt")) == []
+    RunFolder(folder).forget(["choose-2"])
+    RunFolder(folder).forget(["report-*"])
+    lines.clear()
+    assert "report-1" not in perform(choosing_plan, "", folder, jobs=1, only=["report-*"], report=lines.append)
+    assert lines[-1] == "some runs wait for choices that are not stored"
+
+
+def test_a_run_that_chooses_gets_no_test_data(folder):
+    lines = []
+    with pytest.raises(RunsFailedError, match="runs failed: choose-1, choose-2"):
+        perform(choosing_plan, "peek", folder, jobs=1, report=lines.append)
+    assert "RetrievalTask.examination: test data must not be read by a run that chooses" in lines[0]
+    assert list(RunFolder(folder).path.glob("*.json")) == []
+
+
 def test_only_some_runs_are_made_by_name_or_pattern(folder):
     assert list(perform(runs, THREE, folder, jobs=1, only=["a-*"], report=silent)) == ["a-seed0", "a-seed1"]
     assert list(perform(runs, THREE, folder, jobs=1, only=["b-seed0"], report=silent)) == list(THREE)
@@ -316,6 +361,8 @@ def test_train_makes_what_is_missing(draws, tmp_path, capsys):
 
 def test_forgetting_a_run_forgets_its_checkpoint_alone(folder):
     store = RunFolder(folder)
+    store.forget()  # nothing
+    store.path.mkdir(parents=True)
     kept, gone = (store.checkpoint(Run(name, Draw(1, 0), measure)) for name in ("a-seed0", "a-seed1"))
     for file in (kept, gone):
         file.touch()

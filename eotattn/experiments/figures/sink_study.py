@@ -24,11 +24,12 @@ from eotattn.experiments.networks import ATTENTION_KINDS, Decoder, DecoderConfig
 from eotattn.experiments.records import Measurement, Records, Row, Run
 from eotattn.experiments.scales import check_scale
 from eotattn.experiments.sink_measures import activation_outliers, mass_by_signal, measure_sinks
+from eotattn.experiments.study import Figure
 from eotattn.experiments.tasks.language import PYTHON_STDLIB
 from eotattn.experiments.tasks.token_text import BOOKS, TokenText, Windows, begin
 from eotattn.experiments.training import TrainingConfig, autocast, train, training_rows
 
-__all__ = ["ARMS", "RECIPES", "Arm", "SinkRecipe", "SinkRun", "measure", "recipe", "runs"]
+__all__ = ["ARMS", "FIGURE", "RECIPES", "Arm", "SinkRecipe", "SinkRun", "measure", "recipe", "runs"]
 
 # Recipe -------------------------------------------------------------------------------------------------------------
 
@@ -220,6 +221,9 @@ def runs(recipe: SinkRecipe, records: Records) -> list[Run]:
         for seed in recipe.seeds
         for arm in recipe.arms
     ]
+
+
+FIGURE = Figure("fig_sinks", recipe, runs, tuple(RECIPES))
 
 
 def measure(run: SinkRun, checkpoint: Path) -> Measurement:

@@ -17,6 +17,7 @@ from eotattn.checks import check_positive_int, require
 from eotattn.experiments.tasks.batches import Batch, step_generator
 from eotattn.experiments.tasks.dna_records import BASES, DnaRecord, read_fasta, read_hub
 from eotattn.experiments.tasks.isochores import IsochoreModel
+from eotattn.experiments.tasks.parts import check_open
 
 __all__ = ["HUB", "DnaTask", "IsochoreGenome", "StoredGenome", "gc_fraction", "open_genome"]
 
@@ -150,6 +151,7 @@ class DnaTask:
         Returns:
             (count, W + 1) int64.
         """
+        check_open("DnaTask.held_out_windows")
         check_positive_int("DnaTask.held_out_windows", "window_length", window_length)
         check_positive_int("DnaTask.held_out_windows", "count", count)
         size = window_length + 1

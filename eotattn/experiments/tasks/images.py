@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from eotattn.checks import check_choice, check_installed, check_positive_int, require
 from eotattn.experiments.tasks.batches import Batch, step_generator
+from eotattn.experiments.tasks.parts import check_open
 
 __all__ = ["DIGITS", "FolderImages", "ImageSource", "ImageTask", "StoredImages", "load_digits", "open_images"]
 
@@ -235,6 +236,8 @@ class ImageTask:
             size: Rows and columns, pixels; other than the training size they are interpolated.
             batch_size: Images a batch.
         """
+        if part == "held_out":
+            check_open("ImageTask.batches_of")
         check_positive_int("ImageTask.batches_of", "size", size)
         check_positive_int("ImageTask.batches_of", "batch_size", batch_size)
         for indices in self.indices(part).split(batch_size):

@@ -18,6 +18,7 @@ from torch import Tensor
 from eotattn.checks import check_positive_int, require
 from eotattn.experiments.tasks.batches import Batch, step_generator
 from eotattn.experiments.tasks.c4 import read_c4, to_bytes
+from eotattn.experiments.tasks.parts import check_open
 
 __all__ = ["PYTHON_STDLIB", "LanguageTask", "TextSplit", "find_texts", "split_by_file"]
 
@@ -168,7 +169,9 @@ class LanguageTask:
         Raises:
             ValueError: If the files are too short for so many windows.
         """
-        return _windows(self.held_out_files, "LanguageTask.held_out_windows", window_length, count)
+        owner = "LanguageTask.held_out_windows"
+        check_open(owner)
+        return _windows(self.held_out_files, owner, window_length, count)
 
     def validation_windows(self, window_length: int, count: int) -> Tensor:
         """The same for choices, from the validation files."""

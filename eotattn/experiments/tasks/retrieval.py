@@ -12,6 +12,7 @@ from torch import Tensor
 
 from eotattn.checks import check_positive_int, require
 from eotattn.experiments.tasks.batches import IGNORED, Batch, step_generator
+from eotattn.experiments.tasks.parts import check_open
 
 __all__ = ["ALPHABET", "NEEDLE", "PASSKEY", "Haystack", "RetrievalTask"]
 
@@ -152,8 +153,9 @@ class RetrievalTask:
         Returns:
             (B, L + 1) int64 tokens: L inputs and the successor of the last one.
         """
-        check_positive_int("RetrievalTask.examination", "count", count)
         owner, remedy = "RetrievalTask.examination", "Pass a share of the text"
+        check_open(owner)
+        check_positive_int(owner, "count", count)
         require(0 <= depth <= 1, owner, "depth", "lie between 0 and 1", depth, remedy)
         generator = step_generator(_EXAMINATION + seed, round(1000 * depth))
         return _hide(haystack, self.length, torch.full((count,), depth, dtype=torch.float64), generator)

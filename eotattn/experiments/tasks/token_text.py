@@ -22,6 +22,7 @@ from eotattn.checks import check_choice, check_positive_int, require
 from eotattn.experiments.tasks.batches import Batch, step_generator
 from eotattn.experiments.tasks.books import BEGINNING
 from eotattn.experiments.tasks.language import PYTHON_STDLIB, LanguageTask
+from eotattn.experiments.tasks.parts import check_open
 
 __all__ = ["BOOKS", "DATA_VARIABLE", "TokenText", "Windows"]
 
@@ -135,6 +136,8 @@ class TokenText:
             ValueError: If no document is long enough.
         """
         check_choice("TokenText.windows", "part", part, ("validation", "test"))
+        if part == "test":
+            check_open("TokenText.windows")
         check_positive_int("TokenText.windows", "length", length)
         pieces: list[tuple[int, int, NDArray[Any]]] = []
         for k, document in enumerate(self.documents[part]):
