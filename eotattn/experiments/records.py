@@ -1,22 +1,17 @@
-"""The record of one run: what it measured and where that comes from, as JSON and npz, written whole or not at all."""
+"""The record of one run: what it measured and where that comes from, as JSON, written whole or not at all."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import time
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from eotattn.checks import require
 from eotattn.experiments.device import training_device, training_device_name
@@ -56,13 +51,11 @@ class Measurement:
     Args:
         rows: Measurements as a tidy table, one a row, with at least the columns ``quantity`` and ``value``; values that
             JSON can hold.
-        arrays: Small named arrays.
         summary: The headline for the progress line.
         data: What identifies the data behind it, for the provenance; values that JSON can hold.
     """
 
     rows: list[Row]
-    arrays: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     summary: str = ""
     data: Mapping[str, Any] = field(default_factory=dict)
 
@@ -106,7 +99,6 @@ class Record:
         configuration: Of the run, as JSON.
         seed: Of the run.
         rows: Measurements.
-        arrays: Small named arrays.
         summary: The headline.
         device: Name of the device, e.g. ``"cpu"`` or ``"NVIDIA H200"``.
         seconds: Time in the process that finished the run.
@@ -117,7 +109,6 @@ class Record:
     configuration: dict[str, Any]
     seed: int
     rows: list[Row]
-    arrays: Mapping[str, NDArray[Any]]
     summary: str
     device: str
     seconds: float
@@ -175,25 +166,17 @@ class RunFolder:
             stored = json.loads(file.read_text(encoding="utf-8"))
             if stored["configuration"] != run.configuration_json():
                 return None
-            content = io.BytesIO(file.with_suffix(".npz").read_bytes())
-            with np.load(content, allow_pickle=False) as arrays:
-                return Record(**stored, arrays={name: arrays[name] for name in arrays.files})
-        except (OSError, EOFError, ValueError, TypeError, LookupError, zipfile.BadZipFile, zlib.error) as error:
+            return Record(**stored)
+        except (OSError, ValueError, TypeError, LookupError) as error:
             message = (
-                f"RunFolder: {file.name} and its .npz must be whole; got {type(error).__name__}. Copy both again, or "
-                f"make the run anew with --fresh --only {run.name}."
+                f"RunFolder: {file.name} must be whole; got {type(error).__name__}. Copy it again, or make the run "
+                f"anew with --fresh --only {run.name}."
             )
             raise ValueError(message) from error
 
     def write(self, record: Record) -> None:
-        """Store a record; its JSON comes last, so that a record with JSON is whole."""
-        file = self.path / f"{record.name}.json"
-        file.unlink(missing_ok=True)
-        content = io.BytesIO()
-        np.savez_compressed(content, allow_pickle=False, **record.arrays)
-        write_atomically(file.with_suffix(".npz"), content.getvalue())
-        text = {name: value for name, value in vars(record).items() if name != "arrays"}
-        write_atomically(file, (json.dumps(text, indent=1) + "\n").encode())
+        """Store a record."""
+        write_atomically(self.path / f"{record.name}.json", (json.dumps(vars(record), indent=1) + "\n").encode())
 
     def forget(self, only: Sequence[str] = ()) -> None:
         """Delete records and checkpoints of runs whose names match a pattern; of all runs by default."""
@@ -230,7 +213,6 @@ def make(run: Run, store: RunFolder) -> Record:
         configuration=run.configuration_json(),
         seed=run.configuration.seed,
         rows=measurement.rows,
-        arrays=measurement.arrays,
         summary=measurement.summary,
         device=training_device_name(),
         seconds=seconds,

@@ -13,13 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from eotattn.checks import check_installed, check_positive, check_positive_int, require, speaking_as
-from eotattn.experiments import recipes
-from eotattn.experiments.figures import sink_study
+from eotattn.experiments.figures import (
+    ablations,
+    fig1_copy_mixture,
+    fig2_language,
+    fig3_retrieval,
+    fig4_dna,
+    fig5_vision,
+    sink_study,
+)
 from eotattn.experiments.records import RunFolder
 from eotattn.experiments.results import ResultFolder
 from eotattn.experiments.runs import RunsFailedError, UnknownRunsError, perform
 from eotattn.experiments.scales import ALL_SCALES, check_scale
-from eotattn.experiments.studies import ablations, copy_mixture, dna, language, retrieval, vision
 from eotattn.experiments.study import Figure
 from eotattn.experiments.tasks.token_text import BOOKS, DATA_VARIABLE
 from eotattn.provenance import check_writable, write_atomically
@@ -29,12 +35,12 @@ __all__ = ["FIGURES", "Figure", "find_notebooks", "make_runs", "reproduce", "str
 
 #: Number in the paper, or name -> figure. A new figure is one line.
 FIGURES = {
-    "1": Figure("fig1_copy_mixture", recipes.copy_mixture, copy_mixture.runs),
-    "2": Figure("fig2_language", recipes.language, language.runs),
-    "3": Figure("fig3_retrieval", recipes.retrieval, retrieval.runs),
-    "4": Figure("fig4_dna", recipes.dna, dna.runs),
-    "5": Figure("fig5_vision", recipes.vision, vision.runs),
-    "ablations": Figure("ablations", recipes.ablations, ablations.runs),
+    "1": fig1_copy_mixture.FIGURE,
+    "2": fig2_language.FIGURE,
+    "3": fig3_retrieval.FIGURE,
+    "4": fig4_dna.FIGURE,
+    "5": fig5_vision.FIGURE,
+    "ablations": ablations.FIGURE,
     "sinks": sink_study.FIGURE,
 }
 
@@ -180,12 +186,12 @@ def reproduce(
         if fresh:
             RunFolder(target).forget()
         perform(found[key].runs, found[key].recipe(scale), target, jobs=jobs, report=report)
-        executed.append(_execute(folder / f"{target.figure}.ipynb", target, jobs))
+        executed.append(_execute(folder / f"{target.figure}.ipynb", target))
         report(f"figure {key}: wrote {target.path / target.figure}.{{ipynb,png,pdf,csv,json}}")
     return executed
 
 
-def _execute(notebook: Path, target: ResultFolder, jobs: int | None) -> Path:
+def _execute(notebook: Path, target: ResultFolder) -> Path:
     """Run one notebook in the result folder, so that no path of this machine enters it."""
     import papermill
 
@@ -195,7 +201,7 @@ def _execute(notebook: Path, target: ResultFolder, jobs: int | None) -> Path:
         papermill.execute_notebook(
             str(notebook),
             str(raw),
-            parameters={"scale": target.scale, "out": "..", "jobs": jobs},
+            parameters={"scale": target.scale, "out": ".."},
             kernel_name="python3",
             cwd=str(target.path),
             progress_bar=sys.stderr.isatty(),

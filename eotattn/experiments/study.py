@@ -45,7 +45,16 @@ class Figure:
 def as_table(records: Records) -> pandas.DataFrame:
     """A row a measurement, with the name and the seed of its run."""
     rows = [{"run": name, "seed": record.seed} | row for name, record in records.items() for row in record.rows]
-    return pandas.DataFrame(rows)
+    return _with_numbers(pandas.DataFrame(rows))
+
+
+def _with_numbers(table: pandas.DataFrame) -> pandas.DataFrame:
+    """Values as numbers; words, such as why a timing failed, in a column of their own."""
+    if "value" not in table:
+        return table
+    numbers = pandas.to_numeric(table.value, errors="coerce")
+    words = table.value.where(numbers.isna() & table.value.map(lambda value: isinstance(value, str)))
+    return table.assign(value=numbers, **({"words": words} if words.notna().any() else {}))
 
 
 def select(table: pandas.DataFrame, **where: Any) -> pandas.DataFrame:
@@ -108,7 +117,7 @@ class Study:
         stored = folder.path / f"{folder.figure}.csv"
         require(stored.is_file(), cls.__name__, "folder", "hold runs or a table", out, remedy)
         provenance = json.loads(stored.with_suffix(".json").read_text(encoding="utf-8"))
-        return cls(recipe, pandas.read_csv(stored, low_memory=False), provenance)
+        return cls(recipe, _with_numbers(pandas.read_csv(stored, low_memory=False)), provenance)
 
     def save(self, out: str) -> ResultFolder:
         """Write the table and where it comes from to ``<out>/<scale>``."""

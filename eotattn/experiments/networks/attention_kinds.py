@@ -31,7 +31,7 @@ from eotattn.priors import (
     num_local_heads,
 )
 
-__all__ = ["ATTENTION_KINDS", "AttentionKind", "DecoderConfig", "sinusoids"]
+__all__ = ["ATTENTION_KINDS", "AttentionKind", "DecoderConfig", "display_name", "sinusoids"]
 
 MakePrior = Callable[["DecoderConfig"], LogPrior]
 MakeRotary = Callable[["DecoderConfig"], Rotary]
@@ -94,6 +94,7 @@ class AttentionKind:
     """How one kind of attention knows positions; what is left out it does not have.
 
     Args:
+        label: Name in tables and legends; by default the one in :data:`ATTENTION_KINDS`.
         prior: Makes the log-prior of one block.
         rotary: Makes the rotation of its queries and keys.
         sinks: Makes what its queries attend to besides keys.
@@ -107,6 +108,7 @@ class AttentionKind:
             serve this one too; see :meth:`Decoder.read_as`.
     """
 
+    label: str = ""
     prior: MakePrior | None = None
     rotary: MakeRotary | None = None
     sinks: Callable[[DecoderConfig], AttentionSinks] | None = None
@@ -272,18 +274,18 @@ def _tied_goat(config: DecoderConfig) -> LogPrior:
 #: Every attention that an experiment can name. A new one is one entry.
 ATTENTION_KINDS = {
     # What the paper compares.
-    "goat": AttentionKind(prior=_goat),
-    "paper_goat": AttentionKind(prior=_paper_goat()),
-    "alibi": AttentionKind(prior=_alibi),
-    "rope": AttentionKind(rotary=_rotary),
-    "interpolated_rope": AttentionKind(rotary=_rotary, interpolated=True, trained_as="rope"),
-    "ntk_rope": AttentionKind(rotary=_stretched_rotary, trained_as="rope"),
-    "sinusoidal": AttentionKind(embedding="sinusoidal"),
+    "goat": AttentionKind("GOAT", prior=_goat),
+    "paper_goat": AttentionKind("GOAT, paper's form", prior=_paper_goat()),
+    "alibi": AttentionKind("ALiBi", prior=_alibi),
+    "rope": AttentionKind("RoPE", rotary=_rotary),
+    "interpolated_rope": AttentionKind("RoPE, interpolated", rotary=_rotary, interpolated=True, trained_as="rope"),
+    "ntk_rope": AttentionKind("RoPE, NTK", rotary=_stretched_rotary, trained_as="rope"),
+    "sinusoidal": AttentionKind("sinusoidal", embedding="sinusoidal"),
     "learned": AttentionKind(embedding="learned"),
-    "none": AttentionKind(),
+    "none": AttentionKind("no positions"),
     # Priors on rotary content.
-    "local_rotary_goat": AttentionKind(prior=_goat, rotary=_local_rotary),
-    "rotary_goat": AttentionKind(prior=_paper_goat(), rotary=_rotary),
+    "local_rotary_goat": AttentionKind("GOAT, local heads rotary", prior=_goat, rotary=_local_rotary),
+    "rotary_goat": AttentionKind("RoPE + GOAT", prior=_paper_goat(), rotary=_rotary),
     "rotary_recency": AttentionKind(prior=_recency, rotary=_rotary),
     # Parts alone, and the whole without one.
     "recency_only": AttentionKind(prior=_recency),
@@ -293,8 +295,8 @@ ATTENTION_KINDS = {
     "one_wave": AttentionKind(prior=_paper_goat(num_frequencies=1)),
     "sixteen_waves": AttentionKind(prior=_paper_goat(num_frequencies=16)),
     # Log-priors that can move further than content does: AdamW moves a number by its rate a step at most.
-    "fast_goat": AttentionKind(prior=_goat, prior_rate_factor=10.0),
-    "fast_paper_goat": AttentionKind(prior=_paper_goat(), prior_rate_factor=10.0),
+    "fast_goat": AttentionKind("GOAT, fast prior", prior=_goat, prior_rate_factor=10.0),
+    "fast_paper_goat": AttentionKind("paper's form, fast prior", prior=_paper_goat(), prior_rate_factor=10.0),
     "alibi_goat": AttentionKind(prior=_alibi_goat, prior_rate_factor=10.0),
     "forgetting": AttentionKind(prior=_forgetting),
     "alibi_goat_forgetting": AttentionKind(prior=_sum(_alibi_goat, _forgetting), prior_rate_factor=10.0),
@@ -315,3 +317,13 @@ ATTENTION_KINDS = {
     "half_global": AttentionKind(prior=_sum(_half_global_recency, _first_token)),
     "growing_none": AttentionKind(scores_grow=True),
 }
+
+
+def display_name(attention: str) -> str:
+    """What tables and legends call a kind.
+
+    Example:
+        >>> display_name("rope"), display_name("one_wave")
+        ('RoPE', 'one_wave')
+    """
+    return ATTENTION_KINDS[attention].label or attention

@@ -5,6 +5,7 @@ Legend: B batch, N images, H rows, W columns of pixels, Ch channels.
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,6 +51,11 @@ class ImageSource(ABC):
         """
         raise NotImplementedError
 
+    @abstractmethod
+    def digest(self) -> str:
+        """A hash that identifies the images and their labels."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True, eq=False)
 class StoredImages(ImageSource):
@@ -72,6 +78,10 @@ class StoredImages(ImageSource):
             return found
         smooth = size < min(found.shape[-2:])
         return functional.interpolate(found, size=(size, size), mode="bilinear", antialias=smooth)
+
+    def digest(self) -> str:
+        """Of all pixels."""
+        return hashlib.sha256(self.images.numpy().tobytes() + self.labels.numpy().tobytes()).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +119,11 @@ class FolderImages(ImageSource):
     def pixels(self, indices: Tensor, size: int) -> Tensor:
         """Read, cropped and resized images, three channels."""
         return torch.stack([_read(self.files[int(index)], size) for index in indices])
+
+    def digest(self) -> str:
+        """Of the names and sizes of all files."""
+        listed = "".join(f"{file.parent.name}/{file.name} {file.stat().st_size}\n" for file in self.files)
+        return hashlib.sha256(listed.encode()).hexdigest()
 
 
 def _read(file: Path, size: int) -> Tensor:
@@ -201,6 +216,11 @@ class ImageTask:
         held_out = count * self.held_out_percent // 100
         seen = held_out + count * self.validation_percent // 100
         return {"held_out": order[:held_out], "validation": order[held_out:seen], "train": order[seen:]}[part]
+
+    @property
+    def fingerprint(self) -> dict[str, str | int]:
+        """What identifies the data."""
+        return {"sha256": self.source.digest(), "images": len(self.source.labels)}
 
     def batch(self, batch_size: int, *, seed: int, step: int) -> Batch:
         """Draw training images at random, shifted at random.
