@@ -20,6 +20,7 @@ from eotattn.experiments.figures import (
     fig3_retrieval,
     fig4_dna,
     fig5_vision,
+    language_books,
     sink_study,
 )
 from eotattn.experiments.records import RunFolder
@@ -42,6 +43,7 @@ FIGURES = {
     "5": fig5_vision.FIGURE,
     "ablations": ablations.FIGURE,
     "sinks": sink_study.FIGURE,
+    "books": language_books.FIGURE,
 }
 
 #: What the notebooks need beyond the package's own requirements.

@@ -14,7 +14,7 @@ import signal
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from fnmatch import fnmatch
@@ -92,7 +92,7 @@ def perform(
 
     A stored record is used if its configuration is equal to the run's, compared as JSON. Interrupt the call at any
     time: finished runs are kept, unfinished ones continue from their last checkpoint at the next call. Runs that choose
-    come first: no other run starts before all that can be named are stored.
+    come first: no other run starts before all that can be named are stored, or have failed in this call.
 
     Args:
         plan: Lists the study's runs.
@@ -128,8 +128,12 @@ def perform(
                     records[run.name] = record
                     report(f"{run.name}: stored, {record.device}, {record.date}; {record.summary}")
         missing = [run for run in named.values() if run.name not in records]
-        first = [run for run in missing if run.chooses] or missing
-        return [run for run in first if run.name not in failed and _matches(run.name, only)]
+        untried = [run for run in missing if run.name not in failed]
+        choices = [run for run in untried if run.chooses]
+        if not choices:
+            _drop_weights(named, missing, store)
+        ready = [run for run in untried if run.continues is None or run.continues.name in records]
+        return [run for run in choices or ready if _matches(run.name, only)]
 
     while (batch := due()) and time.monotonic() < deadline:
         started = time.monotonic()
@@ -152,10 +156,15 @@ def perform(
     unknown = [pattern for pattern in only if not any(fnmatch(name, pattern) for name in named)]
     if unknown:
         raise UnknownRunsError(unknown, list(named))
-    if not unmade:
-        for run in named.values():  # trained weights that no run reads any more
-            store.checkpoint(run).unlink(missing_ok=True)
     return {name: records[name] for name in named if name in records}
+
+
+def _drop_weights(named: Mapping[str, Run], missing: Sequence[Run], store: RunFolder) -> None:
+    """Delete what choosing runs trained and no missing run continues."""
+    wanted = {run.continues.name for run in missing if run.continues is not None}
+    for run in named.values():
+        if run.chooses and run.name not in wanted:
+            store.checkpoint(run).unlink(missing_ok=True)
 
 
 def _matches(name: str, only: Sequence[str]) -> bool:

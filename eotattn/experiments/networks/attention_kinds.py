@@ -18,15 +18,17 @@ from eotattn.checks import check_choice, check_positive_int, require
 from eotattn.experiments.networks.decaying_waves import DecayingFourierPrior
 from eotattn.experiments.networks.growing_scores import GrowingScoreAttention
 from eotattn.experiments.networks.narrow_lanes import NarrowLanesPrior
-from eotattn.experiments.networks.rotations import LeadingHeadsRotary, StretchedRotary
+from eotattn.experiments.networks.rotations import LeadingHeadsRotary, StretchedRotary, YarnRotary
 from eotattn.priors import (
     ForgettingPrior,
     FourierPrior,
     HeadsPrior,
+    KerplePrior,
     LogPrior,
     RecencyPrior,
     SinkPrior,
     SumPrior,
+    T5Prior,
     goat_prior,
     num_local_heads,
 )
@@ -154,12 +156,24 @@ def _stretched_rotary(config: DecoderConfig) -> Rotary:
     return StretchedRotary(config.head_dim, train_length=config.train_length)
 
 
+def _yarn_rotary(config: DecoderConfig) -> Rotary:
+    return YarnRotary(config.head_dim, train_length=config.train_length)
+
+
 def _local_rotary(config: DecoderConfig) -> Rotary:
     return LeadingHeadsRotary(config.head_dim, num_rotated=num_local_heads(config.num_heads))
 
 
 def _alibi(config: DecoderConfig) -> LogPrior:
     return RecencyPrior(config.num_heads).freeze()
+
+
+def _t5(config: DecoderConfig) -> LogPrior:
+    return T5Prior(config.num_heads, bidirectional=False)
+
+
+def _kerple(config: DecoderConfig) -> LogPrior:
+    return KerplePrior(config.num_heads)
 
 
 def _recency(config: DecoderConfig) -> LogPrior:
@@ -280,6 +294,9 @@ ATTENTION_KINDS = {
     "rope": AttentionKind("RoPE", rotary=_rotary),
     "interpolated_rope": AttentionKind("RoPE, interpolated", rotary=_rotary, interpolated=True, trained_as="rope"),
     "ntk_rope": AttentionKind("RoPE, NTK", rotary=_stretched_rotary, trained_as="rope"),
+    "yarn_rope": AttentionKind("RoPE, YaRN", rotary=_yarn_rotary, trained_as="rope"),
+    "t5": AttentionKind("T5's buckets", prior=_t5, prior_rate_factor=10.0),
+    "kerple": AttentionKind("KERPLE", prior=_kerple, prior_rate_factor=10.0),
     "sinusoidal": AttentionKind("sinusoidal", embedding="sinusoidal"),
     "learned": AttentionKind(embedding="learned"),
     "none": AttentionKind("no positions"),
@@ -297,9 +314,11 @@ ATTENTION_KINDS = {
     # Log-priors that can move further than content does: AdamW moves a number by its rate a step at most.
     "fast_goat": AttentionKind("GOAT, fast prior", prior=_goat, prior_rate_factor=10.0),
     "fast_paper_goat": AttentionKind("paper's form, fast prior", prior=_paper_goat(), prior_rate_factor=10.0),
-    "alibi_goat": AttentionKind(prior=_alibi_goat, prior_rate_factor=10.0),
-    "forgetting": AttentionKind(prior=_forgetting),
-    "alibi_goat_forgetting": AttentionKind(prior=_sum(_alibi_goat, _forgetting), prior_rate_factor=10.0),
+    "alibi_goat": AttentionKind("GOAT, ALiBi slopes", prior=_alibi_goat, prior_rate_factor=10.0),
+    "forgetting": AttentionKind("forgetting gate", prior=_forgetting),
+    "alibi_goat_forgetting": AttentionKind(
+        "GOAT + forgetting gate", prior=_sum(_alibi_goat, _forgetting), prior_rate_factor=10.0
+    ),
     # Where a sink can live beside content.
     "rope_key_only": AttentionKind(prior=_first_token, rotary=_rotary, prior_rate_factor=10.0),
     "rope_sink_logit": AttentionKind(rotary=_rotary, sinks=_sink_logit, prior_rate_factor=10.0),
