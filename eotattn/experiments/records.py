@@ -27,6 +27,7 @@ __all__ = [
     "Row",
     "Run",
     "RunFolder",
+    "TrainedRun",
     "make",
     "merged_provenance",
 ]
@@ -42,6 +43,18 @@ class Configuration(Protocol):
     def seed(self) -> int:
         """Seed of weights and batches."""
         ...
+
+
+class TrainedRun:
+    """What configurations of runs that train share: the seed is that of their ``training``."""
+
+    training: Any
+
+    @property
+    def seed(self) -> int:
+        """Seed of weights and batches."""
+        seed: int = self.training.seed
+        return seed
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from eotattn.experiments.results import ResultFolder
 from eotattn.experiments.runs import Plan, stored_records
 from eotattn.experiments.scales import SCALES
 
-__all__ = ["Figure", "Study", "as_table", "paired", "select"]
+__all__ = ["Figure", "Study", "as_table", "paired", "savings", "select"]
 
 
 @dataclass(frozen=True)
@@ -160,3 +160,11 @@ class Study:
 def paired(one: Mapping[int, float], other: Mapping[int, float]) -> SeedInterval:
     """One less the other, seed by seed, where both are known."""
     return SeedInterval.of([one[seed] - other[seed] for seed in one if seed in other])
+
+
+def savings(ours: pandas.DataFrame, theirs: pandas.DataFrame) -> tuple[SeedInterval, SeedInterval]:
+    """How much smaller one's values are than another's, paired by seed and document: over seeds, and over documents."""
+    pairs = ours.merge(theirs, on=["seed", "document"], suffixes=("", "_other"))
+    pairs["saved"] = pairs.value_other - pairs.value
+    by_seed, by_document = (pairs.groupby(key).saved.mean().tolist() for key in ("seed", "document"))
+    return SeedInterval.of(by_seed), SeedInterval.of(by_document)

@@ -15,11 +15,12 @@ import pandas
 from numpy.typing import NDArray
 
 from eotattn.experiments.evaluation import target_bits
-from eotattn.experiments.examination import examine
+from eotattn.experiments.figures import fig3_retrieval
+from eotattn.experiments.figures.fig3_retrieval import RetrievalRun
 from eotattn.experiments.intervals import SeedInterval
 from eotattn.experiments.intervals import verdict as decide
 from eotattn.experiments.networks import Decoder, DecoderConfig
-from eotattn.experiments.records import Measurement, Records, Row, Run
+from eotattn.experiments.records import Measurement, Records, Row, Run, TrainedRun
 from eotattn.experiments.scales import check_scale
 from eotattn.experiments.study import Figure, Study, paired
 from eotattn.experiments.tasks import LanguageTask, RetrievalTask
@@ -181,7 +182,7 @@ def recipe(scale: str = "laptop") -> AblationRecipe:
 
 
 @dataclass(frozen=True)
-class LanguageAblation:
+class LanguageAblation(TrainedRun):
     """One decoder, trained and measured on language, also as the kinds that are trained as this one."""
 
     decoder: DecoderConfig
@@ -190,28 +191,6 @@ class LanguageAblation:
     lengths: tuple[int, ...]
     windows: int
     also_read_as: tuple[str, ...] = ()
-
-    @property
-    def seed(self) -> int:
-        """Seed of weights and batches."""
-        return self.training.seed
-
-
-@dataclass(frozen=True)
-class RetrievalAblation:
-    """The same on retrieval."""
-
-    decoder: DecoderConfig
-    training: TrainingConfig
-    lengths: tuple[int, ...]
-    depths: tuple[float, ...]
-    count: int
-    also_read_as: tuple[str, ...] = ()
-
-    @property
-    def seed(self) -> int:
-        """Seed of weights and batches."""
-        return self.training.seed
 
 
 def runs(recipe: AblationRecipe, records: Records) -> list[Run]:
@@ -229,9 +208,10 @@ def runs(recipe: AblationRecipe, records: Records) -> list[Run]:
             )
             reader, finder = (replace(decoder, vocabulary_size=size) for size in (256, len(ALPHABET)))
             on_language = LanguageAblation(reader, recipe.corpus, language, recipe.lengths, recipe.windows, also)
-            on_retrieval = RetrievalAblation(finder, retrieval, recipe.lengths, recipe.depths, recipe.count, also)
+            examined = (recipe.lengths, recipe.depths, recipe.count, also)
+            on_retrieval = RetrievalRun(finder, RetrievalTask(finder.train_length), retrieval, *examined)
             found.append(Run(f"language-{name}-seed{seed}", on_language, measure_language))
-            found.append(Run(f"retrieval-{name}-seed{seed}", on_retrieval, measure_retrieval))
+            found.append(Run(f"retrieval-{name}-seed{seed}", on_retrieval, fig3_retrieval.measure))
     return found
 
 
@@ -259,23 +239,6 @@ def measure_language(run: LanguageAblation, checkpoint: Path) -> Measurement:
     means = [f"{row['value']:.3f}" for row in rows if (row["variant"], row["quantity"]) == (own, "bits_per_byte")]
     rows = [{"variant": own, "task": "language"} | row for row in rows + training_rows(training)]
     return Measurement(rows, "bits per byte " + ", ".join(means), task.fingerprint)
-
-
-def measure_retrieval(run: RetrievalAblation, checkpoint: Path) -> Measurement:
-    """Train a decoder on passkeys and needles and examine it at every length and depth."""
-    task, own = RetrievalTask(run.decoder.train_length), run.decoder.attention
-    network = Decoder(run.decoder)
-    training = train(network, task, run.training, label=f"{own}, retrieval", checkpoint=checkpoint)
-    rows: list[Row] = []
-    with autocast(run.training, network.embedding.weight.device):
-        for variant in (own, *run.also_read_as):
-            reader = network.read_as(variant)
-            found = examine(reader, task.haystacks, lengths=run.lengths, depths=run.depths, count=run.count)
-            rows += [{"variant": variant} | row for row in found]
-    scored = [row for row in rows if row["variant"] == own and row["quantity"] == JUDGES[row["task"]]]
-    means = [np.mean([row["value"] for row in scored if row["length"] == length]) for length in run.lengths]
-    rows += [{"variant": own, "task": "retrieval"} | row for row in training_rows(training)]
-    return Measurement(rows, "accuracy " + ", ".join(f"{mean:.3f}" for mean in means))
 
 
 # Table and claims ---------------------------------------------------------------------------------------------------

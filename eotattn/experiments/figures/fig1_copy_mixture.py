@@ -21,7 +21,7 @@ from eotattn.experiments.evaluation import watch_sinks
 from eotattn.experiments.intervals import SeedInterval, claim
 from eotattn.experiments.networks import CopyReader, CopyReaderConfig
 from eotattn.experiments.prior_parts import PriorParts, split_prior
-from eotattn.experiments.records import Measurement, Records, Row, Run
+from eotattn.experiments.records import Measurement, Records, Row, Run, TrainedRun
 from eotattn.experiments.scales import check_scale
 from eotattn.experiments.study import Figure, Study
 from eotattn.experiments.tasks import CopyMixture
@@ -103,18 +103,13 @@ def recipe(scale: str = "laptop") -> CopyMixtureRecipe:
 
 
 @dataclass(frozen=True)
-class ReaderRun:
+class ReaderRun(TrainedRun):
     """One reader, trained and read; fields as in :class:`CopyMixtureRecipe`."""
 
     task: CopyMixture
     network: CopyReaderConfig
     training: TrainingConfig
     test_sequences: int
-
-    @property
-    def seed(self) -> int:
-        """Seed of weights and batches."""
-        return self.training.seed
 
 
 def runs(recipe: CopyMixtureRecipe, records: Records) -> list[Run]:

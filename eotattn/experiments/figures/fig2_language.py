@@ -20,7 +20,7 @@ from eotattn.diagnostics import sink_mass_by_score_range
 from eotattn.experiments.evaluation import sink_observations, target_bits, watch_sinks
 from eotattn.experiments.networks import Decoder, DecoderConfig
 from eotattn.experiments.prior_parts import key_only_part
-from eotattn.experiments.records import Measurement, Records, Row, Run
+from eotattn.experiments.records import Measurement, Records, Row, Run, TrainedRun
 from eotattn.experiments.scales import check_scale
 from eotattn.experiments.study import Figure, as_table, select
 from eotattn.experiments.tasks import LanguageTask
@@ -205,7 +205,7 @@ def recipe(scale: str = "laptop") -> LanguageRecipe:
 
 
 @dataclass(frozen=True)
-class RateRun:
+class RateRun(TrainedRun):
     """A short run that judges a learning rate on validation windows."""
 
     corpus: str
@@ -213,14 +213,9 @@ class RateRun:
     training: TrainingConfig
     windows: int
 
-    @property
-    def seed(self) -> int:
-        """Seed of weights and batches."""
-        return self.training.seed
-
 
 @dataclass(frozen=True)
-class DecoderRun:
+class DecoderRun(TrainedRun):
     """One decoder, trained on a corpus and measured on its held-out files; fields as in :class:`LanguageRecipe`."""
 
     corpus: str
@@ -232,11 +227,6 @@ class DecoderRun:
     sink_windows: int
     sink_bins: int
     probe_windows: int
-
-    @property
-    def seed(self) -> int:
-        """Seed of weights and batches."""
-        return self.training.seed
 
 
 def runs(recipe: LanguageRecipe, records: Records) -> list[Run]:

@@ -20,7 +20,7 @@ from eotattn.experiments.examination import examine
 from eotattn.experiments.intervals import SeedInterval, claim
 from eotattn.experiments.networks import ATTENTION_KINDS, Decoder, DecoderConfig, display_name
 from eotattn.experiments.rate_sweep import SweptStudy, swept_runs
-from eotattn.experiments.records import Measurement, Records, Row, Run
+from eotattn.experiments.records import Measurement, Records, Row, Run, TrainedRun
 from eotattn.experiments.scales import check_scale
 from eotattn.experiments.study import Figure
 from eotattn.experiments.tasks import RetrievalTask
@@ -144,7 +144,7 @@ def recipe(scale: str = "laptop") -> RetrievalRecipe:
 
 
 @dataclass(frozen=True)
-class RetrievalRun:
+class RetrievalRun(TrainedRun):
     """One decoder, trained and examined, also as the kinds of attention that are trained as this one."""
 
     decoder: DecoderConfig
@@ -154,11 +154,6 @@ class RetrievalRun:
     depths: tuple[float, ...]
     count: int
     also_read_as: tuple[str, ...] = ()
-
-    @property
-    def seed(self) -> int:
-        """Seed of weights and batches."""
-        return self.training.seed
 
 
 def runs(recipe: RetrievalRecipe, records: Records) -> list[Run]:

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from eotattn.experiments.networks import Decoder, DecoderConfig
 from eotattn.experiments.rate_sweep import swept_runs
-from eotattn.experiments.records import Measurement, Records, Row, Run
+from eotattn.experiments.records import Measurement, Records, Row, Run, TrainedRun
 from eotattn.experiments.sampling import sample_continuations
 from eotattn.experiments.scales import check_scale
 from eotattn.experiments.study import Figure
@@ -205,7 +205,7 @@ def recipe(scale: str = "laptop") -> DnaRecipe:
 
 
 @dataclass(frozen=True)
-class DnaRun:
+class DnaRun(TrainedRun):
     """One decoder, trained and measured; fields as in :class:`DnaRecipe`."""
 
     genome: IsochoreGenome | StoredGenome
@@ -213,11 +213,6 @@ class DnaRun:
     training: TrainingConfig
     test_windows: int
     generation: GenerationConfig
-
-    @property
-    def seed(self) -> int:
-        """Seed of weights, batches and draws."""
-        return self.training.seed
 
 
 @dataclass(frozen=True)

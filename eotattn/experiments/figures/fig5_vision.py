@@ -22,7 +22,7 @@ from eotattn.experiments.intervals import SeedInterval, claim
 from eotattn.experiments.networks import VisionConfig, VisionTransformer
 from eotattn.experiments.networks.vision import POSITION_UNITS
 from eotattn.experiments.rate_sweep import SweptStudy, swept_runs
-from eotattn.experiments.records import Measurement, Records, Row, Run
+from eotattn.experiments.records import Measurement, Records, Row, Run, TrainedRun
 from eotattn.experiments.scales import check_scale
 from eotattn.experiments.study import Figure, paired
 from eotattn.experiments.tasks import ImageTask, open_images
@@ -174,7 +174,7 @@ def recipe(scale: str = "laptop") -> VisionRecipe:
 
 
 @dataclass(frozen=True)
-class VisionRun:
+class VisionRun(TrainedRun):
     """One transformer, trained and measured; fields as in :class:`VisionRecipe`."""
 
     corpus: str
@@ -182,11 +182,6 @@ class VisionRun:
     network: VisionConfig
     training: TrainingConfig
     sizes: tuple[int, ...]
-
-    @property
-    def seed(self) -> int:
-        """Seed of weights and batches."""
-        return self.training.seed
 
 
 def runs(recipe: VisionRecipe, records: Records) -> list[Run]:

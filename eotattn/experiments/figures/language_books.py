@@ -25,9 +25,9 @@ from eotattn.experiments.figures import sink_study
 from eotattn.experiments.intervals import SeedInterval, claim
 from eotattn.experiments.interventions import target_losses
 from eotattn.experiments.networks import ATTENTION_KINDS, Decoder, DecoderConfig, display_name
-from eotattn.experiments.records import Measurement, Records, Row, Run
+from eotattn.experiments.records import Measurement, Records, Row, Run, TrainedRun
 from eotattn.experiments.scales import check_scale
-from eotattn.experiments.study import Figure, Study, as_table, select
+from eotattn.experiments.study import Figure, Study, as_table, savings, select
 from eotattn.experiments.tasks.language import PYTHON_STDLIB
 from eotattn.experiments.tasks.token_text import BOOKS, TokenText, Windows
 from eotattn.experiments.training import TrainingConfig, TrainingResult, autocast, train, training_rows
@@ -199,7 +199,7 @@ def recipe(scale: str = "gpu") -> BooksRecipe:
 
 
 @dataclass(frozen=True)
-class BooksRun:
+class BooksRun(TrainedRun):
     """One arm with one option and seed; other fields as in :class:`BooksRecipe`."""
 
     corpus: str
@@ -213,11 +213,6 @@ class BooksRun:
     far_windows: tuple[int, int]
     middle: int
     readings: tuple[str, ...]
-
-    @property
-    def seed(self) -> int:
-        """Seed of weights and batches."""
-        return self.training.seed
 
 
 def runs(recipe: BooksRecipe, records: Records) -> list[Run]:
@@ -305,8 +300,8 @@ def measure(run: BooksRun, checkpoint: Path) -> Measurement:
     rows.append({"quantity": "parameters", "unit": "count", "value": count})
     tokens = run.training.steps * run.training.batch_size * run.decoder.train_length
     rows.append({"quantity": "training_tokens", "unit": "tokens", "value": tokens})
-    place = ("near", "whole", run.lengths[0])
-    own = [row["value"] for row in rows if (row.get("where"), row.get("reading"), row.get("length")) == place]
+    here = ("near", "whole", run.lengths[0])
+    own = [row["value"] for row in rows if (row.get("where"), row.get("reading"), row.get("length")) == here]
     summary = f"test {sum(own) / len(own):.4f} nats a token at {run.lengths[0]}"
     return Measurement(_of(run, rows), summary, text.fingerprint)
 
@@ -368,11 +363,7 @@ class BooksStudy(Study):
         self, arm: str, over: str, length: int, *, reading: str = "whole", other: str = "whole"
     ) -> tuple[SeedInterval, SeedInterval]:
         """Nats a token that an arm saves over another: over common seeds, and over documents."""
-        ours, theirs = self.losses(arm, length, reading=reading), self.losses(over, length, reading=other)
-        pairs = ours.merge(theirs, on=["seed", "document"], suffixes=("", "_other"))
-        pairs["saved"] = pairs.value_other - pairs.value
-        by_seed, by_document = (pairs.groupby(key).saved.mean().tolist() for key in ("seed", "document"))
-        return SeedInterval.of(by_seed), SeedInterval.of(by_document)
+        return savings(self.losses(arm, length, reading=reading), self.losses(over, length, reading=other))
 
     def option(self, arm: str) -> Option | None:
         """What validation chose for an arm."""
@@ -451,6 +442,8 @@ def draw(study: BooksStudy) -> Picture:
     for name, arm in study.arms.items():
         _draw_curve(study, name, styles[arm.label], curves)
     curves.set_xscale("log", base=2)
+    curves.set_xticks(study.recipe.lengths, [f"{n // 1024}k" if n >= 1024 else f"{n}" for n in study.recipe.lengths])
+    curves.minorticks_off()
     curves.set_xlabel("context (tokens)")
     curves.set_ylabel("nats a token, test authors")
     rows = [name for name in study.arms if name != "rope" and study.arms[name].stretch == 1]

@@ -14,7 +14,7 @@ import pandas
 from eotattn.experiments.figures.sink_study import ARMS, FIGURE
 from eotattn.experiments.intervals import SeedInterval, claim
 from eotattn.experiments.sink_measures import EPSILON
-from eotattn.experiments.study import Study, paired
+from eotattn.experiments.study import Study, paired, savings
 from eotattn.plotting import line_styles, mosaic, plot_sink_heads
 
 if TYPE_CHECKING:
@@ -65,11 +65,7 @@ class SinkStudy(Study):
 
     def saving(self, arm: str, *, over: str, length: int) -> tuple[SeedInterval, SeedInterval]:
         """Nats a token that ``arm`` saves over another on test documents: over common seeds, and over documents."""
-        ours, theirs = (self.rows("test_loss", arm=name, length=length) for name in (arm, over))
-        pairs = ours.merge(theirs, on=["seed", "document"], suffixes=("", "_other"))
-        pairs["saved"] = pairs.value_other - pairs.value
-        by_seed, by_document = (pairs.groupby(key).saved.mean().tolist() for key in ("seed", "document"))
-        return SeedInterval.of(by_seed), SeedInterval.of(by_document)
+        return savings(*(self.rows("test_loss", arm=name, length=length) for name in (arm, over)))
 
     def strongest(self, arm: str, name: str) -> dict[int, float]:
         """Seed -> a number of the head with the most mass on the first token."""

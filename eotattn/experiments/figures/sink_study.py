@@ -21,7 +21,7 @@ from eotattn.diagnostics import SinkMassReport
 from eotattn.experiments.device import training_device
 from eotattn.experiments.interventions import in_eight_bits, keys_beyond, target_losses, without_key_only
 from eotattn.experiments.networks import ATTENTION_KINDS, Decoder, DecoderConfig
-from eotattn.experiments.records import Measurement, Records, Row, Run
+from eotattn.experiments.records import Measurement, Records, Row, Run, TrainedRun
 from eotattn.experiments.scales import check_scale
 from eotattn.experiments.sink_measures import activation_outliers, mass_by_signal, measure_sinks
 from eotattn.experiments.study import Figure
@@ -183,7 +183,7 @@ def recipe(scale: str = "laptop") -> SinkRecipe:
 
 
 @dataclass(frozen=True)
-class SinkRun:
+class SinkRun(TrainedRun):
     """One arm with one seed; fields as in :class:`SinkRecipe`."""
 
     corpus: str
@@ -194,11 +194,6 @@ class SinkRun:
     test_windows: tuple[int, int]
     probe_windows: int
     bins: int
-
-    @property
-    def seed(self) -> int:
-        """Seed of weights and batches."""
-        return self.training.seed
 
 
 def runs(recipe: SinkRecipe, records: Records) -> list[Run]:

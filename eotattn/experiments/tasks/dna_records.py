@@ -9,12 +9,13 @@ import gzip
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from eotattn.checks import check_installed, fail, require
+from eotattn.checks import fail, require
+from eotattn.experiments.tasks.hub import open_data_set
 
 __all__ = ["BASES", "DnaRecord", "decode_bases", "encode_bases", "read_fasta", "read_hub"]
 
@@ -162,15 +163,8 @@ def read_hub(name: str) -> Iterator[DnaRecord]:
         ValueError: At once, if the Hub or the data set cannot be reached, or has no such column.
         ModuleNotFoundError: Without the library ``datasets``.
     """
-    check_installed("read_hub", "data", "datasets")
-    import datasets
-
-    if not Path(name).is_dir():
-        _check_reachable(name)
-    try:
-        splits = datasets.load_dataset(name, streaming=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        _refuse(name, error)
+    remedy = "download the genome as a FASTA file and pass its path"
+    splits = open_data_set("read_hub", name, remedy=remedy)
     count = 0
     for split, rows in splits.items():
         for row in rows:
@@ -189,22 +183,3 @@ def _columns(name: str, row: dict[str, Any]) -> tuple[str, str | None]:
     if sequence is None:
         fail("read_hub", f"the data set {name!r}", rule, sorted(row), "Rename its column in a copy of it")
     return sequence, next((known[column] for column in _NAME_COLUMNS if column in known), None)
-
-
-def _check_reachable(name: str) -> None:
-    """Ask the Hub for the data set once, without the long patience of downloads."""
-    import huggingface_hub
-
-    try:
-        huggingface_hub.HfApi().dataset_info(name, timeout=10)
-    except Exception as error:  # which class it is depends on the versions of the library and of its transport
-        _refuse(name, error)
-
-
-def _refuse(name: str, error: Exception) -> NoReturn:
-    reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no details'}"
-    message = (
-        f"read_hub: the data set {name!r} must be reachable on the Hugging Face Hub; got {reason[:200]}. "
-        f"Connect to the network, or download the genome as a FASTA file and pass its path."
-    )
-    raise ValueError(message) from error
