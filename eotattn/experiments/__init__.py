@@ -1,4 +1,4 @@
-"""Experiments: tasks (data), networks, recipes (frozen configurations), training, studies and results."""
+"""Experiments: tasks (data), networks, training and runs, and a file a figure, from its recipe to its picture."""
 
 from eotattn.checks import check_installed
 

@@ -58,6 +58,7 @@ class DnaStudy(SweptStudy):
         rows = self.table[self.table.quantity.isin(["step_seconds", "throughput", "peak_memory"])]
         found = rows.assign(value=rows.value.astype(float))
         found = found.pivot_table(index="variant", columns="quantity", values="value", sort=False)
+        found["ms a step"] = 1e3 * found.pop("step_seconds")
         names = [name for name in ("throughput", "peak_memory") if name in found]
         return found.assign(**{f"{name}_ratio": found[name] / found[name].iloc[0] for name in names})
 
