@@ -2,4 +2,4 @@
 
 from eotattn.checks import check_installed
 
-check_installed("eotattn.experiments", "experiments", "accelerate", "scipy", "sklearn")
+check_installed("eotattn.experiments", "experiments", "accelerate", "pandas", "scipy", "sklearn")

@@ -47,7 +47,7 @@ FIGURES = {
 }
 
 #: What the notebooks need beyond the package's own requirements.
-REQUIREMENTS = ("ipykernel", "pandas", "papermill")
+REQUIREMENTS = ("ipykernel", "papermill")
 
 
 def find_notebooks(figures: Iterable[Figure]) -> Path:
