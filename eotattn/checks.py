@@ -182,6 +182,8 @@ def check_choice(owner: str, argument: str, value: Any, choices: Sequence[str]) 
 
 def check_floating(owner: str, argument: str, value: Any) -> Tensor:
     """Return ``value``, or raise unless it is a tensor of a floating dtype."""
+    if isinstance(value, Tensor) and value.is_floating_point():  # at once: every call asks
+        return value
     remedy = "Convert it, e.g. with torch.as_tensor(..., dtype=torch.float32)"
     require(isinstance(value, Tensor), owner, argument, "be a tensor", type(value), remedy, error=TypeError)
     require(value.is_floating_point(), owner, argument, "have a floating dtype", value, remedy, error=TypeError)

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import eotattn
+from eotattn.processes import is_first_here, is_first_process
 
 __all__ = ["main"]
 
@@ -74,13 +75,17 @@ def _with_runs(work: Callable[..., object], arguments: argparse.Namespace, *name
 
 
 def _report(line: str) -> None:
-    """One line at once, also into a file or a pipe."""
-    print(line, flush=True)
+    """One line at once, also into a file or a pipe, by the first of the processes that work together."""
+    if is_first_process():
+        print(line, flush=True)
 
 
 def _add_train(subparsers: Subparsers[_Parser]) -> None:
     text = "make the runs behind the figures that are not stored yet, without notebooks"
-    parser = subparsers.add_parser("train", help=text, description=text)
+    together = "Started by torchrun or accelerate, all its processes share each run, batch by batch: torchrun "
+    together += "--nproc-per-node 4 -m eotattn train --figure sinks --scale paper --data DIR. Any number of them gives "
+    together += "the same losses and continues what others began."
+    parser = subparsers.add_parser("train", help=text, description=f"{text}. {together}")
     _add_figure_arguments(parser)
     parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help='runs by name or pattern, e.g. "goat-*"')
     parser.add_argument("--data", metavar="DIR", help="prepared corpus, for the figure that reads one (see prepare)")
@@ -133,7 +138,7 @@ def _add_bench(subparsers: Subparsers[_Parser]) -> None:
     text = "time, memory and error against every peer that is installed"
     parser = subparsers.add_parser("bench", help=text, description=text)
     suites = "overview (a GPU's bounds in minutes), attention, layer, decode, padding, patterns, relative, precision, "
-    suites += "gradients, training, rotary, sinks, transport, statistics or ring (several GPUs)"
+    suites += "gradients, training, rotary, sinks, transport, statistics, ring or parallel (several GPUs)"
     parser.add_argument("suite", help=suites)
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default: float32)")
@@ -174,7 +179,7 @@ def _add_analyze(subparsers: Subparsers[_Parser]) -> None:
 
 
 def _analyze(arguments: argparse.Namespace) -> int:
-    from eotattn.analysis import analyze, is_first_process, read_texts
+    from eotattn.analysis import analyze, read_texts
 
     names = ("attention", "out", "heads", "max_length", "device", "dtype")
     options = {name: getattr(arguments, name) for name in names}
@@ -273,8 +278,9 @@ def _termination_as_interruption() -> Iterator[None]:
 
 
 def _say(line: str) -> None:
-    """One line on the standard error stream."""
-    print(" ".join(line.split()), file=sys.stderr)
+    """One line on the standard error stream of every machine."""
+    if is_first_here():
+        print(" ".join(line.split()), file=sys.stderr)
 
 
 if __name__ == "__main__":

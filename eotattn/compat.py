@@ -6,7 +6,7 @@ Private names may move with any release. ``tests/test_compat.py`` calls each one
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._guards import active_fake_mode
 from torch.nn import functional
-from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
+from torch.utils._python_dispatch import _disable_current_modes, _len_torch_dispatch_stack
 
 __all__ = [
     "admitted",
@@ -37,6 +37,7 @@ __all__ = [
     "is_transformed",
     "known_size",
     "lasting",
+    "listed",
     "map_tensors",
     "names_attention_implementation",
     "no_torch_function",
@@ -64,7 +65,7 @@ def tensor_version(tensor: Tensor) -> int:
 
 def is_intercepted() -> bool:
     """Whether a dispatch mode (e.g. fake tensors) or a function transform (e.g. vmap) sees every operation."""
-    return _get_current_dispatch_mode() is not None or is_transformed()
+    return _len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def is_transformed() -> bool:
@@ -137,8 +138,16 @@ def first_parameter(module: torch.nn.Module) -> torch.nn.Parameter | None:
         for parameter in module._parameters.values():
             if parameter is not None:
                 return parameter
-        stack += [child for child in reversed(module._modules.values()) if child is not None]
+        for child in reversed(module._modules.values()):
+            if child is not None:
+                stack.append(child)  # noqa: PERF401  # a comprehension is a call
     return None
+
+
+def listed(module: nn.Module, name: str) -> Collection[Any]:
+    """What the ``nn.ModuleList`` of that name holds, in one step: what every call asks must cost nothing."""
+    held: nn.Module = module._modules[name]  # type: ignore[assignment]
+    return held._modules.values()
 
 
 def has_forward_hooks(module: torch.nn.Module) -> bool:

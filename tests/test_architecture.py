@@ -16,6 +16,7 @@ FLOORS = {
     "checks": 0,
     "provenance": 1,
     "compat": 1,
+    "processes": 1,
     "priors": 2,
     "kernels": 2,
     "attention": 3,

@@ -7,7 +7,6 @@ from eotattn.analysis.findings import details, findings
 from eotattn.analysis.head_kinds import head_kinds
 from eotattn.analysis.run import analyze
 from eotattn.analysis.samples import code_samples, prose_samples
-from eotattn.analysis.shards import is_first_process
 from eotattn.analysis.texts import read_texts
 
 __all__ = [
@@ -18,7 +17,6 @@ __all__ = [
     "details",
     "findings",
     "head_kinds",
-    "is_first_process",
     "prior_panels",
     "prose_samples",
     "read_texts",

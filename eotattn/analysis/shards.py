@@ -13,7 +13,9 @@ from typing import TypeVar
 
 from torch import distributed
 
-__all__ = ["Shards", "is_first_process", "merged", "shards"]
+from eotattn.processes import num_processes
+
+__all__ = ["Shards", "merged", "shards"]
 
 Part = TypeVar("Part")
 
@@ -51,8 +53,7 @@ class Shards:
 @contextmanager
 def shards() -> Iterator[Shards]:
     """The processes of torchrun, joined for as long as the block runs; a single one without torchrun."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if not distributed.is_available() or (count == 1 and not distributed.is_initialized()):
+    if not distributed.is_available() or (num_processes() == 1 and not distributed.is_initialized()):
         yield Shards()
         return
     joins = not distributed.is_initialized()
@@ -63,13 +64,6 @@ def shards() -> Iterator[Shards]:
     finally:
         if joins:
             distributed.destroy_process_group()
-
-
-def is_first_process() -> bool:
-    """Whether this process writes and prints; true without torchrun."""
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank() == 0
-    return os.environ.get("RANK", "0") == "0"
 
 
 def merged(parts: Sequence[Part]) -> Part:

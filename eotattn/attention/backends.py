@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from eotattn.attention import near_far
+from eotattn.attention import near_far, rebased
 from eotattn.attention.call import AttentionCall
 from eotattn.attention.measured import preference
 from eotattn.attention.operands import call_terms, operands, plan_of
@@ -81,11 +81,12 @@ class Sdpa:
     def refusal(self, call: AttentionCall) -> str | None:
         """Why it cannot serve the call, or ``None``."""
         mask = call.masks.dense
-        if call.needs_lse and mask is not None and mask.requires_grad:
-            return "the log-sum-exp of fused calls has no gradient in attn_mask; use backend='reference'"
-        if call.needs_lse and _is_transformed(call):
-            return NO_TRANSFORMS
-        return _without_lanes(call) or _rounds_mask(call)
+        if call.needs_lse:
+            if mask is not None and mask.requires_grad:
+                return "the log-sum-exp of fused calls has no gradient in attn_mask; use backend='reference'"
+            if _is_transformed(call):
+                return NO_TRANSFORMS
+        return _without_lanes(call) or (None if mask is None else _rounds_mask(call))
 
     def run(self, call: AttentionCall) -> Served:
         """Output, and the log-sum-exp where it is asked for."""
@@ -119,9 +120,10 @@ class Sdpa:
             return packed.attend(query, key, value, fused=fused, **shared)
         if band is not None and window is not None:
             return local.attend(query, key, value, window=window, offset=band.offset, fused=fused, **shared)
-        oblong = band is not None and not band.is_triangle
-        mask = band.mask(query.shape[2], key.shape[2], query.device) if oblong and band is not None else None
-        return fused(query, key, value, mask=mask, is_causal=masks.triangle, **shared)
+        if band is None or masks.triangle:
+            return fused(query, key, value, mask=None, is_causal=band is not None, **shared)
+        mask = band.mask(query.shape[2], key.shape[2], query.device)
+        return fused(query, key, value, mask=mask, is_causal=False, **shared)
 
 
 class NearFar:
@@ -138,6 +140,23 @@ class NearFar:
     def run(self, call: AttentionCall) -> Served:
         """Output and log-sum-exp."""
         output, lse = near_far.attend(call, Sdpa().run)
+        return Served(_without_empty_rows(call, output), lse=_of_rows_with_keys(call, lse, float("-inf")))
+
+
+class Rebased:
+    """Stock calls over rectangles whose lanes and biases count from close by: exact where one call loses digits."""
+
+    name = "rebased"
+
+    def refusal(self, call: AttentionCall) -> str | None:
+        """Why it cannot serve the call, or ``None``."""
+        if call.return_weights or call.is_shared:
+            return NO_WEIGHTS if call.return_weights else STOCK_ONLY
+        return NO_TRANSFORMS if _is_transformed(call) else rebased.refusal(call)
+
+    def run(self, call: AttentionCall) -> Served:
+        """Output and log-sum-exp."""
+        output, lse = rebased.attend(call, Sdpa().run)
         return Served(_without_empty_rows(call, output), lse=_of_rows_with_keys(call, lse, float("-inf")))
 
 
@@ -222,7 +241,9 @@ class Flex:
 
 
 #: Backends by the names that users ask for.
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Sdpa(), NearFar(), Varlen(), Flex(), Reference())}
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend for backend in (Sdpa(), NearFar(), Rebased(), Varlen(), Flex(), Reference())
+}
 NO_TRANSFORMS = "the log-sum-exp of fused calls has no gradient under torch.func; use backend='reference'"
 STOCK_ONLY = "context_parallel shares stock calls between processes; use backend='sdpa'"
 NO_WEIGHTS = "fused kernels do not return weights; use backend='reference'"
@@ -241,11 +262,16 @@ def answer(call: AttentionCall, backend: Backend) -> Served:
 
 
 def choose(call: AttentionCall) -> Backend:
-    """The first backend that can serve the call, fastest first as measured."""
+    """The first that can serve the call, fastest first as measured; ``rebased`` where one call is too coarse."""
     if call.return_weights:
         return BACKENDS["reference"]
+    if call.key_bias is not None and rebased.is_worth_it(call) and BACKENDS["rebased"].refusal(call) is None:
+        return BACKENDS["rebased"]
     names = preference(call.masks, call.query.shape[2], has_prior=call.has_log_prior)
-    return next(backend for backend in map(BACKENDS.__getitem__, names) if backend.refusal(call) is None)
+    for name in names:
+        if BACKENDS[name].refusal(call) is None:
+            return BACKENDS[name]
+    raise AssertionError("the reference serves every call")
 
 
 def _without_lanes(call: AttentionCall) -> str | None:
@@ -294,7 +320,10 @@ def _fused_mask(call: AttentionCall) -> Tensor | None:
 
 def _without_empty_rows(call: AttentionCall, output: Tensor) -> Tensor:
     """Output (B, H, Q, V) with zeros where a query has no admissible key."""
-    return _of_rows_with_keys(call, output[..., : call.value.shape[-1]], 0.0)
+    width = call.value.shape[-1]
+    output = output if output.shape[-1] == width else output[..., :width]
+    masks = call.masks
+    return output if masks.padding is None and masks.key_bias is None else _of_rows_with_keys(call, output, 0.0)
 
 
 def _of_rows_with_keys(call: AttentionCall, rows: Tensor, otherwise: float) -> Tensor:

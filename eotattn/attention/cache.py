@@ -403,7 +403,7 @@ class KeyValueCache:
         if self._plan is not None:
             plan, positions = self._plan, self._slot_positions()[..., start:]
             table = plan.table("key", positions, self._origin)
-            lanes = plan.key.side(table, None).lanes(dtype)
+            lanes = plan.sides(self._terms(), (table, table))[1].lanes(dtype)
             self._keys[:, :, start:, width : width + lanes.shape[-1]] = lanes
             width += plan.num_lanes
         if self._has_padding:
@@ -428,7 +428,7 @@ class KeyValueCache:
             if self._query_table is None:
                 self._query_table = plan.table("query", self._slot_positions(), self._origin)
             rows = self._query_table[..., start : start + query.shape[2], :]
-            side = plan.with_gains(plan.query.side(rows, plan.coefficients(self._terms())[0]), gains)
+            side = plan.with_gains(plan.sides(self._terms(), (rows, rows))[0], gains)
         if self._has_padding:
             mark = torch.ones(1, 1, dtype=torch.bool, device=query.device)
             far = sdpa.padding_lane(mark, query.dtype, scale=self.scale)[0]

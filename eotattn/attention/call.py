@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,14 +36,18 @@ from eotattn.checks import (
     fail,
     require,
 )
+from eotattn.compat import context_parallel_region
 from eotattn.priors import LogPrior
 from eotattn.priors.base import check_prior
 from eotattn.priors.query_gain import gained
 from eotattn.priors.reading import expand_heads
 
-__all__ = ["AttentionCall", "static_size", "without_autocast"]
+__all__ = ["AttentionCall", "autocast_dtype", "static_size"]
 
 OWNER = "prior_attention"
+
+#: What most calls have: every query sees all keys, or those up to its own place.
+SQUARE, TRIANGLE = Masks(), Masks(band=Band())
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,9 @@ class AttentionCall:
         query_gains: Tensor | Sequence[Tensor | None] = (),
     ) -> AttentionCall:
         """Check the arguments of :func:`prior_attention`; raises what that function documents."""
-        query, key, value = _as_autocast(query, key, value)
+        dtype = autocast_dtype(query.device) if isinstance(query, Tensor) else None
+        if dtype is not None:
+            query, key, value = _as_autocast(dtype, query, key, value)
         if not _fits(query, key, value):
             _refuse_content(query, key, value)
         (batch, heads, queries, width), keys, device = query.shape, key.shape[2], query.device
@@ -132,7 +137,8 @@ class AttentionCall:
         scale = 1 / math.sqrt(static_size(width)) if scale is None else check_positive(OWNER, "scale", scale)
         if cache is None and (key_bias is not None or query_bias is not None):  # a cache has checked what it holds
             check_biases(OWNER, query, key, key_bias, query_bias, scale)
-        query_gains = check_gains(OWNER, query, prior, query_gains)
+        none = isinstance(query_gains, tuple) and not query_gains
+        gains = () if none else check_gains(OWNER, query, prior, query_gains)
         if dropout_p != 0.0:
             check_probability(OWNER, "dropout_p", dropout_p)
         if tolerance is not None:
@@ -140,7 +146,7 @@ class AttentionCall:
         of_sinks = None if sinks is None else SinkKeys.of(OWNER, sinks)
         if of_sinks is not None:
             of_sinks.check(OWNER, query, value)
-        shared = Shard.here(0, keys)
+        shared = None if context_parallel_region() is None else Shard.here(0, keys)
         if shared is not None:
             apart = {
                 "attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "window": window, "documents": documents,
@@ -154,9 +160,18 @@ class AttentionCall:
                 query, key, value, documents, given, prior=prior, attn_mask=attn_mask, padding=key_padding_mask,
                 is_causal=is_causal, window=window, scale=scale, dropout_p=dropout_p, return_weights=return_weights,
                 tolerance=tolerance, return_lse=return_lse, sinks=of_sinks, key_bias=key_bias, query_bias=query_bias,
-                query_gains=query_gains,
+                query_gains=gains,
             )  # fmt: skip
         num_coordinates = 1 if prior is None else prior.num_coordinates
+        masked = window is not None or attn_mask is not None or key_padding_mask is not None or cache is not None
+        placed = query_positions is not None or key_positions is not None
+        plain = not masked and not placed and num_coordinates == 1 and shared is None
+        if plain and (is_causal or not torch.compiler.is_compiling()) and queries == keys:  # as most calls are
+            at = Positions(None, 0, queries, device)
+            return cls(
+                query, key, value, prior, at, at, TRIANGLE if is_causal else SQUARE, scale, dropout_p, return_weights,
+                tolerance, None, return_lse, of_sinks, key_bias, query_bias, gains,
+            )  # fmt: skip
         sizes: dict[str, Any] = {"batch": batch, "device": device, "num_coordinates": num_coordinates}
         query_at = resolve_positions(OWNER, "query_positions", query_positions, length=queries, **sizes)
         key_at = resolve_positions(OWNER, "key_positions", key_positions, length=keys, **sizes)
@@ -170,7 +185,7 @@ class AttentionCall:
         masks = _gather((batch, heads, queries, keys), query, attn_mask, key_padding_mask, seen, None)
         return cls(
             query, key, value, prior, query_at, key_at, masks, scale, dropout_p, return_weights, tolerance, cache,
-            return_lse, of_sinks, key_bias, query_bias, query_gains,
+            return_lse, of_sinks, key_bias, query_bias, gains,
         )  # fmt: skip
 
     @classmethod
@@ -326,24 +341,16 @@ def _gather(
     return masks
 
 
-def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype in which autocast runs fused calls on ``device``, or ``None`` outside autocast."""
     # not torch.amp.is_autocast_available, which the compiler of PyTorch 2.11 cannot trace
     active = device.type in ("cpu", "cuda", "xpu", "mps") and torch.is_autocast_enabled(device.type)
     return torch.get_autocast_dtype(device.type) if active else None
 
 
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """A context in which tensors keep the dtype they have."""
-    return nullcontext() if _autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)
-
-
-def _as_autocast(*content: Tensor) -> tuple[Tensor, ...]:
+def _as_autocast(dtype: torch.dtype, *content: Tensor) -> tuple[Tensor, ...]:
     """What autocast would make of a fused call's arguments, done before lanes are written in their dtype."""
-    if not isinstance(content[0], Tensor):
-        return content
-    dtype = _autocast_dtype(content[0].device)
-    if dtype is None or not all(isinstance(tensor, Tensor) for tensor in content):
+    if not all(isinstance(tensor, Tensor) for tensor in content):
         return content
     narrow = (torch.float32, torch.bfloat16, torch.float16)  # as autocast itself: float64 stays
     return tuple(tensor.to(dtype) if tensor.dtype in narrow else tensor for tensor in content)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eotattn.attention import near_far
+from eotattn.attention import near_far, rebased
 from eotattn.attention.backends import BACKENDS, Backend, choose
 from eotattn.attention.call import AttentionCall
 from eotattn.attention.masks import Masks
@@ -29,9 +29,10 @@ _WORDS = {
     "varlen": "one variable-length call that skips what is not seen",
     "flex": "one compiled call that skips blocks that are not seen",
     "reference": "dense tensor operations; Q x K weights in memory",
+    "rebased": "stock calls over rectangles, which count biases and positions from close by, merged",
 }
 #: Backends whose fused calls carry priors in lanes.
-IN_LANES = ("sdpa", "near_far", "varlen")
+IN_LANES = ("sdpa", "near_far", "rebased", "varlen")
 #: Operators that return the log-sum-exp too, by their route.
 _OPERATORS = {
     "cpu": "flash_attention",
@@ -45,6 +46,7 @@ _PRIOR_WORDS = {
     "flex": "; the prior is a score modification",
     "reference": "",
     "near_far": "",
+    "rebased": "; the prior rides in lanes",
 }
 #: How the words about a backend begin that could serve the call too.
 _SERVES = "would serve: "
@@ -61,7 +63,8 @@ class Explanation:
         width: Score width of the fused call, lanes and padding to the kernel's step included.
         num_lanes: Lanes that the prior, biases of tokens and a padding mask occupy.
         error_bound: Largest error of the log-prior in the kernel's dtype, nats, beside the kernel's own rounding of
-            the content; zero where the log-prior is dense.
+            the content; zero where the log-prior is dense. Of ``"rebased"``, at keys with a bias less than 100 nats
+            below the largest that their call counts from.
         times: How long this backend takes, as measured on one GPU; :data:`~eotattn.attention.measured.TIMES`.
         alternatives: The other backends, each with what it lacks, or with what it would do.
     """
@@ -79,7 +82,7 @@ class Explanation:
         lines = [f"backend        {self.backend}: {self.reason}"]
         if self.kernel is not None:
             lines.append(f"kernel         {self.kernel}, width {self.width} of which {self.num_lanes} lanes")
-        if self.kernel is not None or self.backend == "near_far":
+        if self.kernel is not None or self.backend in ("near_far", "rebased"):
             lines.append(f"error bound    {self.error_bound:.1e} nats of the log-prior")
         if self.times is not None and self.times.forward is not None:
             lines.append(f"measured       {self.times} of plain causal attention (H200, bfloat16, 8192 tokens)")
@@ -135,7 +138,8 @@ def explain(query: Tensor, key: Tensor, value: Tensor, *, backend: str = "auto",
         reason = f"{wanted.name} cannot serve the call with {call.prior_name}: {refused}"
         return Explanation(None, reason, None, call.query.shape[-1], 0, 0.0, None, others)
     is_near_far = wanted.name == "near_far"
-    fused = near_far.far_calls(call) if is_near_far else [call]
+    parts = {"near_far": near_far.far_calls, "rebased": rebased.calls}
+    fused = parts[wanted.name](call) if wanted.name in parts else [call]
     each = [lanes for one in fused if (lanes := lanes_of(one)) is not None] if wanted.name in IN_LANES else []
     num_lanes = max((lanes.num_lanes for lanes in each), default=0)
     if wanted.name in IN_LANES:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from eotattn.attention.attention_sinks import AttentionSinks
 from eotattn.attention.backends import BACKENDS, choose
 from eotattn.attention.cache import KeyValueCache
-from eotattn.attention.call import AttentionCall, without_autocast
+from eotattn.attention.call import AttentionCall, autocast_dtype
 from eotattn.attention.call_positions import GivenPositions
 from eotattn.attention.documents import PackedDocuments
 from eotattn.attention.observers import serve
@@ -86,14 +87,18 @@ def prior_attention(
         tolerance: Error that the prior's lanes may add in 16 bits, nats; by default about what content's own rounding
             costs. A smaller one takes more lanes.
         backend: ``"auto"``, ``"sdpa"`` (lanes through stock fused calls), ``"near_far"`` (priors that are a constant,
-            or have lanes, far away: near keys by blocks, far keys in stock calls), ``"varlen"`` (lanes through the
-            variable-length kernel; GPU, 16 bits), ``"flex"`` (GPU) or ``"reference"`` (dense). A backend asked for by
-            name is used or refused, never replaced; ``"auto"`` takes the fastest that can serve the call, as measured;
-            :func:`explain` says which, and why.
+            or have lanes, far away: near keys by blocks, far keys in stock calls), ``"rebased"`` (lanes through
+            log2(Q / 128) stock calls that count from close by: exact however far biases sum up), ``"varlen"`` (lanes
+            through the variable-length kernel; GPU, 16 bits), ``"flex"`` (GPU) or ``"reference"`` (dense). A backend
+            asked for by name is used or refused, never replaced; ``"auto"`` takes the fastest that can serve the call,
+            as measured; :func:`explain` says which, and why.
         key_bias: A log-prior of keys that the tokens decide: (B, H, K), or (B, Hk, K) or (B, 1, K) where heads share
             it and its lanes; nats, finite, any floating dtype, with gradient. Beside a cache (B, ..., Q), of the new
             tokens, with every call or with none. Lanes carry it exactly to the last digit of float32; float64 keeps
-            sums over many tokens exact until then. Hide keys by ``key_padding_mask`` instead.
+            sums over many tokens exact until then. One call adds it to the scores in float32, which errs by up to 6e-8
+            of what the bias spans: where that is beyond 1e-5 nats in float32, or beyond ``tolerance``, ``"auto"`` takes
+            ``"rebased"`` on a CPU, which sees the numbers at once; elsewhere name it. Hide keys by
+            ``key_padding_mask`` instead.
         query_bias: (B, H, Q), nats: a constant of each row. Softmax does not see it; sinks and the log-sum-exp do. Its
             gradient is what rounding leaves of a sum that is zero in exact arithmetic. Where both biases are of the
             same numbers, as the running sums -c and c of log forgetting gates, the gradient of these numbers is a
@@ -159,10 +164,16 @@ def prior_attention(
     if cache is not None:  # after all checks passed: a call that fails leaves the cache as it was
         cache.append(*new)
         call = call.with_content(cache.keys, cache.values)
-    with without_autocast(call.query.device):
+    device = call.query.device
+    if autocast_dtype(device) is None:
         output, weights, lse = serve(call, served_by)
+    else:  # lanes keep the dtype they have
+        with torch.autocast(device.type, enabled=False):
+            output, weights, lse = serve(call, served_by)
+    if not (return_weights or return_lse):
+        return output
     more = tuple(one for one, asked in ((weights, return_weights), (lse, return_lse)) if asked and one is not None)
-    return (output, *more) if more else output
+    return (output, *more)
 
 
 def _check_left_to_cache(

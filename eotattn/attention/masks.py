@@ -15,6 +15,7 @@ from torch.nn import functional
 from eotattn.attention.call_positions import Band
 from eotattn.attention.documents import PackedDocuments
 from eotattn.checks import check_floating, check_shape, fail, require
+from eotattn.priors.cumulative import cumulative_sums
 
 __all__ = ["Masks", "check_padding_mask", "from_multihead_convention", "gather_masks"]
 
@@ -65,7 +66,7 @@ class Masks:
             return _has_keys_of_document(real, self.documents, self.band, queries)
         if self.band is None:
             return real.any(dim=-1, keepdim=True)
-        counts, offset, window = real.cumsum(dim=-1), self.band.offset, self.band.window
+        counts, offset, window = cumulative_sums(real.long()), self.band.offset, self.band.window
         seen = counts[..., offset : offset + queries]
         if window is None:
             return seen > 0
@@ -82,7 +83,7 @@ def _has_keys_of_document(real: Tensor, documents: PackedDocuments, band: Band |
     if band is not None:
         last = (index + 1).expand_as(last)
         first = first if band.window is None else torch.maximum(first, index + 1 - band.window)
-    counts = functional.pad(real.cumsum(dim=-1), (1, 0)).expand(batch, -1, -1)
+    counts = functional.pad(cumulative_sums(real.long()), (1, 0)).expand(batch, -1, -1)
     before, upto = (counts.gather(2, at[:, None].expand(-1, counts.shape[1], -1)) for at in (first, last))
     return upto > before
 

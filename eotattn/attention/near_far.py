@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from eotattn.attention import rebased
 from eotattn.attention.call import AttentionCall
 from eotattn.attention.call_positions import Band, Positions
+from eotattn.attention.document_calls import document_calls
 from eotattn.attention.masks import Masks
 from eotattn.attention.merging import merge
+from eotattn.attention.rectangles import BLOCK, Rectangle, reach_of, rectangles
 from eotattn.kernels import near
-from eotattn.priors import exponentials
+from eotattn.priors import LogPrior, exponentials
 from eotattn.priors.far_form import FarForm, Tail
 from eotattn.priors.reading import expand_heads
 from eotattn.priors.splitting import unit_roundoff
@@ -60,9 +61,9 @@ def refusal(call: AttentionCall) -> str | None:
     query_at, key_at, masks = call.query_positions, call.key_positions, call.masks
     if call.prior is None:
         return "there is no prior to treat near and far apart"
-    if masks.dense is not None or masks.documents is not None:
-        return "it takes no mask of pairs and no documents; say is_causal or window"
-    if query_at.first is None or key_at.first is None:
+    if masks.dense is not None:
+        return "it takes no mask of pairs; say is_causal or window"
+    if masks.documents is None and (query_at.first is None or key_at.first is None):
         return "its positions must be consecutive: ranges, or left out"
     if call.dropout_p:
         return "it has no dropout"
@@ -71,11 +72,19 @@ def refusal(call: AttentionCall) -> str | None:
     form = call.prior.far_form()
     if form is None:
         return "this prior is neither constant far away, nor smooth, nor carried by lanes there"
+    if masks.documents is not None:
+        if _is_smooth(form) or torch.compiler.is_compiling():
+            return "it takes no documents in graphs, or with a smooth decay"
+        return _too_near(form) if max(masks.documents.lengths) <= form.reach else None
     if masks.band is not None and masks.band.offset != _offset(call):
         return "its positions must be those of the slots of the cache"
     if _furthest(call) < form.reach:
-        return f"no key is {form.reach} tokens away, so that nothing is far"
+        return _too_near(form)
     return _smooth_refusal(call) if _is_smooth(form) and _window(call) is None else None
+
+
+def _too_near(form: FarForm) -> str:
+    return f"no key is {form.reach} tokens away, so that nothing is far"
 
 
 def _smooth_refusal(call: AttentionCall) -> str | None:
@@ -120,9 +129,13 @@ def describe(call: AttentionCall) -> str:
 
 def far_calls(call: AttentionCall) -> Iterator[AttentionCall]:
     """The stock calls for far keys."""
+    if call.masks.documents is not None:
+        for document in document_calls(call):
+            yield from far_calls(document)
+        return
     for tail, is_past in _sides(call):
         if _is_smooth(_form(call)):
-            yield from (part.call for part in _smooth_parts(call, tail, is_past=is_past)[0])
+            yield from (part for _, part in _smooth_parts(call, tail, is_past=is_past)[0])
         else:
             yield from (part for part, _ in _far_parts(call, tail, is_past=is_past))
 
@@ -134,6 +147,11 @@ def attend(call: AttentionCall, fused: _Fused) -> tuple[Tensor, Tensor]:
         call: The call.
         fused: Serves a call whose prior has lanes, with its log-sum-exp.
     """
+    if call.masks.documents is not None:
+        each = zip(*(attend(document, fused) for document in document_calls(call)), strict=True)
+        batch = call.query.shape[0]
+        output, lse = (torch.cat(parts, dim=2).unflatten(2, (batch, -1))[0].transpose(0, 1) for parts in each)
+        return output, lse
     far = _smooth if _is_smooth(_form(call)) else _far
     parts = [far(call, tail, fused, is_past=is_past) for tail, is_past in _sides(call)]
     if _form(call).reach > 0:
@@ -190,11 +208,9 @@ def _is_smooth(form: FarForm) -> bool:
 def _smooth_blocks(call: AttentionCall) -> near.Blocks:
     """Blocks whose edges are those of the far rectangles."""
     reach, offset, queries, keys = _form(call).reach, _offset(call), call.query.shape[2], call.key.shape[2]
-    block = min(rebased.BLOCK, queries)
-    before = rebased.reach_of(reach, offset, block)
-    after = (
-        0 if call.masks.band is not None else rebased.reach_of(reach, keys - offset - _padded(queries, block), block)
-    )
+    block = min(BLOCK, queries)
+    before = reach_of(reach, offset, block)
+    after = 0 if call.masks.band is not None else reach_of(reach, keys - offset - _padded(queries, block), block)
     return near.Blocks(queries, keys, offset, before, after, block=block, whole=True)
 
 
@@ -211,16 +227,17 @@ def _fit(call: AttentionCall, tail: Tail, *, is_past: bool, evaluate: bool = Tru
     return exponentials.fit(tail.decay, reach, furthest, call.query.device, evaluate=evaluate)
 
 
-def _smooth_parts(call: AttentionCall, tail: Tail, *, is_past: bool) -> tuple[Iterator[rebased.Part], Tensor]:
+def _smooth_parts(
+    call: AttentionCall, tail: Tail, *, is_past: bool
+) -> tuple[Iterator[tuple[Rectangle, AttentionCall]], Tensor]:
     """The calls for far keys of one side, in the order of tokens or in reverse, and a constant to add."""
     blocks, found = _smooth_blocks(call), _fit(call, tail, is_past=is_past, evaluate=False)
-    if is_past:
-        side = rebased.Side(call, blocks.offset - blocks.before, blocks.size)
-    else:
+    first = blocks.offset - blocks.before
+    if not is_past:
         rows = _padded(blocks.queries, blocks.size)
         query = functional.pad(call.query, (0, 0, 0, rows - blocks.queries))
         turn = lambda side: None if side is None else side.flip(-1)  # noqa: E731
-        turned = replace(
+        call = replace(
             call,
             query=query.flip(2),
             key=call.key.flip(2),
@@ -228,20 +245,31 @@ def _smooth_parts(call: AttentionCall, tail: Tail, *, is_past: bool) -> tuple[It
             masks=Masks(padding=turn(call.masks.padding), key_bias=turn(call.masks.key_bias)),
             key_bias=turn(call.key_bias),
         )
-        side = rebased.Side(turned, blocks.keys - blocks.offset - rows - blocks.after, blocks.size)
+        first = blocks.keys - blocks.offset - rows - blocks.after
     constant = found.constant if tail.constant is None else found.constant + tail.constant
-    return rebased.parts(side, found.prior), constant
+    return _of_exponentials(call, first, blocks.size, found.prior), constant
+
+
+def _of_exponentials(
+    call: AttentionCall, first: int, block: int, prior: LogPrior
+) -> Iterator[tuple[Rectangle, AttentionCall]]:
+    """The exponential of a lag is the product of two of distances from an edge, both at most one."""
+    device = call.query.device
+    for one in rectangles(call.query.shape[2], call.key.shape[2], first, block):
+        query_at = Positions(None, max(0, first - one.width) if one.size == one.length else 0, one.size, device)
+        key_at = Positions(torch.arange(one.width, 0, -1, device=device), None, one.width, device)
+        yield one, one.call(call, prior, query_at, key_at)
 
 
 def _smooth(call: AttentionCall, tail: Tail, fused: _Fused, *, is_past: bool) -> tuple[Tensor, Tensor] | None:
     """Output and log-sum-exp over the far keys of one side of a smooth decay, if there are any."""
     parts, constant = _smooth_parts(call, tail, is_past=is_past)
     joined: tuple[Tensor, Tensor] | None = None
-    for part in parts:
-        served = fused(part.call)
+    for rectangle, part in parts:
+        served = fused(part)
         lse = served.lse
         assert lse is not None
-        one = part.placed(served.output.to(lse.dtype), 0.0), part.placed(lse, float("-inf"))
+        one = rectangle.placed(served.output.to(lse.dtype), 0.0), rectangle.placed(lse, float("-inf"))
         joined = one if joined is None else _merged([joined, one])
     if joined is None:
         return None

@@ -5,7 +5,7 @@ Legend: B batch, H query heads, Hk key heads, Q queries, K keys, L tokens, C col
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor
@@ -15,11 +15,12 @@ from eotattn.attention.token_bias import bias_terms, gauge_lanes
 from eotattn.compat import known_size
 from eotattn.kernels import append, sdpa
 from eotattn.priors.lane_plan import LanePlan, LaneRequest, plan_lanes
-from eotattn.priors.lane_sides import Placed, Side
+from eotattn.priors.lane_sides import Side
 from eotattn.priors.lanes import Lanes, middle, span_of
-from eotattn.priors.memory import may_remember, remembered
+from eotattn.priors.memory import kept, may_remember, remembered
 from eotattn.priors.probing import Span, bits_of
 from eotattn.priors.terms import KeyTerm, Term
+from eotattn.priors.weight_map import WeightMap
 
 __all__ = ["call_terms", "lanes_of", "operands", "plan_of"]
 
@@ -29,7 +30,8 @@ SHORTEST_RUN = 64
 
 def call_terms(call: AttentionCall) -> tuple[Term | KeyTerm, ...]:
     """The terms of the log-prior, and of what depends on the key alone."""
-    return (*(() if call.prior is None else call.prior.terms()), *bias_terms(call))
+    terms = () if call.prior is None else call.prior.terms()
+    return terms if call.key_bias is None and call.masks.key_bias is None else (*terms, *bias_terms(call))
 
 
 def operands(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,7 +42,7 @@ def operands(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
             return stored
     terms = call_terms(call)
     padding = call.masks.padding if call.masks.dense is None else None
-    gauge = gauge_lanes(call)
+    gauge = None if call.query_bias is None else gauge_lanes(call)
     query, key = call.query, call.key
     if not terms and gauge is not None:
         query, key = (
@@ -49,7 +51,9 @@ def operands(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     if not terms and padding is None:
         return query, key, call.value
     far = None if padding is None else sdpa.padding_lane(padding, call.query.dtype, scale=call.scale)
-    sides = _with_gauge(gauge, *_sides(call, terms)) if terms else (None, None)
+    sides = _sides(call, terms) if terms else (None, None)
+    if terms and gauge is not None:
+        sides = _with_gauge(gauge, *sides)
     query, key = append.append(query, key, sides[0], sides[1], far)
     return query, key, call.value
 
@@ -72,7 +76,8 @@ def plan_of(call: AttentionCall, terms: tuple[Term | KeyTerm, ...]) -> tuple[Lan
     origin: Tensor | int = 0
     if query_at.run is not None and key_at.run is not None:
         runs = _run(query_at.run), _run(key_at.run)
-        origin = runs[0][0] + runs[0][1] // 2
+        after = query_at.run[0] >= sum(key_at.run)  # what is near the edge between them is then a small number
+        origin = runs[0][0] if after else runs[0][0] + runs[0][1] // 2
         ends = [end for first, length in runs for end in (first, first + length)]
         span = Span(bits_of(max(map(abs, ends))), bits_of(max(abs(end - origin) for end in ends)))
     elif query_at.on_grid:
@@ -98,38 +103,39 @@ def plan_of(call: AttentionCall, terms: tuple[Term | KeyTerm, ...]) -> tuple[Lan
 
 def _sides(call: AttentionCall, terms: tuple[Term | KeyTerm, ...]) -> tuple[Side, Side]:
     """What the lanes of both sides are made of."""
-    plan, query, key = _planned(call, terms)
-    of_heads, of_key_heads = plan.coefficients(terms)
+    plan, tables, held = _planned(call, terms)
     more = plan.more_of_keys(terms, call.key_positions.tensor.double()) if plan.looked_up else None
-    query_side = plan.query.side(query.table, of_heads, held=query.placed)
-    if any(gain is not None for gain in call.query_gains):
-        query_side = plan.with_gains(query_side, call.query_gains)
-    return query_side, plan.key.side(key.table, of_key_heads, more, held=key.placed)
+    query, key = plan.sides(terms, tables, more, held)
+    return plan.with_gains(query, call.query_gains) if call.query_gains else query, key
 
 
-class _Fixed(NamedTuple):
-    """What is fixed of one side: features at the call's positions, and what its plan holds."""
-
-    table: Tensor
-    placed: Placed
-
-
-def _planned(call: AttentionCall, terms: tuple[Term | KeyTerm, ...]) -> tuple[LanePlan, _Fixed, _Fixed]:
-    """The plan and what is fixed of both sides; found at once for a call like an earlier one."""
+def _planned(
+    call: AttentionCall, terms: tuple[Term | KeyTerm, ...]
+) -> tuple[LanePlan, tuple[Tensor, Tensor], WeightMap]:
+    """Plan, tables of both sides, how learned numbers enter; found at once for a call like an earlier one."""
     query_at, key_at, device = call.query_positions, call.key_positions, call.query.device
 
-    def make() -> tuple[LanePlan, _Fixed, _Fixed]:
+    def make() -> tuple[LanePlan, tuple[Tensor, Tensor], WeightMap]:
         plan, origin = plan_of(call, terms)
-        tables = [_table(plan, side, call, origin) for side in ("query", "key")]
-        placed = [side.placed(device, table.dtype) for side, table in zip((plan.query, plan.key), tables, strict=True)]
-        return plan, _Fixed(tables[0], placed[0]), _Fixed(tables[1], placed[1])
+        query, key = (_table(plan, side, call, origin) for side in ("query", "key"))
+        return plan, (query, key), plan.held(terms, device, query.dtype)
 
-    if query_at.run is None or key_at.run is None:
+    is_run = (query_at.first is not None or query_at.shard) and (key_at.first is not None or key_at.shard)
+    if not is_run or not may_remember(device):
         return make()
-    names = tuple([(term.features, term.by_key_head) for term in terms])
-    places = (query_at.first, key_at.first, query_at.shard)
-    shape = (*call.query.shape[1:3], *call.key.shape[1:3], *places)
-    return remembered((names, _gained(call), shape, call.query.dtype, call.scale, call.tolerance), device, make)
+    key: list[Hashable] = [
+        call.query.shape[1:3], call.key.shape[1:3], call.query.dtype, call.scale, call.tolerance,
+        _gained(call) if call.query_gains else (), query_at.first, key_at.first, query_at.shard,
+    ]  # fmt: skip
+    for term in terms:
+        key.append(term.features)
+        if isinstance(term, KeyTerm):
+            key.append(term.by_key_head)
+        else:
+            key.append(term.units)
+            for one in term.numbers:
+                key.append(one.shape)  # noqa: PERF401  # a comprehension is a call
+    return kept(tuple(key), device, make)
 
 
 def _gained(call: AttentionCall) -> tuple[int, ...]:
@@ -137,10 +143,8 @@ def _gained(call: AttentionCall) -> tuple[int, ...]:
     return tuple([term for term, gain in enumerate(call.query_gains) if gain is not None])
 
 
-def _with_gauge(gauge: tuple[Tensor, Tensor] | None, query: Side, key: Side) -> tuple[Side, Side]:
+def _with_gauge(gauge: tuple[Tensor, Tensor], query: Side, key: Side) -> tuple[Side, Side]:
     """Both sides with the lane that has the gradient of a bias of queries."""
-    if gauge is None:
-        return query, key
     of_query, of_key = gauge
     if key.more is not None:
         of_key = torch.cat([key.more, of_key.expand(*key.more.shape[:-1], 1)], dim=-1)

@@ -5,8 +5,11 @@ Legend: B batch, H heads, R rows, K keys, D score width, V value width.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from eotattn.priors import LogPrior
 
@@ -48,11 +51,20 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def slope_gradient(
-    query: Tensor, key: Tensor, value: Tensor, grad: Tensor, slopes: Tensor, scale: float, block: int = 512
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad: Tensor,
+    slopes: Tensor,
+    scale: float,
+    *,
+    sink: float = -math.inf,
+    block: int = 512,
 ) -> Tensor:
     """Gradient of <output, grad> with respect to the slope of every head, causal, (H,) float64.
 
-    All of (1, H, Q, width); ``slopes`` (H,). Lags are taken inside the sum, so nothing cancels.
+    All of (1, H, Q, width); ``slopes`` (H,); ``sink`` is the logit of one more outcome. Lags are taken inside the sum,
+    so nothing cancels.
     """
     result = []
     positions = torch.arange(query.shape[2], device=query.device, dtype=torch.float64)
@@ -63,7 +75,7 @@ def slope_gradient(
             rows = slice(start, start + block)
             lag = positions[rows, None] - positions
             score = (scale * q[rows] @ k.T - slopes[h].double() * lag).masked_fill(lag < 0, float("-inf"))
-            weights = score.softmax(-1)
+            weights = functional.pad(score, (0, 1), value=sink).softmax(-1)[:, :-1]
             through = g[rows] @ v.T
             through = weights * (through - (weights * through).sum(-1, keepdim=True))
             total = total - (through * lag).sum()

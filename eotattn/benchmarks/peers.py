@@ -16,7 +16,17 @@ from torch.nn import functional
 from eotattn.attention import Rotary
 from eotattn.priors import LogPrior
 
-__all__ = ["BareLayer", "GoatLayer", "KeyBias", "Rotated", "TableRotary", "dense_bias", "flashbias", "flex"]
+__all__ = [
+    "BareLayer",
+    "FlashForgetting",
+    "GoatLayer",
+    "KeyBias",
+    "Rotated",
+    "TableRotary",
+    "dense_bias",
+    "flashbias",
+    "flex",
+]
 
 
 class Rotated:
@@ -138,6 +148,35 @@ class GoatLayer(nn.Module):
         """Attend over (B, L, E); ``padding`` (B, L) is true where a key is padding."""
         with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return self.layer(x, x, x, key_padding_mask=padding, need_weights=False, is_causal=True)[0]
+
+
+class FlashForgetting(nn.Module):
+    """Forgetting attention as flash-linear-attention has it: its Triton kernel, which sums log gates itself.
+
+    Needs ``fla-core`` and einops, pure Python wheels, beside Triton.
+
+    Args:
+        embed_dim: Model width E.
+        num_heads: Heads H.
+        bias: Of the gates, logits (H,): where they start.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, bias: Tensor) -> None:
+        super().__init__()
+        from fla.ops.forgetting_attn import parallel_forgetting_attn
+
+        self.attend = torch.compiler.disable(parallel_forgetting_attn)
+        self.qkv, self.out = (nn.Linear(embed_dim, n * embed_dim, bias=False) for n in (3, 1))
+        self.gate, self.num_heads = nn.Linear(embed_dim, num_heads), num_heads
+        with torch.no_grad():
+            self.gate.weight.zero_()
+            self.gate.bias.copy_(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend over (B, L, E)."""
+        query, key, value = (part.unflatten(-1, (self.num_heads, -1)) for part in self.qkv(x).chunk(3, dim=-1))
+        log_gates = functional.logsigmoid(self.gate(x).float())
+        return self.out(self.attend(query, key, value, log_gates).flatten(2))
 
 
 class KeyBias:

@@ -20,6 +20,8 @@ Row = dict[str, Any]
 
 #: Calls in a row in one sample, on a GPU.
 CALLS = 5
+#: Seconds that one candidate's samples take at most, about; a slow one is called fewer times, and three times at least.
+SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -43,18 +45,25 @@ class _Ready:
     candidate: Candidate
     run: Callable[[], Any]
     peak_mib: float | None
+    seconds: float
     times: list[float]
+
+    def sample(self, device: torch.device, rounds: int, calls: int) -> None:
+        """Time some calls in a row, unless there were enough."""
+        calls = calls if self.seconds * calls * rounds <= SECONDS else 1
+        if len(self.times) < 3 or self.seconds * len(self.times) <= SECONDS:
+            self.times.append(_time_once(self.run, device, calls))
 
 
 def measure(
     candidates: Sequence[Candidate], *, device: torch.device, rounds: int = 20, warmup: int = 3, calls: int = CALLS
 ) -> list[Row]:
-    """Time the candidates, one call each in every round; the first is the baseline.
+    """Time the candidates in turn, in every round; the first is the baseline.
 
     Args:
         candidates: What to time.
         device: CUDA events are used on a GPU, the host's clock elsewhere.
-        rounds: Timed samples of each candidate.
+        rounds: Timed samples of each candidate; fewer where they would take more than :data:`SECONDS`.
         warmup: Calls of each before the first that counts.
         calls: Calls in a row in one sample, on a GPU; fewer where a call is long.
 
@@ -67,22 +76,22 @@ def measure(
     for _ in range(rounds):
         for one in ready:
             if isinstance(one, _Ready):
-                one.times.append(_time_once(one.run, device, calls))
+                one.sample(device, rounds, calls)
     baseline = ready[0] if isinstance(ready[0], _Ready) else None
     return [_row(one, baseline) if isinstance(one, _Ready) else one for one in ready]
 
 
 def _prepare(candidate: Candidate, device: torch.device, warmup: int) -> _Ready | Row:
     try:
-        run = candidate.make()
+        run, seconds = candidate.make(), 0.0
         for _ in range(warmup):
-            run()
+            seconds = _time_once(run, device, 1) / 1e3
         peak = _peak_mib(run, device)
     except Exception as error:  # a peer may fail in any way, and the table says how
         if device.type == "cuda":
             torch.cuda.empty_cache()
         return {"name": candidate.name, "failure": reason(error)}
-    return _Ready(candidate, run, peak, [])
+    return _Ready(candidate, run, peak, seconds, [])
 
 
 def _peak_mib(run: Callable[[], Any], device: torch.device) -> float | None:

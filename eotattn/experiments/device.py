@@ -1,12 +1,19 @@
-"""The device on which this process trains."""
+"""The device on which this process trains, and the processes that train together."""
 
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import torch
+from accelerate import PartialState
 
-__all__ = ["training_device", "training_device_name"]
+from eotattn.processes import num_processes
+
+__all__ = ["PATIENCE", "join_processes", "leave_processes", "training_device", "training_device_name"]
+
+#: How long a process waits for a message of another one before it ends with an error.
+PATIENCE = timedelta(minutes=10)
 
 
 def training_device() -> torch.device:
@@ -19,6 +26,24 @@ def training_device() -> torch.device:
 
 
 def training_device_name() -> str:
-    """Name of that device, as records have it."""
-    device = training_device()
-    return torch.cuda.get_device_name() if device.type == "cuda" else device.type
+    """Name of that device, as records have it, and how many of them train together."""
+    device, count = training_device(), num_processes()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+    return name if count == 1 else f"{count} x {name}"
+
+
+def join_processes() -> None:
+    """Connect to the processes that a launcher started beside this one, and take this one's GPU; once is enough.
+
+    A process that waits for one that was killed ends with an error: at once over gloo, which sees the connection close,
+    after :data:`PATIENCE` over NCCL, unless its launcher ends it before, as torchrun does within half a minute.
+    """
+    if num_processes() > 1:
+        PartialState(cpu=training_device().type == "cpu", timeout=PATIENCE)
+
+
+def leave_processes() -> None:
+    """Part from them for good, when no message is on its way any more."""
+    if num_processes() > 1:
+        PartialState().wait_for_everyone()
+        PartialState().destroy_process_group()

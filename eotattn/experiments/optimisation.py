@@ -30,7 +30,7 @@ class TrainingConfig:
         gradient_clip: Largest gradient norm.
         clip_priors: Whether that norm is of all parameters together, or of the content alone and log-priors are free.
         seed: Seed of the batches.
-        accumulation: Parts that a process's share of the batch is computed in, for memory; the step is the same.
+        accumulation: Parts that the batch is computed in, for memory; processes share them. The step is the same.
         compile: Whether ``torch.compile`` compiles the network's training step; evaluation never is.
         precision: ``"no"`` (fp32) or ``"bf16"`` (autocast; weights stay fp32).
         log_every: Steps that one row of the loss averages over.

@@ -17,6 +17,7 @@ from eotattn.checks import require
 from eotattn.experiments.device import training_device, training_device_name
 from eotattn.experiments.results import ResultFolder
 from eotattn.experiments.tasks.parts import closed_data
+from eotattn.processes import is_first_process
 from eotattn.provenance import provenance, write_atomically
 
 __all__ = [
@@ -231,9 +232,10 @@ def make(run: Run, store: RunFolder) -> Record:
         seconds=seconds,
         provenance=origin,
     )
-    store.write(record)
-    if not run.chooses:
-        checkpoint.unlink(missing_ok=True)
+    if is_first_process():
+        store.write(record)
+        if not run.chooses:
+            checkpoint.unlink(missing_ok=True)
     return record
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from eotattn.checks import check_installed, check_positive, check_positive_int, require, speaking_as
+from eotattn.experiments.device import join_processes, leave_processes
 from eotattn.experiments.figures import (
     ablations,
     fig1_copy_mixture,
@@ -29,6 +30,7 @@ from eotattn.experiments.runs import RunsFailedError, UnknownRunsError, perform
 from eotattn.experiments.scales import ALL_SCALES, check_scale
 from eotattn.experiments.study import Figure
 from eotattn.experiments.tasks.token_text import BOOKS, DATA_VARIABLE
+from eotattn.processes import is_first_process, num_processes
 from eotattn.provenance import check_writable, write_atomically
 
 __all__ = ["FIGURES", "Figure", "find_notebooks", "make_runs", "reproduce", "strip_machine"]
@@ -94,11 +96,17 @@ def make_runs(  # noqa: PLR0913 - what the command line offers
 ) -> None:
     """Make the missing runs of figures, without notebooks: the function behind ``eotattn train``.
 
+    Runs go side by side, one a GPU. Processes that torchrun or accelerate started instead share each run, batch by
+    batch (:mod:`eotattn.experiments.training`), as the study of sinks at scale ``"paper"`` is meant to run::
+
+        eotattn prepare FOLDER --out DIR
+        torchrun --nproc-per-node 4 -m eotattn train --figure sinks --scale paper --data DIR
+
     Args:
         figures: Keys of :data:`FIGURES` or names of figures; all of them by default.
         scale: A name in :data:`eotattn.experiments.scales.ALL_SCALES`.
         out: Folder of results, relative to the working directory or absolute.
-        jobs: Runs side by side, as in :func:`eotattn.experiments.runs.perform`.
+        jobs: Runs side by side, as in :func:`eotattn.experiments.runs.perform`; 1 where processes share each run.
         only: Names of runs, or patterns, each of a run of some of the figures; all by default.
         fresh: Forget these runs' records first.
         data: Folder of a prepared corpus, for figures that read one.
@@ -127,9 +135,10 @@ def make_runs(  # noqa: PLR0913 - what the command line offers
     targets = [(figure, ResultFolder(out, scale, figure.name)) for figure in chosen]
     failed: list[str] = []
     unknown: list[UnknownRunsError] = []
+    join_processes()
     for figure, target in targets:
         report(f"{figure.name} at scale {scale}")
-        if fresh:
+        if fresh and is_first_process():
             RunFolder(target).forget(only)
         try:
             perform(figure.runs, figure.recipe(scale), target, jobs=jobs, only=only, minutes=minutes, report=report)
@@ -137,6 +146,7 @@ def make_runs(  # noqa: PLR0913 - what the command line offers
             unknown.append(error)
         except RunsFailedError as error:
             failed += error.names
+    leave_processes()
     if len(unknown) == len(targets) and set.intersection(*(set(error.patterns) for error in unknown)):
         raise unknown[0]
     if failed:
@@ -178,6 +188,8 @@ def reproduce(
     if jobs is not None:
         check_positive_int("reproduce", "jobs", jobs)
     found = choose_figures("reproduce", figures, scale)
+    rule, remedy = "be drawn by one process", "Make their runs with eotattn train"
+    require(num_processes() == 1, "reproduce", "figures", rule, f"{num_processes()} processes", remedy)
     check_writable("reproduce", Path(out) / scale, given=out)
     check_installed("reproduce", "experiments", *REQUIREMENTS)
     folder = find_notebooks(found.values())

@@ -23,10 +23,11 @@ from typing import Any
 
 import torch
 
-from eotattn.checks import called, check_positive, check_positive_int
+from eotattn.checks import called, check_positive, check_positive_int, require
 from eotattn.experiments.device import training_device
 from eotattn.experiments.records import Record, Records, Run, RunFolder, make
 from eotattn.experiments.results import ResultFolder
+from eotattn.processes import agreed, is_first_process, num_processes
 
 __all__ = ["Plan", "RunsFailedError", "UnknownRunsError", "default_jobs", "perform", "stored_records"]
 
@@ -61,7 +62,9 @@ class UnknownRunsError(ValueError):
 
 
 def default_jobs() -> int:
-    """One run a GPU, as many as torch has threads on a CPU."""
+    """One run a GPU, as many as torch has threads on a CPU; one where processes of a launcher share each run."""
+    if num_processes() > 1:
+        return 1
     return torch.cuda.device_count() if training_device().type == "cuda" else torch.get_num_threads()
 
 
@@ -112,6 +115,8 @@ def perform(
         UnknownRunsError: In the end, a ValueError, if a pattern of ``only`` names no run.
     """
     jobs = default_jobs() if jobs is None else check_positive_int("perform", "jobs", jobs)
+    rule, remedy = "be 1 where the processes of a launcher share each run", "Leave it out"
+    require(jobs == 1 or num_processes() == 1, "perform", "jobs", rule, jobs, remedy)
     deadline = time.monotonic() + 60 * check_positive("perform", "minutes", minutes, allow_inf=True)
     store = RunFolder(folder)
     records: dict[str, Record] = {}
@@ -123,19 +128,21 @@ def perform(
         while new := [run for run in plan(recipe, records) if run.name not in named]:
             for run in new:
                 named[run.name] = run
-                record = store.read(run)
+                record = agreed(store.read(run))
                 if record is not None:
                     records[run.name] = record
                     report(f"{run.name}: stored, {record.device}, {record.date}; {record.summary}")
         missing = [run for run in named.values() if run.name not in records]
         untried = [run for run in missing if run.name not in failed]
         choices = [run for run in untried if run.chooses]
-        if not choices:
+        if not choices and is_first_process():
             _drop_weights(named, missing, store)
         ready = [run for run in untried if run.continues is None or run.continues.name in records]
         return [run for run in choices or ready if _matches(run.name, only)]
 
-    while (batch := due()) and time.monotonic() < deadline:
+    while batch := due():
+        if not agreed(time.monotonic() < deadline):
+            break
         started = time.monotonic()
         for made, (name, outcome) in enumerate(_made(batch, store, min(jobs, len(batch)), deadline), 1):
             failed[name] = not isinstance(outcome, Record)
@@ -184,10 +191,15 @@ def _duration(seconds: float) -> str:
 
 
 def _attempt(run: Run, store: RunFolder) -> Record | str:
-    """A run's record, or the traceback of its exception: one failing run must not take the others with it."""
+    """A run's record, or the traceback of its exception: one failing run must not take the others with it.
+
+    Where processes share a run, the exception ends this one: the others would wait for it.
+    """
     try:
         return make(run, store)
     except Exception:
+        if num_processes() > 1:
+            raise
         return traceback.format_exc()
 
 
@@ -197,8 +209,8 @@ def _made(runs: Sequence[Run], store: RunFolder, jobs: int, deadline: float) -> 
         yield from _side_by_side(runs, store, jobs, deadline)
         return
     for run in runs:
-        if time.monotonic() < deadline:
-            yield run.name, _attempt(run, store)
+        if agreed(time.monotonic() < deadline):
+            yield run.name, agreed(_attempt(run, store))
 
 
 def _side_by_side(

@@ -1,5 +1,11 @@
 """Training through accelerate: one loop for a laptop, one GPU, many processes and mixed precision.
 
+Processes that torchrun or accelerate started share every batch: each computes the gradient of its rows, and all take
+the step that one process would take. So neither losses nor checkpoints depend on how many there are. If one of them is
+killed, the others end too (:func:`eotattn.experiments.device.join_processes` says when), and the same command, with
+any number of processes, goes on from the last checkpoint. ``torchrun --standalone --max-restarts K`` gives it by itself
+where ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` is set: else new processes may read old ones' addresses (pytorch#135712).
+
 Legend: B batch, V classes (the vocabulary, for tokens).
 """
 
@@ -15,16 +21,17 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
 from eotattn.checks import require
-from eotattn.experiments.device import training_device
+from eotattn.experiments.device import join_processes, training_device
 from eotattn.experiments.optimisation import TrainingConfig, learning_rate_factor, parameter_groups, split_by_rate
 from eotattn.experiments.records import Row
 from eotattn.experiments.tasks.batches import IGNORED, Batch
+from eotattn.processes import is_first_process, num_processes
 
 __all__ = ["Evaluate", "Row", "Task", "TrainingConfig", "TrainingResult", "autocast", "train", "training_rows"]
 
@@ -83,21 +90,24 @@ def train(
     batch's inputs to logits whose last axis has the classes and whose other axes are those of the targets.
 
     Interrupt it at any time: with ``checkpoint``, the same call continues from the last one written and ends, on one
-    CPU with the same number of threads, with the same bits as a run that was never interrupted.
+    CPU with the same number of threads, with the same bits as a run that was never interrupted; with another number of
+    processes, with the same curve up to rounding.
 
     Args:
         network: Maps (B, ...) inputs to logits of shape (*targets.shape, V).
         task: Source of batches.
         config: The run's numbers.
-        label: Name on the progress bar, which shows on terminals only.
-        evaluate: Called before the first step, every ``config.evaluate_every`` steps and at the end.
-        checkpoint: File to write and to resume from; its folder must exist.
+        label: Name on the progress bar, which the first process shows, on terminals only.
+        evaluate: Called in every process before the first step, every ``config.evaluate_every`` steps and at the end.
+        checkpoint: File that the first process writes and all resume from; its folder must exist.
 
     Returns:
         A :class:`TrainingResult`.
 
     Raises:
-        ValueError: If ``checkpoint`` was written with another configuration, or the batch does not divide.
+        ValueError: If ``checkpoint`` was written with another configuration or is not the same for all processes, or
+            the batch does not divide.
+        RuntimeError: If another process, or the launcher, has ended.
     """
     run = _Run(network, config)
     if checkpoint is not None:
@@ -106,7 +116,7 @@ def train(
         )
         run.resume(checkpoint)
     started = time.perf_counter()
-    quiet = None if run.accelerator.is_local_main_process else True
+    quiet = None if is_first_process() else True
     if evaluate is not None and run.step == 0 and config.evaluate_every:
         run.evaluate(evaluate)
     batches = _batches(task, config, run.step, ahead=run.device.type == "cuda")
@@ -156,7 +166,8 @@ class _Objective(nn.Module):
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Sum of the cross-entropies of the targets that count, nats."""
-        logits = self.network(inputs).flatten(0, -2).float()
+        logits = self.network(inputs).flatten(0, -2)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return functional.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
@@ -171,11 +182,16 @@ class _Run:
     evaluations: list[Row] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        join_processes()
         # Accelerate's mixed precision cannot differ between two runs of one process; autocast can.
-        self.accelerator = Accelerator(mixed_precision="no", cpu=training_device().type == "cpu")
-        self.device = self.accelerator.device
-        parts = self.accelerator.num_processes * self.config.accumulation
-        rule = f"be a multiple of processes times accumulation, {parts}"
+        together = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+        self.accelerator = Accelerator(
+            mixed_precision="no", cpu=training_device().type == "cpu", kwargs_handlers=[together]
+        )
+        self.device, self.launcher = self.accelerator.device, os.getppid()
+        self.num_parts = -(-self.config.accumulation // num_processes())
+        parts = num_processes() * self.num_parts
+        rule = f"be a multiple of {parts}, processes times the parts of each"
         whole = self.config.batch_size % parts == 0
         require(whole, "train", "batch_size", rule, self.config.batch_size, "Change one of them")
         groups = parameter_groups(self.network, self.config)
@@ -194,6 +210,8 @@ class _Run:
 
     def advance(self, batch: Batch) -> None:
         """Take one optimiser step, without waiting for the device."""
+        if num_processes() > 1 and os.getppid() != self.launcher:
+            raise RuntimeError("train: the launcher of this process has ended, and its next one may be at work already")
         factor = learning_rate_factor(self.step, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
@@ -230,16 +248,17 @@ class _Run:
             self.evaluations.extend({"step": self.step, **row} for row in evaluate(self.network, self.step))
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint; whoever reads sees the old file or the new one, never a part."""
+        """Write a checkpoint, in one process; whoever reads sees the old file or the new one, never a part."""
         self.read_losses()
-        if not self.accelerator.is_main_process:
+        recent = self.accelerator.reduce(self.recent, reduction="mean")  # so each of any number of others may take it
+        if not is_first_process():
             return
         state = {
             "config": asdict(self.config),
             "step": self.step,
             "rows": self.rows,
             "evaluations": self.evaluations,
-            "recent": self.recent,
+            "recent": recent,
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "random_state": torch.get_rng_state(),
@@ -249,9 +268,14 @@ class _Run:
         os.replace(partial, path)
 
     def resume(self, path: Path) -> None:
-        """Continue from ``path`` if it exists."""
-        if not path.exists():
-            return
+        """Continue from ``path`` if it exists; every process must call it."""
+        if path.exists():
+            self._load(path)
+        steps = self.accelerator.gather(torch.tensor([self.step], device=self.device)).tolist()
+        remedy = "Use a folder that all machines see"
+        require(len(set(steps)) == 1, "train", "checkpoint", "be one file for all processes", f"steps {steps}", remedy)
+
+    def _load(self, path: Path) -> None:
         state = torch.load(path, map_location="cpu", weights_only=True)
         same = state["config"] == asdict(self.config)
         remedy = "Pass that configuration, or another checkpoint file"
@@ -265,9 +289,7 @@ class _Run:
     def _parts(self, batch: Batch) -> list[Batch]:
         """This process's rows of the global batch, on its device, in as many parts as are accumulated."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        inputs, targets = (
-            x[rank::world].to(self.device, non_blocking=True).chunk(self.config.accumulation) for x in batch
-        )
+        inputs, targets = (x[rank::world].to(self.device, non_blocking=True).chunk(self.num_parts) for x in batch)
         return [Batch(*pair) for pair in zip(inputs, targets, strict=True)]
 
     def _loss(self, part: Batch, counted: int) -> Tensor:

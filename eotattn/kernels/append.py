@@ -116,7 +116,9 @@ def append_plainly(
         parts.append(lanes.expand(*lead, lanes.shape[-1]))
     if far is not None:
         parts.append(far.expand(*lead, 1))
-    filled = sum([part.shape[-1] for part in parts])
+    filled = 0
+    for part in parts:
+        filled += part.shape[-1]
     spare = (kernel_width(filled, content.device) if width is None else width) - filled
     if spare > 0:
         parts.append(content.new_zeros(()).expand(*lead, spare))

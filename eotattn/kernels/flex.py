@@ -12,8 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 __all__ = ["Pattern", "attend", "refusal"]
+
+_MIN_WIDTH = 16  # of a head in FlexAttention's kernels; narrower ones are filled up with zeros
 
 
 def refusal(query: Tensor, *, mask: Tensor | None, dropout_p: float, learned: bool) -> str | None:
@@ -93,10 +96,11 @@ def attend(
         block_mask = _blocks(pattern, *sizes) if pattern.name is None else _blocks_once(pattern, *sizes)
     grouped = query.shape[1] != key.shape[1]
     options: dict[str, Any] = {"score_mod": score_mod, "block_mask": block_mask, "scale": scale, "enable_gqa": grouped}
+    sides = [functional.pad(side, (0, max(0, _MIN_WIDTH - side.shape[-1]))) for side in (query, key, value)]
     if not with_lse:
-        return _compiled()(query, key, value, **options), None
-    output, lse = _compiled()(query, key, value, **_asking_for_lse(), **options)
-    return output, getattr(lse, "lse", lse)
+        return _compiled()(*sides, **options)[..., : value.shape[-1]], None
+    output, lse = _compiled()(*sides, **_asking_for_lse(), **options)
+    return output[..., : value.shape[-1]], getattr(lse, "lse", lse)
 
 
 @cache

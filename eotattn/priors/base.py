@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from eotattn.checks import check_positive, check_positive_int, require
+from eotattn.compat import listed
 from eotattn.priors.far_form import FarForm, Tail
 from eotattn.priors.flex_form import ScoreMod, score_mod_of
 from eotattn.priors.lane_plan import LaneRequest, plan_lanes
@@ -314,12 +315,18 @@ class CombinedPrior(LogPrior):
     @property
     def has_lanes(self) -> bool:
         """Whether every part has lanes."""
-        return all([part.has_lanes for part in self.parts])  # noqa: C419  # every call asks
+        for part in listed(self, "parts"):  # noqa: SIM110
+            if not part.has_lanes:
+                return False
+        return True
 
     @property
     def reads_tokens(self) -> bool:
         """Whether a part reads the tokens."""
-        return any(part.reads_tokens for part in self.parts)
+        for part in listed(self, "parts"):  # noqa: SIM110
+            if part.reads_tokens:
+                return True
+        return False
 
     def read_tokens(self, tokens: Tokens) -> Reading:
         """What the parts read.
@@ -406,7 +413,10 @@ class SumPrior(CombinedPrior):
 
     def terms(self) -> tuple[Term | KeyTerm, ...]:
         """The terms of all parts."""
-        return tuple([term for part in self.parts for term in part.terms()])
+        terms: list[Term | KeyTerm] = []
+        for part in listed(self, "parts"):
+            terms += part.terms()
+        return tuple(terms)
 
     def far_form(self) -> FarForm | None:
         """The sum of the parts' forms."""
@@ -480,7 +490,12 @@ class ScaledPrior(CombinedPrior):
 
     def terms(self) -> tuple[Term | KeyTerm, ...]:
         """The terms of the prior with their weights scaled."""
-        return tuple([term.weighted(self._scale) for term in self.prior.terms()])
+        factors, scaled = self.factor, []
+        for part in listed(self, "parts"):
+            for term in part.terms():
+                change = term.weighted(self._scale) if isinstance(factors, Tensor) else term.scaled(factors)
+                scaled.append(change)
+        return tuple(scaled)
 
     def far_form(self) -> FarForm | None:
         """The prior's form, scaled."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from eotattn.checks import fail
 from eotattn.priors.base import LogPrior
-from eotattn.priors.terms import FEATURES, Entry, Features, KeyTerm, Term, computing_dtype, dense_weights
+from eotattn.priors.terms import FEATURES, Entry, Features, KeyTerm, Term, computing_dtype, dense_weights, side_by_side
 
 __all__ = ["BilinearPrior"]
 
@@ -74,7 +74,8 @@ class BilinearPrior(LogPrior, metaclass=_NamesFeatures):
     def __init_subclass__(cls) -> None:
         """Refuse two statements of the weights: lanes are made of coefficients where a class or a parent has them."""
         super().__init_subclass__()
-        if "weights" in vars(cls) and cls.coefficients is not BilinearPrior.coefficients:
+        stated = (cls.coefficients, cls.learned) != (BilinearPrior.coefficients, BilinearPrior.learned)
+        if "weights" in vars(cls) and stated:
             rule, remedy = "follow from coefficients() and entries()", "State those instead"
             fail(cls.__name__, "weights", rule, "another statement of them", remedy, error=TypeError)
 
@@ -95,7 +96,18 @@ class BilinearPrior(LogPrior, metaclass=_NamesFeatures):
 
     def coefficients(self) -> Tensor:
         """(H, N), nats: the numbers that weights are made of; by default the weights themselves."""
-        return self.weights().flatten(1)
+        return side_by_side(self.learned(), self.units())
+
+    def learned(self) -> tuple[Tensor, ...]:
+        """Tensors (H,) or (H, n), side by side N numbers a head: coefficients, or multiples of them by constants.
+
+        A prior that says so rather than in :meth:`coefficients` takes fewer operations a call.
+        """
+        return (self.weights().flatten(1),)
+
+    def units(self) -> tuple[float, ...] | None:
+        """H constants that coefficients are the learned numbers times, nats; ``None`` for one."""
+        return None
 
     def entries(self) -> tuple[Entry, ...] | None:
         """Which coefficient each weight is, by constants alone; ``None`` if coefficients are the weights themselves."""
@@ -103,7 +115,10 @@ class BilinearPrior(LogPrior, metaclass=_NamesFeatures):
 
     def terms(self) -> tuple[Term | KeyTerm, ...]:
         """One term."""
-        return (Term(FEATURES[self._features_name], self.coefficients().unsqueeze(-1)),)
+        features = FEATURES[self._features_name]
+        if type(self).coefficients is not BilinearPrior.coefficients:
+            return (Term(features, (self.coefficients(),)),)
+        return (Term(features, self.learned(), self.units()),)
 
     def log_prior(self, head: Tensor, query_position: Tensor, key_position: Tensor) -> Tensor:
         """The bilinear form, elementwise, in nats."""
@@ -115,7 +130,8 @@ class BilinearPrior(LogPrior, metaclass=_NamesFeatures):
     def dense(self, query_positions: Tensor, key_positions: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
         """As in :class:`LogPrior`; one product of matrices."""
         self.check_positions(query_positions, key_positions)
-        term = Term(FEATURES[self._features_name], self.coefficients().unsqueeze(-1))
+        (term,) = BilinearPrior.terms(self)
+        assert isinstance(term, Term)
         factors, features = term.sides(query_positions.double(), key_positions.double())
         return (factors @ features.unsqueeze(-3).mT).to(computing_dtype(dtype))
 

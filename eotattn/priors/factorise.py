@@ -97,7 +97,7 @@ class FactorisedPrior(LogPrior):
 
     def terms(self) -> tuple[Term | KeyTerm, ...]:
         """One term."""
-        return (Term(FEATURES[self._features_name], self.core.flatten(1).unsqueeze(-1)),)
+        return (Term(FEATURES[self._features_name], (self.core.flatten(1),)),)
 
     def _name_features(self) -> None:
         """Features are named by their numbers, so that equal names are equal features in any process."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from torch.nn import functional
 
 from eotattn.checks import check_floating, check_no_nan, check_positive_int, check_shape, require
 from eotattn.priors.base import LogPrior
+from eotattn.priors.cumulative import cumulative_sums
 from eotattn.priors.memory import is_plain
 from eotattn.priors.reading import Reading, Tokens, expand_heads
 from eotattn.priors.terms import KeyTerm, Term
@@ -150,31 +150,13 @@ def running_sums(
     wide = log_gates.double()
     if padding is not None:
         wide = wide.masked_fill(padding.unsqueeze(1), 0.0)
-    sums = _opaque_sums(wide) if torch.compiler.is_compiling() else wide.cumsum(-1)
+    sums = cumulative_sums(wide)
     if before is not None:
         return sums + before.unsqueeze(-1)
     if document_positions is None:
         return sums
     starts = torch.arange(sums.shape[-1], device=sums.device) - document_positions
     return sums - (sums - wide).gather(-1, starts.unsqueeze(1).expand_as(sums))
-
-
-@torch.library.custom_op("eotattn::running_sums", mutates_args=(), schema="(Tensor x) -> Tensor")
-def _opaque_sums(x: Tensor) -> Tensor:
-    """Running sums along the last axis, which compilers call as they are: PyTorch 2.11's fails on them in float64."""
-    return x.cumsum(-1)
-
-
-@_opaque_sums.register_fake
-def _(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-def _sums_from_behind(ctx: Any, grad: Tensor) -> Tensor:
-    return _opaque_sums(grad.flip(-1)).flip(-1)
-
-
-_opaque_sums.register_autograd(_sums_from_behind)
 
 
 def _check_log_gates(log_gates: Tensor) -> None:

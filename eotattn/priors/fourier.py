@@ -90,9 +90,9 @@ class FourierPrior(BilinearPrior):
 
     key_features = query_features
 
-    def coefficients(self) -> Tensor:
+    def learned(self) -> tuple[Tensor, ...]:
         """Even, then odd weights."""
-        return torch.cat([self.even, self.odd], dim=-1)
+        return self.even, self.odd
 
     def entries(self) -> tuple[Entry, ...]:
         """[[even, -odd], [odd, even]] for each frequency, by the addition theorems."""

@@ -110,7 +110,7 @@ class GridTablePrior(_GridTable):
         name = f"cells of {self.height} x {self.width}"
         if name not in FEATURES:
             FEATURES[name] = self._features(name)
-        return (Term(FEATURES[name], self.table.flatten(1).unsqueeze(-1)),)
+        return (Term(FEATURES[name], (self.table.flatten(1),)),)
 
     def _features(self, name: str) -> Features:
         height, width = self.height, self.width

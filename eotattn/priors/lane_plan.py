@@ -15,17 +15,18 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from eotattn.compat import plain_tensors
 from eotattn.priors.lane_sides import Column, Lane, Shape, Side, SideLayout, SidePlan
-from eotattn.priors.memory import MadeInGraphs, constants
+from eotattn.priors.memory import MadeInGraphs, constants, remembered
 from eotattn.priors.probing import FeatureFacts, Span, probe
 from eotattn.priors.splitting import MOST_PIECES, significant_digits, split_numbers, unit_roundoff
 from eotattn.priors.terms import FEATURES, PREPARED, KeyTerm, Term, computing_dtype
+from eotattn.priors.weight_map import Learned, WeightMap, map_weights, weight_map
 
 __all__ = ["LanePlan", "LaneRequest", "plan_lanes"]
 
@@ -109,13 +110,40 @@ class LanePlan(MadeInGraphs):
         """The table at ``length`` consecutive positions."""
         return self.table(side, torch.arange(first, first + length, device=device), origin)
 
-    def coefficients(self, terms: Sequence[Term | KeyTerm]) -> tuple[Tensor | None, Tensor | None]:
-        """(H, N) float64, all coefficients of the terms, and the same by key head, (Hk, M N)."""
-        each = [term.coefficients for term in terms if isinstance(term, Term)]
-        if not each:
-            return None, None
-        numbers = (each[0] if len(each) == 1 else torch.cat(each, dim=1)).squeeze(-1).double()
-        return numbers, numbers if self.request.group == 1 else numbers.view(self.request.num_kv_heads, -1)
+    def sides(
+        self,
+        terms: Sequence[Term | KeyTerm],
+        tables: tuple[Tensor, Tensor],
+        more: Tensor | None = None,
+        held: WeightMap | None = None,
+    ) -> tuple[Side, Side]:
+        """Both sides at tables of features, with further lanes of the keys; ``held`` is what :meth:`held` returns."""
+        query, key = tables
+        held = self.held(terms, query.device, query.dtype) if held is None else held
+        numbers: list[Tensor] = []
+        for term in terms:
+            if isinstance(term, Term):
+                numbers += term.numbers
+        matrices = map_weights(held, (self.query.fixed.shape, self.key.fixed.shape), query.dtype, numbers)
+        return (
+            Side(query, matrices[0], held.pieces[0], self.query.depth),
+            Side(key, matrices[1], held.pieces[1], self.key.depth, more),
+        )
+
+    def held(self, terms: Sequence[Term | KeyTerm], device: torch.device, dtype: torch.dtype) -> WeightMap:
+        """How learned numbers enter the matrices, put on a device once; a graph takes it as inputs."""
+        learned = tuple([(term.widths, term.units) for term in terms if isinstance(term, Term)])
+        if torch.compiler.is_compiling():
+            held: WeightMap = getattr(self, self.make_in_graph("_held", learned, device, dtype, True))
+            return held
+        return remembered((self, learned, dtype), device, lambda: self._held(learned, device, dtype, False))
+
+    def _held(
+        self, learned: Sequence[tuple[Any, Any]], device: torch.device, dtype: torch.dtype, in_graph: bool
+    ) -> WeightMap:
+        of_terms = tuple([Learned(*one) for one in learned])
+        heads = (self.request.num_heads, self.request.num_kv_heads)
+        return weight_map((self.query, self.key), of_terms, heads, device, dtype, in_graph=in_graph)
 
     def with_gains(self, side: Side, gains: Sequence[Tensor | None]) -> Side:
         """The side of queries with their own factors (B, H, Q), one a term or ``None``, on the lanes of the terms."""

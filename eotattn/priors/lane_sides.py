@@ -7,17 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from eotattn.compat import admitted
-from eotattn.priors.memory import MadeInGraphs, remembered
 from eotattn.priors.splitting import MOST_PIECES, multiply, split_numbers, write_pieces
 from eotattn.priors.terms import FEATURES, computing_dtype
 
-__all__ = ["Column", "Lane", "Placed", "Shape", "Side", "SideLayout", "SidePlan"]
+__all__ = ["Column", "Lane", "Shape", "Side", "SideLayout", "SidePlan"]
 
 
 class Side(NamedTuple):
@@ -48,7 +46,7 @@ class Side(NamedTuple):
             products = self.gains.to(products.dtype) * products
             assert self.constant is not None
             products = torch.where(self.constant, products - products.detach(), products)
-        lanes = write_pieces(products, self.piece, self.depth, dtype)
+        lanes = products.to(dtype) if self.depth == 1 else write_pieces(products, self.piece, self.depth, dtype)
         if self.more is None:
             return lanes
         lead = torch.broadcast_shapes(lanes.shape[:-1], self.more.shape[:-1])
@@ -94,7 +92,7 @@ class Lane(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class SidePlan(MadeInGraphs):
+class SidePlan:
     """How the table and the matrix of one side are made.
 
     Args:
@@ -130,63 +128,6 @@ class SidePlan(MadeInGraphs):
             return getattr(FEATURES[names[0]], side)(positions[0])[..., :0].to(computing)
         lead = torch.broadcast_shapes(*(part.shape[:-1] for part in made))  # samples may differ in some terms alone
         return torch.cat([part.expand(*lead, part.shape[-1]) for part in made], dim=-1)
-
-    def side(
-        self,
-        table: Tensor,
-        coefficients: Tensor | None,
-        more: Tensor | None = None,
-        held: Placed | None = None,
-    ) -> Side:
-        """The side with the matrix that follows from the coefficients of the heads, float64; none are fixed ones."""
-        held = self.placed(table.device, table.dtype) if held is None else held
-        if coefficients is None or self.selection is None:
-            return Side(table, held.fixed, held.piece, self.depth, more)
-        matrix = _matrix(coefficients, held, table.dtype).view(-1, *self.fixed.shape[1:])
-        return Side(table, matrix, held.piece, self.depth, more)
-
-    def placed(self, device: torch.device, dtype: torch.dtype) -> Placed:
-        """What the plan holds, put there once; a graph takes it as inputs."""
-        if torch.compiler.is_compiling():
-            return Placed(*getattr(self, self.make_in_graph("_placed", device, dtype)))
-        return remembered((self, dtype), device, lambda: self._placed(device, dtype))
-
-    def _placed(self, device: torch.device, dtype: torch.dtype) -> Placed:
-        numbers = (self.selection, self.constant, self.fixed, self.piece)
-        selection, constant, fixed, piece = (None if x is None else admitted(x).to(device) for x in numbers)
-        assert fixed is not None
-        return Placed(selection, constant, fixed.flatten(1), fixed.to(dtype), piece)
-
-
-class Placed(NamedTuple):
-    """What a side plan holds, on a device.
-
-    Args:
-        selection: (N or M N, C * P) float64, how coefficients enter the matrix.
-        constant: The same, what of it has no value; ``None`` for nothing.
-        start: (1 or heads, C * P) float64, what is in the matrix besides.
-        fixed: (1 or heads, C, P): the matrix of a side on which nothing is learned.
-        piece: (P,) int8.
-    """
-
-    selection: Any
-    constant: Any
-    start: Any
-    fixed: Any
-    piece: Any
-
-
-def _matrix(coefficients: Tensor, held: Placed, dtype: torch.dtype) -> Tensor:
-    """(heads, C * P) from (heads, N) float64; in graphs as sums, which compilers fuse with what is around them."""
-    if torch.compiler.is_compiling():
-        products = coefficients.unsqueeze(-1) * held.selection
-        if held.constant is not None:
-            products = products - coefficients.detach().unsqueeze(-1) * held.constant
-        return (held.start + products.sum(1)).to(dtype)
-    matrix = torch.addmm(held.start, coefficients, held.selection)
-    if held.constant is not None:  # no value, but a gradient
-        matrix = torch.addmm(matrix, coefficients.detach(), held.constant, alpha=-1)
-    return matrix.to(dtype)
 
 
 @dataclass(frozen=True)

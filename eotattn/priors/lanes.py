@@ -94,10 +94,8 @@ def make_lanes(
     """Lanes of at least one term at checked positions."""
     origin = middle(query_positions) if request.num_coordinates == 1 else 0.0
     plan = plan_lanes(terms, request._replace(span=span_of(query_positions, key_positions, origin)))
-    of_heads, of_key_heads = plan.coefficients(terms)
-    query_side = plan.query.side(plan.table("query", query_positions, origin), of_heads)
-    more = plan.more_of_keys(terms, key_positions.double())
-    key_side = plan.key.side(plan.table("key", key_positions, origin), of_key_heads, more)
+    tables = (plan.table("query", query_positions, origin), plan.table("key", key_positions, origin))
+    query_side, key_side = plan.sides(terms, tables, plan.more_of_keys(terms, key_positions.double()))
     query, key = query_side.lanes(request.dtype), key_side.lanes(request.dtype)
     return Lanes(query.expand(*query.shape[:-3], request.num_heads, -1, -1), key, plan, (query_side, key_side))
 

@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from eotattn.compat import constant_in_graphs, is_intercepted, lasting, plain_tensors, raw_stream
+from eotattn.compat import constant_in_graphs, is_intercepted, lasting, map_tensors, plain_tensors, raw_stream
 
-__all__ = ["MadeInGraphs", "constants", "is_plain", "may_remember", "name_in_graphs", "remembered"]
+__all__ = ["MadeInGraphs", "constants", "is_plain", "kept", "may_remember", "name_in_graphs", "remembered"]
 
 #: Values kept; the least recently used one goes first.
 MAX_VALUES = 512
@@ -47,10 +47,11 @@ def remembered(key: Hashable, device: torch.device, make: Callable[[], Value]) -
         device: Where its tensors are.
         make: Computes it; gradients are not recorded.
     """
-    return _kept(key, device, make) if may_remember(device) else make()
+    return kept(key, device, make) if may_remember(device) else make()
 
 
-def _kept(key: Hashable, device: torch.device, make: Callable[[], Value]) -> Value:
+def kept(key: Hashable, device: torch.device, make: Callable[[], Value]) -> Value:
+    """:func:`remembered` where it is known that tensors can be kept."""
     # what another stream computes may not be there yet
     place = (key, device, raw_stream(device) if device.type == "cuda" else 0)
     with _LOCK:
@@ -72,6 +73,10 @@ def name_in_graphs(owner: object, what: Hashable) -> str:
     return names.setdefault(what, f"_in_graphs_{len(names)}")
 
 
+def _lasting(part: object) -> object:
+    return lasting(part) if isinstance(part, Tensor) else part
+
+
 class MadeInGraphs:
     """An object that computes tensors from constants once, while a graph is traced; the graph has them as inputs."""
 
@@ -81,8 +86,7 @@ class MadeInGraphs:
         name = name_in_graphs(self, (method, *arguments))
         if name not in vars(self):
             with plain_tensors():
-                made = getattr(self, method)(*arguments)
-                vars(self)[name] = lasting(made) if isinstance(made, Tensor) else tuple(lasting(part) for part in made)
+                vars(self)[name] = map_tensors(_lasting, getattr(self, method)(*arguments))
         return name
 
 
@@ -98,11 +102,11 @@ _CONSTANTS = _Constants()
 def constants(numbers: tuple[float, ...], device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
     """``numbers`` as (n,) on ``device``, put there once; not to be written to."""
     if may_remember(device):
-        return _kept(("constants", numbers, dtype), device, lambda: torch.tensor(numbers, dtype=dtype, device=device))
+        return kept(("constants", numbers, dtype), device, lambda: torch.tensor(numbers, dtype=dtype, device=device))
     if not numbers:
         return torch.empty(0, dtype=dtype, device=device)
     if torch.compiler.is_compiling():
-        kept: Tensor = getattr(_CONSTANTS, _CONSTANTS.make_in_graph("_tensor", numbers, device, dtype))
-        return kept
+        made: Tensor = getattr(_CONSTANTS, _CONSTANTS.make_in_graph("_tensor", numbers, device, dtype))
+        return made
     # filled in on the device: a copy from the host would keep CUDA graphs from being captured
     return torch.stack([torch.full((), number, dtype=dtype, device=device) for number in numbers])

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from eotattn.checks import check_choice, check_positive_int, require
 from eotattn.priors.bilinear import BilinearPrior
-from eotattn.priors.memory import constants
 from eotattn.priors.terms import Entry
 
 __all__ = ["RecencyPrior", "alibi_slopes", "slope_of_mean_lag"]
@@ -101,9 +101,7 @@ class RecencyPrior(BilinearPrior):
     @property
     def slopes(self) -> Tensor:
         """(H,) float64, nats a token."""
-        strength = self.strength
-        size = torch.where(strength >= 0, strength, -strength)  # unlike abs, has a gradient at zero
-        return size.double() * constants(self.unit_slopes, size.device)
+        return self.coefficients().squeeze(-1)
 
     def query_features(self, positions: Tensor) -> Tensor:
         """(1, position)."""
@@ -111,9 +109,13 @@ class RecencyPrior(BilinearPrior):
 
     key_features = query_features
 
-    def coefficients(self) -> Tensor:
-        """The slope."""
-        return self.slopes.unsqueeze(-1)
+    def learned(self) -> tuple[Tensor, ...]:
+        """The size of the strength."""
+        return (functional.leaky_relu(-self.strength, -1.0),)  # unlike abs, has a gradient at zero
+
+    def units(self) -> tuple[float, ...]:
+        """The unit slopes."""
+        return self.unit_slopes
 
     def entries(self) -> tuple[Entry, ...]:
         """[[0, slope], [-slope, 0]]: the slope times the key's position, less the slope times the query's."""

@@ -92,9 +92,7 @@ class SinkPrior(BilinearPrior):
         first = torch.stack([(position == 0).to(growth.dtype), growth], dim=-1)
         return torch.cat([first, waves(position, self.frequencies)], dim=-1) if self.frequencies else first
 
-    def weights(self) -> Tensor:
-        """All weights of u in one row."""
-        if not self.frequencies:
-            return torch.stack([self.first_token, self.growth], dim=-1).unsqueeze(-2)
-        each = [self.first_token.unsqueeze(-1), self.growth.unsqueeze(-1), self.even, self.odd]
-        return torch.cat(each, dim=-1).unsqueeze(-2)
+    def learned(self) -> tuple[Tensor, ...]:
+        """All weights of u."""
+        first = self.first_token, self.growth
+        return (*first, self.even, self.odd) if self.frequencies else first

@@ -54,4 +54,4 @@ def multiply(table: Tensor, matrix: Tensor) -> Tensor:
     if table.dim() > 2:
         return table.unsqueeze(-3) @ matrix
     by_token = table @ matrix.transpose(0, 1).flatten(1)  # one product for all heads
-    return by_token.unflatten(-1, (matrix.shape[0], -1)).transpose(0, 1)
+    return by_token.view(table.shape[0], matrix.shape[0], matrix.shape[2]).transpose(0, 1)

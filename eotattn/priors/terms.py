@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from operator import mul
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from eotattn.compat import constant_in_graphs
-from eotattn.priors.memory import name_in_graphs, remembered
+from eotattn.priors.memory import constants, name_in_graphs, remembered
 
 __all__ = [
     "BIAS_TERM",
@@ -30,6 +31,7 @@ __all__ = [
     "dense_weights",
     "on_grid",
     "same_for_all_queries",
+    "side_by_side",
 ]
 
 
@@ -100,12 +102,24 @@ class Term:
 
     Args:
         features: Its fixed features.
-        coefficients: (H, N, 1), nats: what the weights are made of, linear in learned numbers.
+        numbers: (H,) or (H, n) each, side by side N a head: what the weights are linear in.
+        units: H constants that all numbers of a head are times; by default one.
     """
 
     features: Features
-    coefficients: Tensor
+    numbers: tuple[Tensor, ...]
+    units: tuple[float, ...] | None = None
     by_key_head: ClassVar[bool] = False
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The n of each tensor of numbers."""
+        return tuple([1 if one.dim() == 1 else one.shape[1] for one in self.numbers])
+
+    @property
+    def coefficients(self) -> Tensor:
+        """(H, N, 1), nats."""
+        return side_by_side(self.numbers, self.units).unsqueeze(-1)
 
     @property
     def weights(self) -> Tensor:
@@ -122,7 +136,13 @@ class Term:
 
     def weighted(self, change: Callable[[Tensor], Tensor]) -> Term:
         """The same features with ``change`` applied to the coefficients."""
-        return replace(self, coefficients=change(self.coefficients))
+        return Term(self.features, (change(self.coefficients).squeeze(-1),))
+
+    def scaled(self, factors: tuple[float, ...]) -> Term:
+        """The same with H constants as factors."""
+        return Term(
+            self.features, self.numbers, factors if self.units is None else tuple(map(mul, self.units, factors))
+        )
 
     def on_axis(self, axis: int) -> Term:
         """The term of one coordinate of a grid, zero where either position is a class token (negative)."""
@@ -143,6 +163,10 @@ class KeyTerm:
     bias: Callable[[Tensor], Tensor]
     by_key_head: bool = False
 
+    def scaled(self, factors: tuple[float, ...]) -> KeyTerm:
+        """The same with H constants as factors."""
+        return self.weighted(lambda numbers: constants(factors, numbers.device)[:, None, None] * numbers.double())
+
     def weighted(self, change: Callable[[Tensor], Tensor]) -> KeyTerm:
         """The same with ``change`` applied to the numbers, (..., H, K, 1)."""
         return replace(self, bias=lambda positions: change(self.bias(positions).unsqueeze(-1)).squeeze(-1))
@@ -154,6 +178,13 @@ class KeyTerm:
             return self.bias(positions[..., axis].clamp(min=0)) * on_grid(positions).unsqueeze(-2)
 
         return KeyTerm(_on_axis(self.features, axis), bias)
+
+
+def side_by_side(numbers: tuple[Tensor, ...], units: tuple[float, ...] | None) -> Tensor:
+    """(H, N) of numbers (H,) or (H, n), in float64 where they have units."""
+    each = [one if one.dim() == 2 else one.unsqueeze(-1) for one in numbers]
+    beside = each[0] if len(each) == 1 else torch.cat(each, dim=-1)
+    return beside if units is None else beside.double() * constants(units, beside.device).unsqueeze(-1)
 
 
 def dense_weights(coefficients: Tensor, entries: tuple[Entry, ...], num_features: tuple[int, int]) -> Tensor:

@@ -120,37 +120,13 @@ class TransportSolution:
         return self.problem.affinity.average(self.key_potential, value, self.problem.epsilon)
 
     def apply(self, value: Tensor) -> Tensor:
-        """Apply the coupling.
-
-        Args:
-            value: Shape (..., m, v), in the dtype of the potentials.
-
-        Returns:
-            ``sum_j coupling_ij value_j``, shape (..., n, v).
-
-        Example:
-            >>> from eotattn.transport import solve
-            >>> solve(TransportProblem(torch.zeros(2, 2))).apply(torch.ones(2, 1)).squeeze()
-            tensor([0.5000, 0.5000])
-        """
+        """Apply the coupling to values as ``attend`` takes them: ``sum_j coupling_ij value_j``, shape (..., n, v)."""
         self._check_value("apply", value, self.problem.num_keys)
         average = self.problem.affinity.average(self.key_potential, value, self.problem.epsilon)
         return scaled(self.query_mass, average)
 
     def apply_transpose(self, value: Tensor) -> Tensor:
-        """Apply the transpose of the coupling.
-
-        Args:
-            value: Shape (..., n, v), in the dtype of the potentials.
-
-        Returns:
-            ``sum_i coupling_ij value_i``, shape (..., m, v).
-
-        Example:
-            >>> from eotattn.transport import solve
-            >>> solve(TransportProblem(torch.zeros(2, 2))).apply_transpose(torch.ones(2, 1)).squeeze()
-            tensor([0.5000, 0.5000])
-        """
+        """Apply its transpose to values (..., n, v) of queries: ``sum_i coupling_ij value_i``, shape (..., m, v)."""
         self._check_value("apply_transpose", value, self.problem.num_queries)
         if self.problem.regulariser is not None:
             return product(self.coupling.mT, value)

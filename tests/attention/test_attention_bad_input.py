@@ -165,7 +165,7 @@ FUNCTIONAL = {
     "unknown backend": (
         call(backend="flash"),
         ValueError,
-        "backend must be one of 'auto', 'sdpa', 'near_far', 'varlen', 'flex', 'reference'",
+        "backend must be one of 'auto', 'sdpa', 'near_far', 'rebased', 'varlen', 'flex', 'reference'",
     ),
     "a window without causality": (call(window=3), ValueError, "window must be left out without is_causal; got 3"),
     "an empty window": (call(is_causal=True, window=0), ValueError, "window must be at least 1; got 0"),

@@ -201,7 +201,7 @@ def refused_by_engine(rank):
         for options, message in refused:
             with pytest.raises(ValueError, match=f"prior_attention: {message}"):
                 prior_attention(query, key, value, prior=prior, **{"is_causal": True, **options})
-        for backend in ("reference", "near_far", "flex", "varlen"):
+        for backend in ("reference", "near_far", "rebased", "flex", "varlen"):
             with pytest.raises(NotImplementedError, match="context_parallel shares stock calls"):
                 prior_attention(query, key, value, prior=prior, is_causal=True, backend=backend)
         with (

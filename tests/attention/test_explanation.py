@@ -56,7 +56,9 @@ def test_the_backend_named_is_the_backend_used(arguments, monkeypatch):
     assert used == []
     prior_attention(*content(), **arguments)
     assert used[-1] == explanation.backend
-    assert set(explanation.alternatives) == {"sdpa", "near_far", "flex", "varlen", "reference"} - {explanation.backend}
+    assert set(explanation.alternatives) == {"sdpa", "near_far", "rebased", "flex", "varlen", "reference"} - {
+        explanation.backend
+    }
 
 
 def test_a_refusal_is_explained_and_not_raised():

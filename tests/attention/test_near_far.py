@@ -104,6 +104,22 @@ def test_outputs_and_every_gradient_are_those_of_dense_attention(name, pattern, 
         assert_close(ours, expected)
 
 
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"is_causal": True, "window": 12}], ids=str)
+@pytest.mark.parametrize("name", ["t5", "sum with a prior of keys", "sum with slopes"])
+def test_documents_are_alone(name, options):
+    prior, lengths = PRIORS[name](), [10, 3, L - 13, L - 1, 1]
+    operands = [side.requires_grad_() for side in content(L, L)]
+    bias = torch.linspace(-2, 2, B * L).sin().view(B, 1, L).double().requires_grad_()
+    learned = [*operands, bias, *(parameter for parameter in prior.parameters() if parameter.requires_grad)]
+    shared = {"prior": prior, "documents": PackedDocuments(lengths), "key_bias": bias, "return_lse": True, **options}
+    results = [prior_attention(*operands, backend=backend, **shared) for backend in ("near_far", "reference")]
+    gradients = []
+    for output, lse in results:
+        gradients.append(torch.autograd.grad(output.sin().sum() + lse.cos().sum(), learned))
+    for ours, expected in zip(results[0] + gradients[0], results[1] + gradients[1], strict=True):
+        assert_close(ours, expected)
+
+
 def test_biases_beyond_the_range_of_exp_leave_gradients_finite(monkeypatch):
     monkeypatch.setattr(near, "MIN_BLOCK", 7)
     prior = RelativeBiasPrior(H, 5)
@@ -266,7 +282,8 @@ REFUSED = {
     "short": (call(prior=RelativeBiasPrior(H, L)), "no key is 50 tokens away, so that nothing is far"),
     "positions": (call(prior=TABLE, query_positions=torch.arange(L)), "its positions must be consecutive"),
     "pairs": (call(prior=TABLE, attn_mask=torch.ones(L, L, dtype=torch.bool)), "it takes no mask of pairs"),
-    "documents": (call(prior=TABLE, documents=PackedDocuments([L] * B)), "documents"),
+    "documents": (call(prior=KerplePrior(H), documents=PackedDocuments([L] * B)), "no documents in graphs, or with a"),
+    "short documents": (call(prior=TABLE, documents=PackedDocuments([5] * 20)), "no key is 5 tokens away"),
     "dropout": (call(prior=TABLE, dropout_p=0.1), "it has no dropout"),
     "weights": (call(prior=TABLE, return_weights=True), "do not return weights"),
 }

@@ -105,6 +105,23 @@ def test_every_statistic_equals_its_dense_form(dtype, elements):
     assert_close(rows.key_mass.double(), expected["weights"][..., [3, 0]], tolerance=BOUND[dtype])
 
 
+@pytest.mark.parametrize("heads", [1, HK, H])
+@pytest.mark.parametrize("has_prior", [False, True])
+@pytest.mark.parametrize("dtype", BOUND)
+def test_a_bias_of_keys_is_a_part_of_the_prior(dtype, has_prior, heads):
+    query, key, value = content(dtype)
+    generator = torch.Generator().manual_seed(2)
+    bias, prior = 5 * torch.randn(B, heads, K, generator=generator).double(), torch.randn(H, Q, K, generator=generator)
+    options = {"is_causal": True, "query_start": 3, "sink_logits": torch.ones(H), "block_elements": 2 * B * H * K}
+    rows = row_statistics(query, key, value, key_bias=bias, log_prior=prior if has_prior else None, **options)
+    whole = bias.repeat_interleave(H // heads, 1)[:, :, None] + has_prior * prior
+    seen = causal_window(3, 0, K)
+    expected = oracle(query, key, value, scale=D**-0.5, prior=whole, seen=seen, sink=torch.ones(H))
+    check(rows, expected, BOUND[dtype])
+    with pytest.raises(ValueError, match=r"row_statistics: key_bias must have shape \(2, 1 or 2 or 4, 9\)"):
+        row_statistics(query, key, key_bias=bias[..., 1:])
+
+
 @pytest.mark.parametrize("dtype", BOUND)
 def test_plain_attention_equals_its_dense_form(dtype):
     query, key, value = content(dtype, seed=3)

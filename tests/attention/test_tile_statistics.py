@@ -25,6 +25,8 @@ CALLS = {
     "full": {},
     "causal": {"is_causal": True},
     "prior": {"prior": True, "is_causal": True},
+    "key bias": {"key_bias": HK, "is_causal": True},
+    "prior and key bias": {"prior": True, "key_bias": 1},
     "padding": {"padded": True, "is_causal": True},
     "explicit sink": {"sink": True, "is_causal": True},
     "soft cap": {"softcap": 3.0},
@@ -43,7 +45,9 @@ CALLS = {
 }
 
 
-def call(*, prior=False, padded=False, sink=False, queries=K, device="cpu", dtype=torch.float32, **options):
+def call(
+    *, prior=False, padded=False, sink=False, key_bias=None, queries=K, device="cpu", dtype=torch.float32, **options
+):
     """Arguments of :func:`row_statistics`."""
     generator = torch.Generator().manual_seed(0)
 
@@ -63,6 +67,8 @@ def call(*, prior=False, padded=False, sink=False, queries=K, device="cpu", dtyp
         real = torch.ones(B, K, dtype=torch.bool)
         real[0, :6] = False
         options.update(mask=real[:, None, None].to(device), sequence_start=torch.tensor([6, 0]), counted=real)
+    if key_bias is not None:
+        options["key_bias"] = normal(B, key_bias, K).float()
     if sink:
         options["sink_logits"] = normal(H).float()
     return (query, key), options
@@ -133,6 +139,7 @@ def test_what_the_kernel_does_not_serve_is_refused_by_name(kernel):
         ({"mask": torch.arange(K, device=kernel).float()}, "the mask adds other numbers"),
         ({"mask": lambda start, stop: table[start:stop]}, "the mask is a function of rows"),
         ({"log_prior": table}, "lanes would do"),
+        ({"key_bias": torch.zeros(B, H, K, device=kernel)}, "key_bias has 4 heads and there are 2 key heads"),
         (
             {
                 "log_prior": goat_prior(H)

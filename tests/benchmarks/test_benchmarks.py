@@ -8,6 +8,7 @@ import pytest
 import torch
 from tolerances import assert_close
 
+from eotattn.benchmarks import timing
 from eotattn.benchmarks.oracle import causal_rows, gate_gradient, slope_gradient
 from eotattn.benchmarks.report import BenchTable, bench, format_table
 from eotattn.benchmarks.suites import SUITES, configure
@@ -18,6 +19,7 @@ from eotattn.cli import main
 from eotattn.priors import RecencyPrior
 
 CPU = torch.device("cpu")
+SPEEDS = {"slow": 0.2, "quick": 1e-4}  # seconds
 
 
 @pytest.mark.parametrize("suite", SUITES)
@@ -58,6 +60,16 @@ def test_times_are_medians_of_interleaved_calls():
     assert rows[0]["ratio"] == 1.0
     assert rows[0]["median_ms"] >= 2.0
     assert rows[1]["median_ms"] >= 8.0
+
+
+def test_a_slow_candidate_is_called_fewer_times(monkeypatch):
+    monkeypatch.setattr(timing, "SECONDS", 0.4)
+    calls = []
+    slow, quick = (Candidate(name, lambda s=s: lambda: calls.append(s) or time.sleep(s)) for name, s in SPEEDS.items())
+    rows = measure([quick, slow], device=CPU, rounds=12, warmup=1)
+    assert calls.count(SPEEDS["quick"]) == 13
+    assert calls.count(SPEEDS["slow"]) == 4
+    assert rows[1]["median_ms"] >= 200.0
 
 
 def test_a_peer_that_fails_is_a_row_that_says_why():
@@ -110,6 +122,17 @@ def test_the_oracle_of_gate_gradients_is_the_derivative():
         rows.append((score.softmax(-1)[:, None] @ value[0, :, : i + 1])[:, 0])
     expected = torch.autograd.grad(torch.stack(rows, 1), log_gates, upstream[0])[0]
     assert_close(gate_gradient(query, key, value, upstream, log_gates.detach(), 0.5, block=4), expected)
+
+
+def test_the_oracle_of_slope_gradients_knows_a_sink():
+    query, key, value, upstream = (torch.randn(1, 2, 9, 3, dtype=torch.float64) for _ in range(4))
+    slopes = torch.tensor([0.3, 1.2], dtype=torch.float64, requires_grad=True)
+    lag = torch.arange(9)[:, None] - torch.arange(9)
+    score = (0.5 * query @ key.mT - slopes[:, None, None] * lag).masked_fill(lag < 0, float("-inf"))
+    weights = torch.cat([score, score.new_full((1, 2, 9, 1), 0.7)], -1).softmax(-1)[..., :-1]
+    (expected,) = torch.autograd.grad(weights @ value, slopes, upstream)
+    found = slope_gradient(query, key, value, upstream, slopes.detach(), 0.5, sink=0.7, block=4)
+    assert_close(found, expected)
 
 
 def test_gate_gradients_in_bfloat16_are_cured_by_the_bias_of_queries():

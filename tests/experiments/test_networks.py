@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from lowered_graphs import graphs_of
 
 from eotattn.attention import AttentionSinks, PriorAttention, Rotary
 from eotattn.attention.layer.output_gate import OutputGate
@@ -260,6 +261,15 @@ def test_decaying_waves_are_in_a_group_with_decay():
         waves = {id(p) for block in network.blocks for p in block.attention.prior.parts[0].parameters()}
         decays[attention] = {group["weight_decay"] for group in groups for p in group["params"] if id(p) in waves}
     assert decays == {"paper_goat": {0.0}, "decaying_waves": {0.3}}
+
+
+@pytest.mark.parametrize("kind", ["forgetting", "alibi_goat_forgetting"])
+def test_graphs_of_gates_hold_no_scan(kind):
+    """Inductor of PyTorch 2.11 fails on scans of float64, and their backward is one as well."""
+    network = decoder(kind)
+    for graph in graphs_of(network, tokens(6)):
+        assert graph["eotattn.running_sums.default"] == len(network.blocks)
+        assert not [target for target in graph if "cum" in target or "scan" in target]
 
 
 def test_gates_train_with_the_content_and_sinks_with_the_priors():

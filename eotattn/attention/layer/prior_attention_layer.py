@@ -203,18 +203,24 @@ class PriorAttention(ProjectedHeads):
         if cache is not None and isinstance(key_padding_mask, Tensor) and key_padding_mask.is_floating_point():
             rule, remedy = "be boolean with a cache, which keeps it for later calls", "Compare it with zero"
             fail(owner, "key_padding_mask", rule, key_padding_mask, remedy, error=TypeError)
-        mask, padding = from_multihead_convention(
-            owner, attn_mask, key_padding_mask, batch=inputs[0].shape[0], num_heads=self.num_heads
-        )
+        mask = padding = None
+        if attn_mask is not None or key_padding_mask is not None:
+            mask, padding = from_multihead_convention(
+                owner, attn_mask, key_padding_mask, batch=inputs[0].shape[0], num_heads=self.num_heads
+            )
         key_positions = query_positions if key is query and key_positions is None else key_positions
-        at = self._positions(inputs, query_positions, key_positions, padding, documents, cache)
+        at: tuple[Any, Any] = (None, None)
+        if not (query_positions is key_positions is documents is cache is None):
+            at = self._positions(inputs, query_positions, key_positions, padding, documents, cache)
         content = self.project(*inputs, query_positions=at[0], key_positions=at[1])
-        reading = self._read(inputs, padding, documents, cache, key_bias)
+        prior, reading = self.prior, Reading(key_bias=key_bias)
+        if prior is not None and prior.reads_tokens:
+            reading = self._read(prior, inputs, padding, documents, cache, key_bias)
         if documents is not None or cache is not None:
             at = (None, None)  # they say it themselves
         result = prior_attention(
             *content,
-            prior=self.prior,
+            prior=prior,
             query_positions=at[0],
             key_positions=at[1],
             attn_mask=mask,
@@ -234,7 +240,8 @@ class PriorAttention(ProjectedHeads):
         if cache is not None and reading.kept is not None:
             cache.keep(reading.kept)
         heads, weights = result if isinstance(result, tuple) else (result, None)
-        heads = heads if self.output_gate is None else self.output_gate(heads, inputs[0])
+        gate = self.output_gate
+        heads = heads if gate is None else gate(heads, inputs[0])
         output: Tensor = self.out_proj(heads.transpose(1, 2).flatten(2))
         if weights is not None:
             weights = weights.mean(dim=1) if average_attn_weights else weights
@@ -244,6 +251,7 @@ class PriorAttention(ProjectedHeads):
 
     def _read(
         self,
+        prior: LogPrior,
         inputs: tuple[Tensor, Tensor, Tensor],
         padding: Tensor | None,
         documents: PackedDocuments | None,
@@ -251,14 +259,11 @@ class PriorAttention(ProjectedHeads):
         key_bias: Tensor | None,
     ) -> Reading:
         """What the prior reads from the inputs, and the bias that the caller adds."""
-        given = Reading(key_bias=key_bias)
-        if self.prior is None or not self.prior.reads_tokens:
-            return given
         query, key, _ = inputs
         of_documents = None if documents is None else documents.positions(key.shape[0], key.shape[1], key.device)
         before = None if cache is None else cache.kept
-        reading = self.prior.read_tokens(Tokens(query, key, padding, of_documents, before))
-        return reading if key_bias is None else join_readings([given, reading])
+        reading = prior.read_tokens(Tokens(query, key, padding, of_documents, before))
+        return reading if key_bias is None else join_readings([Reading(key_bias=key_bias), reading])
 
     def _inputs(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Checked inputs as (B, length, width)."""
@@ -273,10 +278,13 @@ class PriorAttention(ProjectedHeads):
         is_batched = query.dim() == 3
         if query.dim() not in (2, 3):
             fail(owner, "query", "have two or three axes", query, "Add or drop the batch axis")
-        inputs = as_batch(query, key, value, is_batched=is_batched, batch_first=bool(self.batch_first))
+        inputs = (query, key, value)
+        if not is_batched or not self.batch_first:
+            inputs = as_batch(query, key, value, is_batched=is_batched, batch_first=bool(self.batch_first))
         self.check_widths(*inputs)
-        if self.prior is not None:
-            _make_ready(owner, self.prior, query.device)
+        prior = self.prior
+        if prior is not None:
+            _make_ready(owner, prior, query.device)
         return inputs
 
     def _positions(

@@ -109,10 +109,13 @@ class ProjectedHeads(nn.Module):
         else:
             flat = self.in_proj(query, key, value)
         counts = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-        heads = [part.unflatten(-1, (count, -1)).transpose(1, 2) for part, count in zip(flat, counts, strict=True)]
-        if self.rotary is not None:
-            heads[0] = self.rotary(heads[0], query_positions, argument="query_positions")
-            heads[1] = self.rotary(heads[1], key_positions, argument="key_positions")
+        heads: list[Tensor] = []
+        for part, count in zip(flat, counts, strict=True):
+            heads.append(part.view(part.shape[0], part.shape[1], count, part.shape[2] // count).transpose(1, 2))
+        rotary = self.rotary
+        if rotary is not None:
+            heads[0] = rotary(heads[0], query_positions, argument="query_positions")
+            heads[1] = rotary(heads[1], key_positions, argument="key_positions")
         return Heads(*heads)
 
     def check_widths(self, query: Tensor, key: Tensor, value: Tensor) -> None:

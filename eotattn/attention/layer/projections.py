@@ -27,11 +27,10 @@ def project_packed(
     """
 
     def whole(x: Tensor) -> tuple[Tensor, ...]:
-        flat: Tensor = linear(x)
-        return flat.split(widths, dim=-1)
+        return linear(x).split_with_sizes(widths, dim=-1)
 
     if key is query and value is query:
-        return whole(query)
+        return linear(query).split_with_sizes(widths, dim=-1)
     if _is_its_weight(linear):
         weights, inputs = linear.get_parameter("weight").split(widths), (query, key, value)
         biases = (None,) * 3 if linear.bias is None else linear.get_parameter("bias").split(widths)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from eotattn.priors.lanes import Lanes
+from eotattn.priors.reading import expand_heads
 
 __all__ = [
     "LaneRows",
@@ -135,6 +136,7 @@ class ScoreRows:
         window: Keys ``window`` or more tokens before the query are inadmissible.
         query_start: Position of the first query, tokens.
         key_start: Position of the first key, tokens.
+        key_bias: (B, 1 or Hk or H, K), nats, added to every score of a key; a part of the prior.
     """
 
     query: Tensor
@@ -147,6 +149,7 @@ class ScoreRows:
     window: int | None = None
     query_start: int = 0
     key_start: int = 0
+    key_bias: Tensor | None = None
 
     def widened(self) -> ScoreRows:
         """The same call with content in the dtype of the logits."""
@@ -172,7 +175,7 @@ class ScoreRows:
         """Logits of rows ``start`` to ``stop``, without keys that causality or the window exclude for all of them."""
         first, last = self._key_span(start, stop)
         content = self.content(start, stop, first, last)
-        prior, admissible = None, self._by_position(start, stop, first, last)
+        prior, admissible = self._of_keys(first, last), self._by_position(start, stop, first, last)
         for source in (self.log_prior, self.mask):
             if source is None:
                 continue
@@ -198,6 +201,12 @@ class ScoreRows:
         grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # (B, Hk, G r, D)
         score = (grouped @ key.transpose(-1, -2)).view(shape)
         return score if self.softcap is None else self.softcap * torch.tanh(score / self.softcap)
+
+    def _of_keys(self, first: int, last: int) -> Tensor | None:
+        """(B, H, 1, last - first) bias of keys, nats."""
+        if self.key_bias is None:
+            return None
+        return expand_heads(self.key_bias[..., first:last], self.query.shape[1]).to(self.dtype).unsqueeze(2)
 
     def _by_position(self, start: int, stop: int, first: int, last: int) -> Tensor | None:
         if not self.is_causal and self.window is None:

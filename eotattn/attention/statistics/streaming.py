@@ -26,6 +26,7 @@ from eotattn.attention.statistics.score_rows import (
     block_spans,
 )
 from eotattn.attention.statistics.tile_statistics import as_tiles, tile_statistics
+from eotattn.attention.token_bias import check_biases
 from eotattn.checks import (
     check_choice,
     check_floating,
@@ -57,6 +58,7 @@ def row_statistics(
     is_causal: bool = False,
     window: int | None = None,
     sink_logits: Tensor | None = None,
+    key_bias: Tensor | None = None,
     query_start: int = 0,
     key_start: int = 0,
     sequence_start: Tensor | None = None,
@@ -83,6 +85,8 @@ def row_statistics(
         is_causal: Keys at later positions than the query are inadmissible.
         window: Keys ``window`` or more tokens before the query are inadmissible.
         sink_logits: (H,), or (B or 1, H, Q or 1): logit of an explicit sink, nats; several by their log-sum-exp.
+        key_bias: (B, H, K), or (B, Hk, K) or (B, 1, K) where heads share it, nats, finite: a log-prior of keys that the
+            tokens decide, added to the prior part.
         query_start: Position of the first query, tokens; with a cache, the number of earlier tokens.
         key_start: Position of the first key, tokens.
         sequence_start: (B,) position of the first token that is not padding; chosen keys and columns count from it.
@@ -112,6 +116,7 @@ def row_statistics(
         tensor([1.0000, 0.5000, 0.3333, 0.2500])
     """
     _check_content(query, key, value, sink_logits)
+    check_biases(OWNER, query, key, key_bias, None, 1.0)
     check_choice(OWNER, "backend", backend, ("auto", "kernel", "blocks"))
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else check_positive(OWNER, "scale", scale)
     softcap = None if softcap is None else check_positive(OWNER, "softcap", softcap)
@@ -128,6 +133,7 @@ def row_statistics(
         window=window,
         query_start=query_start,
         key_start=key_start,
+        key_bias=key_bias,
     )
     tiles = "blocks are asked for" if backend == "blocks" else _tiles(rows, value, block_elements)
     if backend == "kernel" and isinstance(tiles, str):

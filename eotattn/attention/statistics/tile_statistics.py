@@ -16,6 +16,7 @@ from eotattn.attention.statistics.key_intervals import KeyIntervals
 from eotattn.attention.statistics.score_rows import LaneRows, ScoreRows, TensorRows, split_table
 from eotattn.kernels.score_sums import RowSums, column_sums, row_sums
 from eotattn.kernels.score_tiles import ScoreTiles
+from eotattn.priors.splitting import MOST_PIECES, split_numbers
 
 __all__ = ["as_tiles", "tile_statistics"]
 
@@ -153,7 +154,29 @@ def _key_mask(rows: ScoreRows) -> Tensor | str | None:
 
 
 def _lanes(rows: ScoreRows) -> tuple[Tensor, Tensor] | str | None:
-    """Lanes of the log-prior as (B, H, Q, P) and (B, Hk, K, P)."""
+    """Lanes of the log-prior and of a bias of keys as (B, H, Q, P) and (B, Hk, K, P)."""
+    prior, bias = _lanes_of_prior(rows), _lanes_of_bias(rows)
+    if prior is None or bias is None:
+        return bias if prior is None else prior
+    if isinstance(prior, str) or isinstance(bias, str):
+        return prior if isinstance(prior, str) else bias
+    return torch.cat([prior[0], bias[0]], dim=-1), torch.cat([prior[1], bias[1]], dim=-1)
+
+
+def _lanes_of_bias(rows: ScoreRows) -> tuple[Tensor, Tensor] | str | None:
+    """Ones, and the pieces of the bias."""
+    bias, dtype = rows.key_bias, rows.query.dtype
+    if bias is None:
+        return None
+    if bias.shape[1] not in (1, rows.key.shape[1]):
+        return f"key_bias has {bias.shape[1]} heads and there are {rows.key.shape[1]} key heads"
+    count = 1 if dtype == rows.dtype else MOST_PIECES
+    key = torch.stack(split_numbers(bias.double(), dtype, count), dim=-1)
+    return rows.query.new_ones(*rows.shape[:3], count), key.expand(-1, rows.key.shape[1], -1, -1)
+
+
+def _lanes_of_prior(rows: ScoreRows) -> tuple[Tensor, Tensor] | str | None:
+    """Those that the caller made."""
     if rows.log_prior is None:
         return None
     if not isinstance(rows.log_prior, LaneRows):

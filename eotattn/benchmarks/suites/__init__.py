@@ -11,6 +11,7 @@ from eotattn.benchmarks.suites.gradients import gradients
 from eotattn.benchmarks.suites.layer import layer
 from eotattn.benchmarks.suites.overview import overview
 from eotattn.benchmarks.suites.padding import padding
+from eotattn.benchmarks.suites.parallel import parallel
 from eotattn.benchmarks.suites.patterns import patterns
 from eotattn.benchmarks.suites.precision import precision
 from eotattn.benchmarks.suites.relative import relative
@@ -26,7 +27,7 @@ __all__ = ["SUITES", "Configuration", "configure"]
 
 _ALL = (
     *(overview, attention, layer, training, rotary, decode, padding, patterns),
-    *(relative, precision, gradients, sinks, transport, statistics, ring),
+    *(relative, precision, gradients, sinks, transport, statistics, ring, parallel),
 )
 
 #: Every suite by name.

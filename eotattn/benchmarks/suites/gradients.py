@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from torch import Tensor
 from eotattn.attention import prior_attention
 from eotattn.benchmarks.oracle import gate_gradient, relative_error, slope_gradient
 from eotattn.benchmarks.suites.configuration import Configuration
-from eotattn.benchmarks.suites.inputs import content, output_of
-from eotattn.benchmarks.timing import Row
+from eotattn.benchmarks.suites.inputs import content, measured, output_of
+from eotattn.benchmarks.timing import Candidate, Row
 from eotattn.priors import ForgettingPrior, RecencyPrior, running_sums
 
 __all__ = ["gate_errors", "gradients", "slope_errors"]
@@ -29,11 +30,26 @@ def gradients(config: Configuration) -> Iterator[Row]:
     """
     for length in config.pick([128], [2048, 8192, 32768]):
         yield from slope_errors(config, length)
+        for backend in ("sdpa", "rebased"):
+            yield from slope_errors(config, length, has_sink=True, backend=backend)
         yield from gate_errors(config, length)
+    for shape in config.pick([(1, 2, 64)], [(8, 12, 2048), (1, 12, 32768)]):
+        yield from sum_times(config, shape)
 
 
-def slope_errors(config: Configuration, length: int, heads: int = 12, offsets: tuple[int, ...] = (0,)) -> list[Row]:
-    """Errors at one length, with the first token at each of ``offsets``; the gradient itself does not depend on it."""
+def slope_errors(
+    config: Configuration,
+    length: int,
+    heads: int = 12,
+    offsets: tuple[int, ...] = (0,),
+    *,
+    has_sink: bool = False,
+    backend: str = "sdpa",
+) -> list[Row]:
+    """Errors at one length, with the first token at each of ``offsets``; the gradient itself does not depend on it.
+
+    With a sink of logit zero where ``has_sink``.
+    """
     rows: list[Row] = []
     width = 64
     query, key, value, upstream = (
@@ -46,12 +62,16 @@ def slope_errors(config: Configuration, length: int, heads: int = 12, offsets: t
             with torch.no_grad():
                 prior.strength.copy_(0.5 / units)
         q, k, v, up = (tensor.detach() for tensor in (query, key, value, upstream))
-        exact = slope_gradient(q, k, v, up, prior.slopes.detach(), 1 / math.sqrt(width))
+        sink = 0.0 if has_sink else -math.inf
+        exact = slope_gradient(q, k, v, up, prior.slopes.detach(), 1 / math.sqrt(width), sink=sink)
         for first in offsets:
             positions = range(first, first + length)
-            found = _gradient(prior, [query, key, value], up, positions).double() / units
+            options: dict[str, Any] = {"backend": backend}
+            options["sinks"] = torch.zeros(heads, device=query.device) if has_sink else None
+            found = _gradient(prior, [query, key, value], up, positions, **options).double() / units
             error = (found - exact).abs() / exact.square().mean().sqrt()  # of the slope: every head counts alike
-            row: Row = {"quantity": "slope gradient", "length": length, "first": first, "name": f"slopes {slope}"}
+            name = f"slopes {slope}{', beside a sink, ' + backend if has_sink else ''}"
+            row: Row = {"quantity": "slope gradient", "length": length, "first": first, "name": name}
             row["dtype"] = config.dtype
             row["value"], row["worst_head"] = relative_error(found, exact), float(error.max())
             row["of_strengths"] = relative_error(found * units, exact * units)
@@ -82,8 +102,23 @@ def gate_errors(config: Configuration, length: int, heads: int = 12, *, is_cured
     return [{**row, "mean_head": float(errors.mean()), "worst_head": float(errors.max())}]
 
 
-def _gradient(prior: RecencyPrior, sides: list[Tensor], upstream: Tensor, positions: range) -> Tensor:
+def sum_times(config: Configuration, shape: tuple[int, ...]) -> list[Row]:
+    """Time of the running sums of gates (B, H, L), forward and backward, beside sums in float32."""
+    log_gates = -content(replace(config, dtype="float32"), *shape).detach().abs()
+    log_gates.requires_grad_()
+
+    def make(sums: Callable[[Tensor], Tensor]) -> Callable[[], Any]:
+        upstream = torch.ones_like(sums(log_gates))
+        return lambda: torch.autograd.grad(sums(log_gates), log_gates, upstream)
+
+    named = {"running sums in float32": lambda x: x.cumsum(-1), "running sums of gates": running_sums}
+    found = measured([Candidate(name, partial(make, sums)) for name, sums in named.items()], config)
+    return [{"quantity": "running sums", "length": shape[-1], **row} for row in found]
+
+
+def _gradient(prior: RecencyPrior, sides: list[Tensor], upstream: Tensor, positions: range, **options: Any) -> Tensor:
     """(H,) gradient of the strengths through one causal call."""
-    at: dict[str, Any] = {"query_positions": positions, "key_positions": positions}
-    output = output_of(prior_attention(*sides, prior=prior, is_causal=True, backend="sdpa", **at))
+    options |= {"query_positions": positions, "key_positions": positions, "prior": prior, "is_causal": True}
+    query, key, value = sides
+    output = output_of(prior_attention(query, key, value, **options))
     return torch.autograd.grad(output, [prior.strength], upstream)[0]

@@ -5,13 +5,9 @@ Legend: H heads, L tokens, D head width.
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +21,8 @@ from eotattn.attention.call_positions import Shard
 from eotattn.attention.statistics import SequenceStatistics, row_statistics
 from eotattn.benchmarks.suites.configuration import Configuration
 from eotattn.benchmarks.suites.inputs import gpt_prior, measured, output_of, trained
-from eotattn.benchmarks.timing import Candidate, Row
+from eotattn.benchmarks.suites.launch import measure_together
+from eotattn.benchmarks.timing import Candidate, Row, measure
 from eotattn.priors import LogPrior
 
 __all__ = ["ring"]
@@ -40,30 +37,16 @@ Content = tuple[Tensor, Tensor, Tensor]
 def ring(config: Configuration) -> Iterator[Row]:
     """Forward, and forward and backward, on one GPU and on all of them; what lanes cost, and how exact they are."""
     count = torch.cuda.device_count() if config.device == "cuda" else 1
-    with tempfile.TemporaryDirectory() as folder:
-        if count > 1:
-            torch.multiprocessing.spawn(_work, args=(config, count, folder), nprocs=count)
-        else:
-            _work(0, config, 1, folder)
-        yield from json.loads(Path(folder, "rows.json").read_text())
+    yield from measure_together(partial(_work, count=count), config, count)
     if count == 1:
         yield {"name": "PyTorch's ring", "failure": f"it shares work between GPUs; got one process on {config.device}"}
 
 
-def _work(rank: int, config: Configuration, count: int, folder: str) -> None:
-    """Measure in step with the other processes; the first one writes the rows down."""
-    if count > 1:
-        torch.cuda.set_device(rank)
-        config = replace(config, device=f"cuda:{rank}")
-        dist.init_process_group("nccl", init_method=f"file://{folder}/store", rank=rank, world_size=count)
-    rows: list[Row] = []
+def _work(config: Configuration, count: int) -> Iterator[Row]:
+    """Measure in step with the other processes."""
     heads, width = config.pick([(2, 16)], [(8, 64)])[0]
     for length in config.pick([64], [131072, 1048576]):
-        rows += _rows(config, count, heads, length, width)
-    if rank == 0:
-        Path(folder, "rows.json").write_text(json.dumps(rows))
-    if count > 1:
-        dist.destroy_process_group()
+        yield from _rows(config, count, heads, length, width)
 
 
 def _rows(config: Configuration, count: int, heads: int, length: int, width: int) -> list[Row]:
@@ -77,7 +60,7 @@ def _rows(config: Configuration, count: int, heads: int, length: int, width: int
                 alone: list[Row] = []
                 if length <= LONGEST_ALONE:
                     whole = _content(config, heads, length, width)
-                    alone = measured(_candidates(whole, prior, "one process", backward=backward), config)
+                    alone = _measured(_candidates(whole, prior, "one process", backward=backward), config, length)
                 shared = _in_ring(config, count, (heads, length, width), prior, backward=backward) if count > 1 else []
             baseline = (alone or shared)[0].get("median_ms")
             for row in (*alone, *shared):
@@ -89,6 +72,13 @@ def _rows(config: Configuration, count: int, heads: int, length: int, width: int
     if count > 1:
         rows += [{**size, "pass": "statistics", **row} for row in _statistics(config, count, prior, length, width)]
     return rows
+
+
+def _measured(candidates: Sequence[Candidate], config: Configuration, length: int) -> list[Row]:
+    """Time the candidates; where a call takes seconds, a few single ones."""
+    if length <= LONGEST_ALONE:
+        return measured(candidates, config)
+    return measure(candidates, device=torch.device(config.device), rounds=min(3, config.rounds), warmup=1, calls=1)
 
 
 def _kernels(config: Configuration) -> dict[str, SDPBackend | None]:
@@ -139,7 +129,7 @@ def _in_ring(
     content = _content(config, heads, length, width, mine)
     mesh = init_device_mesh("cuda", (count,))
     with context_parallel(mesh, buffers=[torch.zeros(2 * count, device=config.device)], buffer_seq_dims=[0]):
-        rows = measured(_candidates(content, prior, f"{count} processes", backward=backward), config)
+        rows = _measured(_candidates(content, prior, f"{count} processes", backward=backward), config, length)
         output = _output(content, prior)
     if length <= LONGEST_ALONE and not backward:
         whole = _output(_content(config, heads, length, width), prior)[:, :, mine]
@@ -194,4 +184,4 @@ def _statistics(config: Configuration, count: int, prior: LogPrior, length: int,
             Candidate("SDPA, one process", lambda: forward),
             Candidate(f"eotattn, statistics, {count} processes", lambda: all_statistics),
         ]
-        return measured(candidates, config)
+        return _measured(candidates, config, length)

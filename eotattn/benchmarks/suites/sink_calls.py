@@ -49,6 +49,7 @@ def _candidates(
     if window is None:
         plain = partial(functional.scaled_dot_product_attention, is_causal=True, enable_gqa=heads != kv_heads)
         yield Candidate("SDPA", partial(_timed, plain, sides, [], trains))
+        kinds["a logit a head, from close by"] = {**kinds["a logit a head"], "backend": "rebased"}
     for of_prior in (None, prior):
         for kind, options in kinds.items():
             called = {"prior": of_prior, "is_causal": True, "window": window, **options}

@@ -21,11 +21,11 @@ from eotattn.benchmarks.suites.layer import CausalLayer
 from eotattn.benchmarks.timing import Candidate, Row, measure
 from eotattn.priors import ForgettingPrior, LogPrior, goat_prior
 
-__all__ = ["training"]
+__all__ = ["FULL", "SMALL", "Sizes", "attention_layers", "build_decoder", "training"]
 
 
 @dataclass(frozen=True)
-class _Sizes:
+class Sizes:
     """Sizes of a decoder and of its batches."""
 
     layers: int
@@ -36,20 +36,22 @@ class _Sizes:
     vocabulary: int
 
 
-SMALL, FULL = _Sizes(2, 64, 2, 32, 2, 50), _Sizes(12, 768, 12, 2048, 8, 8192)
+SMALL, FULL = Sizes(2, 64, 2, 32, 2, 50), Sizes(12, 768, 12, 2048, 8, 8192)
 
 
 def training(config: Configuration) -> Iterator[Row]:
     """Whole steps: forward and backward under bfloat16 autocast, fused AdamW; eager on a CPU, compiled on a GPU."""
     (sizes,) = config.pick([SMALL], [FULL])
     torch.compiler.reset()
-    candidates = [Candidate(name, partial(_step, make, sizes, config)) for name, make in _layers(sizes).items()]
+    candidates = [
+        Candidate(name, partial(_step, make, sizes, config)) for name, make in attention_layers(sizes).items()
+    ]
     found = measure(candidates, device=torch.device(config.device), rounds=config.rounds, calls=2)
     at = {"quantity": "training step", "length": sizes.length, "batch": sizes.batch, "layers": sizes.layers}
     yield from ({**at, "width": sizes.width, "heads": sizes.heads, **row} for row in found)
 
 
-def _layers(sizes: _Sizes) -> dict[str, Callable[[], nn.Module]]:
+def attention_layers(sizes: Sizes) -> dict[str, Callable[[], nn.Module]]:
     """Attention layers by name; the first is the baseline."""
     width, heads = sizes.width, sizes.heads
 
@@ -70,6 +72,7 @@ def _layers(sizes: _Sizes) -> dict[str, Callable[[], nn.Module]]:
         "eotattn, GOAT, appended": goat,
         "eotattn, gates, reserved": lambda: ours(prior=gates(), **reserved),
         "eotattn, GOAT and gates, reserved": lambda: goat(gates=gates(), **reserved),
+        "flash-linear-attention, gates": lambda: peers.FlashForgetting(width, heads, gates().bias.detach()),
     }
 
 
@@ -87,8 +90,8 @@ class _Block(nn.Module):
         return hidden + self.mlp(self.mlp_norm(hidden))
 
 
-def _step(make: Callable[[], nn.Module], sizes: _Sizes, config: Configuration) -> Callable[[], Tensor]:
-    """A decoder with such layers, and the function that trains it by one step on a fixed batch."""
+def build_decoder(make: Callable[[], nn.Module], sizes: Sizes, config: Configuration) -> nn.Sequential:
+    """A decoder with such layers, whose blocks are compiled on a GPU: (B, L) tokens to (B, L, V) logits."""
     device = torch.device(config.device)
     torch.manual_seed(config.seed)
     blocks = [_Block(make(), sizes.width) for _ in range(sizes.layers)]
@@ -96,7 +99,13 @@ def _step(make: Callable[[], nn.Module], sizes: _Sizes, config: Configuration) -
     decoder = nn.Sequential(nn.Embedding(sizes.vocabulary, sizes.width), *blocks, *ends).to(device)
     if device.type != "cpu":
         for block in blocks:
-            block.compile(fullgraph=True)
+            block.compile(fullgraph=not isinstance(block.attention, peers.FlashForgetting))
+    return decoder
+
+
+def _step(make: Callable[[], nn.Module], sizes: Sizes, config: Configuration) -> Callable[[], Tensor]:
+    """The function that trains a decoder with such layers by one step on a fixed batch."""
+    device, decoder = torch.device(config.device), build_decoder(make, sizes, config)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-4, fused=True)
     tokens = torch.randint(sizes.vocabulary, (sizes.batch, sizes.length + 1)).to(device)
 

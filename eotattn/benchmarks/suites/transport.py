@@ -44,7 +44,7 @@ def transport(config: Configuration) -> Iterator[Row]:
     and content are normal numbers rounded to bfloat16, so that every kernel solves the same problem.
     """
     check_choice("bench", "dtype", config.dtype, ("float32", "bfloat16"))
-    parts = (_iteration, _memory, _equal_iterations, _equal_errors, _precisions, _closed_form)
+    parts = (_iteration, _memory, _equal_iterations, _equal_errors, _precisions, _closed_form, _dense)
     for part in parts:
         yield from part(config)
 
@@ -262,3 +262,43 @@ def _closed_form(config: Configuration) -> list[Row]:
         row["error"] = float(certificate.query_error)
         rows.append(row)
     return rows
+
+
+def _dense(config: Configuration) -> list[Row]:
+    """Dense problems in float64: a half-step against log-sum-exp, and whole solutions against POT's fastest method."""
+    from eotattn.transport import pot
+
+    device = config.place["device"]
+    rows: list[Row] = []
+    (length,) = config.pick([50], [1000])
+    sizes: list[tuple[int, ...]] = [(64, 20, 20), (64, 50, 50), (16, 100, 100), (1000, 1000), (2000, 2000)]
+    generator = torch.Generator().manual_seed(config.seed)
+
+    def table(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator, dtype=torch.float64).to(device)
+
+    score, potential, epsilon = table(length, length), table(length), 0.1
+    half_step = partial(TransportProblem(score).affinity.soft_c_transform, potential, epsilon)
+    candidates = [
+        Candidate("torch.logsumexp", partial(_given, lambda: ((score + potential) / epsilon).logsumexp(-1))),
+        Candidate("torch.logsumexp of ready logits", partial(_given, lambda: score.logsumexp(-1))),
+        Candidate("eotattn, half-step", partial(_given, half_step)),
+    ]
+    found = measure(candidates, device=device, rounds=config.rounds, warmup=2, calls=1)
+    rows += [{"quantity": "half-step", "length": length, **row} for row in found]
+    for shape in config.pick([(4, 5, 6)], sizes):
+        cost = table(*shape)
+        sides = [cost.new_full((*shape[:-2], size), 1 / size) for size in shape[-2:]]
+        for epsilon in (0.1, 0.01) if len(shape) == 2 else (0.1,):
+            options = {"epsilon": epsilon, "tolerance": 1e-9}
+            candidates = [
+                Candidate("POT", partial(_given, partial(pot.plain_sinkhorn, cost, *sides, **options))),
+                Candidate("eotattn", partial(_given, partial(_dense_solution, cost, sides[1], **options))),
+            ]
+            found = measure(candidates, device=device, rounds=min(9, config.rounds), warmup=1, calls=1)
+            rows += [{"quantity": "dense", "shape": str(shape), "epsilon": epsilon, **row} for row in found]
+    return rows
+
+
+def _dense_solution(cost: Tensor, key_marginal: Tensor, *, epsilon: float, tolerance: float) -> TransportSolution:
+    return solve(TransportProblem(-cost, epsilon=epsilon, key_marginal=key_marginal), Auto(tolerance=tolerance))

@@ -28,6 +28,7 @@ from eotattn.experiments.study import Figure
 from eotattn.experiments.tasks.language import PYTHON_STDLIB
 from eotattn.experiments.tasks.token_text import BOOKS, TokenText, Windows, begin
 from eotattn.experiments.training import TrainingConfig, autocast, train, training_rows
+from eotattn.processes import is_first_process
 
 __all__ = ["ARMS", "FIGURE", "RECIPES", "Arm", "SinkRecipe", "SinkRun", "measure", "recipe", "runs"]
 
@@ -167,6 +168,23 @@ RECIPES = {
         bins=16,
     ),
 }
+# 110 M parameters: 85.0 M in the blocks and 12.6 M in each of the tables at both ends; several GPUs share a run.
+RECIPES["paper"] = replace(
+    RECIPES["gpu"],
+    scale="paper",
+    arms=tuple(arm for arm in ARMS if arm.name in ("rope", "goat", "alibi_goat")),
+    decoder=replace(RECIPES["gpu"].decoder, embed_dim=768, num_heads=12, train_length=2048),
+    training=replace(
+        RECIPES["gpu"].training,
+        steps=2000,  # 524e6 tokens in batches of 128 windows of 2048: five times those of 400e6 characters
+        learning_rate=6e-4,
+        prior_learning_rate=6e-3,
+        warmup_steps=200,
+        accumulation=8,
+        evaluate_every=500,
+    ),
+    lengths=(2048, 4096, 32_768),
+)
 
 
 def recipe(scale: str = "laptop") -> SinkRecipe:
@@ -283,7 +301,8 @@ class _Probe:
         row = {"validation_loss": float(losses.mean())} | measure_sinks(network, self.inputs).summary()
         row |= activation_outliers(network, self.inputs[: self.run.probe_windows])
         line = f"loss {row['validation_loss']:.3f}, sink rate {row['sink_rate']:.2f}, massive {row['massive']:.0f}"
-        print(f"{self.run.arm.name}, seed {self.run.seed}, step {step}: {line}", file=sys.stderr, flush=True)
+        if is_first_process():
+            print(f"{self.run.arm.name}, seed {self.run.seed}, step {step}: {line}", file=sys.stderr, flush=True)
         return [row]
 
 

@@ -15,6 +15,7 @@ from torch.nn.functional import hardshrink
 from eotattn.transport.optimality.response import penalty_share
 from eotattn.transport.problems import TransportProblem
 from eotattn.transport.problems.affinity import Number, is_constraint, plus
+from eotattn.transport.problems.scaling import Scaling
 
 __all__ = ["MarginalResidual", "Residuals", "marginal_residual", "starting_potential", "stiffness"]
 
@@ -96,6 +97,11 @@ class Residuals:
         excess = hardshrink(totals[1] - totals[0], self._noise)
         excess = torch.where(excess.abs() < self._reach, excess, 0.0)
         return MarginalResidual(log_rows, log_mass, log_target, normaliser, mass, target, log_scale, excess)
+
+    @property
+    def scaling(self) -> Scaling | None:
+        """The scaling form, where it is at hand and both marginals are hard: then several iterations may go in one."""
+        return self._exchange if isinstance(self._exchange, Scaling) and self.problem.is_balanced else None
 
     def rounding(self, key_potential: Tensor, residual: MarginalResidual) -> tuple[float, Tensor]:
         """The error that rounding leaves at least and at most, relative to the total mass, the latter (...).

@@ -13,7 +13,18 @@ from torch import Tensor
 
 from eotattn.transport.problems.regulariser import Tsallis
 
-__all__ = ["Affinity", "Exchange", "Number", "Rows", "is_absent", "is_constraint", "pairwise", "plus", "sent"]
+__all__ = [
+    "Affinity",
+    "Exchange",
+    "Number",
+    "Rows",
+    "broadcast",
+    "is_absent",
+    "is_constraint",
+    "pairwise",
+    "plus",
+    "sent",
+]
 
 #: One number for all problems of a batch, or one each as a tensor of shape (..., 1).
 Number = float | Tensor
@@ -24,6 +35,12 @@ Exchange = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 #: Entries of one block of rows.
 _BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**23}
+
+
+def broadcast(*shapes: torch.Size) -> torch.Size:
+    """``torch.broadcast_shapes``, which takes a hundred times as long, wherever shapes agree or are empty."""
+    longest = max(shapes, key=len)
+    return longest if all(not shape or shape == longest for shape in shapes) else torch.broadcast_shapes(*shapes)
 
 
 def is_constraint(penalty: Number) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eotattn.transport.arithmetic import product
-from eotattn.transport.problems.affinity import Affinity, Exchange, Number, Rows, pairwise, peaked_logits
+from eotattn.transport.problems.affinity import Affinity, Exchange, Number, Rows, broadcast, pairwise, peaked_logits
 from eotattn.transport.problems.scaling import Scaling, softmax_rows, softmax_shape
 
 __all__ = ["DenseAffinity"]
@@ -31,7 +31,7 @@ class DenseAffinity(Affinity):
         """``(..., n, m)``, broadcast over score and log-prior."""
         if self._log_prior is None:
             return self._score.shape
-        return torch.broadcast_shapes(self._score.shape, self._log_prior.shape)
+        return broadcast(self._score.shape, self._log_prior.shape)
 
     dtype = property(lambda self: self._score.dtype)
     device = property(lambda self: self._score.device)

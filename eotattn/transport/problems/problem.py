@@ -21,7 +21,7 @@ from eotattn.transport.problems.admissibility import (
     checked_marginal,
     resolved_key_penalty,
 )
-from eotattn.transport.problems.affinity import Affinity, Number, is_constraint
+from eotattn.transport.problems.affinity import Affinity, Number, broadcast, is_constraint
 from eotattn.transport.problems.dense import DenseAffinity
 from eotattn.transport.problems.factored_statement import factored_affinity, point_affinity
 from eotattn.transport.problems.regulariser import Tsallis
@@ -236,20 +236,7 @@ class TransportProblem:
         )
 
     def with_tensors(self, *tensors: Tensor | None) -> TransportProblem:
-        """Return the same problem over other tensors of the same shapes, unchecked: for detached or aliased copies.
-
-        Args:
-            *tensors: In the order of ``tensors``: for a dense problem the score (..., n, m), the log-prior or
-                ``None``, the query marginal (..., n), the key marginal (..., m) or ``None``.
-
-        Returns:
-            A problem with this one's epsilon and penalties.
-
-        Example:
-            >>> problem = TransportProblem(torch.zeros(2, 3))
-            >>> problem.with_tensors(problem.score + 1, None, problem.query_marginal, None).score.sum().item()
-            6.0
-        """
+        """The same problem over other tensors of the same shapes, in the order of ``tensors``, unchecked."""
         *parts, query_marginal, key_marginal = tensors
         return self.replaced(
             affinity=self.affinity.with_tensors(*parts), query_marginal=query_marginal, key_marginal=key_marginal
@@ -312,7 +299,7 @@ class TransportProblem:
         """The leading dimensions, broadcast over all tensors; empty for one problem."""
         leaves = (self.query_marginal, self.key_marginal, self.epsilon, self.query_penalty, self.key_penalty)
         leads = [leaf.shape[:-1] for leaf in leaves if isinstance(leaf, Tensor)]
-        return torch.broadcast_shapes(self.affinity.shape[:-2], *leads)
+        return broadcast(self.affinity.shape[:-2], *leads)
 
     @property
     def regulariser(self) -> Tsallis | None:

@@ -5,11 +5,12 @@
 from __future__ import annotations
 
 import math
+from itertools import repeat
 
 import torch
 from torch import Tensor
 
-from eotattn.transport.problems.affinity import Exchange, Number, pairwise, sent
+from eotattn.transport.problems.affinity import Exchange, Number, broadcast, pairwise, plus, sent
 
 __all__ = ["Scaling", "softmax_rows", "softmax_shape"]
 
@@ -32,22 +33,23 @@ def softmax_rows(
     added = potential.nan_to_num(-math.inf, 0.0, -math.inf)[..., None, :]
     size = _BLOCK_ELEMENTS.get(score.device.type, _BLOCK_ELEMENTS["cpu"])
     step = min(n, max(1, size // (math.prod(batch) * m)))
-    space = score.new_empty((*batch, step, m)) if out is None else out
     top, total = score.new_empty((2, *batch, n, 1))
-    for start in range(0, n, step):
-        rows = slice(start, min(start + step, n))
-        block = space[..., : rows.stop - start, :] if out is None else out[..., rows, :]
-        torch.add(score[..., rows, :], added, out=block)
-        peak = _peak(block, top[..., rows, :])
+    space = score.new_empty((*batch, step, m)) if out is None else out
+    priors = repeat(None) if log_prior is None else log_prior.split(step, -2)
+    blocks = repeat(space) if out is None else out.split(step, -2)
+    parts = (one.split(step, -2) for one in (score, top, total))
+    for rows, peak, mass, nats, block in zip(*parts, priors, blocks, strict=False):
+        block = block[..., : rows.shape[-2], :] if out is None else block
+        torch.add(rows, added, out=block)
+        _peak(block, peak)
         block.sub_(peak).mul_(_BITS / epsilon)
-        if log_prior is not None:
-            block.add_(log_prior[..., rows, :], alpha=_BITS)
-            bits = _peak(block)
+        if nats is not None:
+            bits = _peak(block.add_(nats, alpha=_BITS))
             block.sub_(bits)
             peak.add_(epsilon * (bits / _BITS))
-        torch.sum(block.exp2_(), -1, keepdim=True, out=total[..., rows, :])
+        torch.sum(block.exp2_(), -1, keepdim=True, out=mass)
         if out is not None:
-            block.div_(total[..., rows, :])
+            block.div_(mass)
     return torch.neg(top.add_(epsilon * total.log_())).squeeze(-1)
 
 
@@ -56,7 +58,7 @@ def softmax_shape(score: Tensor, log_prior: Tensor | None, potential: Tensor, ep
     shapes = [score.shape[:-2], potential.shape[:-1]]
     shapes += [] if log_prior is None else [log_prior.shape[:-2]]
     shapes += [epsilon.shape[:-1]] if isinstance(epsilon, Tensor) else []
-    return (*torch.broadcast_shapes(*shapes), *score.shape[-2:])
+    return (*broadcast(*shapes), *score.shape[-2:])
 
 
 def _peak(block: Tensor, out: Tensor | None = None) -> Tensor:
@@ -121,9 +123,46 @@ class Scaling:
             return self._in_logs(potential)
         return log_rows, offered.log() + distance + scale, normaliser
 
+    def iterated(
+        self, potential: Tensor, marginal: Tensor, active: Tensor, bounds: tuple[int, int, float]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Plain iterations between two hard marginals: key potential, number, and whether the dtype held them.
+
+        ``bounds`` are iterations at most, those between two checks, and the error (summed, of the key masses) at which
+        a problem stops. An iteration changes keys by target over mass, which tells the error that it began with, and
+        that never grows.
+        """
+        if self._reference is None:
+            self._absorb(potential)
+        assert self._reference is not None
+        *batch, n, m = self._weights.shape
+        most, stride, bound = bounds
+        weights = self._weights.view(-1, n, m)
+        turned = weights.mT
+        sends = self._log_marginal.exp().expand(*batch, n).reshape(-1, 1, n)
+        removed = (~self._live).to(marginal).expand(*batch, m).reshape(-1, 1, m)  # keys that stay where they are
+        wanted = marginal.expand(*batch, m).reshape(-1, 1, m) + removed
+        factor = self._distance(potential).expand(*batch, m).reshape(-1, 1, m).exp()
+        kept, before, rows = factor.clone(), torch.empty_like(factor), torch.empty_like(sends)
+        going = active.expand(batch).reshape(-1, 1, 1)
+        count = torch.zeros_like(going, dtype=torch.int64)
+        for done in range(0, most, stride):
+            steps = min(stride, most - done)
+            for _ in range(steps):
+                torch.div(sends, torch.bmm(factor, turned, out=rows), out=rows)
+                torch.div(wanted, torch.baddbmm(removed, rows, weights, out=before), out=before)
+                factor, before = before, factor
+            torch.where(going, factor, kept, out=kept)
+            count.add_(going, alpha=steps)
+            error = before.div_(factor).sub_(1.0).mul_(wanted).abs_().sum(-1, keepdim=True)
+            going = going & (error > bound)  # also false for what is no number
+            if not bool(going.any()):
+                break
+        distance = kept.log_().view(*batch, m)
+        fine = distance.abs().amax(-1) < self._farthest
+        return plus(self._reference, distance, self._epsilon), count.view(batch), fine
+
 
 def _times(vector: Tensor, matrix: Tensor) -> Tensor:
     """Vectors (..., a) times matrices (..., a, b); in this order small batches are several times faster."""
-    if matrix.dim() == 2 and vector.dim() == 1:
-        return torch.mv(matrix.mT, vector)
     return torch.matmul(vector.unsqueeze(-2), matrix).squeeze(-2)

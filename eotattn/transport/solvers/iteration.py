@@ -31,6 +31,8 @@ Step = Callable[[Tensor, MarginalResidual], Tensor]
 _LARGEST = 1e-3
 #: Steps in which the error did not halve, after which it has come to the floor of rounding.
 _STALLED = 4
+#: Strides of plain iterations between two looks at the residual.
+_STRIDES = 10
 #: Warmer temperatures only guide the way, so they need no accuracy and little time.
 _GUIDING_TOLERANCE = 1e-2
 _GUIDING_ITERATIONS = 30
@@ -65,6 +67,8 @@ class IterativeSolver(Solver):
 
     #: Whether a step reads numbers back; one that does not is recorded and repeated on a GPU.
     asks_host: ClassVar[bool] = False
+    #: Plain iterations between two checks, where the scaling form makes them cheaper than a look at the residual.
+    stride: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         if self.tolerance is not None:
@@ -138,6 +142,7 @@ class _Level:
         self.running = torch.ones((), dtype=torch.bool, device=count.device)
         self.residuals = Residuals(problem, factor * problem.epsilon)
         self.step = solver.step(self.residuals)
+        self.stride = 1 if self.residuals.scaling is None else solver.stride
         self.bound = solver.tolerance if final else max(solver.tolerance or 0.0, _GUIDING_TOLERANCE)
         limit = solver.max_iterations
         self.allowed = limit if final else (count + _GUIDING_ITERATIONS).clamp(max=limit)
@@ -167,9 +172,24 @@ class _Level:
 
     def move(self) -> None:
         """Take the step where a problem goes on."""
-        following = self.step(self.potential, self.state)
+        following, count = self._stride() if self.stride > 1 else (self.step(self.potential, self.state), self.active)
         torch.where(self.active[..., None], following, self.potential, out=self.potential)
-        self.count.add_(self.active)
+        self.count.add_(count)
+
+    def _stride(self) -> tuple[Tensor, Tensor]:
+        """The potential after many plain iterations and how many; after one where the dtype does not hold more."""
+        scaling, marginal = self.residuals.scaling, self.residuals.problem.key_marginal
+        assert scaling is not None
+        assert marginal is not None
+        most = _STRIDES * self.stride if self.bound is not None else self.stride
+        left = torch.where(self.active, self.allowed - self.count, most).amin()
+        bounds = min(most, int(left)), self.stride, -1.0 if self.bound is None else self.bound
+        following, count, fine = scaling.iterated(self.potential, marginal, self.active, bounds)
+        if not bool(fine.all()):
+            self.stride //= 2  # the single step may bring the next ones within reach, or not
+            following = torch.where(fine[..., None], following, self.step(self.potential, self.state))
+            count = torch.where(fine, count, self.active)
+        return following, count
 
     def advance(self) -> None:
         """Both; once nothing is running this changes nothing."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -33,6 +34,8 @@ class Sinkhorn(IterativeSolver):
 
     Source: Chizat et al. 2018; as attention, Sander et al. 2022; the constant, Sejourne et al. 2022.
     """
+
+    stride: ClassVar[int] = 10
 
     def step(self, residuals: Residuals) -> Step:
         """See ``IterativeSolver``."""

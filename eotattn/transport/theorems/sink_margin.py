@@ -105,17 +105,7 @@ def context_sensitivity(
     ``Psi_i = 1 - p_i,sink <= (L - 1) / (exp(margin_i) + L - 1)`` with L the number of admissible keys; equality where
     all other keys are equal. A margin that grows like ln L keeps Psi bounded.
 
-    Args:
-        score: Shape (..., n, m), cost units.
-        log_prior: Shape (..., n, m), nats.
-        epsilon: Temperature, cost units.
-        sink: Index of the key.
-
-    Returns:
-        Psi and its bound, shape (..., n).
-
-    Raises:
-        ValueError: As ``sink_margin``.
+    Arguments and errors are those of ``sink_margin``; returns Psi and its bound, shape (..., n).
 
     Example:
         >>> context_sensitivity(torch.zeros(1, 4)).left
