@@ -133,15 +133,6 @@ class Record:
         """When it was finished, UTC."""
         return str(self.provenance["date"])
 
-    def rows_of(self, quantity: str) -> list[Row]:
-        """The rows whose column ``quantity`` has this name."""
-        return [row for row in self.rows if row["quantity"] == quantity]
-
-    def value(self, quantity: str) -> Any:
-        """The value of the only row of a quantity."""
-        (row,) = self.rows_of(quantity)
-        return row["value"]
-
 
 #: Records by the names of their runs.
 Records = Mapping[str, Record]

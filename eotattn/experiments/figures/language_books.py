@@ -216,23 +216,31 @@ class BooksRun(TrainedRun):
 
 
 def runs(recipe: BooksRecipe, records: Records) -> list[Run]:
-    """A choosing run an arm and option; then every arm with what validation chose, the first seed of all first."""
-    table, first = as_table(records), recipe.seeds[0]
+    """The headline arms, then the others: a choosing run an option, then what validation chose, seed by seed."""
+    found = _stage(recipe, records, recipe.headline, recipe.seeds)
+    if all(run.name in records for run in found):
+        found += _stage(recipe, records, recipe.others, recipe.seeds[:1])
+    return found
+
+
+def _stage(recipe: BooksRecipe, records: Records, arms: tuple[Arm, ...], seeds: tuple[int, ...]) -> list[Run]:
+    table, first = as_table(records), seeds[0]
     choosing = {
         (arm, option): Run(f"choose-{arm.name}-{option.name}", _run(recipe, arm, option, first), choose, chooses=True)
-        for arm in recipe.arms
+        for arm in arms
         for option in recipe.options(arm)
     }
-    best = {arm: best_option(recipe, table, arm) for arm in recipe.arms}
-    found = list(choosing.values())
-    for seed in recipe.seeds:
-        for arm in recipe.arms if seed == first else recipe.headline:
-            option = best[arm]
-            if option is not None:
-                source = choosing[arm, option] if seed == first else None
-                name = f"{arm.name}-seed{seed}"
-                found.append(Run(name, _run(recipe, arm, option, seed), measure, continues=source))
-    return found
+    best = {arm: best_option(recipe, table, arm) for arm in arms}
+    reports = [(arm, option, seed) for seed in seeds for arm, option in best.items() if option is not None]
+    return [*choosing.values()] + [
+        Run(
+            f"{arm.name}-seed{seed}",
+            _run(recipe, arm, option, seed),
+            measure,
+            continues=choosing[arm, option] if seed == first else None,
+        )
+        for arm, option, seed in reports
+    ]
 
 
 def _run(recipe: BooksRecipe, arm: Arm, option: Option, seed: int) -> BooksRun:
