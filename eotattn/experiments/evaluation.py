@@ -29,14 +29,8 @@ def target_bits(
 ) -> Tensor:
     """Bits per byte of the *last* tokens of every window, read with a context of ``length`` tokens.
 
-    The scored bytes are the same whatever the length, and positions always start at zero, so lengths compare.
-
-    Args:
-        network: Predicts the next byte.
-        windows: (N, W + 1) int64 held-out bytes.
-        length: Tokens given to the network, ``num_targets`` to W.
-        num_targets: Bytes T scored a window.
-        batch_tokens: Tokens a forward pass, for memory.
+    ``windows`` are (N, W + 1). The scored bytes are the same whatever the length, and positions always start at zero,
+    so lengths compare.
 
     Returns:
         (N,) float64, mean bits per byte of each window's T targets.
@@ -58,16 +52,9 @@ def target_bits(
 def sliding_pieces(windows: Tensor, *, num_targets: int, length: int, stride: int, keep_first: int = 0) -> Tensor:
     """What a reader sees that looks back ``length`` tokens at most, whatever stands before them.
 
-    Every ``stride`` targets are read anew in a piece of their own, whose positions start at zero: a sliding window with
-    recomputation. With ``keep_first`` the first tokens of the whole window stand before the recent ones, as in
-    StreamingLLM (Xiao et al. 2023, arXiv 2309.17453).
-
-    Args:
-        windows: (N, W + 1) tokens.
-        num_targets: Tokens T scored at the end of every window, a multiple of ``stride``.
-        length: Tokens a piece holds before its last target; W at least ``length`` + T - ``stride``.
-        stride: Targets of a piece.
-        keep_first: First tokens that stay.
+    Every ``stride`` of the last ``num_targets`` tokens of (N, W + 1) windows are read anew in a piece of their own,
+    whose positions start at zero: a sliding window with recomputation. With ``keep_first`` the first tokens of the
+    whole window stand before the recent ones, as in StreamingLLM (Xiao et al. 2023, arXiv 2309.17453).
 
     Returns:
         (N * T / stride, length + 1) tokens, the last ``stride`` of which are to be scored.
@@ -89,10 +76,6 @@ def sliding_pieces(windows: Tensor, *, num_targets: int, length: int, stride: in
 
 def watch_sinks(network: nn.Module, inputs: Tensor) -> Evaluate:
     """An evaluation hook for training that records the mass on the first token, while sinks form; in full precision.
-
-    Args:
-        network: The network in training.
-        inputs: What it reads each time, the same at every step.
 
     Returns:
         A hook whose rows have ``sink_mass``: a list over layers of lists over heads, means over the queries.
@@ -124,11 +107,6 @@ class SinkObservations:
 @torch.no_grad()
 def sink_observations(network: Decoder, tokens: Tensor, *, first_query: int = 1) -> Iterator[SinkObservations]:
     """Signal strength and first-token mass of every query of every block.
-
-    Args:
-        network: The decoder to look into.
-        tokens: (B, L) int64.
-        first_query: Queries before this position are left out: they have few keys, so the first one gets mass for free.
 
     Yields:
         One :class:`SinkObservations` a block.

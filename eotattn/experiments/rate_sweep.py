@@ -60,16 +60,7 @@ def swept_runs(
     choose: Measure,
     measure: Measure,
 ) -> list[Run]:
-    """The runs that can be named by now: first the choosing ones, then seed by seed those that report.
-
-    Args:
-        sweep: The recipe.
-        records: Of finished runs.
-        variants: Name -> the seeds that it reports.
-        configure: (variant, rate, seed) -> configuration.
-        choose: Makes a choosing run.
-        measure: Makes a run that reports.
-    """
+    """The runs that can be named by now: first the choosing ones, then seed by seed those that report."""
     rates = sweep.learning_rates if len(sweep.learning_rates) > 1 else ()
     tried = [(variant, rate, seed) for seed in sweep.sweep_seeds for variant in variants for rate in rates]
     choosing = {run_name(*one): Run(CHOOSE + run_name(*one), configure(*one), choose, chooses=True) for one in tried}

@@ -159,11 +159,7 @@ class RunFolder:
         return self.path / f"{run.name}-{digest[:12]}.pt"
 
     def read(self, run: Run) -> Record | None:
-        """The record of a run with this name and an equal configuration, or None.
-
-        Raises:
-            ValueError: If its files are damaged, as after a copy that broke off.
-        """
+        """The record of a run with this name and an equal configuration, or None."""
         file = self.path / f"{run.name}.json"
         if not file.exists():
             return None
@@ -231,13 +227,7 @@ def make(run: Run, store: RunFolder) -> Record:
 
 
 def merged_provenance(records: Records, *, command: str, recipe: Any) -> dict[str, Any]:
-    """Provenance of a figure made of records: the recipe, and for every run when, where and from which commit.
-
-    Args:
-        records: All records behind the figure.
-        command: The shell command that makes the figure, relative to a clone.
-        recipe: The recipe, a dataclass.
-    """
+    """Provenance of a figure made of records: the recipe, and for every run when, where and from which commit."""
     seeds: Sequence[int] = sorted({record.seed for record in records.values()})
     devices = ", ".join(sorted({record.device for record in records.values()}))
     seconds = sum(record.seconds for record in records.values())

@@ -43,17 +43,10 @@ class C4Bytes(NamedTuple):
 
 @lru_cache(maxsize=1)
 def read_c4(corpus: str) -> C4Bytes:
-    """Read as many bytes of C4 as training needs; once in a process, since every run of a study asks for them.
+    """The first bytes of ``"c4"`` on the Hub, of shards ``"c4:FOLDER"``, or so many: ``"c4:FOLDER:BYTES"``.
 
-    Args:
-        corpus: ``"c4"``, ``"c4:FOLDER"`` or ``"c4:FOLDER:BYTES"``; an empty folder stands for the Hub.
-
-    Returns:
-        The parts; validation and held-out documents are joined, because few of them are as long as a long context.
-
-    Raises:
-        ValueError: At once, if the Hub cannot be reached, or the folder holds no shards.
-        ModuleNotFoundError: Without the library ``datasets``.
+    Once in a process, since every run of a study asks for them. Validation and held-out documents are joined, because
+    few of them are as long as a long context.
     """
     _, folder, count = [*corpus.split(":"), "", ""][:3]
     plain = count.isdecimal() or not count

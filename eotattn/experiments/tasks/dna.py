@@ -28,24 +28,12 @@ UNKNOWN = BASES.index("N")
 
 
 def open_genome(corpus: str) -> Iterable[DnaRecord]:
-    """Find the records of a genome.
-
-    Args:
-        corpus: Path of a FASTA file, or ``"hub:"`` and what :func:`read_hub` takes, e.g. ``"hub:GenerTeam/hg38"``, the
-            human reference genome.
-
-    Raises:
-        ValueError: When the first record is asked for, if there is no such file or data set.
-    """
+    """Records of a FASTA file, or of ``"hub:"`` and what :func:`read_hub` takes."""
     return read_hub(corpus.removeprefix(HUB)) if corpus.startswith(HUB) else read_fasta(corpus)
 
 
 def gc_fraction(tokens: Tensor, window: int) -> Tensor:
-    """Share of G and C among the known bases of consecutive windows.
-
-    Args:
-        tokens: (..., L) bases, L a multiple of ``window``.
-        window: Bases a window.
+    """Share of G and C among the known bases of consecutive windows of (..., L) tokens.
 
     Returns:
         (..., L / window) float64; NaN where a window knows no base.
@@ -99,12 +87,6 @@ class DnaTask:
         """Cut records into blocks and set aside those whose hash says so: the same ones on every machine.
 
         What is left at the end of a record, and blocks that are unknown for more than a half, are dropped.
-
-        Args:
-            records: From :func:`open_genome`.
-            length: Tokens of a training window.
-            block_length: Bases S of a block.
-            held_out_percent: Share of the hash range that is held out, and share that validates, 1 to 49.
         """
         check_positive_int("DnaTask", "block_length", block_length)
         check_positive_int("DnaTask", "held_out_percent", held_out_percent)
@@ -136,11 +118,6 @@ class DnaTask:
     def batch(self, batch_size: int, *, seed: int, step: int) -> Batch:
         """Draw training windows from random blocks at random offsets.
 
-        Args:
-            batch_size: Number of windows B.
-            seed: Seed of the stream.
-            step: Position in the stream; equal (seed, step) give equal batches.
-
         Returns:
             A :class:`Batch` of (B, L) bases and their successors.
         """
@@ -155,10 +132,6 @@ class DnaTask:
         """Non-overlapping windows for reports, each inside one held-out block; the same ones at every call.
 
         Blocks take turns, so that as many of them as possible are represented.
-
-        Args:
-            window_length: Predicted tokens W of a window; a window holds one base more.
-            count: Number of windows.
 
         Returns:
             (count, W + 1) int64.

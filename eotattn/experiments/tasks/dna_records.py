@@ -56,11 +56,6 @@ _TOKENS = _token_table()
 def encode_bases(text: bytes, *, owner: str = "encode_bases", where: str = "text") -> Tensor:
     """Letters to tokens: (n,) uint8.
 
-    Args:
-        text: Letters of the IUPAC code in either case.
-        owner: Who complains about other letters.
-        where: What ``text`` is, in the complaint.
-
     Example:
         >>> encode_bases(b"acgTNr").tolist()
         [0, 1, 2, 3, 4, 4]
@@ -91,14 +86,8 @@ def decode_bases(tokens: Tensor) -> str:
 def read_fasta(path: str | Path) -> Iterator[DnaRecord]:
     """Read a FASTA file record by record; never more than one record is in memory.
 
-    Args:
-        path: Plain or gzip-compressed text, told apart by its first bytes.
-
     Yields:
         Records in the order of the file; a name is the first word after ``>``.
-
-    Raises:
-        ValueError: With the line's number, if the file is missing, damaged or not FASTA.
     """
     file = Path(path)
     remedy = "Pass a .fa or .fa.gz file"
@@ -151,17 +140,7 @@ def read_hub(name: str) -> Iterator[DnaRecord]:
     """Stream a data set of the Hugging Face Hub, or a local folder in the same format, sequence by sequence.
 
     The human reference genome is ``"GenerTeam/hg38"``: a chromosome a row. All splits are read one after the other.
-
-    Args:
-        name: ``"owner/name"`` on the Hub, or a folder of parquet, CSV or JSON files. It must have a column
-            ``sequence`` (or ``seq``, ``text``) in any case; a column ``id`` (or ``name``) is read too.
-
-    Yields:
-        Records in the order of the data set.
-
-    Raises:
-        ValueError: At once, if the Hub or the data set cannot be reached, or has no such column.
-        ModuleNotFoundError: Without the library ``datasets``.
+    There must be a column ``sequence`` (or ``seq``, ``text``) in any case; a column ``id`` (or ``name``) is read too.
     """
     remedy = "download the genome as a FASTA file and pass its path"
     splits = open_data_set("read_hub", name, remedy=remedy)

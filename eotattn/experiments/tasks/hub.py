@@ -11,19 +11,7 @@ __all__ = ["open_data_set"]
 
 
 def open_data_set(owner: str, name: str, *configuration: str, remedy: str, **options: Any) -> Any:
-    """A data set of the Hub, or a folder of parquet, CSV or JSON files, as a stream of rows.
-
-    Args:
-        owner: Who asks.
-        name: ``"owner/name"`` on the Hub, or the folder.
-        configuration: Its name, where the data set has several.
-        remedy: What to do where the Hub cannot be reached.
-        options: As in ``datasets.load_dataset``.
-
-    Raises:
-        ValueError: At once, if it cannot be reached.
-        ModuleNotFoundError: Without the library.
-    """
+    """A data set of the Hub, or a folder of parquet, CSV or JSON files, as a stream of rows."""
     check_installed(owner, "data", "datasets")
     import datasets
     import huggingface_hub

@@ -43,12 +43,7 @@ class ImageSource(ABC):
 
     @abstractmethod
     def pixels(self, indices: Tensor, size: int) -> Tensor:
-        """Images as (B, Ch, size, size) float32 in [0, 1].
-
-        Args:
-            indices: (B,) int64.
-            size: Rows and columns.
-        """
+        """Images as (B, Ch, size, size) float32 in [0, 1]."""
         raise NotImplementedError
 
     @abstractmethod
@@ -100,12 +95,7 @@ class FolderImages(ImageSource):
 
     @classmethod
     def scan(cls, folder: str | Path) -> FolderImages:
-        """Find ``folder/<class>/**/<image>``, the layout of ImageNet, in a fixed order.
-
-        Raises:
-            ValueError: If there are no two classes with images.
-            ModuleNotFoundError: Without Pillow.
-        """
+        """Find ``folder/<class>/**/<image>``, the layout of ImageNet, in a fixed order."""
         check_installed("FolderImages", "data", "PIL")
         root, remedy = Path(folder), "Pass a folder with one folder of images a class"
         require(root.is_dir(), "FolderImages", "folder", "be a folder that exists", str(folder), remedy)
@@ -146,9 +136,6 @@ def _read(file: Path, size: int) -> Tensor:
 def load_digits() -> StoredImages:
     """The digits of scikit-learn, real handwriting, (1797, 1, 8, 8).
 
-    Raises:
-        ModuleNotFoundError: Without scikit-learn.
-
     Source:
         Alpaydin and Kaynak 1998, the test set of *Optical Recognition of Handwritten Digits* (UCI).
     """
@@ -161,11 +148,7 @@ def load_digits() -> StoredImages:
 
 
 def open_images(corpus: str) -> ImageSource:
-    """Find labelled images.
-
-    Args:
-        corpus: ``"digits"``, or a folder of one folder a class.
-    """
+    """The images of ``"digits"``, or of a folder of one folder a class."""
     return load_digits() if corpus == DIGITS else FolderImages.scan(corpus)
 
 
@@ -225,11 +208,6 @@ class ImageTask:
     def batch(self, batch_size: int, *, seed: int, step: int) -> Batch:
         """Draw training images at random, shifted at random.
 
-        Args:
-            batch_size: Number of images B.
-            seed: Seed of the stream.
-            step: Position in the stream; equal (seed, step) give equal batches.
-
         Returns:
             A :class:`Batch` of (B, Ch, size, size) float32 pixels and (B,) int64 labels.
         """
@@ -249,13 +227,7 @@ class ImageTask:
         return padded[image, :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1).contiguous()
 
     def batches_of(self, part: str, size: int, batch_size: int) -> Iterator[Batch]:
-        """All images of a part once, read as they are asked for.
-
-        Args:
-            part: As in :meth:`indices`.
-            size: Rows and columns, pixels; other than the training size they are interpolated.
-            batch_size: Images a batch.
-        """
+        """All images of a part once, read as they are asked for."""
         if part == "held_out":
             check_open("ImageTask.batches_of")
         check_positive_int("ImageTask.batches_of", "size", size)

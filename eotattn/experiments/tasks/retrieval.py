@@ -121,11 +121,6 @@ class RetrievalTask:
     def batch(self, batch_size: int, *, seed: int, step: int) -> Batch:
         """Draw training sequences.
 
-        Args:
-            batch_size: Number of sequences B.
-            seed: Seed of the stream.
-            step: Position in the stream; equal (seed, step) give equal batches.
-
         Returns:
             A :class:`Batch` of (B, L) tokens and their successors, which count only where they belong to the answer.
         """
@@ -143,12 +138,6 @@ class RetrievalTask:
 
     def examination(self, haystack: Haystack, count: int, *, depth: float, seed: int = 0) -> Tensor:
         """Sequences to be examined on, never seen in training; their last ``answer_length`` tokens are the answer.
-
-        Args:
-            haystack: Which one.
-            count: Number of sequences B.
-            depth: Where the answer is hidden, 0 (start) to 1 (right before the question).
-            seed: Seed of the draw.
 
         Returns:
             (B, L + 1) int64 tokens: L inputs and the successor of the last one.

@@ -130,17 +130,7 @@ class TokenText:
         require(length < longest, "TokenText.windows", "length", rule, length, "Use shorter windows")
 
     def windows(self, part: Literal["validation", "test"], length: int, *, per_document: int, limit: int) -> Windows:
-        """Windows of ``length`` predicted tokens, spread evenly over every document that is long enough.
-
-        Args:
-            part: Which documents.
-            length: Tokens L of context.
-            per_document: Windows that one document gives at most.
-            limit: Windows in all at most; documents take turns, so that as many as possible are represented.
-
-        Raises:
-            ValueError: If no document is long enough.
-        """
+        """Windows of ``length`` predicted tokens, spread evenly over every document that is long enough."""
         check_choice("TokenText.windows", "part", part, ("validation", "test"))
         if part == "test":
             check_open("TokenText.windows")
