@@ -61,6 +61,8 @@ def speaking_as(owner: str) -> Iterator[None]:
 
 def called(owner: str) -> str:
     """What the user called: ``owner`` unless another function speaks for it."""
+    if torch.compiler.is_compiling():  # which knows no context variables
+        return owner
     return _CALLED.get() or owner
 
 

@@ -164,7 +164,8 @@ def _bench(arguments: argparse.Namespace) -> int:
 def _add_analyze(subparsers: Subparsers[_Parser]) -> None:
     text = "say where a trained model's attention sinks are, and how much of each head is a prior"
     parser = subparsers.add_parser("analyze", help=text, description=text)
-    parser.add_argument("model", nargs="?", help="folder of a Hugging Face model with safetensors")
+    model = "folder of a Hugging Face model with safetensors, or of the checkpoint-<step> folders of a training run"
+    parser.add_argument("model", nargs="?", help=model)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", metavar="FILE", help="one text")
     source.add_argument("--texts", metavar="FILE.jsonl", help='one text a line: a string, or {"text": ...}')
@@ -179,7 +180,7 @@ def _add_analyze(subparsers: Subparsers[_Parser]) -> None:
 
 
 def _analyze(arguments: argparse.Namespace) -> int:
-    from eotattn.analysis import analyze, read_texts
+    from eotattn.analysis import analyze, analyze_checkpoints, checkpoints_in, read_texts
 
     names = ("attention", "out", "heads", "max_length", "device", "dtype")
     options = {name: getattr(arguments, name) for name in names}
@@ -187,6 +188,16 @@ def _analyze(arguments: argparse.Namespace) -> int:
         options["layers"] = [int(x) if x.isdecimal() else x for x in arguments.layers]
     texts = [] if arguments.attention is not None else read_texts(arguments.text, arguments.texts)
     lines: list[str] = []
+    if arguments.model is not None and arguments.attention is None and checkpoints_in(arguments.model):
+        del options["attention"]
+        formation = analyze_checkpoints(arguments.model, texts, report=lines.append, **options)
+        if is_first_process():
+            print(formation, "", *lines, sep="\n")
+        if not formation.is_complete:
+            done = f"{len(formation.steps)} of {formation.num_given} checkpoints"
+            _say(f"eotattn analyze: interrupted; {arguments.out} holds the {done} that were finished")
+            return INTERRUPTED
+        return 0
     analysis = analyze(arguments.model, texts, report=lines.append, **options)
     if is_first_process():
         print(analysis, "", *lines, sep="\n")

@@ -14,6 +14,7 @@ from eotattn import analysis, cli
 from eotattn.benchmarks import report as bench_report
 from eotattn.diagnostics import equivalence
 from eotattn.experiments import reproduce as room
+from eotattn.experiments.tasks import books
 
 
 @pytest.fixture
@@ -137,6 +138,7 @@ def interrupted(*arguments, **options):
     [
         ("train", (room, "make_runs"), "finished runs are kept, the same command continues"),
         ("reproduce", (room, "reproduce"), "finished runs are kept, the same command continues"),
+        ("prepare books --out new", (books, "prepare_books"), "the corpus is not whole"),
         ("verify", (equivalence, "measure_equivalences"), "verify writes nothing"),
         ("bench decode", (bench_report, "bench"), "nothing was measured yet"),
         (

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from eotattn import cli
+from eotattn.experiments.tasks.token_text import DATA_VARIABLE
 
-COMMANDS = ("analyze", "bench", "reproduce", "train", "verify")
+COMMANDS = ("analyze", "bench", "prepare", "reproduce", "train", "verify")
 
 #: (command, what its line says). Files are those of :func:`files`.
 PARSED = [
@@ -70,6 +71,55 @@ FIGURES = [
     ("{} --fresh --figure 9 --out taken", r"--figure must be among .*; got \['9'\]"),
 ]
 
+PREPARE = [
+    ("prepare", "eotattn prepare: error: the following arguments are required: folder, --out"),
+    ("prepare others", "the following arguments are required: --out"),
+    ("prepare --out new", "the following arguments are required: folder"),
+    ("prepare others more --out new", "unrecognized arguments: more"),
+    ("prepare others --out new --scale smoke", "unrecognized arguments: --scale smoke"),
+    ("prepare others --out new --vocabulary-size many", "argument --vocabulary-size: invalid int value: 'many'"),
+    ("prepare others --out new --train-characters 4e8", "argument --train-characters: invalid int value: '4e8'"),
+    ("prepare nowhere --out new", "folder must be a folder that exists; got 'nowhere'. Pass one of .txt files"),
+    ("prepare note.txt --out new", "folder must be a folder that exists; got 'note.txt'"),
+    ("prepare others --out new", "folder must hold enough authors for three parts; got 'others'. Add books"),
+    ("prepare taken --out new", "folder must hold enough authors for three parts; got 'taken'"),
+    (
+        "prepare others --out note.txt",
+        r"--out must be a folder that can be written; got 'note\.txt \(Not a directory\)'",
+    ),
+    ("prepare others --out /proc/x", "--out must be a folder that can be written; got '/proc/x"),
+    ("prepare others --out new --vocabulary-size 100", "--vocabulary-size must be at least 512; got 100"),
+    ("prepare others --out new --vocabulary-size 70000", "--vocabulary-size must fit 16 bits; got 70000"),
+    ("prepare others --out new --train-characters 0", "--train-characters must be at least 1; got 0"),
+    ("prepare others --out new --train-characters -3", "--train-characters must be at least 1; got -3"),
+]
+
+BOOKS = [
+    (
+        "train --figure sinks --scale gpu",
+        "--data must name a folder of prepared books; got 'nothing'. Pass --data FOLDER",
+    ),
+    ("train --figure sinks --scale gpu --data nowhere", "--data must be a folder that exists; got 'nowhere'"),
+    ("train --figure sinks --scale gpu --data note.txt", "--data must be a folder that exists; got 'note.txt'"),
+    ("train --figure sinks --scale gpu --data others", "--data must be a folder with a corpus.json; got '.*/others'"),
+    ("train --figure sinks --scale gpu --data cut", "--data must have the corpus.json that eotattn prepare wrote; got"),
+    ("train --figure sinks --scale gpu --data listing", "--data must have the corpus.json that eotattn prepare wrote"),
+    ("train --figure sinks --scale gpu --data hollow", r"--data must hold the files of its corpus.json; got \['valid"),
+    ("train --figure sinks --scale h200", "--scale must be one of 'smoke', 'laptop', .*; got 'h200'"),
+    ("train --figure 1 --scale gpu", "--scale must be one of 'smoke', 'laptop', 'h200', 'paper'; got 'gpu'"),
+    ("train --figure 1 --data others", "--data must go with a figure that reads books; got 'others'. Drop it"),
+    ("train --figure 1 --minutes 0", "--minutes must be positive; got 0.0"),
+    ("train --figure 1 --minutes nan", "--minutes must be positive; got nan"),
+    ("train --figure 1 --minutes soon", "argument --minutes: invalid float value: 'soon'"),
+    ("train --data", "argument --data: expected one argument"),
+    ("reproduce --data others", "unrecognized arguments: --data others"),
+    ("reproduce --minutes 3", "unrecognized arguments: --minutes 3"),
+    (
+        "reproduce --scale gpu --out new",
+        "data must name a folder of prepared books; got 'nothing'. .* or set EOTATTN_DATA",
+    ),
+]
+
 VERIFY = [
     ("verify --device gpu", "--device must be a device of this machine; got 'gpu'. Pass e.g. 'cpu'"),
     ("verify --device cuda:99", "--device must be a device of this machine; got 'cuda:99'"),
@@ -91,6 +141,9 @@ BENCH = [
     ("bench decode --out note.txt", r"--out must be a folder that can be written; got 'note\.txt \(Not a directory\)'"),
     ("bench decode --out /proc/x", "--out must be a folder that can be written; got '/proc/x"),
     ("bench transport --dtype float16", "--dtype must be one of 'float32', 'bfloat16'; got 'float16'"),
+    ("bench ring --dtype int8", "--dtype must be one of 'float32', 'bfloat16', 'float16'; got 'int8'"),
+    ("bench ring --device cuda:99", "--device must be a device of this machine; got 'cuda:99'"),
+    ("bench ring --world-size 4", "unrecognized arguments: --world-size 4"),
 ]
 
 TEXTS = [
@@ -174,6 +227,8 @@ OUTPUTS = [
 CALLS = [
     *PARSED,
     *[(call.format(command), says) for command in ("train", "reproduce") for call, says in FIGURES],
+    *PREPARE,
+    *BOOKS,
     *VERIFY,
     *BENCH,
     *[(f"analyze model {call} --out new", says) for call, says in TEXTS],
@@ -232,6 +287,10 @@ def files(tmp_path_factory):
     own = json.loads((root / "model" / "config.json").read_text())
     folder(root / "others", letter_txt=b"mine")
     folder(root / "taken")
+    folder(root / "cut", corpus_json=b"{")
+    folder(root / "listing", corpus_json=b"[]")
+    facts = {"sha256": {}, "vocabulary_size": 600, "validation": {}, "test": {}}
+    folder(root / "hollow", corpus_json=json.dumps(facts).encode())
     folder(root / "weightless", config_json=b"{}")
     folder(root / "pickled", config_json=b"{}", weights_bin=b"")
     folder(root / "broken", config_json=b"{", model_safetensors=b"")
@@ -257,12 +316,13 @@ def files(tmp_path_factory):
 
 def test_there_are_enough_calls():
     assert len(CALLS) == len(set(CALLS))
-    assert len(CALLS) > 110
+    assert len(CALLS) >= 175
 
 
 @pytest.mark.parametrize(("call", "says"), CALLS)
 def test_a_malformed_command_is_one_line_and_status_2(call, says, files, monkeypatch, capfd):
     monkeypatch.chdir(files)
+    monkeypatch.setenv(DATA_VARIABLE, "")  # is put back afterwards: train sets it
     before = sorted(files.rglob("*"))
     assert cli.main(call.split()) == 2
     out, error = capfd.readouterr()

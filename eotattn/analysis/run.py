@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from tqdm import tqdm
 
 from eotattn.analysis.analysis_report import Analysis, summarize
@@ -16,10 +17,11 @@ from eotattn.analysis.findings import findings
 from eotattn.analysis.folder import PAGE, check_folder, write_analysis
 from eotattn.analysis.shards import Shards, shards
 from eotattn.analysis.summary import Subject, TextFindings
-from eotattn.analysis.texts import EncodedTexts, check_texts, encode
+from eotattn.analysis.texts import EncodedTexts, GivenText, check_texts, encode
 from eotattn.attention.statistics.score_rows import WeightRows
 from eotattn.checks import check_positive_int, require, speaking_as
 from eotattn.diagnostics import TopKeys
+from eotattn.integrations.attachment import base_model
 from eotattn.integrations.capture import capture
 from eotattn.integrations.loading import load_local_model
 from eotattn.integrations.maps import map_statistics, read_maps
@@ -35,7 +37,7 @@ PICTURED_TEXTS, PICTURED_ROWS = 4, 256
 @speaking_as(OWNER)
 def analyze(  # noqa: PLR0913  (one argument an option of the command)
     model: nn.Module | str | Path | None = None,
-    texts: Sequence[str] = (),
+    texts: Sequence[GivenText] = (),
     *,
     tokenizer: Any = None,
     attention: Any = None,
@@ -43,6 +45,7 @@ def analyze(  # noqa: PLR0913  (one argument an option of the command)
     layers: Sequence[str | int] | None = None,
     heads: Sequence[int] | None = None,
     max_length: int | None = None,
+    batch_size: int = 1,
     device: str | None = None,
     dtype: str | None = None,
     report: Callable[[str], object] | None = print,
@@ -54,13 +57,17 @@ def analyze(  # noqa: PLR0913  (one argument an option of the command)
     Args:
         model: A Hugging Face model, or the folder of one (``config.json``, tokenizer, safetensors; library classes
             only, never pickles or remote code), or any module that takes token ids (1, L).
-        texts: At least one text of at least two tokens.
-        tokenizer: Of a model that is given as an object; :class:`ByteTokenizer` for models of bytes.
+        texts: At least one text of at least two tokens. Of vision, speech and encoder-decoder models: what their
+            processor or tokenizer makes of one sample, with tensors, e.g. ``pixel_values``, or ``input_ids`` and
+            ``decoder_input_ids``; passed on by name.
+        tokenizer: Of a model that is given as an object; :class:`ByteTokenizer` for models of bytes. Of the folder of a
+            model: the folder of its tokenizer, where that is another.
         attention: Instead of model and texts: attention maps as :func:`eotattn.integrations.read_maps` takes them.
         out: Folder for tables, figures and ``report.html``; written when all is done. Nothing is written without.
         layers: Names or indices of layers; all by default.
         heads: Indices of heads; all by default.
         max_length: Longer texts are cut here, tokens; whole texts by default.
+        batch_size: Texts that run together where neighbours are equally long; results are the same.
         device: Where the model of a folder runs, "cpu" by default; a model object stays where it is.
         dtype: Dtype of the weights of a folder, "float32" by default; a model object keeps its own.
         report: Told, at the end, what was found in three sentences and where the page is; where ``out`` is given.
@@ -94,20 +101,27 @@ def analyze(  # noqa: PLR0913  (one argument an option of the command)
         return result
     if max_length is not None:
         check_positive_int(OWNER, "max_length", max_length, minimum=2)
+    check_positive_int(OWNER, "batch_size", batch_size)
     check_texts(texts)
     given_model = model
     with shards() as processes:
         if isinstance(model, (str, Path)):
-            _check_idle({"tokenizer": tokenizer}, "with the folder of a model")
+            rule = "not be given with the folder of a model, unless as a folder too"
+            is_place = tokenizer is None or isinstance(tokenizer, (str, Path))
+            require(is_place, OWNER, "tokenizer", rule, tokenizer, "Drop it")
             model, tokenizer = load_local_model(
-                model, device=processes.device(device or "cpu"), dtype=dtype or "float32"
+                model,
+                device=processes.device(device or "cpu"),
+                dtype=dtype or "float32",
+                tokenizer_folder=None if tokenizer is None else Path(tokenizer),
             )
         else:
             _check_idle({"device": device, "dtype": dtype}, "with a model object")
         assert model is not None
-        _check_model(model, tokenizer)
+        _check_model(model, tokenizer, texts)
         subject = Subject.today(_name_of(model, folder=given_model))
-        result = _run(model, encode(model, tokenizer, texts, max_length), layers, heads, processes, subject)
+        encoded = encode(model, tokenizer, texts, max_length)
+        result = _run(model, encoded, encoded.batches(batch_size), layers, heads, processes, subject)
         _write(folder, result, processes, report, out)
     return result
 
@@ -134,12 +148,14 @@ def _check_idle(arguments: dict[str, Any], where: str) -> None:
         require(value is None, OWNER, name, f"not be given {where}", value, "Drop it")
 
 
-def _check_model(model: nn.Module, tokenizer: Any) -> None:
+def _check_model(model: nn.Module, tokenizer: Any, texts: Sequence[GivenText]) -> None:
     is_module, remedy = isinstance(model, nn.Module), "Load it first, or name its folder"
     require(is_module, OWNER, "model", "be a module or the folder of one", model, remedy, error=TypeError)
+    if not any(isinstance(text, str) for text in texts):
+        return
     require(tokenizer is not None, OWNER, "tokenizer", "be given with a model object", None, "Pass its tokenizer")
     is_pair = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-    remedy = "Capture its calls with eotattn.integrations.capture, or pass its encoder"
+    remedy = "Pass what its tokenizer makes, input_ids and decoder_input_ids, instead of texts"
     require(not is_pair, OWNER, "model", "be an encoder or a decoder, not both", type(model).__name__, remedy)
 
 
@@ -170,6 +186,7 @@ def _map_findings(attention: Any, layers: Sequence[str | int] | None, heads: Seq
 def _run(
     model: nn.Module,
     texts: EncodedTexts,
+    batches: list[list[int]],
     layers: Sequence[str | int] | None,
     heads: Sequence[int] | None,
     processes: Shards,
@@ -177,15 +194,16 @@ def _run(
 ) -> Analysis:
     """Run this process's texts; an interruption keeps the finished ones."""
     found: dict[int, TextFindings] = {}
-    was_training, own = model.training, processes.own(texts.ids)
+    was_training, own = model.training, processes.own(batches)
     model.eval()
     try:
-        for place, ids in tqdm(
-            own, desc="texts", unit="text", leave=False, disable=None if processes.rank == 0 else True
+        for number, places in tqdm(
+            own, desc="texts", unit="batch", leave=False, disable=None if processes.rank == 0 else True
         ):
-            rows = PICTURED_ROWS if place < PICTURED_TEXTS else 0
-            part = _run_text(model, ids, layers, heads, certify=place == 0, top_key_rows=rows)
-            found[place] = replace(part, tokens=texts.tokens[place])
+            rows = PICTURED_ROWS if places[0] < PICTURED_TEXTS else 0
+            inputs = [texts.inputs[place] for place in places]
+            part = _run_batch(model, inputs, layers, heads, certify=number == 0, top_key_rows=rows)
+            found[number] = replace(part, tokens=tuple(texts.tokens[place] for place in places), count=len(places))
     except KeyboardInterrupt:
         if not found and processes.count == 1:
             raise
@@ -194,22 +212,28 @@ def _run(
     parts = processes.gathered(found)
     if not parts:
         raise KeyboardInterrupt
-    counts = {"num_given": len(texts.ids), "num_cut": texts.num_cut}
+    counts = {"num_given": len(texts.inputs), "num_cut": texts.num_cut}
     return summarize(parts, subject=subject, chosen_heads=heads, **counts)
 
 
 @torch.no_grad()
-def _run_text(
+def _run_batch(
     model: nn.Module,
-    ids: Tensor,
+    inputs: Sequence[Tensor | Mapping[str, Tensor]],
     layers: Sequence[str | int] | None,
     heads: Sequence[int] | None,
     **options: Any,
 ) -> TextFindings:
-    """One text; options are those of the capture."""
+    """Texts of one length, or what a processor made of one; options are those of the capture."""
     device = next(model.parameters()).device
+    ids = torch.cat([given for given in inputs if isinstance(given, Tensor)]) if isinstance(inputs[0], Tensor) else None
     with residuals(model) as norms, capture(model, layers, heads, token_scores=True, **options) as captured:
-        model(ids.to(device))
+        if ids is not None:
+            output = model(ids.to(device))
+        else:
+            output = model(
+                **{name: value.to(device) for name, value in cast("Mapping[str, Tensor]", inputs[0]).items()}
+            )
     return TextFindings(
         captured.layers,
         captured.values,
@@ -218,4 +242,15 @@ def _run_text(
         captured.numbers,
         captured.token_scores,
         captured.top_keys,
+        loss=() if ids is None else _next_token_losses(model, output, ids),
     )
+
+
+def _next_token_losses(model: nn.Module, output: Any, ids: Tensor) -> tuple[float, ...]:
+    """Mean nats of the tokens after the first, a text, of a causal language model of transformers; else nothing."""
+    logits, name = getattr(output, "logits", None), type(base_model(model)).__name__
+    if logits is None or not name.endswith(("ForCausalLM", "LMHeadModel")):
+        return ()
+    targets = ids[:, 1:].to(logits.device)
+    each = [functional.cross_entropy(row[:-1].float(), target) for row, target in zip(logits, targets, strict=True)]
+    return tuple(map(float, each))

@@ -56,7 +56,7 @@ class Subject:
 
 @dataclass(frozen=True, eq=False)
 class TextFindings:
-    """Of one text.
+    """Of one text, or of a few that ran together.
 
     Args:
         statistics: Layer -> sums over the rows of its attention.
@@ -66,7 +66,10 @@ class TextFindings:
         numbers: Layer -> its number in the model; in the order of ``statistics`` where it is not known.
         token_scores: Layer -> weights on keys whose token repeats, where ids were seen.
         top_keys: Layer -> strongest keys of the first queries, where that was kept.
-        tokens: Its tokens, for names; none for maps.
+        tokens: A text's tokens, for names, one entry a text; none where they are not known.
+        loss: A text's mean over its tokens after the first, nats, one entry a text; none where the model does not
+            predict the next token.
+        count: Texts.
     """
 
     statistics: dict[str, SequenceStatistics]
@@ -76,7 +79,9 @@ class TextFindings:
     numbers: dict[str, int] = field(default_factory=dict)
     token_scores: dict[str, TokenStatistics] = field(default_factory=dict)
     top_keys: dict[str, TopKeys] = field(default_factory=dict)
-    tokens: tuple[str, ...] = ()
+    tokens: tuple[tuple[str, ...], ...] = ()
+    loss: tuple[float, ...] = ()
+    count: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +97,7 @@ class Summary:
         strongest: The key that receives most weight, by layer, text and head.
         top_keys: Layer -> strongest keys of the first queries, of the first texts: a picture of single heads.
         tokens: Tokens of every text; none for maps.
+        loss: (N,) mean nats a token of every text; NaN where the model does not predict the next token.
         subject: What was analysed, by which version, when.
         num_texts: Texts that were finished.
         num_given: Texts that were given; more where the run was interrupted.
@@ -107,6 +113,7 @@ class Summary:
     strongest: StrongestKeys
     top_keys: dict[str, TopKeys]
     tokens: tuple[tuple[str, ...], ...]
+    loss: NDArray[np.float64]
     subject: Subject
     num_texts: int
     num_given: int

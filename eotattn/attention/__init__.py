@@ -22,6 +22,9 @@ Conventions:
 - PyTorch's ``context_parallel`` shares a call between GPUs as it is: priors, rotary content, grouped queries and biases
   of keys need nothing more, and positions may be left out. What it cannot share (documents, sinks, masks) goes shard by
   shard with ``return_lse`` and :func:`merge`.
+- :class:`StaticCache` counts its tokens on the device, so that one recorded graph
+  (``torch.compile(step, mode="reduce-overhead", fullgraph=True)``) is every step of decoding; caches keep content in 8
+  bits with ``store=``, and lanes as they are.
 - :class:`StreamingCache` keeps the first and the most recent tokens of an endless text, and bounds what all others
   would have weighed.
 - With FSDP2 call ``fully_shard(layer.prior)`` before what holds it gets a mixed-precision policy; with accelerate's
@@ -37,6 +40,7 @@ from eotattn.attention.layer.goat_attention import GoatAttention
 from eotattn.attention.layer.prior_attention_layer import PriorAttention
 from eotattn.attention.layer.rotary import Rotary
 from eotattn.attention.merging import merge
+from eotattn.attention.static_cache import StaticCache
 from eotattn.attention.streaming_cache import StreamedAttention, StreamingCache
 
 __all__ = [
@@ -47,6 +51,7 @@ __all__ = [
     "PackedDocuments",
     "PriorAttention",
     "Rotary",
+    "StaticCache",
     "StreamedAttention",
     "StreamingCache",
     "explain",

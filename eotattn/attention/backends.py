@@ -120,9 +120,9 @@ class Sdpa:
             return packed.attend(query, key, value, fused=fused, **shared)
         if band is not None and window is not None:
             return local.attend(query, key, value, window=window, offset=band.offset, fused=fused, **shared)
-        if band is None or masks.triangle:
-            return fused(query, key, value, mask=None, is_causal=band is not None, **shared)
-        mask = band.mask(query.shape[2], key.shape[2], query.device)
+        if band is not None and band.is_triangle:  # a branch, since graphs want no symbol as an argument
+            return fused(query, key, value, mask=None, is_causal=True, **shared)
+        mask = None if band is None else band.mask(query.shape[2], key.shape[2], query.device)
         return fused(query, key, value, mask=mask, is_causal=False, **shared)
 
 
@@ -328,6 +328,8 @@ def _without_empty_rows(call: AttentionCall, output: Tensor) -> Tensor:
 
 def _of_rows_with_keys(call: AttentionCall, rows: Tensor, otherwise: float) -> Tensor:
     """Rows (B, H, Q, ...) and ``otherwise`` where a query has no admissible key."""
+    if call.cache is not None and not call.cache.counts_on_host and call.masks.key_bias is None:
+        return rows  # new tokens are not padding there, so that each sees itself
     has_keys = call.masks.has_keys(call.query.shape[2])
     if has_keys is None:
         return rows

@@ -5,25 +5,18 @@ Legend: B batch, Hk key heads, S slots, L new tokens, D key width, V value width
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from eotattn.attention.masks import check_padding_mask
-from eotattn.attention.token_bias import is_learned, key_bias_term
+from eotattn.attention.slots import make_slots, put
+from eotattn.attention.stored_lanes import StoredLanes
 from eotattn.checks import check_floating, check_positive_int, check_same_device, check_shape, fail, require
-from eotattn.kernels import sdpa
-from eotattn.kernels.append import append_one
-from eotattn.kernels.sdpa import WIDTH_STEP
 from eotattn.priors import LogPrior
 from eotattn.priors.base import check_prior
-from eotattn.priors.lane_plan import LanePlan, LaneRequest, plan_lanes
-from eotattn.priors.probing import Span, bits_of
-from eotattn.priors.terms import KeyTerm, Term
+from eotattn.priors.memory import is_plain
 
 __all__ = ["CacheView", "KeyValueCache"]
 
@@ -48,7 +41,7 @@ class CacheView(NamedTuple):
     key_bias: Tensor | None
 
 
-class KeyValueCache:
+class KeyValueCache(StoredLanes):
     """Keys and values of one attention layer over the slots filled so far.
 
     All samples share slots; a sample with fewer tokens has padding in some of them, at any side, and its positions go
@@ -69,9 +62,9 @@ class KeyValueCache:
         first_position: Position of the first slot, tokens.
         dtype: Dtype of keys and values.
         device: Device of the storage.
-
-    Attributes:
-        length: Slots filled so far.
+        store: ``torch.int8`` or ``torch.float8_e4m3fn`` to keep content in 8 bits, each row of a head scaled by its
+            largest number; lanes stay as they are. A row is off by at most 1/254 (int8) of its largest number, or 1/16
+            of each of its numbers. What is attended to is a copy in ``dtype``: memory is saved, not time.
 
     Example:
         >>> cache = KeyValueCache(1, 2, max_length=8, key_width=4, value_width=4)
@@ -94,6 +87,7 @@ class KeyValueCache:
         first_position: int = 0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        store: torch.dtype | None = None,
     ) -> None:
         sizes = {"batch_size": batch_size, "num_kv_heads": num_kv_heads, "max_length": max_length}
         for name, size in (*sizes.items(), ("key_width", key_width), ("value_width", value_width)):
@@ -102,11 +96,13 @@ class KeyValueCache:
             check_prior("KeyValueCache", "prior", prior)
             rule, heads = f"have a multiple of {num_kv_heads} heads", prior.num_heads
             require(heads % num_kv_heads == 0, "KeyValueCache", "prior", rule, heads, "Build it for query heads")
-        self.max_length, self.length, self.first_position = max_length, 0, first_position
-        self.value_width, shape = value_width, (batch_size, num_kv_heads, max_length)
-        self._keys = torch.zeros(*shape, key_width, dtype=dtype, device=device)
-        self.key_width, self.scale, self.prior = key_width, 1 / math.sqrt(key_width), prior
-        self._values = torch.zeros(*shape, value_width, dtype=dtype, device=device)
+        self.max_length, self._length, self.first_position = max_length, 0, first_position
+        self.key_width, self.value_width, self.prior = key_width, value_width, prior
+        place = torch.empty(0, device=device).device
+        self._keys, self._values = (
+            make_slots("KeyValueCache", (batch_size, num_kv_heads, max_length, width), dtype, place, store)
+            for width in (key_width, value_width)
+        )
         slots = torch.arange(first_position, first_position + max_length, device=device)
         self._positions = slots.repeat(batch_size, 1)  # those of free slots are what comes if no padding comes
         self._padding = torch.zeros(batch_size, max_length, dtype=torch.bool, device=device)
@@ -120,17 +116,27 @@ class KeyValueCache:
     def __repr__(self) -> str:
         batch, heads = self._keys.shape[:2]
         sizes = f"{self.length} of {self.max_length} slots, {batch} x {heads} heads, {self._keys.dtype}"
-        return f"KeyValueCache({sizes}, prior={'none' if self.prior is None else type(self.prior).__name__})"
+        return f"{type(self).__name__}({sizes}, prior={'none' if self.prior is None else type(self.prior).__name__})"
+
+    @property
+    def counts_on_host(self) -> bool:
+        """Whether the number of tokens is known on the host."""
+        return True
+
+    @property
+    def length(self) -> int:
+        """Slots filled so far."""
+        return self._length
 
     @property
     def keys(self) -> Tensor:
-        """(B, Hk, length, D), a view."""
-        return self._keys[:, :, : self.length, : self.key_width]
+        """(B, Hk, length, D), a view; of 8 bits a copy."""
+        return self._keys.content(self._filled)
 
     @property
     def values(self) -> Tensor:
-        """(B, Hk, length, V), a view."""
-        return self._values[:, :, : self.length, : self.value_width]
+        """(B, Hk, length, V), likewise."""
+        return self._values.content(self._filled)
 
     @property
     def positions(self) -> Tensor | range:
@@ -159,7 +165,7 @@ class KeyValueCache:
         check_shape("KeyValueCache", "numbers", numbers, (self._values.shape[0], None, None), "Match the cache")
         if self._kept is None:
             self._kept = self._slots_of(numbers.shape[1])
-        self._kept[:, :, self.length - numbers.shape[2] : self.length] = numbers.detach()
+        put(self._kept, self._last(numbers.shape[2]), numbers.detach())
 
     def has_room(self, count: int) -> bool:
         """Whether ``count`` more tokens fit."""
@@ -182,7 +188,7 @@ class KeyValueCache:
             fail("KeyValueCache", "key", rule, f"{end} tokens", "Allocate more or crop")
         if padding is not None:
             check_padding_mask("KeyValueCache", padding, (self._values.shape[0], count), "One entry a token")
-            check_same_device("KeyValueCache", ("the cache", self._values), key_padding_mask=padding)
+            check_same_device("KeyValueCache", ("the cache", self._padding), key_padding_mask=padding)
             return self.first_position + self._counts((~padding).to(torch.int64))
         if self._has_padding:
             return self._positions[:, self.length : end]
@@ -197,7 +203,7 @@ class KeyValueCache:
         self._check_new(key, value, key_bias)
         count = key.shape[-2]
         new, end = self.next_positions(count, padding), self.length + count
-        sides = (self._keys[:, :, :end, : self.key_width], self._values[:, :, :end, : self.value_width])
+        sides = (self._keys.content(slice(end)), self._values.content(slice(end)))
         bias = None
         if key_bias is not None:
             self._expect_bias(key_bias.shape[1])
@@ -229,16 +235,34 @@ class KeyValueCache:
             TypeError: If the padding is not boolean.
         """
         self._check_new(key, value, key_bias)
-        start, count = self.length, key.shape[-2]
-        positions, end = self.next_positions(count, padding), start + count
+        return self.fill(self.next_positions(key.shape[-2], padding), key, value, padding, key_bias)
+
+    def fill(
+        self,
+        positions: Tensor | range,
+        key: Tensor,
+        value: Tensor,
+        padding: Tensor | None = None,
+        key_bias: Tensor | None = None,
+    ) -> Tensor | range:
+        """:meth:`append` what :meth:`after` has let through, at the positions that it gave."""
         self._expect_bias(0 if key_bias is None else key_bias.shape[1])
         self._write(key, value, key_bias)
         if padding is not None and not isinstance(positions, range):
+            new = self._last(key.shape[-2])
+            assert isinstance(new, slice)
             self._has_padding = True
-            self._padding[:, start:end], self._positions[:, start:end] = padding, positions
+            self._padding[:, new], self._positions[:, new] = padding, positions
             self._widen()
-            self._expect_no_padding(start)
+            self._expect_no_padding(new.start)
         return positions
+
+    def shows(self, keys: Tensor, values: Tensor) -> bool:
+        """Whether these, from :meth:`after`, are views of what is stored now."""
+        if not is_plain():
+            return False
+        stored = (self._keys.address, self._values.address)
+        return (keys.data_ptr(), values.data_ptr()) == stored
 
     def operands(self, call: Any) -> tuple[Tensor, Tensor, Tensor] | None:
         """What a fused kernel takes for the queries of an :class:`AttentionCall`, whose keys were filled in last.
@@ -249,14 +273,10 @@ class KeyValueCache:
         """
         if not self._serves(call):
             return None
-        query, width = call.query, self._keys.shape[-1]
-        if width > self.key_width:
-            query = self._beside(query, self.length - query.shape[2], call.query_gains)
-        return query, self._keys[:, :, : self.length], self._values[:, :, : self.length]
-
-    def stored_plan(self, call: Any) -> tuple[LanePlan, int] | None:
-        """The lanes beside the stored keys and the origin that they count from, where they serve the call."""
-        return None if self._plan is None or not self._serves(call) else (self._plan, self._origin)
+        query = call.query
+        if self._keys.width > self.key_width:
+            query = self._beside(query, self._last(query.shape[2]), call.query_gains)
+        return query, self._keys.rows(self._filled), self._values.rows(self._filled)
 
     def crop(self, length: int) -> None:
         """Forget all but the first ``length`` slots."""
@@ -264,7 +284,7 @@ class KeyValueCache:
         rule = f"be at most the {self.length} slots filled"
         require(length <= self.length, "KeyValueCache", "length", rule, length, "Crop to fewer")
         self._padding[:, length : self.length] = False
-        self.length = length
+        self._set_length(length)
         if self._has_padding:
             self._expect_no_padding(length)
 
@@ -274,41 +294,65 @@ class KeyValueCache:
         remedy = "Pass the sample that each one continues"
         require(is_index, "KeyValueCache", "samples", "be an integer tensor", samples, remedy, error=TypeError)
         check_shape("KeyValueCache", "samples", samples, (self._values.shape[0],), "One index a sample")
-        for storage in (self._keys, self._values, self._key_bias, self._kept):
-            if storage is None:
-                continue
-            storage[:, :, : self.length] = storage[samples, :, : self.length]
+        count = self.length
+        for slots in (self._keys, self._values):
+            slots.reorder(samples, count)
+        for numbers in (self._key_bias, self._kept):
+            if numbers is not None:
+                numbers[:, :, :count] = numbers[samples, :, :count]
         if self._has_padding:
-            self._padding[:, : self.length] = self._padding[samples, : self.length]
-            self._positions[:, : self.length] = self._positions[samples, : self.length]
-            self._expect_no_padding(self.length)
+            self._padding[:, :count] = self._padding[samples, :count]
+            self._positions[:, :count] = self._positions[samples, :count]
+            self._expect_no_padding(count)
+
+    # Where tokens go ------------------------------------------------------------------------------------------------
+
+    @property
+    def _filled(self) -> slice:
+        """The slots that are attended to."""
+        return slice(self.length)
+
+    @property
+    def _is_empty(self) -> bool:
+        return self.length == 0
+
+    def _last(self, count: int) -> slice | Tensor:
+        """The slots of the last ``count`` tokens."""
+        return slice(self.length - count, self.length)
+
+    def _set_length(self, length: int) -> None:
+        self._length = length
 
     def _check_new(self, key: Tensor, value: Tensor, key_bias: Tensor | None) -> None:
+        batch, heads = self._keys.shape[:2]
+        sizes = [(batch, heads, key.shape[-2], width) for width in (self.key_width, self.value_width)]
+        plain = key_bias is None and self._key_bias is None and key.is_floating_point() and value.is_floating_point()
+        if plain and [tuple(key.shape), tuple(value.shape)] == sizes:  # quick, since every step asks
+            return
         for name, side, width in (("key", key, self.key_width), ("value", value, self.value_width)):
             check_floating("KeyValueCache", name, side)
             check_shape("KeyValueCache", name, side, (*self._values.shape[:2], key.shape[-2], width), "Match the cache")
         rule, agree = "be given for every token or for none", (key_bias is None) == (self._key_bias is None)
-        require(self.length == 0 or agree, "KeyValueCache", "key_bias", rule, key_bias, "Pass that of the new tokens")
+        require(agree or self._is_empty, "KeyValueCache", "key_bias", rule, key_bias, "Pass that of the new tokens")
         if key_bias is not None:
-            heads = self._bias_heads if self.length else None
             check_floating("KeyValueCache", "key_bias", key_bias)
-            shape = (self._values.shape[0], heads, key.shape[-2])
+            shape = (batch, None if self._is_empty else self._bias_heads, key.shape[-2])
             check_shape("KeyValueCache", "key_bias", key_bias, shape, "Match the cache")
 
     def _write(self, key: Tensor, value: Tensor, key_bias: Tensor | None) -> None:
-        start, end = self.length, self.length + key.shape[2]
-        self._keys[:, :, start:end, : self.key_width] = key.detach()
-        self._values[:, :, start:end, : self.value_width] = value.detach()
+        at = slice(self.length, self.length + key.shape[2])
+        self._keys.write(at, key.detach())
+        self._values.write(at, value.detach())
         if key_bias is not None and self._key_bias is not None:
-            self._key_bias[:, :, start:end] = key_bias.detach()
-            self._write_bias_lanes(start, end)
-        self.length = end
+            self._key_bias[:, :, at] = key_bias.detach()
+            lanes = self._bias_lanes(at, self._key_bias[:, :, at])
+            self._keys.beside[:, :, at, self._num_lanes - lanes.shape[-1] : self._num_lanes] = lanes
+        self._set_length(at.stop)
 
-    def _slots_of(self, count: int) -> Tensor:
-        """Room for ``count`` numbers a token, (B, count, S) float64."""
-        with torch.inference_mode(False):
-            shape = (self._values.shape[0], count, self.max_length)
-            return torch.zeros(shape, dtype=torch.float64, device=self._values.device)
+    def _expect_bias(self, heads: int) -> None:
+        """Let the first tokens decide how many heads their bias has, 0 for none."""
+        if heads != self._bias_heads and self._is_empty:
+            self._set_bias(heads)
 
     def _counts(self, new: Tensor) -> Tensor:
         """(B, L) tokens of each sample before each new one, ``new`` being 1 for a token and 0 for padding."""
@@ -320,119 +364,3 @@ class KeyValueCache:
         self._positions[:, self.length :] = self.first_position + self._counts(free)
         self._query_table = None
         self._write_lanes(changed)
-
-    # Lanes ------------------------------------------------------------------------------------------------------------
-
-    def _expect_bias(self, heads: int) -> None:
-        """Let the first tokens decide how many heads their bias has, 0 for none."""
-        if self.length == 0 and heads != self._bias_heads:
-            self._set_bias(heads)
-
-    def _set_bias(self, heads: int) -> None:
-        self._key_bias = self._slots_of(heads) if heads else None
-        self._plan = self._plan_lanes()
-        self._query_table = None
-        self._widen()
-        self._write_lanes(0)
-
-    @property
-    def _bias_heads(self) -> int:
-        return 0 if self._key_bias is None else self._key_bias.shape[1]
-
-    def _terms(self, start: int = 0, end: int | None = None) -> tuple[Term | KeyTerm, ...]:
-        """The terms of the log-prior, with the bias of the slots from ``start`` to ``end``."""
-        terms = () if self.prior is None else self.prior.terms()
-        if self._key_bias is None:
-            return terms
-        bias = self._key_bias[:, :, start:end]
-        return (*terms, key_bias_term(bias, self._num_heads, self._keys.shape[1]))
-
-    @property
-    def _num_heads(self) -> int:
-        return max(self._bias_heads, self._keys.shape[1]) if self.prior is None else self.prior.num_heads
-
-    def _plan_lanes(self) -> LanePlan | None:
-        """The lanes that stored keys have beside their content."""
-        prior = self.prior
-        if prior is not None and (not prior.has_lanes or prior.num_coordinates > 1):
-            return None
-        if prior is not None and any(isinstance(term, KeyTerm) for term in prior.terms()):
-            return None  # numbers of keys that are learned, and may change
-        terms, last = self._terms(), self.first_position + self.max_length
-        if not terms:
-            return None
-        request = LaneRequest(
-            num_heads=self._num_heads,
-            num_kv_heads=self._keys.shape[1],
-            dtype=self._keys.dtype,
-            span=Span(bits_of(max(last, -self.first_position)), bits_of(self.max_length // 2)),
-            query_scale=1 / self.scale,
-            has_fixed_keys=True,
-        )
-        return plan_lanes(terms, request)
-
-    def _serves(self, call: Any) -> bool:
-        """Whether what is stored is right for a call."""
-        if call.prior is not self.prior or call.query.dtype != self._keys.dtype or call.masks.key_bias is not None:
-            return False
-        if self.prior is None and self._plan is None:
-            return not self._has_padding or math.isclose(call.scale, self.scale)
-        numbers = [] if self.prior is None else self.prior.parameters()
-        learns = any(map(is_learned, (call.query_bias, *call.query_gains))) or any(
-            is_learned(number) for number in numbers
-        )
-        return self._plan is not None and math.isclose(call.scale, self.scale) and not learns
-
-    def _widen(self) -> None:
-        """Make room for lanes and for the lane that hides padding, and on a CPU for values as wide as keys."""
-        beside = (0 if self._plan is None else self._plan.num_lanes) + self._has_padding
-        width = self.key_width + beside
-        if beside and self._keys.is_cuda:
-            width = -(-width // WIDTH_STEP) * WIDTH_STEP
-        with torch.inference_mode(False):
-            if width > self._keys.shape[-1]:
-                self._keys = functional.pad(self._keys, (0, width - self._keys.shape[-1]))
-            missing = width - self._values.shape[-1]
-            if self._values.device.type == "cpu" and missing > 0:  # the fused kernel there wants equal widths
-                self._values = functional.pad(self._values, (0, missing))
-
-    @torch.no_grad()
-    def _write_lanes(self, start: int) -> None:
-        """Write what stands beside the keys from slot ``start`` on: features of positions, and marks of padding."""
-        width, dtype = self.key_width, self._keys.dtype
-        if self._plan is not None:
-            plan, positions = self._plan, self._slot_positions()[..., start:]
-            table = plan.table("key", positions, self._origin)
-            lanes = plan.sides(self._terms(), (table, table))[1].lanes(dtype)
-            self._keys[:, :, start:, width : width + lanes.shape[-1]] = lanes
-            width += plan.num_lanes
-        if self._has_padding:
-            far = sdpa.far_lane(dtype, scale=self.scale)
-            self._keys[:, :, start:, width] = (far * self._padding[:, start:]).to(dtype).unsqueeze(1)
-
-    @torch.no_grad()
-    def _write_bias_lanes(self, start: int, end: int) -> None:
-        """Write the lanes of the bias of the slots from ``start`` to ``end``."""
-        if self._plan is None:
-            return
-        lanes = self._plan.more_of_keys(self._terms(start, end), self._slot_positions()[..., start:end])
-        if lanes is not None:
-            last = self.key_width + self._plan.num_lanes
-            self._keys[:, :, start:end, last - lanes.shape[-1] : last] = lanes
-
-    def _beside(self, query: Tensor, start: int, gains: Sequence[Tensor | None]) -> Tensor:
-        """Queries (B, H, Q, D) of the slots from ``start`` on with their lanes, (B, H, Q, W)."""
-        side = far = None
-        if self._plan is not None:
-            plan = self._plan
-            if self._query_table is None:
-                self._query_table = plan.table("query", self._slot_positions(), self._origin)
-            rows = self._query_table[..., start : start + query.shape[2], :]
-            side = plan.with_gains(plan.sides(self._terms(), (rows, rows))[0], gains)
-        if self._has_padding:
-            mark = torch.ones(1, 1, dtype=torch.bool, device=query.device)
-            far = sdpa.padding_lane(mark, query.dtype, scale=self.scale)[0]
-        return append_one(query, side, far, width=self._keys.shape[-1])
-
-    def _slot_positions(self) -> Tensor:
-        return self._positions if self._has_padding else self._positions[0]

@@ -22,6 +22,7 @@ from eotattn.attention.call_positions import (
     Shard,
     causal_pattern,
     resolve_positions,
+    static_size,
 )
 from eotattn.attention.documents import PackedDocuments
 from eotattn.attention.masks import Masks, gather_masks
@@ -137,8 +138,10 @@ class AttentionCall:
         scale = 1 / math.sqrt(static_size(width)) if scale is None else check_positive(OWNER, "scale", scale)
         if cache is None and (key_bias is not None or query_bias is not None):  # a cache has checked what it holds
             check_biases(OWNER, query, key, key_bias, query_bias, scale)
-        none = isinstance(query_gains, tuple) and not query_gains
+        none = isinstance(query_gains, tuple) and len(query_gains) == 0  # which graphs can trace
         gains = () if none else check_gains(OWNER, query, prior, query_gains)
+        if type(return_lse) is not bool or type(return_weights) is not bool:
+            _refuse_switches(return_lse=return_lse, return_weights=return_weights)
         if dropout_p != 0.0:
             check_probability(OWNER, "dropout_p", dropout_p)
         if tolerance is not None:
@@ -180,7 +183,9 @@ class AttentionCall:
         seen: Band | Tensor | None = None
         if window is not None or is_causal:
             _check_pattern(is_causal, window, on_grid=query_at.on_grid)
-            in_slots = cache is not None and window is None  # slots are in the order of positions, padding or not
+            in_slots = (
+                cache is not None and cache.counts_on_host and window is None
+            )  # slots are in the order of positions, padding or not
             seen = Band(keys - queries) if in_slots else causal_pattern(query_at, key_at, window)
         masks = _gather((batch, heads, queries, keys), query, attn_mask, key_padding_mask, seen, None)
         return cls(
@@ -289,16 +294,6 @@ class AttentionCall:
         return bias if total is None else total + bias
 
 
-def static_size(size: int) -> int:
-    """A size as a number, also where a graph is traced whose sizes are symbols: the graph is then of this size."""
-    if not torch.compiler.is_compiling():
-        return size
-    number = 1
-    while number != size:
-        number += 1
-    return number
-
-
 def _check_shared(
     query: Tensor, key: Tensor, prior: LogPrior | None, is_causal: bool, shard: Shard, apart: dict[str, Any]
 ) -> None:
@@ -316,6 +311,11 @@ def _check_shared(
         fail(OWNER, "key", rule, key, "Let every process hold queries and keys of the same tokens")
     rule, remedy = "be true in context_parallel, whose shards are balanced for it", "Turn its load balancing off"
     require(is_causal or not shard.is_balanced, OWNER, "is_causal", rule, is_causal, remedy)
+
+
+def _refuse_switches(**switches: object) -> None:
+    for name, value in switches.items():
+        require(type(value) is bool, OWNER, name, "be True or False", value, "Pass a bool", error=TypeError)
 
 
 def _check_pattern(is_causal: bool, window: int | None, *, on_grid: bool) -> None:

@@ -19,7 +19,7 @@ from eotattn.checks import fail, require
 from eotattn.compat import context_parallel_region
 from eotattn.priors.prior_positions import check_positions, consecutive
 
-__all__ = ["Band", "GivenPositions", "Positions", "Shard", "causal_pattern", "resolve_positions"]
+__all__ = ["Band", "GivenPositions", "Positions", "Shard", "causal_pattern", "resolve_positions", "static_size"]
 
 #: What a user may give: one position a token, or consecutive ones by a range or by the first.
 GivenPositions: TypeAlias = Tensor | range | int | Sequence[int] | None
@@ -120,8 +120,9 @@ class Band:
 
     def mask(self, queries: int, keys: int, device: torch.device) -> Tensor:
         """(Q, K) boolean, true where visible."""
-        visible = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(self.offset)
-        return visible if self.window is None else visible.triu(self.offset - self.window + 1)
+        # sums, not tril, whose diagonal a graph holds fixed
+        last, at = torch.arange(queries, device=device).unsqueeze(-1) + self.offset, torch.arange(keys, device=device)
+        return at <= last if self.window is None else (at <= last) & (at > last - self.window)
 
 
 def resolve_positions(
@@ -197,6 +198,16 @@ def _as_tensor(owner: str, argument: str, given: Any, device: torch.device) -> T
         return torch.as_tensor(given).to(device)
     except (TypeError, ValueError, RuntimeError):
         return fail(owner, argument, "hold one number a token", given, remedy, error=TypeError)
+
+
+def static_size(size: int) -> int:
+    """A size as a number, also where a graph is traced whose sizes are symbols: the graph is then of this size."""
+    if not torch.compiler.is_compiling():
+        return size
+    number = 1
+    while number != size:
+        number += 1
+    return number
 
 
 def causal_pattern(query: Positions, key: Positions, window: int | None = None) -> Band | Tensor | None:

@@ -15,7 +15,7 @@ from eotattn.attention import near_far, rebased
 from eotattn.attention.backends import BACKENDS, Backend, choose
 from eotattn.attention.call import AttentionCall
 from eotattn.attention.masks import Masks
-from eotattn.attention.measured import TIMES, Times, pattern_of
+from eotattn.attention.measured import MEASURED_WIDTH, TIMES, Times, pattern_of
 from eotattn.attention.operands import lanes_of
 from eotattn.attention.token_bias import is_learned
 from eotattn.checks import check_choice, require, speaking_as
@@ -60,6 +60,7 @@ class Explanation:
         backend: Who would serve the call, or ``None`` if the backend asked for refuses.
         reason: Why this one.
         kernel: Kernel that PyTorch would pick for the fused call, e.g. ``"cudnn_attention"``; ``None`` elsewhere.
+        head_dim: Width of the heads, without lanes.
         width: Score width of the fused call, lanes and padding to the kernel's step included.
         num_lanes: Lanes that the prior, biases of tokens and a padding mask occupy.
         error_bound: Largest error of the log-prior in the kernel's dtype, nats, beside the kernel's own rounding of
@@ -72,6 +73,7 @@ class Explanation:
     backend: str | None
     reason: str
     kernel: str | None
+    head_dim: int
     width: int
     num_lanes: int
     error_bound: float
@@ -85,7 +87,9 @@ class Explanation:
         if self.kernel is not None or self.backend in ("near_far", "rebased"):
             lines.append(f"error bound    {self.error_bound:.1e} nats of the log-prior")
         if self.times is not None and self.times.forward is not None:
-            lines.append(f"measured       {self.times} of plain causal attention (H200, bfloat16, 8192 tokens)")
+            setting = f"H200, bfloat16, 8192 tokens, heads of {MEASURED_WIDTH}"
+            setting += "" if self.head_dim == MEASURED_WIDTH else f"; not at this call's {self.head_dim}"
+            lines.append(f"measured       {self.times} of plain causal attention ({setting})")
         for name, why in self.alternatives.items():
             word = "or " if why.startswith(_SERVES) else "not "
             lines.append(f"{word + name:<15}{why.removeprefix(_SERVES)}")
@@ -118,6 +122,7 @@ def explain(query: Tensor, key: Tensor, value: Tensor, *, backend: str = "auto",
         calls, merged
         error bound    0.0e+00 nats of the log-prior
         not sdpa       this prior has no lanes; use backend='near_far', 'reference' or 'flex'
+        not rebased    it counts the positions of priors with lanes, the same for every sample
         not flex       it compiles for a GPU and the query is on cpu
         not varlen     it is a GPU kernel and the query is on cpu
         or reference   dense tensor operations; Q x K weights in memory, not measured
@@ -127,8 +132,11 @@ def explain(query: Tensor, key: Tensor, value: Tensor, *, backend: str = "auto",
     require(kept, "explain", "cache", "be left out", options.get("cache"), "Pass the keys and positions that it holds")
     call = AttentionCall.from_arguments(query, key, value, **options)
     wanted = choose(call) if backend == "auto" else BACKENDS[backend]
-    refused = wanted.refusal(call)
-    times = TIMES[pattern_of(call.masks, call.query.shape[2], has_prior=call.has_log_prior)]
+    refused, head_dim = wanted.refusal(call), call.query.shape[-1]
+    pattern = pattern_of(call.masks, call.query.shape[2], has_prior=call.has_log_prior)
+    times = TIMES[pattern]
+    if pattern == "whole" and not call.has_log_prior:
+        times = dict.fromkeys(times, Times(None, None))  # measured with a prior alone
     others = {
         name: BACKENDS[name].refusal(call) or f"{_SERVES}{_words(name, call)}, {times[name]}"
         for name in times
@@ -136,7 +144,7 @@ def explain(query: Tensor, key: Tensor, value: Tensor, *, backend: str = "auto",
     }
     if refused:
         reason = f"{wanted.name} cannot serve the call with {call.prior_name}: {refused}"
-        return Explanation(None, reason, None, call.query.shape[-1], 0, 0.0, None, others)
+        return Explanation(None, reason, None, head_dim, head_dim, 0, 0.0, None, others)
     is_near_far = wanted.name == "near_far"
     parts = {"near_far": near_far.far_calls, "rebased": rebased.calls}
     fused = parts[wanted.name](call) if wanted.name in parts else [call]
@@ -145,12 +153,13 @@ def explain(query: Tensor, key: Tensor, value: Tensor, *, backend: str = "auto",
     if wanted.name in IN_LANES:
         num_lanes += call.masks.padding is not None and call.masks.dense is None
         num_lanes += not is_near_far and is_learned(call.query_bias)
-    width = call.query.shape[-1] + num_lanes
+    width = head_dim + num_lanes
     width = sdpa.kernel_width(width, call.query.device) if num_lanes else width
     return Explanation(
         backend=wanted.name,
         reason=_words(wanted.name, call),
         kernel=_kernel(wanted, call, width),
+        head_dim=head_dim,
         width=width,
         num_lanes=num_lanes,
         error_bound=max((lanes.error_bound for lanes in each), default=0.0) * call.scale

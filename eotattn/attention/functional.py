@@ -132,7 +132,8 @@ def prior_attention(
     if cache is not None:
         _check_left_to_cache(query, key, cache, query_positions, key_positions, documents)
         check_biases("prior_attention", query, key, key_bias, query_bias, cache.scale if scale is None else scale)
-        key, value, query_positions, key_positions, key_padding_mask, key_bias = cache.after(*new)
+        view = cache.after(*new)
+        key, value, query_positions, key_positions, key_padding_mask, key_bias = view
     call = AttentionCall.from_arguments(
         query,
         key,
@@ -162,8 +163,9 @@ def prior_attention(
             f"prior_attention: backend {backend!r} cannot serve this call with {call.prior_name}: {reason}."
         )
     if cache is not None:  # after all checks passed: a call that fails leaves the cache as it was
-        cache.append(*new)
-        call = call.with_content(cache.keys, cache.values)
+        cache.fill(view.query_positions, *new)
+        if not cache.shows(call.key, call.value):
+            call = call.with_content(cache.keys, cache.values)
     device = call.query.device
     if autocast_dtype(device) is None:
         output, weights, lse = serve(call, served_by)

@@ -6,7 +6,10 @@ from typing import NamedTuple
 
 from eotattn.attention.masks import Masks
 
-__all__ = ["TIMES", "Times", "pattern_of", "preference"]
+__all__ = ["MEASURED_WIDTH", "TIMES", "Times", "pattern_of", "preference"]
+
+#: Width of the heads in these measurements; wider ones pay less for lanes, narrower ones more.
+MEASURED_WIDTH = 64
 
 
 class Times(NamedTuple):

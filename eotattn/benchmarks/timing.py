@@ -74,9 +74,12 @@ def measure(
     """
     ready: list[_Ready | Row] = [_prepare(candidate, device, warmup) for candidate in candidates]
     for _ in range(rounds):
-        for one in ready:
+        for n, one in enumerate(ready):
             if isinstance(one, _Ready):
-                one.sample(device, rounds, calls)
+                try:
+                    one.sample(device, rounds, calls)
+                except Exception as error:  # it may fail late, too
+                    ready[n] = _failed(one.candidate, error, device)
     baseline = ready[0] if isinstance(ready[0], _Ready) else None
     return [_row(one, baseline) if isinstance(one, _Ready) else one for one in ready]
 
@@ -88,10 +91,14 @@ def _prepare(candidate: Candidate, device: torch.device, warmup: int) -> _Ready 
             seconds = _time_once(run, device, 1) / 1e3
         peak = _peak_mib(run, device)
     except Exception as error:  # a peer may fail in any way, and the table says how
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        return {"name": candidate.name, "failure": reason(error)}
+        return _failed(candidate, error, device)
     return _Ready(candidate, run, peak, seconds, [])
+
+
+def _failed(candidate: Candidate, error: Exception, device: torch.device) -> Row:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return {"name": candidate.name, "failure": reason(error)}
 
 
 def _peak_mib(run: Callable[[], Any], device: torch.device) -> float | None:

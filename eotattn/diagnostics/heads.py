@@ -53,6 +53,7 @@ class HeadReport(Table):
         sink_rate_interval: Threshold -> (A, 2) its quantiles over a bootstrap of the sequences.
         lag_profile: A arrays (H, 2 M + 1): weight by lag, from -M to M; sums to one less the explicit sink's.
         num_sequences: N.
+        by_sequence: Name -> A arrays (N, H): what the means are taken over.
         heads: H numbers that the heads have in the model.
         numbers: A numbers that the layers have in the model.
     """
@@ -67,6 +68,7 @@ class HeadReport(Table):
     sink_rate_interval: dict[float, Array]
     lag_profile: tuple[Array, ...]
     num_sequences: int
+    by_sequence: dict[str, tuple[Array, ...]]
     heads: tuple[int, ...]
     numbers: tuple[int, ...]
 
@@ -148,7 +150,7 @@ def head_report(  # noqa: PLR0913  (one argument a source or an option of the ta
     for rows in sources[0][1].values():
         require(rows.num_sequences > 0, "head_report", "layers", "have queries", list(layers), "Run the model first")
     heads = max(stats.num_heads for stats in layers.values())
-    tables, whole = _tables(sources, list(layers), heads, num_bootstraps, seed)
+    tables, whole, each = _tables(sources, list(layers), heads, num_bootstraps, seed)
     sinks = [of_rows[0].compute(rows) for rows in sources[0][1].values()]
     rates = {
         check_positive("head_report", "thresholds", t): _sink_rates(sinks, t, num_bootstraps, seed) for t in thresholds
@@ -162,6 +164,7 @@ def head_report(  # noqa: PLR0913  (one argument a source or an option of the ta
         sink_rate_interval={threshold: found[:, 1:] for threshold, found in rates.items()},
         lag_profile=tuple(_lag_profile(stats) for stats in layers.values()),
         num_sequences=max(stats.num_sequences for stats in layers.values()),
+        by_sequence={name: tuple(found) for name, found in each.items()},
         heads=tuple(range(heads)),
         numbers=tuple(range(len(layers))),
     )
@@ -169,19 +172,21 @@ def head_report(  # noqa: PLR0913  (one argument a source or an option of the ta
 
 def _tables(
     sources: Sources, layers: list[str], heads: int, num_bootstraps: int, seed: int
-) -> tuple[dict[str, dict[str, Array]], dict[str, Array]]:
-    """Mean, low and high of every quantity (A, H), and the interval of its mean over heads (A, 2)."""
+) -> tuple[dict[str, dict[str, Array]], dict[str, Array], dict[str, list[Array]]]:
+    """Mean, low and high of every quantity (A, H), the interval of its mean over heads (A, 2), and A times (N, H)."""
     generator = torch.Generator().manual_seed(seed)
     names = [quantity.name for group, _ in sources for quantity in group]
     tables = {part: {name: np.full((len(layers), heads), np.nan) for name in names} for part in ("mean", "low", "high")}
     whole = {name: np.full((len(layers), 2), np.nan) for name in names}
+    each = {name: [np.full((0, heads), np.nan)] * len(layers) for name in names}
     for a, layer in enumerate(layers):
         for group, collected in sources:
             for quantity, found, drawn in _computed(group, collected.get(layer), num_bootstraps, generator):
                 for table, numbers in zip(tables.values(), mean_interval(found, drawn), strict=True):
                     table[quantity.name][a, : len(numbers)] = numbers
                 whole[quantity.name][a] = _mean_over_heads(found, drawn)[1:]
-    return tables, whole
+                each[quantity.name][a] = found.numpy()
+    return tables, whole, each
 
 
 def _computed(

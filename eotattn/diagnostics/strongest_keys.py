@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -75,6 +75,13 @@ class StrongestKeys(Table):
         """(A,) share of heads and texts whose strongest key is a sink and the first token."""
         pairs = zip(self.mass, self.position, strict=True)
         return np.array([((mass > self.threshold) & (at == 0)).mean() for mass, at in pairs])
+
+    def of(self, texts: NDArray[np.bool_]) -> StrongestKeys:
+        """Those of some of the texts, (N,) true for each that stays."""
+        position = tuple(each[texts[: len(each)]] for each in self.position)
+        mass = tuple(each[texts[: len(each)]] for each in self.mass)
+        token = tuple(each[texts[: len(each)]] for each in self.token)
+        return replace(self, position=position, mass=mass, token=token)
 
     def common(self, layer: int) -> list[tuple[str, int]]:
         """What is a sink in how many texts of a layer, most texts first: the first token, other tokens, or keys."""

@@ -29,7 +29,7 @@ from eotattn.experiments.results import ResultFolder
 from eotattn.experiments.runs import RunsFailedError, UnknownRunsError, perform
 from eotattn.experiments.scales import ALL_SCALES, check_scale
 from eotattn.experiments.study import Figure
-from eotattn.experiments.tasks.token_text import BOOKS, DATA_VARIABLE
+from eotattn.experiments.tasks.token_text import BOOKS, DATA_VARIABLE, TokenText
 from eotattn.processes import is_first_process, num_processes
 from eotattn.provenance import check_writable, write_atomically
 
@@ -81,6 +81,11 @@ def choose_figures(owner: str, figures: Sequence[int | str] | None, scale: str) 
     return found
 
 
+def _reads_books(figure: Figure, scale: str) -> bool:
+    """Whether the runs of a figure read a corpus of prepared books."""
+    return bool(getattr(figure.recipe(scale), "corpus", "") == BOOKS)
+
+
 @speaking_as("train")
 def make_runs(  # noqa: PLR0913 - what the command line offers
     figures: Sequence[int | str] | None = None,
@@ -129,9 +134,10 @@ def make_runs(  # noqa: PLR0913 - what the command line offers
         require(Path(data).is_dir(), "train", "data", "be a folder that exists", data, "Prepare a corpus first")
         os.environ[DATA_VARIABLE] = str(Path(data).absolute())
     chosen = choose_figures("train", figures, scale).values()
-    reads_books = any(getattr(figure.recipe(scale), "corpus", "") == BOOKS for figure in chosen)
-    rule, remedy = "name a folder of prepared books", "eotattn prepare makes one"
-    require(not reads_books or DATA_VARIABLE in os.environ, "train", "data", rule, data, remedy)
+    reads_books = any(_reads_books(figure, scale) for figure in chosen)
+    require(data is None or reads_books, "train", "data", "go with a figure that reads books", data, "Drop it")
+    if reads_books:
+        TokenText.open(BOOKS)  # raises where there are none, or not all
     targets = [(figure, ResultFolder(out, scale, figure.name)) for figure in chosen]
     failed: list[str] = []
     unknown: list[UnknownRunsError] = []
@@ -193,6 +199,9 @@ def reproduce(
     check_writable("reproduce", Path(out) / scale, given=out)
     check_installed("reproduce", "experiments", *REQUIREMENTS)
     folder = find_notebooks(found.values())
+    for figure in found.values():
+        if _reads_books(figure, scale) and not (Path(out) / scale / ".runs" / figure.name).exists():
+            TokenText.open(BOOKS)
     targets = {key: ResultFolder(out, scale, figure.name) for key, figure in found.items()}
     executed = []
     for key, target in targets.items():

@@ -3,7 +3,7 @@
 from eotattn.integrations.attachment import Attached, attach
 from eotattn.integrations.capture import Capture, capture
 from eotattn.integrations.head_interventions import AddPrior, AddSink, HideKey, ReplaceHeads, intervene
-from eotattn.integrations.intervention_report import InterventionReport
+from eotattn.integrations.intervention_report import InterventionReport, PairedMean
 from eotattn.integrations.maps import map_statistics, read_maps
 from eotattn.integrations.prior_files import load_prior, save_prior
 from eotattn.integrations.prior_interface import register_attention
@@ -16,6 +16,7 @@ __all__ = [
     "Capture",
     "HideKey",
     "InterventionReport",
+    "PairedMean",
     "ReplaceHeads",
     "TrainingProbe",
     "attach",

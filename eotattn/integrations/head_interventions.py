@@ -57,6 +57,9 @@ class Intervention:
         """Whether implicit priors have to be fitted first."""
         return self.positional or callable(self.heads)
 
+    def check(self, longest: int) -> None:
+        """Raise unless it can change what is computed on texts of up to ``longest`` tokens."""
+
     def prior(self, layer: str, total: int, fits: HeadFits | None) -> LogPrior | None:
         """The prior of all ``total`` heads of a layer, if it gets one."""
         return None
@@ -90,6 +93,12 @@ class HideKey(Intervention):
 
     def __post_init__(self) -> None:
         check_positive_int("HideKey", "position", self.position, minimum=0)
+
+    def check(self, longest: int) -> None:
+        """A key that no query after it sees, or that no text has, cannot be missed."""
+        rule = f"be a key that a later token of a text sees, below {longest - 1}"
+        remedy = "Choose an earlier one, or pass longer texts"
+        require(self.position < longest - 1, OWNER, f"position of {self.name!r}", rule, self.position, remedy)
 
     def prior(self, layer: str, total: int, fits: HeadFits | None) -> LogPrior:
         """A table of keys whose entry weighs all scores down."""
@@ -212,6 +221,8 @@ def intervene(  # noqa: PLR0913  (one argument an option of the study)
     rule, remedy = "be some, each with its name", "Pass e.g. [HideKey('first token hidden')]"
     require(0 < len(set(names)) == len(names), OWNER, "interventions", rule, names or chosen, remedy)
     check_positive_int(OWNER, "num_controls", num_controls, minimum=0)
+    for intervention in chosen:
+        intervention.check(max(text.shape[1] for text in ids))
     fits_needed = any(intervention.needs_fits for intervention in chosen)
     parts = _parts(len(ids), num_splits, seed) if fits_needed else [list(range(len(ids)))]
     counts = {name: num_heads(name, module) for name, module in attention_layers(model).items()}

@@ -23,6 +23,8 @@ Array = NDArray[np.float64]
 OF_LOSS = ("better", "worse")
 OF_RANDOM = ("less than random", "more than random")
 UNDECIDED = "undecided"
+#: Words for an intervention that found no head to change, on any part of the texts.
+NO_HEADS = "no such heads"
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,8 @@ class InterventionReport:
         for effect in self.effects:
             change, against = self.change(effect), self.against_random(effect)
             row = {"intervention": effect.name, "heads": effect.num_heads, "loss": float(effect.losses.mean())}
-            row |= {"change": change.mean, "low": change.low, "high": change.high, "verdict": change.verdict(OF_LOSS)}
+            verdict = change.verdict(OF_LOSS) if effect.num_heads else NO_HEADS
+            row |= {"change": change.mean, "low": change.low, "high": change.high, "verdict": verdict}
             nan = PairedMean(math.nan, math.nan, math.nan)
             random = math.nan if effect.random is None else float(effect.random.mean())
             row |= {"random_loss": random, "against_random": (against or nan).mean}
@@ -146,8 +149,8 @@ class InterventionReport:
 
     def _cells(self, effect: Effect) -> list[str]:
         change, against = self.change(effect), self.against_random(effect)
-        cells = [effect.name, f"{effect.num_heads:.4g}", f"{effect.losses.mean():.3f}", str(change)]
-        cells.append(change.verdict(OF_LOSS))
+        cells = [effect.name, f"{effect.num_heads:.4g}", f"{effect.losses.mean():.3f}"]
+        cells += [str(change), change.verdict(OF_LOSS)] if effect.num_heads else [NO_HEADS, ""]
         if against is None or effect.random is None:
             return [*cells, "", "", ""]
         return [*cells, f"{effect.random.mean():.3f}", str(against), against.verdict(OF_RANDOM)]

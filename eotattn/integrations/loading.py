@@ -14,7 +14,7 @@ from torch import nn
 
 from eotattn.checks import check_choice, check_device, check_installed, fail, require
 
-__all__ = ["load_local_model"]
+__all__ = ["check_files", "load_local_model"]
 
 OWNER = "load_local_model"
 #: Dtypes that models compute in.
@@ -22,7 +22,7 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 def load_local_model(
-    folder: str | Path | None, *, device: str = "cpu", dtype: str = "float32"
+    folder: str | Path | None, *, device: str = "cpu", dtype: str = "float32", tokenizer_folder: Path | None = None
 ) -> tuple[nn.Module, Any]:
     """Load a Hugging Face model and its tokenizer from a folder.
 
@@ -31,6 +31,7 @@ def load_local_model(
             causal language model where the configuration names one, else the bare model.
         device: Where the model goes.
         dtype: Of the weights: "float16", "bfloat16", "float32" or "float64".
+        tokenizer_folder: Holds the tokenizer's files instead.
 
     Returns:
         ``(model, tokenizer)``, the model in evaluation mode.
@@ -43,7 +44,7 @@ def load_local_model(
     path = Path(str(folder))
     kind = getattr(torch, check_choice(OWNER, "dtype", dtype, DTYPES))
     check_device(OWNER, "device", device)
-    _check_files(path)
+    check_files(path)
     config = _read_config(path)
     own_code = "auto_map" in config
     require(not own_code, OWNER, "model", "need no code of its own", config.get("auto_map"), "Use a library class")
@@ -61,8 +62,8 @@ def load_local_model(
     loading = {"use_safetensors": True, "dtype": kind, "output_loading_info": True}
     try:
         with _bars_on_terminals_only():
-            tokenizer = _read_tokenizer(path, options)
-            _check_tokenizer(path, tokenizer)
+            tokenizer = _read_tokenizer(tokenizer_folder or path, options)
+            _check_tokenizer(tokenizer_folder or path, tokenizer)
             model, info = make.from_pretrained(path, **loading, **options)
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
@@ -113,7 +114,8 @@ def _bars_on_terminals_only() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _check_files(path: Path) -> None:
+def check_files(path: Path) -> None:
+    """Raise unless a folder holds a configuration and safetensors."""
     require(path.is_dir(), OWNER, "model", "be a local folder", str(path), "Download the model first")
     has_config = (path / "config.json").is_file()
     require(has_config, OWNER, "model", "hold config.json", str(path), "Point at the folder of the model")

@@ -24,6 +24,8 @@ __all__ = ["ATTRIBUTE", "IMPLEMENTATION", "LayerChange", "layer_change", "layer_
 IMPLEMENTATION = "eotattn"
 #: Where an attention module keeps its :class:`LayerChange`.
 ATTRIBUTE = "eotattn"
+#: What ``torch.compile(model, fullgraph=True)`` says.
+NO_FULL_GRAPH = "attach: masks that say where tokens are have no graph. Compile the model with fullgraph=False."
 #: Keywords of attention functions that choose keys in ways that no mask, bias or sink states.
 UNKNOWN = ("indices", "block_indices", "block_table", "cache", "head_mask", "sinks")
 
@@ -89,7 +91,8 @@ def register_attention() -> str:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(IMPLEMENTATION, attend)
-    AttentionMaskInterface.register(IMPLEMENTATION, mask_function("sdpa", "attach"))
+    mask = torch.compiler.disable(mask_function("sdpa", "attach"), reason=NO_FULL_GRAPH)
+    AttentionMaskInterface.register(IMPLEMENTATION, mask)
     return IMPLEMENTATION
 
 

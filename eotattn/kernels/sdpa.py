@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["attend", "far_lane", "kernel_width", "lowest_bias", "padding_lane"]
+__all__ = ["attend", "far_lane", "far_lift", "kernel_width", "lowest_bias", "padding_lane"]
 
 #: Fused kernels on a GPU want head widths that are multiples of this.
 WIDTH_STEP = 8
@@ -73,6 +73,14 @@ def far_lane(dtype: torch.dtype, *, scale: float) -> float:
     return -6e4 if dtype == torch.float16 else -1e9 / scale
 
 
+def far_lift(dtype: torch.dtype, *, scale: float) -> float:
+    """The query's entry of that lane."""
+    # float16 holds no such number, but the product of two: 1e7 nats, where float32 still tells one nat from the next,
+    # since what a backward pass makes of rows without keys has to fit float16 too
+    far = far_lane(dtype, scale=scale)
+    return min(1e7 / (-far * scale), -far) if dtype == torch.float16 else 1.0
+
+
 def lowest_bias(dtype: torch.dtype, *, scale: float) -> float:
     """The lowest log-prior of a key that lanes carry, nats: far below any score, and finite, since inf * 0 is NaN."""
     return -1e4 * min(1.0, scale**0.5) if dtype == torch.float16 else -1e30
@@ -91,7 +99,5 @@ def padding_lane(padding: Tensor, dtype: torch.dtype, *, scale: float) -> tuple[
     """
     far = far_lane(dtype, scale=scale)
     key_lane = torch.zeros(padding.shape, dtype=dtype, device=padding.device).masked_fill(padding, far)
-    # float16 holds no such number, but the product of two: 1e7 nats, where float32 still tells one nat from the next,
-    # since what a backward pass makes of rows without keys has to fit float16 too
-    lift = min(1e7 / (-far * scale), -far) if dtype == torch.float16 else 1.0
-    return torch.full((1, 1, 1, 1), lift, dtype=dtype, device=padding.device), key_lane[:, None, :, None]
+    query_lane = torch.full((1, 1, 1, 1), far_lift(dtype, scale=scale), dtype=dtype, device=padding.device)
+    return query_lane, key_lane[:, None, :, None]

@@ -26,13 +26,13 @@ def plot_time_ratios(
     highlight: str = "eotattn",
     axes: Axes | None = None,
 ) -> Axes:
-    """Draw one horizontal bar a candidate: its time over the baseline's, on a logarithmic axis.
+    """Draw one point a candidate: its time over the baseline's, on a logarithmic axis, with a line from one.
 
     Args:
         names: (N,) candidates, from top to bottom.
         ratios: (N,) times over the baseline's, positive.
         bound: Where to draw a dashed line.
-        highlight: Candidates whose name begins so are drawn in another colour.
+        highlight: Candidates whose name begins so are drawn in another colour, which the legend names.
         axes: Where to draw; a new figure by default.
     """
     values = to_array("plot_time_ratios", "ratios", ratios, num_axes=1)
@@ -41,13 +41,17 @@ def plot_time_ratios(
     require(bool((values > 0).all()), "plot_time_ratios", "ratios", "be positive", ratios, "Drop failed candidates")
     axes = resolve_axes(axes)
     places = np.arange(len(names))[::-1]
-    colours = [OKABE_ITO["vermillion"] if name.startswith(highlight) else OKABE_ITO["blue"] for name in names]
-    axes.barh(places, values, color=colours, height=0.7)
+    highlighted = np.array([name.startswith(highlight) for name in names])
+    for label, colour, shown in ((highlight, "vermillion", highlighted), ("others", "blue", ~highlighted)):
+        if shown.any():
+            axes.scatter(values[shown], places[shown], s=30, color=OKABE_ITO[colour], label=label, zorder=3)
+            axes.hlines(places[shown], 1.0, values[shown], color=OKABE_ITO[colour], linewidth=1.5)
     for place, value in zip(places, values, strict=True):
-        axes.annotate(f" {value:.2f}", (value, place), va="center", fontsize=8)
+        at = max(value, 1.0), place
+        axes.annotate(f"{value:.2f}", at, (6, 0), textcoords="offset points", va="center", fontsize=8)
     axes.set_yticks(places, names, fontsize=8)
     axes.set_xscale("log")
-    axes.set_xlim(min(0.8, values.min() * 0.9), values.max() * 1.5)
+    axes.set_xlim(min(0.8, values.min() * 0.8), max(values.max(), 1.0) * 1.5)
     axes.xaxis.set_major_locator(LogLocator(subs=RATIOS))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
@@ -55,6 +59,8 @@ def plot_time_ratios(
     if bound is not None:
         axes.axvline(bound, color="0.3", linewidth=0.8, linestyle="--")
     axes.set_xlabel("time over the baseline's")
+    if highlighted.any() and not highlighted.all():
+        axes.legend(frameon=False, fontsize=8)
     return axes
 
 

@@ -514,6 +514,12 @@ class ScaledPrior(CombinedPrior):
             with torch.no_grad():
                 self.factor.copy_(torch.tensor(self._start))
 
+    def extra_repr(self) -> str:
+        """Heads, and the factor or those of the heads."""
+        if isinstance(self.factor, nn.Parameter):
+            return super().extra_repr()
+        return f"{super().extra_repr()}, factor={self.factor[0] if len(set(self.factor)) == 1 else self.factor}"
+
     def _like(self, prior: LogPrior) -> ScaledPrior:
         """Another prior with the same factors."""
         scaled = ScaledPrior(prior, self._start)

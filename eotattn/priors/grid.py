@@ -65,6 +65,8 @@ class GridPrior(CombinedPrior):
         for axis in axes:
             check_prior("GridPrior", "axes", axis)
             require(axis.num_coordinates == 1, "GridPrior", "axes", "act on one coordinate", axis, "Pass 1-D priors")
+            remedy = "Add what reads the tokens to the grid's prior"
+            require(not axis.reads_tokens, "GridPrior", "axes", "read positions alone", type(axis).__name__, remedy)
         heads = tuple(axis.num_heads for axis in axes)
         require(len(set(heads)) == 1, "GridPrior", "axes", "agree in num_heads", heads, "Rebuild one of them")
         super().__init__(axes, heads[0])

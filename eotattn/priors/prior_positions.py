@@ -51,8 +51,8 @@ def table_lookup(table: Tensor, *, has_batch: bool) -> Callable[..., Tensor]:
     """A function (batch, index, ...) -> entry of a table (L, ...) or (B, L, ...), whose single row serves all."""
     if not has_batch or table.shape[0] == 1:
         rows = table[0] if has_batch else table
-        return lambda batch, index, *rest: rows[(index, *rest)]
-    return lambda batch, index, *rest: table[(batch, index, *rest)]
+        return lambda batch, *index: rows[index]
+    return lambda *index: table[index]
 
 
 def position_lookup(positions: Tensor | None, num_coordinates: int) -> Callable[[Tensor, Tensor], Tensor]:

@@ -252,7 +252,7 @@ def test_an_interruption_keeps_finished_texts(loaded, tmp_path):
 
 def test_an_interrupted_command_says_what_was_kept(folder, tmp_path, capsys, monkeypatch):
     (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps(text) for text in TEXTS))
-    own, out = run._run_text, tmp_path / "out"
+    own, out = run._run_batch, tmp_path / "out"
     arguments = ["analyze", str(folder), "--texts", str(tmp_path / "texts.jsonl"), "--out", str(out)]
 
     def interrupted_after(count):
@@ -266,11 +266,11 @@ def test_an_interrupted_command_says_what_was_kept(folder, tmp_path, capsys, mon
 
         return run_text
 
-    monkeypatch.setattr(run, "_run_text", interrupted_after(0))
+    monkeypatch.setattr(run, "_run_batch", interrupted_after(0))
     assert cli.main(arguments) == 130
     assert "interrupted; no text was finished yet, and nothing was written" in capsys.readouterr().err
     assert not out.exists()
-    monkeypatch.setattr(run, "_run_text", interrupted_after(3))
+    monkeypatch.setattr(run, "_run_batch", interrupted_after(3))
     assert cli.main(arguments) == 130
     assert "3 of 4 texts that were finished" in capsys.readouterr().err
     assert json.loads((out / "report.json").read_text())["num_texts"] == 3

@@ -39,6 +39,9 @@ def test_bytes_are_tokens():
     assert tokenizer("aä")["input_ids"].tolist() == [[97, 195, 164]]
     assert tokenizer("abc", max_length=2, truncation=True, return_tensors="pt")["input_ids"].tolist() == [[97, 98]]
     assert tokenizer.convert_ids_to_tokens([97, 195, 10]) == ["a", "<195>", "⏎"]
+    begins = ByteTokenizer(8, beginning=256)
+    assert begins("abc", max_length=2)["input_ids"].tolist() == [[256, 97]]
+    assert begins.convert_ids_to_tokens([256, 97]) == ["<begin>", "a"]
     with pytest.raises(ValueError, match=r"ByteTokenizer: options must be among .*; got \['padding'\]"):
         tokenizer("a", padding=True)
     with pytest.raises(ValueError, match=r"analyze: texts\[0\] must fit into the model's 8 positions"):

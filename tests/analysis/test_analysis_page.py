@@ -46,7 +46,7 @@ def analysis():
     for _ in range(3):
         with residuals(model) as norms, capture(model, certify=True, top_key_rows=9) as captured:
             model(torch.randn(1, len(TOKENS), 12, dtype=torch.float64, requires_grad=True))
-        parts = {"top_keys": captured.top_keys, "tokens": TOKENS}
+        parts = {"top_keys": captured.top_keys, "tokens": (TOKENS,)}
         found.append(TextFindings(captured.layers, captured.values, captured.certificates, norms, **parts))
     whole = summarize(found, num_given=3)
     first, second = whole.priors  # the first one's fit holds, the second one's fails

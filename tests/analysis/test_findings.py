@@ -47,7 +47,7 @@ def text_of(maps, tokens, **kinds):
         map_statistics(maps, is_causal=True),
         token_scores={name: TokenStatistics.of(source, ids) for name, source in sources.items()},
         top_keys={name: TopKeys.of(source) for name, source in sources.items()},
-        tokens=tuple(tokens),
+        tokens=(tuple(tokens),),
         **kinds,
     )
 

@@ -167,6 +167,8 @@ FUNCTIONAL = {
         ValueError,
         "backend must be one of 'auto', 'sdpa', 'near_far', 'rebased', 'varlen', 'flex', 'reference'",
     ),
+    "a switch that is a word": (call(return_lse="yes"), TypeError, "return_lse must be True or False; got 'yes'"),
+    "a switch that is a number": (call(return_weights=1), TypeError, "return_weights must be True or False; got 1"),
     "a window without causality": (call(window=3), ValueError, "window must be left out without is_causal; got 3"),
     "an empty window": (call(is_causal=True, window=0), ValueError, "window must be at least 1; got 0"),
     "a fractional window": (call(is_causal=True, window=2.0), TypeError, "window must be an integer"),

@@ -181,6 +181,18 @@ def test_calls_take_the_order_and_the_times_of_their_own_pattern(part, prior, mo
     assert backends.choose(call).name == next(iter(times))
 
 
+@pytest.mark.parametrize(("width", "words"), [(64, "heads of 64)"), (8, "heads of 64; not at this call's 8)")])
+def test_what_was_measured_names_its_width(width, words):
+    explanation = explain(*[torch.zeros(1, H, 5, width)] * 3, prior=RecencyPrior(H), is_causal=True)
+    assert words in str(explanation).split("measured")[1].split("\n")[0]
+
+
+def test_what_was_measured_with_a_prior_is_not_said_of_calls_without():
+    explanation = explain(*content(), is_causal=True)
+    assert explanation.times.forward is None
+    assert not any("1.43" in line or "1.84" in line for line in str(explanation).split("\n"))
+
+
 def test_a_window_and_documents_are_told_apart_with_and_without_a_prior():
     band, documents = Masks(band=Band(0, 4)), Masks(documents=PackedDocuments([3, 5]))
     assert preference(band, 8, has_prior=False)[0] == preference(documents, 8, has_prior=False)[0] == "varlen"

@@ -100,7 +100,7 @@ def test_a_prepared_corpus_reads_back(shelf, tmp_path, monkeypatch):
     content = bytearray((out / "test.npy").read_bytes())
     content[-2] ^= 1
     (out / "test.npy").write_bytes(bytes(content))
-    with pytest.raises(ValueError, match=r"corpus must have the files of its corpus\.json; got \['test\.npy'\]"):
+    with pytest.raises(ValueError, match=r"data must hold whole files; got \['test\.npy'\]"):
         TokenText.open("books")
 
 
@@ -123,7 +123,7 @@ def test_a_corpus_that_is_not_named_or_not_there_is_said(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="data must name a folder of prepared books"):
         TokenText.open("books")
     monkeypatch.setenv(DATA_VARIABLE, str(tmp_path))
-    with pytest.raises(ValueError, match=r"corpus must be a folder with a corpus\.json"):
+    with pytest.raises(ValueError, match=r"data must be a folder with a corpus\.json"):
         TokenText.open("books")
 
 

@@ -20,6 +20,8 @@ peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 with torch.no_grad():
     with capture(model):
         model(tokens[:, :64])
+    if sys.argv[1] == "sdpa":
+        model(tokens)  # what it needs by itself
     before = peak()
     with capture(model) as captured:
         model(tokens)
@@ -29,9 +31,9 @@ with torch.no_grad():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
-@pytest.mark.parametrize(("implementation", "length", "bound"), [("sdpa", 8192, 250), ("eager", 4096, 125)])
+@pytest.mark.parametrize(("implementation", "length", "bound"), [("sdpa", 8192, 100), ("eager", 4096, 125)])
 def test_full_statistics_stay_below_a_quarter_of_one_stored_map(implementation, length, bound):
-    """MiB; the maps of the four heads would take 1024 at 8192 tokens, and 256 at 4096."""
+    """MiB, above the model's own where it stores no maps; those of the four heads would take 1024, and 256 at 4096."""
     command = [sys.executable, "-c", PROGRAM, implementation, str(length)]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert float(run.stdout) < bound

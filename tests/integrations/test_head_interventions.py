@@ -158,6 +158,16 @@ def test_the_standard_study_takes_one_call(model, texts, monkeypatch):
     assert np.array_equal(again.effects[1].losses, least.losses)
 
 
+def test_a_study_that_finds_no_such_heads_says_so(model, texts):
+    """Few heads of a model with random weights are explained by position; of none of these, above 0.8."""
+    report = intervene(model, texts, num_controls=1)
+    assert [effect.num_heads for effect in report.effects] == [0, 0, 8]
+    assert report.to_dict()["verdict"][:2] == ["no such heads"] * 2
+    rows = repr(report).split("\n")[1:4]
+    assert [("no such heads" in row, "+0.000" in row) for row in rows[:2]] == [(True, False)] * 2
+    assert "no such heads" not in rows[2]
+
+
 def test_intervals_are_those_of_students_t():
     values = np.random.default_rng(0).normal(0.3, 1.0, 9)
     low, high = stats.t.interval(0.95, 8, values.mean(), stats.sem(values))
@@ -205,6 +215,10 @@ def test_the_table_is_read_as_it_is():
         ({"interventions": [HideKey]}, "intervene: interventions must be some, each with its name; got [<class"),
         ({"interventions": [HideKey(0)]}, "intervene: interventions must be some, each with its name; got [HideKey"),
         ({"interventions": [HideKey("a"), HideKey("a")]}, "intervene: interventions must be some, each with its name"),
+        (
+            {"interventions": [HideKey("a", position=18)]},
+            "intervene: position of 'a' must be a key that a later token of a text sees, below 18; got 18",
+        ),
         ({"interventions": [HideKey("a", [(2, 0)])]}, "intervene: heads of 'a' must be (layer, head) pairs"),
         ({"interventions": [HideKey("a", [(0, 4)])]}, "intervene: heads of 'a' must be (layer, head) pairs"),
         (

@@ -1,4 +1,4 @@
-"""Plots of benchmarks: bars and curves carry the numbers, axes are named, bad arrays are refused."""
+"""Plots of benchmarks: points and curves carry the numbers, axes are named, bad arrays are refused."""
 
 import matplotlib.pyplot as plt
 import pytest
@@ -12,10 +12,14 @@ def _close_figures():
     plt.close("all")
 
 
-def test_bars_are_the_ratios_and_ticks_are_plain_numbers():
-    axes = plot_time_ratios(["bare", "eotattn, reserved", "peer"], [1.0, 1.25, 4.0], bound=1.15)
-    assert [bar.get_width() for bar in axes.patches] == [1.0, 1.25, 4.0]
-    assert axes.patches[1].get_facecolor() != axes.patches[0].get_facecolor() == axes.patches[2].get_facecolor()
+def test_points_are_the_ratios_and_ticks_are_plain_numbers():
+    axes = plot_time_ratios(["bare", "eotattn, reserved", "peer"], [0.9, 1.25, 4.0], bound=1.15)
+    assert not axes.patches  # the length of a bar means nothing on a logarithmic axis
+    own, _, others, lines_of_others = axes.collections
+    assert own.get_offsets().tolist() == [[1.25, 1]]
+    assert others.get_offsets().tolist() == [[0.9, 2], [4.0, 0]]
+    assert [segment[:, 0].tolist() for segment in lines_of_others.get_segments()] == [[1.0, 0.9], [1.0, 4.0]]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["eotattn", "others"]
     assert sorted(line.get_xdata()[0] for line in axes.lines) == [1.0, 1.15]
     axes.figure.canvas.draw()
     low, high = axes.get_xlim()
@@ -38,6 +42,6 @@ def test_curves_are_the_errors_by_length():
         (["one"], [[1.0]], "ratios must have 1 axes"),
     ],
 )
-def test_bad_bars_are_refused(names, ratios, says):
+def test_bad_ratios_are_refused(names, ratios, says):
     with pytest.raises(ValueError, match=says):
         plot_time_ratios(names, ratios)

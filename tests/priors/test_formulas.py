@@ -11,6 +11,7 @@ from tolerances import TOLERANCE, assert_close, centre_rows, relative_error
 from eotattn.priors import (
     ClassTokenPrior,
     DensePrior,
+    ForgettingPrior,
     FourierPrior,
     GridPrior,
     HeadsPrior,
@@ -390,6 +391,13 @@ def test_a_multiple_scales_every_part_and_is_a_constant_of_its_constructor():
     assert_close(exact(loaded), 4.0 * exact(prior))
 
 
+def test_a_multiple_shows_its_factors():
+    prior = RecencyPrior(2)
+    for scaled, words in ((2 * prior, "factor=2.0"), (prior * (1.0, 0.0), "factor=(1.0, 0.0)")):
+        assert f"num_heads=2, {words}" in repr(scaled)
+    assert "factor=(2,)" in repr(ScaledPrior(prior, 0.5, learnable=True)), "what is learned is shown by its shape"
+
+
 def test_a_multiple_a_head_scales_head_by_head_and_zero_removes_the_prior():
     prior = off_neutral(goat_prior(HEADS, num_frequencies=3))
     scaled = prior * (2.0, -0.5, 0.0)
@@ -525,6 +533,7 @@ def test_a_part_of_a_sum_can_be_frozen():
         (lambda: DensePrior(torch.full((1, 2, 2), math.inf)), ValueError, r"hold no NaN and no \+inf"),
         (lambda: GridPrior(RecencyPrior(2), RecencyPrior(3)), ValueError, "GridPrior: axes must agree in num_heads"),
         (lambda: GridPrior(ClassTokenPrior(2), RecencyPrior(2)), ValueError, "axes must act on one coordinate"),
+        (lambda: GridPrior(ForgettingPrior(4, 2), RecencyPrior(2)), ValueError, "axes must read positions alone"),
         (lambda: GridPrior(RecencyPrior(2)), ValueError, "GridPrior: axes must be two or more priors"),
         (lambda: RecencyPrior(2) + RecencyPrior(3), ValueError, "parts must agree in num_heads"),
         (lambda: RecencyPrior(2) + ClassTokenPrior(2), ValueError, "parts must agree in num_coordinates"),

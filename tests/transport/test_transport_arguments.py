@@ -136,7 +136,7 @@ def test_defaults():
     assert (FREE.query_penalty, FREE.key_penalty, BOUND.key_penalty) == (INF, 0.0, INF)
     assert TransportProblem(SCORE, key_penalty=0.0).key_penalty == 0.0
     assert solve(FREE).solver == "ClosedForm"
-    assert solve(BOUND).solver == "Newton"
+    assert solve(BOUND).solver == "Sinkhorn"
 
 
 def test_a_problem_is_frozen():

@@ -4,7 +4,8 @@ const THUMBS = 24, THUMB_TOKENS = 48;
 let data, chosen, order = [], shownThumbs = THUMBS, query = 1;
 
 async function unpack() {
-  const bytes = Uint8Array.from(atob(byId("data").textContent), letter => letter.charCodeAt(0));
+  const letters = atob(byId("data").textContent), bytes = new Uint8Array(letters.length);
+  for (let i = 0; i < bytes.length; i++) bytes[i] = letters.charCodeAt(i);
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
   return JSON.parse(await new Response(stream).text());
 }
@@ -277,7 +278,8 @@ byId("reading").addEventListener("keydown", event => {
   drawReading();
 });
 
-function draw() { drawGrid(); drawThumbs(); drawHead(); drawReading(); drawPrior(); }
+function drawTop() { drawGrid(); drawThumbs(); drawHead(); drawReading(); }
+function draw() { drawTop(); drawPrior(); }
 function offer(name, entries, listener) {
   byId(name).append(...entries.map(([value, text]) => part("option", {value}, text)));
   byId(name).addEventListener("change", listener);
@@ -296,7 +298,8 @@ function start(found) {
   const texts = data.texts.map((_, text) => [text, textName(text)]);
   offer("text", texts, () => { drawThumbs(); drawReading(); drawTokens(); });
   byId("more").addEventListener("click", () => { shownThumbs += 4 * THUMBS; drawThumbs(); });
-  draw(); drawTokens(); drawMargins(); drawLayers();
+  drawTop();
+  for (const below of [drawPrior, drawTokens, drawMargins, drawLayers]) setTimeout(below);  // what is seen comes first
 }
 unpack().then(start).catch(error => {
   byId("failure").textContent =

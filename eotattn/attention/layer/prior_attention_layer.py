@@ -29,6 +29,7 @@ from eotattn.attention.layer.output_gate import KINDS, OutputGate
 from eotattn.attention.layer.projected_heads import Heads, ProjectedHeads
 from eotattn.attention.layer.rotary import Rotary
 from eotattn.attention.masks import from_multihead_convention
+from eotattn.attention.static_cache import StaticCache
 from eotattn.checks import check_choice, check_floating, check_positive_int, check_probability, fail, require
 from eotattn.compat import first_parameter
 from eotattn.kernels.sdpa import WIDTH_STEP
@@ -320,6 +321,8 @@ class PriorAttention(ProjectedHeads):
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        is_static: bool = False,
+        store: torch.dtype | None = None,
     ) -> KeyValueCache:
         """An empty :class:`KeyValueCache` for this layer and its prior, ``max_length`` tokens long.
 
@@ -328,6 +331,8 @@ class PriorAttention(ProjectedHeads):
             max_length: Tokens to allocate.
             dtype: Dtype of keys and values; by default that of the output projection.
             device: Device of the storage, likewise; to be given where weights are loaded call by call.
+            is_static: Make a :class:`StaticCache`, whose steps one recorded graph serves.
+            store: Dtype of 8 bits to keep content in, as in :class:`KeyValueCache`.
         """
         weight = self.out_proj.weight
         dtype, device = dtype or weight.dtype, torch.device(device or weight.device)
@@ -336,7 +341,8 @@ class PriorAttention(ProjectedHeads):
         if self.prior is not None:
             _make_ready(owner, self.prior, device)
         sizes = (batch_size, self.num_kv_heads, max_length, self.content_dim, self.head_dim)
-        return KeyValueCache(*sizes, prior=self.prior, dtype=dtype, device=device)
+        kind = StaticCache if is_static else KeyValueCache
+        return kind(*sizes, prior=self.prior, dtype=dtype, device=device, store=store)
 
     def _checked_sinks(self, owner: str, sinks: AttentionSinks) -> AttentionSinks:
         """The sinks, once they fit heads and widths."""

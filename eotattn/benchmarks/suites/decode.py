@@ -1,88 +1,188 @@
-"""One new token against a cache."""
+"""One new token against a cache: call by call, compiled, and as a recorded graph."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from eotattn.attention import KeyValueCache, prior_attention
+from eotattn.attention import KeyValueCache, StaticCache, prior_attention
 from eotattn.benchmarks.suites.configuration import Configuration
 from eotattn.benchmarks.suites.inputs import gpt_prior, measured, trained
 from eotattn.benchmarks.timing import Candidate, Row
-from eotattn.kernels.sdpa import WIDTH_STEP, kernel_width
-from eotattn.priors import LogPrior
+from eotattn.compat import lasting
+from eotattn.kernels.sdpa import WIDTH_STEP
+from eotattn.priors import LogPrior, goat_prior
 
 __all__ = ["decode", "decode_step"]
 
-
+#: Batch, heads, key heads, slots of the cache, head width.
 Shape = tuple[int, int, int, int, int]
+#: A step, and what takes the cache back to where it began.
+Arm = tuple[Callable[[], Tensor], Callable[[], Any]]
+
+#: Steps from where a cache begins to where it is full, where it is not short.
+MOST_ROOM = 64
 
 
 def decode(config: Configuration) -> Iterator[Row]:
-    """One new token against a cache, grouped queries: the attention of a decoding step."""
-    small, full = [(1, 4, 2, 64, 32)], [(8, 32, 8, 2048, 128), (8, 32, 8, 32768, 128), (8, 32, 8, 32768, 64)]
+    """One new token against a cache, grouped queries: the attention of a decoding step.
+
+    Three kinds of step, each beside SDPA (``scaled_dot_product_attention``) with a bare append of the same kind:
+    ``eager`` calls; ``compiled`` ones (on a GPU ``mode="reduce-overhead"``, on a CPU traced alone); and, on a GPU,
+    ``recorded`` ones, compiled and captured in one CUDA graph, which leaves the host out.
+    """
+    small = [(1, 4, 2, 64, 32)]
+    full = [(batch, 32, 8, length, 128) for length in (2048, 32768) for batch in (1, 8)] + [(8, 32, 8, 32768, 64)]
     for shape in config.pick(small, full):
         yield from decode_step(config, shape)
 
 
 def decode_step(config: Configuration, shape: Shape) -> list[Row]:
-    """The step at one shape: B, H, Hk, tokens in the cache, head width D."""
-    _, heads, kv_heads, _, width = shape
-    prior = trained(gpt_prior(heads), config)
-    lanes = prior.num_lanes(config.place["dtype"], kv_heads)
-    lanes = -(-lanes // WIDTH_STEP) * WIDTH_STEP
-    wide = kernel_width(width + lanes, config.place["device"])
+    """The step at one shape, in all kinds."""
+    heads = shape[1]
+    priors = {
+        "recency + sink": trained(gpt_prior(heads), config),
+        "GOAT, 4 frequencies": trained(goat_prior(heads, num_frequencies=4), config),
+    }
+    rows: list[Row] = []
+    for kind in ("eager", "compiled", *(["recorded"] if config.place["device"].type == "cuda" else [])):
+        torch.compiler.reset()
+        with torch.inference_mode(kind == "eager"), torch.no_grad():
+            found = measured(_candidates(config, shape, kind, priors), config)
+        names = ("batch", "heads", "kv_heads", "length", "width")
+        rows += [{**dict(zip(names, shape, strict=True)), "pass": f"decode, {kind}", **row} for row in found]
+    return rows
+
+
+def _candidates(config: Configuration, shape: Shape, kind: str, priors: dict[str, LogPrior]) -> list[Candidate]:
+    def candidate(name: str, arm: Callable[..., Arm], *arguments: Any) -> Candidate:
+        return Candidate(name, lambda: _stepping(kind, shape, *arm(config, shape, kind, *arguments)))
+
+    yes, kv_heads, width = kind != "eager", shape[2], shape[-1]
     candidates = [
-        Candidate("SDPA, no prior, appending to a cache", partial(_bare, config, shape, 0, True)),
-        Candidate("SDPA, no prior", partial(_bare, config, shape, 0, False)),
-        Candidate("eotattn, no prior", partial(_cached, config, shape, 0, None)),
-        Candidate("eotattn, recency + sink, reserved", partial(_cached, config, shape, -lanes, prior)),
-        Candidate("eotattn, recency + sink, appended", partial(_cached, config, shape, 0, prior)),
-        Candidate(f"SDPA alone, {wide - width} columns more", partial(_bare, config, shape, wide - width, False)),
+        candidate("SDPA, appending to a cache", _bare),
+        *([candidate("SDPA, appending, free slots masked", _bare, 0, 0, True)] if yes else []),
+        candidate("eotattn, no prior", _cached, 0, None),
     ]
-    with torch.inference_mode():
-        found = measured(candidates, config)
-    names = ("batch", "heads", "kv_heads", "length", "width")
-    return [{**dict(zip(names, shape, strict=True)), "pass": "decode", **row} for row in found]
+    counts = dict[int, None]()
+    for name, prior in priors.items():
+        lanes = -(-prior.num_lanes(config.place["dtype"], kv_heads) // WIDTH_STEP) * WIDTH_STEP
+        counts[lanes] = None
+        if lanes < width:
+            candidates.append(candidate(f"eotattn, {name}, reserved", _cached, -lanes, prior))
+        candidates.append(candidate(f"eotattn, {name}, appended", _cached, 0, prior))
+    for count in counts:
+        candidates.append(candidate(f"SDPA, keys of {count} columns more", _bare, count))
+        candidates.append(candidate(f"SDPA, keys and values of {count} columns more", _bare, count, count))
+    return candidates
 
 
-def _sides(config: Configuration, shape: Shape, more: int) -> tuple[Tensor, Tensor, Tensor]:
-    """One query and all keys and values; ``more`` columns of queries and keys."""
+def _stepping(kind: str, shape: Shape, attend: Callable[[], Tensor], rewind: Callable[[], Any]) -> Callable[[], Any]:
+    """The step in its kind, which begins again when the cache is full."""
+    on_gpu = torch.cuda.is_available() and attend().is_cuda
+    rewind()
+    run: Callable[[], Any] = attend
+    begin: Callable[[], Any] = lambda: None  # noqa: E731
+    if kind == "compiled":
+        options: dict[str, Any] = {"mode": "reduce-overhead"} if on_gpu else {"backend": "aot_eager"}
+        run, begin = torch.compile(attend, fullgraph=True, **options), torch.compiler.cudagraph_mark_step_begin
+    elif kind == "recorded":
+        run = _recorded(torch.compile(attend, fullgraph=True))
+        rewind()
+    room, count = _room(shape), 0
+
+    def step() -> Any:
+        nonlocal count
+        if count == room:
+            rewind()
+            count = 0
+        count += 1
+        begin()
+        return run()
+
+    return step
+
+
+def _recorded(step: Callable[[], Tensor]) -> Callable[[], None]:
+    """The step as one CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def _room(shape: Shape) -> int:
+    return min(MOST_ROOM, shape[3] // 4)
+
+
+def _sides(config: Configuration, shape: Shape, of_keys: int, of_values: int) -> list[Tensor]:
+    """Query of one token, keys and values of all slots, so many columns wider than the head."""
     batch, heads, kv_heads, length, width = shape
     generator = torch.Generator(config.device).manual_seed(config.seed)  # on the device: these are large
-    shapes = ((heads, 1, width + more), (kv_heads, length, width + more), (kv_heads, length, width))
-    query, key, value = (torch.randn(batch, *one, generator=generator, **config.place) for one in shapes)
-    return query, key, value
+    shapes = ((heads, 1, width + of_keys), (kv_heads, length, width + of_keys), (kv_heads, length, width + of_values))
+    return [torch.randn(batch, *one, generator=generator, **config.place) for one in shapes]
 
 
-def _bare(config: Configuration, shape: Shape, more: int, appending: bool) -> Callable[[], Any]:
-    query, key, value = _sides(config, shape, more)
-    attend = partial(functional.scaled_dot_product_attention, query, key, value, enable_gqa=True)
-    if not appending:
-        return attend
-    last = key[:, :, -1:].clone(), value[:, :, -1:].clone()
+def _bare(
+    config: Configuration, shape: Shape, kind: str, of_keys: int = 0, of_values: int = 0, is_masked: bool = False
+) -> Arm:
+    """SDPA over all slots, with the token copied into its own: by slices, and in graphs by an index on the device."""
+    query, key, value = _sides(config, shape, of_keys, of_values)
+    new, start = (key[:, :, -1:].clone(), value[:, :, -1:].clone()), shape[3] - _room(shape)
+    if kind == "eager":
+        slot = start
 
-    def step() -> Tensor:
-        key[:, :, -1:], value[:, :, -1:] = last
-        return attend()
+        def copying() -> Tensor:
+            nonlocal slot
+            key[:, :, slot : slot + 1], value[:, :, slot : slot + 1] = new
+            slot += 1
+            return functional.scaled_dot_product_attention(query, key[:, :, :slot], value[:, :, :slot], enable_gqa=True)
 
-    return step
+        def to_start() -> None:
+            nonlocal slot
+            slot = start
+
+        return copying, to_start
+
+    at, slots = torch.full((1,), start, device=key.device), torch.arange(shape[3], device=key.device)
+    for buffer in (at, key, value):
+        lasting(buffer)
+
+    def indexing() -> Tensor:
+        key.index_copy_(2, at, new[0])
+        value.index_copy_(2, at, new[1])
+        mask = (slots <= at).unsqueeze(0) if is_masked else None
+        output = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+        at.add_(1)
+        return output
+
+    return indexing, lambda: at.fill_(start)
 
 
-def _cached(config: Configuration, shape: Shape, more: int, prior: LogPrior | None) -> Callable[[], Any]:
+def _cached(config: Configuration, shape: Shape, kind: str, of_keys: int, prior: LogPrior | None) -> Arm:
+    """Ours: the cache of calls, or the one whose steps can be recorded."""
     batch, _, kv_heads, length, width = shape
-    query, key, value = _sides(config, shape, more)
-    cache = KeyValueCache(batch, kv_heads, length, width + more, width, prior=prior, **config.place)
-    cache.append(key[:, :, :-1], value[:, :, :-1])
-    last = key[:, :, -1:].clone(), value[:, :, -1:].clone()
+    query, key, value = _sides(config, shape, of_keys, 0)
+    cache = (KeyValueCache if kind == "eager" else StaticCache)(
+        batch, kv_heads, length, width + of_keys, width, prior=prior, **config.place
+    )
+    start = length - _room(shape)
+    cache.append(key[:, :, :start], value[:, :, :start])
+    new = key[:, :, -1:].clone(), value[:, :, -1:].clone()
 
-    def step() -> Tensor | tuple[Tensor, ...]:
-        cache.crop(length - 1)
-        return prior_attention(query, *last, prior=prior, cache=cache, is_causal=True, backend="sdpa")
+    def attend() -> Tensor:
+        output = prior_attention(query, *new, prior=prior, cache=cache, is_causal=True, backend="sdpa")
+        assert isinstance(output, Tensor)
+        return output
 
-    return step
+    return attend, lambda: cache.crop(start)

@@ -152,10 +152,12 @@ def prepare_books(
     check_writable(owner, target, given=out)
     check_positive_int(owner, "vocabulary_size", vocabulary_size, minimum=512)
     require(vocabulary_size <= 2**16, owner, "vocabulary_size", "fit 16 bits", vocabulary_size, "Use at most 65536")
-    target.mkdir(parents=True, exist_ok=True)
+    check_positive_int(owner, "held_out_characters", held_out_characters, minimum=2)
+    check_positive_int(owner, "train_characters", train_characters)
     limits = {"test": held_out_characters, "validation": held_out_characters // 2, "train": train_characters}
     parts = _split(find_books(source), limits)
     require(all(parts.values()), owner, "folder", "hold enough authors for three parts", folder, "Add books")
+    target.mkdir(parents=True, exist_ok=True)
     for name, books in parts.items():
         report(f"{name}: {len(books)} books, {sum(len(book.text) for book in books) / 1e6:.1f} M characters")
     tokenizer = _train_tokenizer([book.text for book in parts["train"]], vocabulary_size)

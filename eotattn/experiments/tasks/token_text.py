@@ -79,7 +79,8 @@ class TokenText:
         check_choice("TokenText", "corpus", corpus, (PYTHON_STDLIB, BOOKS))
         if corpus == PYTHON_STDLIB:
             return cls._of_bytes()
-        folder, remedy = os.environ.get(DATA_VARIABLE, ""), "Pass --data FOLDER; eotattn prepare makes one"
+        folder = os.environ.get(DATA_VARIABLE, "")
+        remedy = f"Pass --data FOLDER to eotattn train or set {DATA_VARIABLE}; eotattn prepare makes one"
         require(folder != "", "TokenText", "data", "name a folder of prepared books", "nothing", remedy)
         return cls._of_folder(Path(folder))
 
@@ -96,17 +97,22 @@ class TokenText:
     @classmethod
     def _of_folder(cls, folder: Path) -> TokenText:
         about, remedy = folder / "corpus.json", "Make one: eotattn prepare FOLDER --out DIR"
-        require(about.is_file(), "TokenText", "corpus", "be a folder with a corpus.json", str(folder), remedy)
-        facts = json.loads(about.read_text(encoding="utf-8"))
+        require(about.is_file(), "TokenText", "data", "be a folder with a corpus.json", str(folder), remedy)
+        try:
+            facts = json.loads(about.read_text(encoding="utf-8"))
+        except ValueError:
+            facts = None
+        whole = isinstance(facts, dict) and {"sha256", "vocabulary_size", "validation", "test"} <= facts.keys()
+        require(whole, "TokenText", "data", "have the corpus.json that eotattn prepare wrote", str(folder), remedy)
         train = [folder / name for name in facts["sha256"] if name.startswith("train-")]
         while train and not train[-1].is_file():
             train.pop()
         files = [*train, folder / "validation.npy", folder / "test.npy"]
         missing = [file.name for file in files if not file.is_file()]
-        require(bool(train) and not missing, "TokenText", "corpus", "hold its files", missing, remedy)
+        require(bool(train) and not missing, "TokenText", "data", "hold the files of its corpus.json", missing, remedy)
         hashes = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
         damaged = [name for name, value in hashes.items() if facts["sha256"][name] != value]
-        require(not damaged, "TokenText", "corpus", "have the files of its corpus.json", damaged, "Copy them again")
+        require(not damaged, "TokenText", "data", "hold whole files", damaged, "Copy them again")
         arrays = {file.name: np.load(file, allow_pickle=False) for file in files}
         documents = {
             name: np.split(arrays[f"{name}.npy"], np.cumsum(facts[name]["lengths"])[:-1])

@@ -139,6 +139,7 @@ class _Level:
         self.done = torch.zeros_like(infeasible)
         self.best = torch.full(count.shape, math.inf, dtype=potential.dtype, device=count.device)
         self.age = torch.zeros_like(count)
+        self.steps = 0
         self.running = torch.ones((), dtype=torch.bool, device=count.device)
         self.residuals = Residuals(problem, factor * problem.epsilon)
         self.step = solver.step(self.residuals)
@@ -181,9 +182,10 @@ class _Level:
         scaling, marginal = self.residuals.scaling, self.residuals.problem.key_marginal
         assert scaling is not None
         assert marginal is not None
-        most = _STRIDES * self.stride if self.bound is not None else self.stride
+        most = self.stride if self.bound is None or self.may_be_infeasible else _STRIDES * self.stride
         left = torch.where(self.active, self.allowed - self.count, most).amin()
         bounds = min(most, int(left)), self.stride, -1.0 if self.bound is None else self.bound
+        self.steps += bounds[0] - 1
         following, count, fine = scaling.iterated(self.potential, marginal, self.active, bounds)
         if not bool(fine.all()):
             self.stride //= 2  # the single step may bring the next ones within reach, or not
@@ -198,13 +200,13 @@ class _Level:
 
     def run(self) -> None:
         """Advance until nothing goes on, and test the mask after 8, 16, 32, ... steps."""
-        steps, next_test = 0, _FIRST_TEST
+        next_test = _FIRST_TEST
         while self.look():
-            if steps == next_test:
+            if self.steps >= next_test:
                 self.test()
-                next_test *= 2
+                next_test = 2 * self.steps
             self.move()
-            steps += 1
+            self.steps += 1
 
     def test(self) -> None:
         """Mark the problems whose mask admits no coupling, as far as the potentials or their last change show it."""
