@@ -414,6 +414,7 @@ def verdict(study: BooksStudy) -> str:
             lines.append(_saves(study, name, "rope", far, other="sliding window"))
             longer = [other for other in study.arms if study.arms[other].stretch > 1]
             lines += [_saves(study, name, other, far, other="sliding window") for other in longer]
+    lines += [_read_otherwise(study, name, far) for name in study.arms]
     best = study.best_prior()
     if best is not None:
         rivals = [name for name in others if name != best and study.arms[name].stretch == 1]
@@ -425,6 +426,13 @@ def verdict(study: BooksStudy) -> str:
     return "\n".join(lines)
 
 
+def _read_otherwise(study: BooksStudy, arm: str, length: int) -> str:
+    readings = study.rows("test_loss", arm=arm, where="far").reading.unique()
+    losses = {reading: study.mean_loss(arm, length, reading=reading) for reading in readings}
+    said = ", ".join(f"{reading.replace('_', ' ')} {loss:.4f}" for reading, loss in losses.items() if loss is not None)
+    return f"- {study.arms[arm].label} at {length} tokens, nats a token by how it is read: {said}."
+
+
 def _saves(study: BooksStudy, arm: str, over: str, length: int, *, other: str = "whole", at_least: float = 0.0) -> str:
     seeds, documents = study.saving(arm, over, length, other=other)
     judged = seeds if seeds.count > 1 else documents
@@ -434,8 +442,7 @@ def _saves(study: BooksStudy, arm: str, over: str, length: int, *, other: str = 
     return claim(
         f"{study.arms[arm].label} predicts better than {study.arms[over].label}{read} at {length} tokens{asked}",
         margin,
-        f"Nats a token saved: {seeds:+.4f} over {seeds.count} seeds; {documents:+.4f} paired over {documents.count} "
-        f"documents.",
+        f"Nats a token saved: {seeds:+.4f} over seeds; {documents:+.4f} paired over {documents.count} documents.",
     )
 
 
