@@ -6,10 +6,10 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -31,6 +31,7 @@ __all__ = [
     "TrainedRun",
     "make",
     "merged_provenance",
+    "taken_from",
 ]
 
 #: One measurement: column name -> value that JSON can hold.
@@ -56,6 +57,15 @@ class TrainedRun:
         """Seed of weights and batches."""
         seed: int = self.training.seed
         return seed
+
+
+C = TypeVar("C")
+
+
+def taken_from(recipe: Any, kind: type[C], **own: Any) -> C:
+    """A configuration of a run: its own fields, and the others as the recipe has them by the same name."""
+    names = [field.name for field in fields(kind) if field.name not in own]  # type: ignore[arg-type]
+    return kind(**{name: getattr(recipe, name) for name in names}, **own)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from eotattn.experiments.figures.fig3_retrieval import RetrievalRun
 from eotattn.experiments.intervals import SeedInterval
 from eotattn.experiments.intervals import verdict as decide
 from eotattn.experiments.networks import Decoder, DecoderConfig
-from eotattn.experiments.records import Measurement, Records, Row, Run, TrainedRun
+from eotattn.experiments.records import Measurement, Records, Row, Run, TrainedRun, taken_from
 from eotattn.experiments.scales import check_scale
 from eotattn.experiments.study import Figure, Study, paired
 from eotattn.experiments.tasks import LanguageTask, RetrievalTask
@@ -207,9 +207,9 @@ def runs(recipe: AblationRecipe, records: Records) -> list[Run]:
                 for training in (recipe.language, recipe.retrieval)
             )
             reader, finder = (replace(decoder, vocabulary_size=size) for size in (256, len(ALPHABET)))
-            on_language = LanguageAblation(reader, recipe.corpus, language, recipe.lengths, recipe.windows, also)
-            examined = (recipe.lengths, recipe.depths, recipe.count, also)
-            on_retrieval = RetrievalRun(finder, RetrievalTask(finder.train_length), retrieval, *examined)
+            task, own = RetrievalTask(finder.train_length), {"also_read_as": also}
+            on_language = taken_from(recipe, LanguageAblation, decoder=reader, training=language, **own)
+            on_retrieval = taken_from(recipe, RetrievalRun, decoder=finder, task=task, training=retrieval, **own)
             found.append(Run(f"language-{name}-seed{seed}", on_language, measure_language))
             found.append(Run(f"retrieval-{name}-seed{seed}", on_retrieval, fig3_retrieval.measure))
     return found

@@ -21,7 +21,7 @@ from eotattn.experiments.evaluation import watch_sinks
 from eotattn.experiments.intervals import SeedInterval, claim
 from eotattn.experiments.networks import CopyReader, CopyReaderConfig
 from eotattn.experiments.prior_parts import PriorParts, split_prior
-from eotattn.experiments.records import Measurement, Records, Row, Run, TrainedRun
+from eotattn.experiments.records import Measurement, Records, Row, Run, TrainedRun, taken_from
 from eotattn.experiments.scales import check_scale
 from eotattn.experiments.study import Figure, Study
 from eotattn.experiments.tasks import CopyMixture
@@ -114,8 +114,7 @@ class ReaderRun(TrainedRun):
 
 def runs(recipe: CopyMixtureRecipe, records: Records) -> list[Run]:
     """One run a seed."""
-    trainings = [replace(recipe.training, seed=seed) for seed in recipe.seeds]
-    readers = [ReaderRun(recipe.task, recipe.network, training, recipe.test_sequences) for training in trainings]
+    readers = [taken_from(recipe, ReaderRun, training=replace(recipe.training, seed=seed)) for seed in recipe.seeds]
     return [Run(f"goat-seed{reader.seed}", reader, measure) for reader in readers]
 
 

@@ -20,7 +20,7 @@ from eotattn.diagnostics import sink_mass_by_score_range
 from eotattn.experiments.evaluation import sink_observations, target_bits, watch_sinks
 from eotattn.experiments.networks import Decoder, DecoderConfig
 from eotattn.experiments.prior_parts import key_only_part
-from eotattn.experiments.records import Measurement, Records, Row, Run, TrainedRun
+from eotattn.experiments.records import Measurement, Records, Row, Run, TrainedRun, taken_from
 from eotattn.experiments.scales import check_scale
 from eotattn.experiments.study import Figure, as_table, select
 from eotattn.experiments.tasks import LanguageTask
@@ -252,17 +252,9 @@ def _sweep_runs(recipe: LanguageRecipe, decoder: DecoderConfig) -> list[Run]:
 
 
 def _decoder_run(recipe: LanguageRecipe, decoder: DecoderConfig, rate: float, seed: int) -> Run:
-    configuration = DecoderRun(
-        recipe.corpus,
-        decoder,
-        tuple(kind for kind, trained in recipe.readings if trained == decoder.attention),
-        at_rate(recipe.training, decoder, rate, seed),
-        recipe.lengths,
-        recipe.curve_windows,
-        recipe.sink_windows,
-        recipe.sink_bins,
-        recipe.probe_windows,
-    )
+    readings = tuple(kind for kind, trained in recipe.readings if trained == decoder.attention)
+    training = at_rate(recipe.training, decoder, rate, seed)
+    configuration = taken_from(recipe, DecoderRun, decoder=decoder, readings=readings, training=training)
     return Run(f"{decoder.attention}-seed{seed}", configuration, measure)
 
 

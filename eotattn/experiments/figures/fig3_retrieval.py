@@ -20,7 +20,7 @@ from eotattn.experiments.examination import examine
 from eotattn.experiments.intervals import SeedInterval, claim
 from eotattn.experiments.networks import ATTENTION_KINDS, Decoder, DecoderConfig, display_name
 from eotattn.experiments.rate_sweep import SweptStudy, swept_runs
-from eotattn.experiments.records import Measurement, Records, Row, Run, TrainedRun
+from eotattn.experiments.records import Measurement, Records, Row, Run, TrainedRun, taken_from
 from eotattn.experiments.scales import check_scale
 from eotattn.experiments.study import Figure
 from eotattn.experiments.tasks import RetrievalTask
@@ -163,7 +163,7 @@ def runs(recipe: RetrievalRecipe, records: Records) -> list[Run]:
         decoder = recipe.trained[name]
         training = recipe.training.at(rate, seed=seed, prior_rate_factor=decoder.kind.prior_rate_factor)
         also = tuple(other.attention for other in recipe.variants if other.kind.trained_as == name)
-        return RetrievalRun(decoder, recipe.task, training, recipe.lengths, recipe.depths, recipe.count, also)
+        return taken_from(recipe, RetrievalRun, decoder=decoder, training=training, also_read_as=also)
 
     seeds = {name: recipe.seeds if name in recipe.repeated else recipe.seeds[:1] for name in recipe.trained}
     return swept_runs(recipe, records, seeds, configure, choose, measure)

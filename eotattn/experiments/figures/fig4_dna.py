@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from eotattn.experiments.networks import Decoder, DecoderConfig
 from eotattn.experiments.rate_sweep import swept_runs
-from eotattn.experiments.records import Measurement, Records, Row, Run, TrainedRun
+from eotattn.experiments.records import Measurement, Records, Row, Run, TrainedRun, taken_from
 from eotattn.experiments.sampling import sample_continuations
 from eotattn.experiments.scales import check_scale
 from eotattn.experiments.study import Figure
@@ -233,12 +233,11 @@ def runs(recipe: DnaRecipe, records: Records) -> list[Run]:
     def configure(name: str, rate: float, seed: int) -> DnaRun:
         factor = decoders[name].kind.prior_rate_factor
         training = recipe.training.at(rate, seed=seed, prior_rate_factor=factor)
-        return DnaRun(recipe.genome, decoders[name], training, recipe.test_windows, recipe.generation)
+        return taken_from(recipe, DnaRun, network=decoders[name], training=training)
 
     found = [Run("speed", recipe.speed, measure_speed)]
     if isinstance(recipe.genome, IsochoreGenome):
-        generator = GeneratorRun(recipe.genome, recipe.length, recipe.test_windows, recipe.generation)
-        found.append(Run("generator", generator, measure_generator))
+        found.append(Run("generator", taken_from(recipe, GeneratorRun, seed=0), measure_generator))
     return found + swept_runs(recipe, records, dict.fromkeys(decoders, recipe.seeds), configure, choose, measure)
 
 

@@ -22,7 +22,7 @@ from eotattn.experiments.intervals import SeedInterval, claim
 from eotattn.experiments.networks import VisionConfig, VisionTransformer
 from eotattn.experiments.networks.vision import POSITION_UNITS
 from eotattn.experiments.rate_sweep import SweptStudy, swept_runs
-from eotattn.experiments.records import Measurement, Records, Row, Run, TrainedRun
+from eotattn.experiments.records import Measurement, Records, Row, Run, TrainedRun, taken_from
 from eotattn.experiments.scales import check_scale
 from eotattn.experiments.study import Figure, paired
 from eotattn.experiments.tasks import ImageTask, open_images
@@ -190,7 +190,7 @@ def runs(recipe: VisionRecipe, records: Records) -> list[Run]:
 
     def configure(name: str, rate: float, seed: int) -> VisionRun:
         training = recipe.training.at(rate, seed=seed, prior_rate_factor=recipe.prior_rate_factor)
-        return VisionRun(recipe.corpus, recipe.max_shift, networks[name], training, recipe.sizes)
+        return taken_from(recipe, VisionRun, network=networks[name], training=training)
 
     return swept_runs(recipe, records, dict.fromkeys(networks, recipe.seeds), configure, choose, measure)
 

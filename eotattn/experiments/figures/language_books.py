@@ -25,7 +25,7 @@ from eotattn.experiments.figures import sink_study
 from eotattn.experiments.intervals import SeedInterval, claim
 from eotattn.experiments.interventions import target_losses
 from eotattn.experiments.networks import ATTENTION_KINDS, Decoder, DecoderConfig, display_name
-from eotattn.experiments.records import Measurement, Records, Row, Run, TrainedRun
+from eotattn.experiments.records import Measurement, Records, Row, Run, TrainedRun, taken_from
 from eotattn.experiments.scales import check_scale
 from eotattn.experiments.study import Figure, Study, as_table, savings, select
 from eotattn.experiments.tasks.language import PYTHON_STDLIB
@@ -247,9 +247,8 @@ def _run(recipe: BooksRecipe, arm: Arm, option: Option, seed: int) -> BooksRun:
     decoder = replace(recipe.decoder, attention=arm.attention, train_length=arm.stretch * recipe.decoder.train_length)
     training = recipe.training.at(option.rate, seed=seed, prior_rate_factor=option.prior_factor)
     training = replace(training, batch_size=training.batch_size // arm.stretch)
-    windows = (recipe.choice_windows, recipe.lengths, recipe.near_windows, recipe.far_windows, recipe.middle)
-    readings = recipe.readings if arm.attention == "rope" else ()
-    return BooksRun(recipe.corpus, arm, option, decoder, training, *windows, readings)
+    own: dict[str, Any] = {"arm": arm, "option": option, "decoder": decoder, "training": training}
+    return taken_from(recipe, BooksRun, **own, readings=recipe.readings if arm.attention == "rope" else ())
 
 
 def best_option(recipe: BooksRecipe, table: pandas.DataFrame, arm: Arm) -> Option | None:

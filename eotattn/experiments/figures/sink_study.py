@@ -21,7 +21,7 @@ from eotattn.diagnostics import SinkMassReport
 from eotattn.experiments.device import training_device
 from eotattn.experiments.interventions import in_eight_bits, keys_beyond, target_losses, without_key_only
 from eotattn.experiments.networks import ATTENTION_KINDS, Decoder, DecoderConfig
-from eotattn.experiments.records import Measurement, Records, Row, Run, TrainedRun
+from eotattn.experiments.records import Measurement, Records, Row, Run, TrainedRun, taken_from
 from eotattn.experiments.scales import check_scale
 from eotattn.experiments.sink_measures import activation_outliers, mass_by_signal, measure_sinks
 from eotattn.experiments.study import Figure
@@ -219,15 +219,12 @@ def runs(recipe: SinkRecipe, records: Records) -> list[Run]:
     return [
         Run(
             f"{arm.name}-seed{seed}",
-            SinkRun(
-                recipe.corpus,
-                arm,
-                replace(recipe.decoder, attention=arm.attention),
-                replace(recipe.training, seed=seed),
-                recipe.lengths,
-                recipe.test_windows,
-                recipe.probe_windows,
-                recipe.bins,
+            taken_from(
+                recipe,
+                SinkRun,
+                arm=arm,
+                decoder=replace(recipe.decoder, attention=arm.attention),
+                training=replace(recipe.training, seed=seed),
             ),
             measure,
         )
