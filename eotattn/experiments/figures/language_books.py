@@ -377,7 +377,7 @@ class BooksStudy(Study):
         return best_option(self.recipe, self.table, self.arms[arm])
 
     def table_of_arms(self) -> pandas.DataFrame:
-        """Nats a token by arm (rows) and context, whole and through a window, and what was chosen."""
+        """Nats a token by arm (rows) and context, whole and through a window; costs, and what was chosen."""
         first, middle, last = self.recipe.lengths[0], self.recipe.middle, self.recipe.lengths[-1]
         found = {}
         for name, arm in self.arms.items():
@@ -385,6 +385,8 @@ class BooksStudy(Study):
             row |= {f"{n}, sliding window": self.mean_loss(name, n, reading="sliding window") for n in (middle, last)}
             said: dict[str, Any] = {key: "-" if each is None else f"{each:.4f}" for key, each in row.items()}
             chosen = self.option(name)
+            costs = {"parameters": "parameters", "seconds of training": "training_seconds"}
+            said |= {key: f"{self.rows(name_of, arm=name).value.max():.0f}" for key, name_of in costs.items()}
             found[arm.label] = said | {"chosen": "-" if chosen is None else chosen.name}
         return pandas.DataFrame(found).T
 
