@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatch
@@ -173,12 +174,15 @@ class RunFolder:
         file = self.path / f"{run.name}.json"
         if not file.exists():
             return None
+        arrays = file.with_suffix(".npz")
         try:
+            if arrays.exists() and zipfile.ZipFile(arrays).namelist():
+                return None  # of an earlier version, which kept arrays beside rows
             stored = json.loads(file.read_text(encoding="utf-8"))
             if stored["configuration"] != run.configuration_json():
                 return None
             return Record(**stored)
-        except (OSError, ValueError, TypeError, LookupError) as error:
+        except (OSError, ValueError, TypeError, LookupError, zipfile.BadZipFile) as error:
             message = (
                 f"RunFolder: {file.name} must be whole; got {type(error).__name__}. Copy it again, or make the run "
                 f"anew with --fresh --only {run.name}."
@@ -187,7 +191,9 @@ class RunFolder:
 
     def write(self, record: Record) -> None:
         """Store a record."""
-        write_atomically(self.path / f"{record.name}.json", (json.dumps(vars(record), indent=1) + "\n").encode())
+        file = self.path / f"{record.name}.json"
+        write_atomically(file, (json.dumps(vars(record), indent=1) + "\n").encode())
+        file.with_suffix(".npz").unlink(missing_ok=True)  # of an earlier version
 
     def forget(self, only: Sequence[str] = ()) -> None:
         """Delete records and checkpoints of runs whose names match a pattern; of all runs by default."""

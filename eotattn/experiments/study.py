@@ -112,7 +112,8 @@ class Study:
         remedy = f"Run eotattn train --figure {cls.figure.name} --scale {recipe.scale}"
         if records:
             whole = cls.may_be_partial or not missing
-            require(whole, cls.__name__, "folder", "hold all runs", f"none of {', '.join(missing[:5])}", remedy)
+            got = f"{len(records)}, without {', '.join(missing[:3])}"
+            require(whole, cls.__name__, "folder", f"hold {len(records) + len(missing)} runs", got, remedy)
             return cls.of(recipe, records)
         stored = folder.path / f"{folder.figure}.csv"
         require(stored.is_file(), cls.__name__, "folder", "hold runs or a table", out, remedy)

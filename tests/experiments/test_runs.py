@@ -136,11 +136,16 @@ def test_a_record_is_json_and_says_where_it_comes_from(folder):
     assert {"commit", "versions", "date", "seed"} <= set(stored["provenance"])
 
 
-def test_records_with_an_archive_of_arrays_beside_them_are_read(folder):
-    """Earlier versions wrote one, which is empty for runs that measured rows alone."""
+def test_records_of_earlier_versions_are_read_where_rows_say_everything(folder):
+    """They had an archive of arrays beside them, which is empty where a run measured rows alone, as that of sinks."""
     perform(runs, THREE, folder, jobs=1, report=silent)
     np.savez_compressed(RunFolder(folder).path / "a-seed0.npz")
+    np.savez_compressed(RunFolder(folder).path / "a-seed1.npz", u=np.zeros(3))
     lines = []
+    perform(runs, THREE, folder, jobs=1, report=lines.append)
+    assert ["stored" in line for line in lines] == [True, True, False]  # those that are stored are reported first
+    assert lines[-1].startswith("a-seed1")
+    lines.clear()
     perform(runs, THREE, folder, jobs=1, report=lines.append)
     assert all("stored" in line for line in lines)
 
