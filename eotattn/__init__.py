@@ -13,7 +13,7 @@ The names below are the front door. The rooms behind it, from the ground up; eac
     eotattn.integrations  models of other libraries: capture, stored maps, attached priors, interventions
     eotattn.plotting      arrays in, matplotlib Axes out
     eotattn.analysis      analyze: a model and texts in; tables, figures and a page out
-    eotattn.experiments   tasks, networks, recipes, training and results behind the figures
+    eotattn.experiments   tasks, networks, training, and a file a figure, from recipe to picture
     eotattn.benchmarks    time, memory and error against peers
     eotattn.cli           the command ``eotattn``
     eotattn.testing       contract checks for a prior of your own

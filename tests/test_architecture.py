@@ -44,8 +44,6 @@ KNOWN_CIRCLES: dict[str, str] = {}
 KNOWN_PRIVATE: set[str] = set()
 #: File names that more than one room has; each is to get a name of its own, and then leaves this list.
 KNOWN_NAMESAKES: set[str] = set()
-#: A task, its recipe, its study and its figure share a name until each figure is one file.
-NAMED_BY_FIGURE = "experiments"
 DRAWERS = {"util", "utils", "helper", "helpers", "common", "misc", "shared", "tools"}
 
 LAYERED = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
@@ -141,9 +139,7 @@ def namesakes(paths):
 
 
 def test_file_names_are_unique():
-    elsewhere = [path for path in LAYERED if NAMED_BY_FIGURE not in path.parts]
-    inside = {path.name: path for path in LAYERED if NAMED_BY_FIGURE in path.parts}
-    assert namesakes(elsewhere + list(inside.values())) == KNOWN_NAMESAKES
+    assert namesakes(LAYERED) == KNOWN_NAMESAKES
 
 
 def test_names_of_test_files_are_unique():

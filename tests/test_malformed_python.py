@@ -227,7 +227,7 @@ READINGS = [
 ]
 
 EXPERIMENTS = [
-    (reproduce, ([9],), {}, "figures must be among 1, 2, 3, 4, 5, ablations, sinks; got ['9']"),
+    (reproduce, ([9],), {}, "figures must be among 1, 2, 3, 4, 5, ablations, sinks, books; got ['9']"),
     (
         reproduce,
         ("1",),
@@ -237,7 +237,7 @@ EXPERIMENTS = [
     (reproduce, ("1",), {"jobs": 0}, "jobs must be at least 1; got 0"),
     (reproduce, ("1",), {"jobs": 1.5}, "jobs must be an integer; got 1.5"),
     (reproduce, ("1",), {"out": __file__}, "out must be a folder that can be written; got"),
-    (make_runs, (["one"],), {}, "figures must be among 1, 2, 3, 4, 5, ablations, sinks; got ['one']"),
+    (make_runs, (["one"],), {}, "figures must be among 1, 2, 3, 4, 5, ablations, sinks, books; got ['one']"),
     (make_runs, ("1",), {"scale": None}, "scale must be one of"),
     (make_runs, ("1",), {"jobs": "2"}, "jobs must be an integer; got '2'"),
     (make_runs, ("1",), {"out": __file__}, "out must be a folder that can be written; got"),

@@ -1,4 +1,4 @@
-"""What is measured on a trained decoder: bits per byte against context length, and the statistics of its sinks.
+"""What is measured on a trained decoder: losses, and the statistics of its sinks.
 
 Legend: B batch, H heads, L tokens, T target tokens, W window.
 """
@@ -6,7 +6,7 @@ Legend: B batch, H heads, L tokens, T target tokens, W window.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from eotattn.experiments.networks import Decoder
 from eotattn.experiments.training import Evaluate, Row
 from eotattn.integrations import TrainingProbe
 
-__all__ = ["SinkObservations", "length_curve", "read_attention", "sink_observations", "target_bits", "watch_sinks"]
+__all__ = ["SinkObservations", "read_attention", "sink_observations", "sliding_pieces", "target_bits", "watch_sinks"]
 
 
 @torch.no_grad()
@@ -29,14 +29,8 @@ def target_bits(
 ) -> Tensor:
     """Bits per byte of the *last* tokens of every window, read with a context of ``length`` tokens.
 
-    The scored bytes are the same whatever the length, and positions always start at zero, so lengths compare.
-
-    Args:
-        network: Predicts the next byte.
-        windows: (N, W + 1) int64 held-out bytes.
-        length: Tokens given to the network, ``num_targets`` to W.
-        num_targets: Bytes T scored a window.
-        batch_tokens: Tokens a forward pass, for memory.
+    ``windows`` are (N, W + 1). The scored bytes are the same whatever the length, and positions always start at zero,
+    so lengths compare.
 
     Returns:
         (N,) float64, mean bits per byte of each window's T targets.
@@ -55,41 +49,33 @@ def target_bits(
     return torch.cat(bits)
 
 
-def length_curve(network: Decoder, windows: Tensor, *, lengths: Sequence[int], num_targets: int) -> list[Row]:
-    """Bits per byte against context length, the same target bytes at every length.
+def sliding_pieces(windows: Tensor, *, num_targets: int, length: int, stride: int, keep_first: int = 0) -> Tensor:
+    """What a reader sees that looks back ``length`` tokens at most, whatever stands before them.
 
-    Args:
-        network: Predicts the next byte.
-        windows: (N, W + 1) int64 held-out bytes, W at least the longest length, N at least 2.
-        lengths: Contexts in tokens.
-        num_targets: Bytes scored a window.
+    Every ``stride`` of the last ``num_targets`` tokens of (N, W + 1) windows are read anew in a piece of their own,
+    whose positions start at zero: a sliding window with recomputation. With ``keep_first`` the first tokens of the
+    whole window stand before the recent ones, as in StreamingLLM (Xiao et al. 2023, arXiv 2309.17453).
 
     Returns:
-        One row a length: length, bits_per_byte, standard_error (over windows), perplexity (per byte), windows.
+        (N * T / stride, length + 1) tokens, the last ``stride`` of which are to be scored.
+
+    Example:
+        >>> sliding_pieces(torch.arange(10)[None], num_targets=4, length=4, stride=2, keep_first=1).tolist()
+        [[0, 4, 5, 6, 7], [0, 6, 7, 8, 9]]
     """
-    rows = []
-    for length in lengths:
-        bits = target_bits(network, windows, length=length, num_targets=num_targets)
-        mean = float(bits.mean())
-        error = float(bits.std() / math.sqrt(bits.numel()))
-        rows.append(
-            {
-                "length": length,
-                "bits_per_byte": mean,
-                "standard_error": error,
-                "perplexity": 2.0**mean,
-                "windows": bits.numel(),
-            }
-        )
-    return rows
+    whole = num_targets % stride == 0 and stride <= length - keep_first
+    rule = f"divide num_targets = {num_targets} and be at most {length - keep_first}"
+    require(whole, "sliding_pieces", "stride", rule, stride, "Use e.g. half of the length")
+    reach, longest = length + num_targets - stride, windows.shape[1] - 1
+    require(reach <= longest, "sliding_pieces", "length", f"leave {reach} <= {longest}", length, "Use longer windows")
+    ends = range(windows.shape[1] - num_targets + stride, windows.shape[1] + 1, stride)
+    recent = length + 1 - keep_first
+    pieces = [torch.cat([windows[:, :keep_first], windows[:, end - recent : end]], dim=1) for end in ends]
+    return torch.stack(pieces, dim=1).flatten(0, 1)
 
 
 def watch_sinks(network: nn.Module, inputs: Tensor) -> Evaluate:
     """An evaluation hook for training that records the mass on the first token, while sinks form; in full precision.
-
-    Args:
-        network: The network in training.
-        inputs: What it reads each time, the same at every step.
 
     Returns:
         A hook whose rows have ``sink_mass``: a list over layers of lists over heads, means over the queries.
@@ -121,11 +107,6 @@ class SinkObservations:
 @torch.no_grad()
 def sink_observations(network: Decoder, tokens: Tensor, *, first_query: int = 1) -> Iterator[SinkObservations]:
     """Signal strength and first-token mass of every query of every block.
-
-    Args:
-        network: The decoder to look into.
-        tokens: (B, L) int64.
-        first_query: Queries before this position are left out: they have few keys, so the first one gets mass for free.
 
     Yields:
         One :class:`SinkObservations` a block.

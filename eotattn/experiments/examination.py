@@ -26,14 +26,6 @@ def correct_answers(
 
     A row that is right throughout is what greedy decoding would have written, so exact matches need no decoding.
 
-    Args:
-        network: Predicts the next character.
-        haystack: What is asked.
-        length: Tokens of context L.
-        depth: Where the answer is hidden, 0 to 1.
-        count: Sequences N; the same ones for every network.
-        batch_tokens: Tokens a forward pass, for memory.
-
     Returns:
         (N, A) boolean.
     """
@@ -51,13 +43,6 @@ def examine(
     network: Decoder, haystacks: Sequence[Haystack], *, lengths: Sequence[int], depths: Sequence[float], count: int
 ) -> list[Row]:
     """Accuracy of a decoder at every length and depth.
-
-    Args:
-        network: Predicts the next character; in evaluation mode.
-        haystacks: What is asked.
-        lengths: Tokens of context.
-        depths: Where the answers are hidden, 0 to 1.
-        count: Sequences a haystack, length and depth.
 
     Returns:
         Two rows a haystack, length and depth: the share of exact matches and the share of right answer tokens.

@@ -46,10 +46,6 @@ def grid_log_prior(prior: LogPrior, grid: int) -> Tensor:
 def describe_grid_log_prior(log_prior: Tensor, grid: int) -> GridPriorParts:
     """Split a log-prior between patches into what depends on the lag and the rest.
 
-    Args:
-        log_prior: (H, N, N), nats.
-        grid: Patches G along a side.
-
     Example:
         >>> flat = describe_grid_log_prior(torch.zeros(2, 9, 9), 3)
         >>> flat.lag_map.shape, flat.distance_ratio.tolist()

@@ -1,4 +1,4 @@
-"""Intervals over seeds: how well a mean over few independent runs is known."""
+"""Intervals over seeds: how well a mean over few independent runs is known, and what that decides."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scipy import stats
 
 from eotattn.checks import require
 
-__all__ = ["SeedInterval"]
+__all__ = ["SeedInterval", "claim", "verdict"]
 
 
 @dataclass(frozen=True)
@@ -58,3 +58,20 @@ class SeedInterval:
         if math.isnan(self.half_width):
             return f"{self.mean:{spec}} (one seed)"
         return f"{self.mean:{spec}} ± {self.half_width:{spec.lstrip('+')}}"
+
+
+def verdict(interval: SeedInterval) -> str:
+    """Whether a number is above zero: ``"held"``, ``"refuted"``, or ``"undecided"`` where its interval holds zero.
+
+    Example:
+        >>> [verdict(SeedInterval.of(values)) for values in ([1.0, 1.1], [-1.0, -1.1], [1.0, -1.0], [1.0])]
+        ['held', 'refuted', 'undecided', 'undecided']
+    """
+    if interval.low > 0:
+        return "held"
+    return "refuted" if interval.high < 0 else "undecided"
+
+
+def claim(text: str, margin: SeedInterval, numbers: str) -> str:
+    """One line of Markdown: a claim, its verdict, and the numbers; the claim holds where ``margin`` is above zero."""
+    return f"- **{text}: {verdict(margin)}.** {numbers}"

@@ -31,15 +31,6 @@ def target_losses(
 ) -> Tensor:
     """Loss on the last tokens of every window, read with ``length`` tokens; the same tokens whatever the length.
 
-    Args:
-        network: In evaluation mode.
-        windows: (N, W + 1) int64, W at least ``length``.
-        length: Tokens of context, the first token included.
-        num_targets: Tokens T scored a window.
-        beginning: Stands in place of the first of the ``length`` tokens, unless None.
-        hidden_keys: (L, L) boolean, true where a query may not see a key.
-        batch_tokens: Tokens a forward pass, for memory.
-
     Returns:
         (N,) float64, mean nats a token.
     """

@@ -50,10 +50,6 @@ class PriorParts:
 def key_only_part(prior: LogPrior | None, length: int) -> Tensor | None:
     """u(j) of a prior that holds a :class:`eotattn.priors.SinkPrior`, as it is parametrised.
 
-    Args:
-        prior: A key-only part, or a sum that has one.
-        length: Positions L.
-
     Returns:
         (H, L) float64, nats; None where there is no such part.
     """
@@ -68,10 +64,6 @@ def key_only_part(prior: LogPrior | None, length: int) -> Tensor | None:
 @torch.no_grad()
 def split_prior(prior: SumPrior, length: int) -> PriorParts:
     """Split a prior made by :func:`eotattn.priors.goat_prior`; the recency goes with the relative part.
-
-    Args:
-        prior: Sum of waves, recency and key-only part, in this order.
-        length: Positions L.
 
     Example:
         >>> from eotattn.priors import goat_prior

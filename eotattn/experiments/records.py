@@ -1,26 +1,23 @@
-"""The record of one run: what it measured and where that comes from, as JSON and npz, written whole or not at all."""
+"""The record of one run: what it measured and where that comes from, as JSON, written whole or not at all."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import time
 import zipfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from eotattn.checks import require
 from eotattn.experiments.device import training_device, training_device_name
 from eotattn.experiments.results import ResultFolder
+from eotattn.experiments.tasks.parts import closed_data
 from eotattn.processes import is_first_process
 from eotattn.provenance import provenance, write_atomically
 
@@ -32,8 +29,10 @@ __all__ = [
     "Row",
     "Run",
     "RunFolder",
+    "TrainedRun",
     "make",
     "merged_provenance",
+    "taken_from",
 ]
 
 #: One measurement: column name -> value that JSON can hold.
@@ -49,6 +48,27 @@ class Configuration(Protocol):
         ...
 
 
+class TrainedRun:
+    """What configurations of runs that train share: the seed is that of their ``training``."""
+
+    training: Any
+
+    @property
+    def seed(self) -> int:
+        """Seed of weights and batches."""
+        seed: int = self.training.seed
+        return seed
+
+
+C = TypeVar("C")
+
+
+def taken_from(recipe: Any, kind: type[C], **own: Any) -> C:
+    """A configuration of a run: its own fields, and the others as the recipe has them by the same name."""
+    names = [field.name for field in fields(kind) if field.name not in own]  # type: ignore[arg-type]
+    return kind(**{name: getattr(recipe, name) for name in names}, **own)
+
+
 @dataclass(frozen=True)
 class Measurement:
     """What a run hands back.
@@ -56,13 +76,11 @@ class Measurement:
     Args:
         rows: Measurements as a tidy table, one a row, with at least the columns ``quantity`` and ``value``; values that
             JSON can hold.
-        arrays: Small named arrays.
         summary: The headline for the progress line.
         data: What identifies the data behind it, for the provenance; values that JSON can hold.
     """
 
     rows: list[Row]
-    arrays: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     summary: str = ""
     data: Mapping[str, Any] = field(default_factory=dict)
 
@@ -76,11 +94,16 @@ class Run:
         configuration: Frozen dataclass with a ``seed``.
         measure: Function of a module (so that another process can call it): (configuration, checkpoint file) ->
             measurement. The checkpoint is of this run and configuration, or does not exist yet.
+        chooses: Whether its record decides something, such as a learning rate. Such a run may not read test data, and
+            no other run of the study starts before all of them are stored.
+        continues: A choosing run of an equal configuration, whose trained weights this one reads where they are left.
     """
 
     name: str
     configuration: Configuration
     measure: Callable[[Any, Path], Measurement]
+    chooses: bool = False
+    continues: Run | None = None
 
     def __post_init__(self) -> None:
         plain = self.name.replace("-", "").replace("_", "").replace(".", "").isalnum()
@@ -101,7 +124,6 @@ class Record:
         configuration: Of the run, as JSON.
         seed: Of the run.
         rows: Measurements.
-        arrays: Small named arrays.
         summary: The headline.
         device: Name of the device, e.g. ``"cpu"`` or ``"NVIDIA H200"``.
         seconds: Time in the process that finished the run.
@@ -112,7 +134,6 @@ class Record:
     configuration: dict[str, Any]
     seed: int
     rows: list[Row]
-    arrays: Mapping[str, NDArray[Any]]
     summary: str
     device: str
     seconds: float
@@ -122,15 +143,6 @@ class Record:
     def date(self) -> str:
         """When it was finished, UTC."""
         return str(self.provenance["date"])
-
-    def rows_of(self, quantity: str) -> list[Row]:
-        """The rows whose column ``quantity`` has this name."""
-        return [row for row in self.rows if row["quantity"] == quantity]
-
-    def value(self, quantity: str) -> Any:
-        """The value of the only row of a quantity."""
-        (row,) = self.rows_of(quantity)
-        return row["value"]
 
 
 #: Records by the names of their runs.
@@ -149,10 +161,8 @@ class RunFolder:
 
     @property
     def path(self) -> Path:
-        """The folder, made if it is missing."""
-        path = self.results.path / ".runs" / self.results.figure
-        path.mkdir(parents=True, exist_ok=True)
-        return path
+        """The folder; made when a run is."""
+        return self.results.path / ".runs" / self.results.figure
 
     def checkpoint(self, run: Run) -> Path:
         """File of an unfinished run; its name depends on the configuration, so that no other one continues it."""
@@ -160,41 +170,34 @@ class RunFolder:
         return self.path / f"{run.name}-{digest[:12]}.pt"
 
     def read(self, run: Run) -> Record | None:
-        """The record of a run with this name and an equal configuration, or None.
-
-        Raises:
-            ValueError: If its files are damaged, as after a copy that broke off.
-        """
+        """The record of a run with this name and an equal configuration, or None."""
         file = self.path / f"{run.name}.json"
         if not file.exists():
             return None
+        arrays = file.with_suffix(".npz")
         try:
+            if arrays.exists() and zipfile.ZipFile(arrays).namelist():
+                return None  # of an earlier version, which kept arrays beside rows
             stored = json.loads(file.read_text(encoding="utf-8"))
             if stored["configuration"] != run.configuration_json():
                 return None
-            content = io.BytesIO(file.with_suffix(".npz").read_bytes())
-            with np.load(content, allow_pickle=False) as arrays:
-                return Record(**stored, arrays={name: arrays[name] for name in arrays.files})
-        except (OSError, EOFError, ValueError, TypeError, LookupError, zipfile.BadZipFile, zlib.error) as error:
+            return Record(**stored)
+        except (OSError, ValueError, TypeError, LookupError, zipfile.BadZipFile) as error:
             message = (
-                f"RunFolder: {file.name} and its .npz must be whole; got {type(error).__name__}. Copy both again, or "
-                f"make the run anew with --fresh --only {run.name}."
+                f"RunFolder: {file.name} must be whole; got {type(error).__name__}. Copy it again, or make the run "
+                f"anew with --fresh --only {run.name}."
             )
             raise ValueError(message) from error
 
     def write(self, record: Record) -> None:
-        """Store a record; its JSON comes last, so that a record with JSON is whole."""
+        """Store a record."""
         file = self.path / f"{record.name}.json"
-        file.unlink(missing_ok=True)
-        content = io.BytesIO()
-        np.savez_compressed(content, allow_pickle=False, **record.arrays)
-        write_atomically(file.with_suffix(".npz"), content.getvalue())
-        text = {name: value for name, value in vars(record).items() if name != "arrays"}
-        write_atomically(file, (json.dumps(text, indent=1) + "\n").encode())
+        write_atomically(file, (json.dumps(vars(record), indent=1) + "\n").encode())
+        file.with_suffix(".npz").unlink(missing_ok=True)  # of an earlier version
 
     def forget(self, only: Sequence[str] = ()) -> None:
         """Delete records and checkpoints of runs whose names match a pattern; of all runs by default."""
-        for file in self.path.iterdir():
+        for file in self.path.iterdir() if self.path.is_dir() else ():
             name = file.stem.rpartition("-")[0] if file.suffix == ".pt" else file.stem
             if not only or any(fnmatch(name, pattern) for pattern in only):
                 file.unlink()
@@ -205,10 +208,11 @@ def make(run: Run, store: RunFolder) -> Record:
 
     The run sees torch's generators seeded with its own seed, whatever was made before it in this process.
     """
-    checkpoint = store.checkpoint(run)
+    checkpoint = store.checkpoint(run.continues or run)
+    store.path.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     devices = [torch.cuda.current_device()] if training_device().type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), closed_data(run.chooses):
         torch.manual_seed(run.configuration.seed)
         measurement = run.measure(run.configuration, checkpoint)
     seconds = time.perf_counter() - started
@@ -226,7 +230,6 @@ def make(run: Run, store: RunFolder) -> Record:
         configuration=run.configuration_json(),
         seed=run.configuration.seed,
         rows=measurement.rows,
-        arrays=measurement.arrays,
         summary=measurement.summary,
         device=training_device_name(),
         seconds=seconds,
@@ -234,18 +237,13 @@ def make(run: Run, store: RunFolder) -> Record:
     )
     if is_first_process():
         store.write(record)
-        checkpoint.unlink(missing_ok=True)
+        if not run.chooses:
+            checkpoint.unlink(missing_ok=True)
     return record
 
 
 def merged_provenance(records: Records, *, command: str, recipe: Any) -> dict[str, Any]:
-    """Provenance of a figure made of records: the recipe, and for every run when, where and from which commit.
-
-    Args:
-        records: All records behind the figure.
-        command: The shell command that makes the figure, relative to a clone.
-        recipe: The recipe, a dataclass.
-    """
+    """Provenance of a figure made of records: the recipe, and for every run when, where and from which commit."""
     seeds: Sequence[int] = sorted({record.seed for record in records.values()})
     devices = ", ".join(sorted({record.device for record in records.values()}))
     seconds = sum(record.seconds for record in records.values())

@@ -9,19 +9,26 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from eotattn.checks import check_installed, check_positive, check_positive_int, require, speaking_as
-from eotattn.experiments import recipes
 from eotattn.experiments.device import join_processes, leave_processes
-from eotattn.experiments.figures import sink_study
+from eotattn.experiments.figures import (
+    ablations,
+    fig1_copy_mixture,
+    fig2_language,
+    fig3_retrieval,
+    fig4_dna,
+    fig5_vision,
+    language_books,
+    sink_study,
+)
 from eotattn.experiments.records import RunFolder
 from eotattn.experiments.results import ResultFolder
-from eotattn.experiments.runs import Plan, RunsFailedError, UnknownRunsError, perform
-from eotattn.experiments.scales import ALL_SCALES, SCALES, check_scale
-from eotattn.experiments.studies import ablations, copy_mixture, dna, language, retrieval, vision
+from eotattn.experiments.runs import RunsFailedError, UnknownRunsError, perform
+from eotattn.experiments.scales import ALL_SCALES, check_scale
+from eotattn.experiments.study import Figure
 from eotattn.experiments.tasks.token_text import BOOKS, DATA_VARIABLE, TokenText
 from eotattn.processes import is_first_process, num_processes
 from eotattn.provenance import check_writable, write_atomically
@@ -29,36 +36,20 @@ from eotattn.provenance import check_writable, write_atomically
 __all__ = ["FIGURES", "Figure", "find_notebooks", "make_runs", "reproduce", "strip_machine"]
 
 
-@dataclass(frozen=True)
-class Figure:
-    """One figure: how it is called and what it is made of.
-
-    Args:
-        name: Of the notebook and of all its files.
-        recipe: Scale -> recipe.
-        runs: Lists the runs of a recipe, as in :mod:`eotattn.experiments.runs`.
-        scales: Names of the scales that it has.
-    """
-
-    name: str
-    recipe: Callable[[str], Any]
-    runs: Plan
-    scales: tuple[str, ...] = tuple(SCALES)
-
-
 #: Number in the paper, or name -> figure. A new figure is one line.
 FIGURES = {
-    "1": Figure("fig1_copy_mixture", recipes.copy_mixture, copy_mixture.runs),
-    "2": Figure("fig2_language", recipes.language, language.runs),
-    "3": Figure("fig3_retrieval", recipes.retrieval, retrieval.runs),
-    "4": Figure("fig4_dna", recipes.dna, dna.runs),
-    "5": Figure("fig5_vision", recipes.vision, vision.runs),
-    "ablations": Figure("ablations", recipes.ablations, ablations.runs),
-    "sinks": Figure("fig_sinks", sink_study.recipe, sink_study.runs, tuple(sink_study.RECIPES)),
+    "1": fig1_copy_mixture.FIGURE,
+    "2": fig2_language.FIGURE,
+    "3": fig3_retrieval.FIGURE,
+    "4": fig4_dna.FIGURE,
+    "5": fig5_vision.FIGURE,
+    "ablations": ablations.FIGURE,
+    "sinks": sink_study.FIGURE,
+    "books": language_books.FIGURE,
 }
 
 #: What the notebooks need beyond the package's own requirements.
-REQUIREMENTS = ("ipykernel", "pandas", "papermill")
+REQUIREMENTS = ("ipykernel", "papermill")
 
 
 def find_notebooks(figures: Iterable[Figure]) -> Path:
@@ -218,12 +209,12 @@ def reproduce(
         if fresh:
             RunFolder(target).forget()
         perform(found[key].runs, found[key].recipe(scale), target, jobs=jobs, report=report)
-        executed.append(_execute(folder / f"{target.figure}.ipynb", target, jobs))
+        executed.append(_execute(folder / f"{target.figure}.ipynb", target))
         report(f"figure {key}: wrote {target.path / target.figure}.{{ipynb,png,pdf,csv,json}}")
     return executed
 
 
-def _execute(notebook: Path, target: ResultFolder, jobs: int | None) -> Path:
+def _execute(notebook: Path, target: ResultFolder) -> Path:
     """Run one notebook in the result folder, so that no path of this machine enters it."""
     import papermill
 
@@ -233,7 +224,7 @@ def _execute(notebook: Path, target: ResultFolder, jobs: int | None) -> Path:
         papermill.execute_notebook(
             str(notebook),
             str(raw),
-            parameters={"scale": target.scale, "out": "..", "jobs": jobs},
+            parameters={"scale": target.scale, "out": ".."},
             kernel_name="python3",
             cwd=str(target.path),
             progress_bar=sys.stderr.isatty(),

@@ -1,37 +1,10 @@
-"""Runs: the one notion of an independent run, the records that finished runs leave, and how runs are made.
+"""Runs: how the independent runs of a study are made, kept and read.
 
-A study is a list of runs. Each run trains one network and measures it; what it found is a record: rows, a few small
-arrays, and where they come from. A study is built from records alone, so that it can be drawn where nothing was
-trained. How one is written (``studies/copy_mixture.py`` is a real one):
-
-1. A frozen dataclass that holds everything a run's result depends on, with a ``seed``, and a function of a module that
-   makes the run. torch's global generator has been seeded with that seed when it is called::
-
-    @dataclass(frozen=True)
-    class ReaderRun:
-        network: CopyReaderConfig
-        training: TrainingConfig
-
-        @property
-        def seed(self) -> int:
-            return self.training.seed
-
-    def measure(configuration: ReaderRun, checkpoint: Path) -> Measurement:
-        network = CopyReader(configuration.network)
-        training = train(network, task, configuration.training, checkpoint=checkpoint)
-        return Measurement(rows=[{"quantity": "loss", "value": 1.2}], arrays={"prior": array}, summary="loss 1.20")
-
-2. A function that lists the runs. It is given the records that exist, and asked again until it names no new run; so a
-   run may depend on what others found, such as the best rate of a sweep::
-
-    def runs(recipe: Recipe, records: Records) -> list[Run]:
-        return [Run(f"goat-seed{seed}", ReaderRun(...), measure) for seed in recipe.seeds]
-
-3. A study made of a recipe and ``perform(runs, recipe, folder)``, the records by name::
-
-    CopyMixtureStudy(recipe, records)
-
-One line in :data:`eotattn.experiments.reproduce.FIGURES` then gives the study to ``eotattn train`` and ``reproduce``.
+A study is a list of runs; each trains one network and measures it, and what it found is a record: rows, and where they
+come from. Tables, claims and pictures are built from records alone, so that they can be drawn where nothing was
+trained. ``figures/fig1_copy_mixture.py`` is a short one: a frozen dataclass that holds all that a run depends on, a
+function that makes it (torch's global generator has been seeded), and a plan that lists the runs. The plan is given the
+records that exist and asked again until it names no new run, so a run may depend on what others found.
 """
 
 from __future__ import annotations
@@ -40,32 +13,23 @@ import math
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from fnmatch import fnmatch
-from multiprocessing import connection, get_context
+from multiprocessing import active_children, get_context
 from typing import Any
 
 import torch
 
 from eotattn.checks import called, check_positive, check_positive_int, require
 from eotattn.experiments.device import training_device
-from eotattn.experiments.records import Measurement, Record, Records, Run, RunFolder, make
+from eotattn.experiments.records import Record, Records, Run, RunFolder, make
 from eotattn.experiments.results import ResultFolder
-from eotattn.processes import agreed, num_processes
+from eotattn.processes import agreed, is_first_process, num_processes
 
-__all__ = [
-    "Measurement",
-    "Plan",
-    "Record",
-    "Records",
-    "Run",
-    "RunsFailedError",
-    "UnknownRunsError",
-    "default_jobs",
-    "perform",
-]
+__all__ = ["Plan", "RunsFailedError", "UnknownRunsError", "default_jobs", "perform", "stored_records"]
 
 #: (recipe, records so far) -> the runs that can be named by now.
 Plan = Callable[[Any, Records], Sequence[Run]]
@@ -104,6 +68,19 @@ def default_jobs() -> int:
     return torch.cuda.device_count() if training_device().type == "cuda" else torch.get_num_threads()
 
 
+def stored_records(plan: Plan, recipe: Any, folder: ResultFolder) -> tuple[dict[str, Record], list[str]]:
+    """Records of the finished runs of a study, and the names of those that are missing, in the order of the plan."""
+    store = RunFolder(folder)
+    found: dict[str, Record | None] = {}
+    while new := [run for run in plan(recipe, _known(found)) if run.name not in found]:
+        found |= {run.name: store.read(run) for run in new}
+    return _known(found), [name for name, record in found.items() if record is None]
+
+
+def _known(found: dict[str, Record | None]) -> dict[str, Record]:
+    return {name: record for name, record in found.items() if record is not None}
+
+
 def perform(
     plan: Plan,
     recipe: Any,
@@ -117,7 +94,8 @@ def perform(
     """Make the runs of a study that are missing, and return the records of all.
 
     A stored record is used if its configuration is equal to the run's, compared as JSON. Interrupt the call at any
-    time: finished runs are kept, unfinished ones continue from their last checkpoint at the next call.
+    time: finished runs are kept, unfinished ones continue from their last checkpoint at the next call. Runs that choose
+    come first: no other run starts before all that can be named are stored, or have failed in this call.
 
     Args:
         plan: Lists the study's runs.
@@ -142,37 +120,62 @@ def perform(
     deadline = time.monotonic() + 60 * check_positive("perform", "minutes", minutes, allow_inf=True)
     store = RunFolder(folder)
     records: dict[str, Record] = {}
-    failed: list[str] = []
     named: dict[str, Run] = {}
-    while new := [run for run in plan(recipe, records) if run.name not in named]:
-        named |= {run.name: run for run in new}
-        missing = []
-        for run in new:
-            record = agreed(store.read(run))
-            if record is not None:
-                records[run.name] = record
-                report(f"{run.name}: stored, {record.device}, {record.date}; {record.summary}")
-            elif not only or any(fnmatch(run.name, pattern) for pattern in only):
-                missing.append(run)
+    failed: dict[str, bool] = {}
+
+    def due() -> list[Run]:
+        """Names what can be named by now, reads what is stored, and tells what is to be made next."""
+        while new := [run for run in plan(recipe, records) if run.name not in named]:
+            for run in new:
+                named[run.name] = run
+                record = agreed(store.read(run))
+                if record is not None:
+                    records[run.name] = record
+                    report(f"{run.name}: stored, {record.device}, {record.date}; {record.summary}")
+        missing = [run for run in named.values() if run.name not in records]
+        untried = [run for run in missing if run.name not in failed]
+        choices = [run for run in untried if run.chooses]
+        if not choices and is_first_process():
+            _drop_weights(named, missing, store)
+        ready = [run for run in untried if run.continues is None or run.continues.name in records]
+        return [run for run in choices or ready if _matches(run.name, only)]
+
+    while batch := due():
+        if not agreed(time.monotonic() < deadline):
+            break
         started = time.monotonic()
-        for made, (name, outcome) in enumerate(_made(missing, store, min(jobs, len(missing)), deadline), 1):
+        for made, (name, outcome) in enumerate(_made(batch, store, min(jobs, len(batch)), deadline), 1):
+            failed[name] = not isinstance(outcome, Record)
             if isinstance(outcome, Record):
                 records[name] = outcome
-                left = (time.monotonic() - started) / made * (len(missing) - made)
-                done = f"{len(records)} of {len(named)}" + (f", about {_duration(left)} left" if left else "")
+                seconds = (time.monotonic() - started) / made * (len(batch) - made)
+                done = f"{len(records)} of {len(named)}" + (f", about {_duration(seconds)} left" if seconds else "")
                 report(f"{name}: {outcome.seconds:.0f} s on {outcome.device}; {outcome.summary} ({done})")
             else:
-                failed.append(name)
                 report(f"{name}: FAILED\n{outcome}")
-        late = sum(run.name not in records and run.name not in failed for run in missing)
-        if late:
-            report(f"{late} runs did not start within {minutes:g} minutes; the same command goes on")
+    if batch:
+        report(f"{len(batch)} runs did not start within {minutes:g} minutes; the same command goes on")
+    unmade = [run for run in named.values() if run.name not in records]
+    if any(run.chooses for run in unmade) and any(not run.chooses and _matches(run.name, only) for run in unmade):
+        report("some runs wait for choices that are not stored")
+    if any(failed.values()):
+        raise RunsFailedError([name for name in named if failed.get(name)])
     unknown = [pattern for pattern in only if not any(fnmatch(name, pattern) for name in named)]
-    if failed:
-        raise RunsFailedError([name for name in named if name in failed])
     if unknown:
         raise UnknownRunsError(unknown, list(named))
     return {name: records[name] for name in named if name in records}
+
+
+def _drop_weights(named: Mapping[str, Run], missing: Sequence[Run], store: RunFolder) -> None:
+    """Delete what choosing runs trained and no missing run continues."""
+    wanted = {run.continues.name for run in missing if run.continues is not None}
+    for run in named.values():
+        if run.chooses and run.name not in wanted:
+            store.checkpoint(run).unlink(missing_ok=True)
+
+
+def _matches(name: str, only: Sequence[str]) -> bool:
+    return not only or any(fnmatch(name, pattern) for pattern in only)
 
 
 def _duration(seconds: float) -> str:
@@ -185,16 +188,6 @@ def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.2g} h"
-
-
-def _made(runs: Sequence[Run], store: RunFolder, jobs: int, deadline: float) -> Iterator[tuple[str, Record | str]]:
-    """Make runs until the deadline; yield the record of each, or the traceback where it failed, as they finish."""
-    if jobs > 1:
-        yield from _side_by_side(runs, store, jobs, deadline)
-        return
-    for run in runs:
-        if agreed(time.monotonic() < deadline):
-            yield run.name, agreed(_attempt(run, store))
 
 
 def _attempt(run: Run, store: RunFolder) -> Record | str:
@@ -210,93 +203,56 @@ def _attempt(run: Run, store: RunFolder) -> Record | str:
         return traceback.format_exc()
 
 
-# Side by side -------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Worker:
-    """A spawned process that makes one run after the other."""
-
-    process: Any
-    pipe: connection.Connection
-    run: Run | None = None
-
-    @classmethod
-    def start(cls, store: RunFolder, threads: int, device: int) -> _Worker:
-        """Spawn: a forked process could not use CUDA."""
-        context = get_context("spawn")
-        here, there = context.Pipe()
-        process = context.Process(target=_work, args=(there, store, threads, device), daemon=True)
-        process.start()
-        there.close()
-        return cls(process, here)
-
-    def give(self, run: Run) -> None:
-        """Hand over a run; if the process is dead, that is what :meth:`result` will say."""
-        self.run = run
-        with suppress(OSError):
-            self.pipe.send(run)
-
-    def result(self) -> str | None:
-        """The traceback of the run that has just ended, None where it left a record."""
-        try:
-            answer: str | None = self.pipe.recv()
-        except (EOFError, OSError):
-            self.process.join()
-            return f"its process ended with exit code {self.process.exitcode}"
-        return answer
-
-    def stop(self) -> None:
-        """End the process; what it was making continues from its checkpoint another time."""
-        self.pipe.close()
-        self.process.join(0 if self.run else 10)
-        if self.process.is_alive():
-            self.process.terminate()
-            self.process.join()
-
-
-def _work(pipe: connection.Connection, store: RunFolder, threads: int, device: int) -> None:
-    """Make the runs that come through ``pipe`` until it closes; Ctrl-C is the parent's affair."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(threads)
-    if training_device().type == "cuda":
-        torch.cuda.set_device(device)
-    try:
-        while True:
-            outcome = _attempt(pipe.recv(), store)
-            pipe.send(None if isinstance(outcome, Record) else outcome)
-    except (EOFError, BrokenPipeError):
+def _made(runs: Sequence[Run], store: RunFolder, jobs: int, deadline: float) -> Iterator[tuple[str, Record | str]]:
+    """Make runs until the deadline; yield the record of each, or the traceback where it failed, as they finish."""
+    if jobs > 1:
+        yield from _side_by_side(runs, store, jobs, deadline)
         return
+    for run in runs:
+        if agreed(time.monotonic() < deadline):
+            yield run.name, agreed(_attempt(run, store))
 
 
 def _side_by_side(
     runs: Sequence[Run], store: RunFolder, jobs: int, deadline: float
 ) -> Iterator[tuple[str, Record | str]]:
-    """Like :func:`_made` in ``jobs`` processes; a process that dies loses one run, and another takes its place."""
-    threads = max(1, torch.get_num_threads() // jobs)
-    devices = max(1, torch.cuda.device_count())
-    waiting = list(runs)
-    workers = [_Worker.start(store, threads, k % devices) for k in range(jobs)]
+    """The same in ``jobs`` pools of one process each, so that one that dies takes one run with it alone."""
+    bystanders = set(active_children())
+    pools = [_pool(k, jobs) for k in range(jobs)]
+    idle, waiting = deque(range(jobs)), deque(runs)
+    busy: dict[Future[Record | str], tuple[int, Run]] = {}
     try:
-        for worker in workers:
-            worker.give(waiting.pop(0))
-        while busy := [worker for worker in workers if worker.run is not None]:
-            for ready in connection.wait([worker.pipe for worker in busy]):
-                k = next(k for k, worker in enumerate(workers) if worker.pipe is ready)
-                run, error = workers[k].run, workers[k].result()
-                assert run is not None
-                workers[k].run = None
-                if waiting and time.monotonic() < deadline:
-                    if not workers[k].process.is_alive():
-                        workers[k] = _Worker.start(store, threads, k % devices)
-                    workers[k].give(waiting.pop(0))
-                yield run.name, _record(run, store) if error is None else error
+        while True:
+            while idle and waiting and time.monotonic() < deadline:
+                k, run = idle.popleft(), waiting.popleft()
+                busy[pools[k].submit(_attempt, run, store)] = k, run
+            if not busy:
+                return
+            for future in wait(busy, return_when=FIRST_COMPLETED).done:
+                k, run = busy.pop(future)
+                try:
+                    outcome = future.result()
+                except BrokenProcessPool:
+                    outcome, pools[k] = "its process ended before the run did", _pool(k, jobs)
+                idle.append(k)
+                yield run.name, outcome
     finally:
-        for worker in workers:
-            worker.stop()
+        for child in set(active_children()) - bystanders if busy else ():
+            child.terminate()  # what it was making continues from its checkpoint another time
+        for pool in pools:
+            pool.shutdown()
 
 
-def _record(run: Run, store: RunFolder) -> Record:
-    record = store.read(run)
-    assert record is not None
-    return record
+def _pool(k: int, jobs: int) -> ProcessPoolExecutor:
+    """A process on the k-th GPU, or on its share of the threads; spawned, since a forked one could not use CUDA."""
+    threads = max(1, torch.get_num_threads() // jobs)
+    device = k % max(1, torch.cuda.device_count())
+    return ProcessPoolExecutor(1, get_context("spawn"), initializer=_begin, initargs=(threads, device))
+
+
+def _begin(threads: int, device: int) -> None:
+    """Ctrl-C is the parent's affair."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(threads)
+    if training_device().type == "cuda":
+        torch.cuda.set_device(device)

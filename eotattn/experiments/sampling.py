@@ -18,13 +18,6 @@ __all__ = ["sample_continuations"]
 def sample_continuations(network: Decoder, prompts: Tensor, length: int, *, seed: int, num_tokens: int) -> Tensor:
     """Draw what follows prompts from the network's own distribution, token by token.
 
-    Args:
-        network: In evaluation mode.
-        prompts: (B, L) int64, no longer together with ``length`` than the network can read.
-        length: Tokens to draw.
-        seed: Seed of the draws; the same on every device.
-        num_tokens: Tokens 0 ... num_tokens - 1 can be drawn; the rest of the vocabulary is left out.
-
     Returns:
         (B, length) int64, on the CPU.
 

@@ -71,12 +71,7 @@ class SinkHeads:
 
 @torch.no_grad()
 def measure_sinks(network: Decoder, tokens: Tensor) -> SinkHeads:
-    """Measure the sinks of the first 64 tokens of some windows, in full precision.
-
-    Args:
-        network: In evaluation mode.
-        tokens: (N, L) int64, as the network reads them.
-    """
+    """Measure the sinks of the first 64 tokens of some windows, in full precision."""
     rows: list[dict[str, Tensor]] = []
     for attention, hidden in _attention_inputs(network, tokens[:, :SHORT]):
         scores, weights, value = read_attention(attention, hidden)

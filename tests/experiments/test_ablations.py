@@ -3,26 +3,19 @@
 import itertools
 
 import numpy as np
+import pandas
 import pytest
 import torch
 
-from eotattn.experiments import figures, recipes
+from eotattn.experiments.figures import ablations
+from eotattn.experiments.figures.ablations import VARIANTS
 from eotattn.experiments.networks import Decoder, DecoderConfig
-from eotattn.experiments.recipes.ablations import VARIANTS
-from eotattn.experiments.records import Record
-from eotattn.experiments.studies import ablations
 from eotattn.plotting import OKABE_ITO
-
-
-def record(name, seed, variants, rows_of):
-    where = {"date": "2026-01-01", "device": "cpu", "wall_seconds": 1.0, "commit": "0", "packages": {}}
-    rows = [row | {"variant": variant} for variant in variants for row in rows_of(variant)]
-    return Record(name, {}, seed, rows, {}, "", "cpu", 1.0, where)
 
 
 def study_of(bits, found, scale="laptop"):
     """A study from (bits per byte, accuracy), each name -> one value a length; others are alike and bad."""
-    recipe = recipes.ablations(scale)
+    recipe = ablations.recipe(scale)
 
     def language(variant):
         values = bits.get(variant, [9.0] * len(recipe.lengths))
@@ -39,12 +32,13 @@ def study_of(bits, found, scale="laptop"):
             for depth in recipe.depths
         ]
 
-    records = {}
+    rows = []
     for run in ablations.runs(recipe, {}):
-        variants = (run.configuration.decoder.attention, *run.configuration.also_read_as)
         rows_of = language if run.name.startswith("language") else retrieval
-        records[run.name] = record(run.name, run.configuration.seed, variants, rows_of)
-    return ablations.AblationStudy(recipe, records)
+        for variant in (run.configuration.decoder.attention, *run.configuration.also_read_as):
+            place = {"run": run.name, "seed": run.configuration.seed, "variant": variant}
+            rows += [place | row for row in rows_of(variant)]
+    return ablations.AblationStudy(recipe, pandas.DataFrame(rows), {"runs": {}, "data": []})
 
 
 GOOD = {
@@ -59,7 +53,7 @@ GOOD = {
 
 
 def test_every_variant_runs_on_both_tasks_with_the_tasks_own_vocabulary():
-    recipe = recipes.ablations("h200")
+    recipe = ablations.recipe("h200")
     named = {run.name: run.configuration for run in ablations.runs(recipe, {})}
     trained = [decoder for decoder in recipe.decoders if decoder.kind.trained_as is None]
     repeated = len(recipe.repeated) * (len(recipe.seeds) - 1)
@@ -80,30 +74,40 @@ def test_values_are_laid_out_by_seed_and_length():
 
 def test_the_answer_is_as_good_as_rope_near_and_as_alibi_far_on_both_tasks():
     assert study_of(**GOOD).answers() == ["goat"]
-    assert (
-        "at least as good in distribution as RoPE, on language and on retrieval? `goat`.**"
-        in study_of(**GOOD).verdict()
-    )
+    question = "at least as good in distribution as RoPE, on language and on retrieval? By means over seeds: `goat`.**"
+    assert question in ablations.verdict(study_of(**GOOD))
     for judge, place, worse in (("bits", 0, 2.01), ("bits", 2, 2.11), ("found", 0, 0.99), ("found", 2, 0.59)):
         values = {name: dict(of) for name, of in GOOD.items()}
         values[judge]["goat"] = [worse if k == place else v for k, v in enumerate(values[judge]["goat"])]
         assert study_of(**values).answers() == [], (judge, place)
-    assert "None of these variants.**" in study_of(**values).verdict()
+    assert "none of these variants.**" in ablations.verdict(study_of(**values))
 
 
 def test_answers_that_retrieve_far_are_named():
-    assert study_of(**GOOD).keepers() == []  # an accuracy of 0.6, as ALiBi's
-    assert "(ALiBi's is no high bar) with: none." in study_of(**GOOD).verdict()
+    named = "(ALiBi's is no high bar) with: "
+    assert f"{named}none." in ablations.verdict(study_of(**GOOD))  # an accuracy of 0.6, as ALiBi's
     values = {name: dict(of) for name, of in GOOD.items()}
     values["found"]["goat"] = [1.0, 1.0, 0.995]
-    assert study_of(**values).keepers() == ["goat"]
+    assert f"{named}`goat`." in ablations.verdict(study_of(**values))
     values["found"]["goat"] = [1.0, 1.0, 0.985]
-    assert study_of(**values).keepers() == []
+    assert f"{named}none." in ablations.verdict(study_of(**values))
+
+
+def test_a_standing_needs_seeds_and_all_four_margins():
+    assert study_of(**GOOD).standing("goat") == "undecided"  # one seed
+    bits = GOOD["bits"] | {"goat": [1.9, 2.0, 2.0]}
+    assert study_of(bits, GOOD["found"], "h200").standing("goat") == "held"
+    assert study_of(bits | {"goat": [1.9, 2.0, 2.2]}, GOOD["found"], "h200").standing("goat") == "refuted"
+    found = GOOD["found"] | {"goat": [1.0, 1.0, 0.5]}
+    assert study_of(bits, found, "h200").standing("goat") == "refuted"
+    margins = study_of(bits, GOOD["found"], "h200").margins("goat")
+    assert margins["bits near"].mean == pytest.approx(0.1)
+    assert margins["found far"].mean == pytest.approx(0.01)  # what does not count
 
 
 def test_the_verdict_says_who_ran_with_one_seed():
-    assert "- 1 seed at scale `laptop`" in study_of(**GOOD).verdict()
-    last = study_of(**GOOD, scale="h200").verdict().splitlines()[-1]
+    assert "- 1 seed at scale `laptop`" in ablations.verdict(study_of(**GOOD))
+    last = ablations.verdict(study_of(**GOOD, scale="h200")).splitlines()[-1]
     assert last.startswith("- 3 seeds, one of `none`, `rotary_goat`,")
     assert "`goat`" not in last
     assert "`ntk_rope`" not in last  # read from RoPE's runs
@@ -111,7 +115,7 @@ def test_the_verdict_says_who_ran_with_one_seed():
 
 @pytest.mark.parametrize("task", ["language", "retrieval"])
 def test_log_priors_of_fast_kinds_train_at_ten_times_the_rate(task):
-    recipe = recipes.ablations("h200")
+    recipe = ablations.recipe("h200")
     named = {run.name: run.configuration.training for run in ablations.runs(recipe, {})}
     for name in ("fast_goat", "fast_paper_goat", "goat", "paper_goat", "rope"):
         training, common = named[f"{task}-{name}-seed0"], getattr(recipe, task)
@@ -133,10 +137,10 @@ def test_fast_kinds_differ_in_the_rate_alone(fast, slow):
 
 def test_tables_and_figure_are_drawn_from_records_alone(tmp_path):
     study = study_of(**GOOD)
-    (goat,) = [row for row in study.table() if row["variant"] == "goat"]
+    goat = study.table_of_judges().loc["goat"]
     assert (goat["language 1x"], goat["language 16x"], goat["needle 16x worst seed"]) == (2.0, 2.1, 0.6)
-    assert {row["variant"] for row in study.rows()} == set(study.variants)
-    figure = figures.draw_ablations(study)
+    assert set(study.table.variant) == set(study.variants)
+    figure = ablations.draw(study)
     assert [axes.get_title(loc="left") for axes in figure.axes] == [
         "(a) language, training length",
         "(b) language, 16x",
@@ -154,7 +158,7 @@ def test_tables_and_figure_are_drawn_from_records_alone(tmp_path):
 def test_the_figure_has_a_panel_a_number_and_its_bar_in_each():
     values = {name: dict(of) for name, of in GOOD.items()}
     values["found"]["rope"] = [0.9, 0.5, 0.1]  # so that each of the four numbers has another bar
-    figure = figures.draw_ablations(study_of(**values))
+    figure = ablations.draw(study_of(**values))
     rows = [text.get_text() for text in figure.axes[0].get_yticklabels()]
     assert rows[:4] == [VARIANTS[name] for name in ("paper_goat", "rope", "goat", "alibi")]
     shown = {"rope": 1, "goat": 2, "alibi": 3}
@@ -172,10 +176,10 @@ def test_the_figure_has_a_panel_a_number_and_its_bar_in_each():
 
 @pytest.mark.parametrize("name", ["language-rope-seed0", "retrieval-goat-seed0"])
 def test_runs_train_and_measure(name, tmp_path):
-    recipe = recipes.ablations("smoke")
+    recipe = ablations.recipe("smoke")
     (run,) = [run for run in ablations.runs(recipe, {}) if run.name == name]
     found = run.measure(run.configuration, tmp_path / "run.pt")
-    measured = [row for row in found.rows if row["quantity"] != "training_loss"]
+    measured = [row for row in found.rows if row["quantity"] in ablations.JUDGES.values()]
     assert {row["length"] for row in measured} == set(recipe.lengths)
     assert all(np.isfinite(row["value"]) for row in found.rows)
     assert found.summary.startswith(("bits per byte", "accuracy"))

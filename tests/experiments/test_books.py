@@ -149,7 +149,9 @@ def test_windows_of_documents_lie_in_them_and_documents_take_turns():
     for tokens, document in zip(*windows, strict=True):
         assert torch.equal(tokens.diff(), torch.ones(20, dtype=torch.long))
         assert {int(token) // 1000 for token in tokens} == {int(document)}
-    with pytest.raises(ValueError, match="length must fit into a document of the test part; got 60"):
+    with pytest.raises(
+        ValueError, match="length must fit into a document of the test part, of 50 tokens at most; got 60"
+    ):
         text_of(50).windows("test", 60, per_document=2, limit=4)
 
 

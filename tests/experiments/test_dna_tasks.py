@@ -11,6 +11,7 @@ import torch
 
 from eotattn.experiments.tasks import DnaTask, IsochoreGenome, IsochoreModel, StoredGenome, gc_fraction, open_genome
 from eotattn.experiments.tasks.dna_records import DnaRecord, decode_bases, encode_bases, read_fasta, read_hub
+from eotattn.experiments.tasks.parts import ClosedDataError, closed_data
 
 TINY = IsochoreModel(
     gc_fractions=(0.2, 0.7),
@@ -251,6 +252,11 @@ def records(*sizes):
     return [DnaRecord(f"r{k}", (torch.arange(size) % 5).to(torch.uint8)) for k, size in enumerate(sizes)]
 
 
+def blocks_of(task):
+    """How many there are in all parts."""
+    return len(task.train_blocks) + len(task.validation_blocks) + len(task.held_out_blocks)
+
+
 def test_batches_are_windows_of_training_blocks_and_depend_on_seed_and_step_alone():
     task = DnaTask.from_records(records(400), length=6, block_length=20, held_out_percent=30)
     one, again, other = (task.batch(7, seed=1, step=step) for step in (3, 3, 4))
@@ -263,23 +269,32 @@ def test_batches_are_windows_of_training_blocks_and_depend_on_seed_and_step_alon
 def test_every_block_is_on_one_side_whatever_else_the_genome_holds():
     whole = DnaTask.from_records(records(400, 210), length=6, block_length=20, held_out_percent=30)
     part = DnaTask.from_records(records(400), length=6, block_length=20, held_out_percent=30)
-    assert len(whole.train_blocks) + len(whole.held_out_blocks) == 30  # ten bases are left over
-    assert len(part.train_blocks) + len(part.held_out_blocks) == 20
-    assert torch.equal(whole.held_out_blocks[: len(part.held_out_blocks)], part.held_out_blocks)
+    assert blocks_of(whole) == 30  # ten bases are left over
+    assert blocks_of(part) == 20
+    for name in ("held_out_blocks", "validation_blocks"):
+        assert torch.equal(getattr(whole, name)[: len(getattr(part, name))], getattr(part, name))
+    assert whole.fingerprint != part.fingerprint
+    assert (
+        part.fingerprint
+        == DnaTask.from_records(records(400), length=6, block_length=20, held_out_percent=30).fingerprint
+    )
 
 
 def test_blocks_that_are_mostly_unknown_are_dropped():
     unknown = DnaRecord("gap", torch.full((100,), 4, dtype=torch.uint8))
     task = DnaTask.from_records([unknown, *records(400)], length=6, block_length=20, held_out_percent=30)
-    assert len(task.train_blocks) + len(task.held_out_blocks) == 20
+    assert blocks_of(task) == 20
 
 
 def test_held_out_windows_do_not_overlap_and_blocks_take_turns():
     blocks = torch.arange(30, dtype=torch.uint8).view(2, 15)
-    task = DnaTask(blocks, blocks, length=6)
+    task = DnaTask(blocks, blocks + 100, blocks, length=6)
     windows = task.held_out_windows(6, 4)
     assert windows[:, 0].tolist() == [0, 15, 7, 22]
     assert torch.equal(windows[3], torch.arange(22, 29))
+    assert task.validation_windows(6, 4)[:, 0].tolist() == [100, 115, 107, 122]
+    with closed_data(), pytest.raises(ClosedDataError, match="held_out_windows: test data must not be read"):
+        task.held_out_windows(6, 4)
 
 
 def test_genomes_make_tasks():
@@ -287,7 +302,8 @@ def test_genomes_make_tasks():
     task = genome.task(16)
     assert task is genome.task(16)  # once in a process
     assert task.train_blocks.shape == (3, 30)
-    assert task.held_out_blocks.shape == (2, 17)
+    assert task.held_out_blocks.shape == task.validation_blocks.shape == (2, 17)
+    assert not torch.equal(task.held_out_blocks, task.validation_blocks)
 
 
 def test_stored_genomes_make_tasks(tmp_path):
@@ -295,7 +311,7 @@ def test_stored_genomes_make_tasks(tmp_path):
     file.write_bytes(b">chr1\n" + b"ACGT" * 200 + b"\n")
     task = StoredGenome(str(file), block_length=40, held_out_percent=30).task(8)
     assert task.train_blocks.shape[1] == 40
-    assert len(task.train_blocks) + len(task.held_out_blocks) == 20
+    assert blocks_of(task) == 20
 
 
 @pytest.mark.parametrize(
@@ -309,8 +325,11 @@ def test_stored_genomes_make_tasks(tmp_path):
         (lambda: IsochoreModel().surprisal(torch.tensor([[0, 4]])), r"tokens must be bases 0 to 3; got \(0, 4\)"),
         (lambda: IsochoreModel().surprisal(torch.zeros(3)), r"tokens must be integers of shape \(B, L\)"),
         (lambda: IsochoreModel().sample(0, 4, seed=0), "count must be at least 1"),
-        (lambda: DnaTask(torch.zeros(2, 8), torch.zeros(2, 8), 8), "train_blocks must be .* more than length = 8"),
-        (lambda: DnaTask.from_records(records(10), length=4, block_length=20), "fill blocks on both sides"),
+        (
+            lambda: DnaTask(torch.zeros(2, 8), torch.zeros(2, 8), torch.zeros(2, 8), 8),
+            "train_blocks must be .* more than length = 8",
+        ),
+        (lambda: DnaTask.from_records(records(10), length=4, block_length=20), "fill blocks of all parts"),
         (lambda: gc_fraction(torch.zeros(7), 2), "be a multiple of window = 2 long"),
     ],
 )

@@ -93,7 +93,7 @@ def test_interpolation_squeezes_long_positions_only():
 
 
 ORDERLESS = {"none", "growing_none"}
-NEUTRAL = {"sink_only", "relative_only"}  # their log-priors start at zero
+NEUTRAL = {"sink_only", "relative_only", "t5"}  # their log-priors start at zero
 
 
 @pytest.mark.parametrize("attention", ATTENTION_KINDS)
@@ -201,7 +201,7 @@ def test_bad_configurations_say_what_is_wrong(arguments, says):
 
 def test_weights_are_read_by_kinds_that_train_alike_alone():
     with pytest.raises(
-        ValueError, match=r"attention must be one of 'rope', 'interpolated_rope', 'ntk_rope'; got 'goat'"
+        ValueError, match=r"attention must be one of 'rope', 'interpolated_rope', 'ntk_rope', 'yarn_rope'; got 'goat'"
     ):
         decoder("rope").read_as("goat")
 

@@ -18,7 +18,7 @@ def executed(monkeypatch):
     calls = []
     monkeypatch.setattr(room, "REQUIREMENTS", ())
     monkeypatch.setattr(room, "perform", lambda plan, recipe, target, **options: options["report"](target.figure))
-    monkeypatch.setattr(room, "_execute", lambda notebook, target, jobs: calls.append((notebook, target)) or notebook)
+    monkeypatch.setattr(room, "_execute", lambda notebook, target: calls.append((notebook, target)) or notebook)
     return calls
 
 

@@ -7,7 +7,7 @@ import os
 import matplotlib.pyplot as plt
 import pytest
 
-from eotattn.experiments import recipes
+from eotattn.experiments.figures import fig1_copy_mixture
 from eotattn.experiments.results import ResultFolder
 from eotattn.provenance import provenance
 
@@ -15,7 +15,7 @@ from eotattn.provenance import provenance
 def record(**changes):
     arguments = {
         "command": "eotattn reproduce --figure 1 --scale smoke",
-        "configuration": recipes.copy_mixture("smoke"),
+        "configuration": fig1_copy_mixture.recipe("smoke"),
         "seeds": (0, 1),
         "device": "cpu",
         "wall_seconds": 1.23456,
@@ -38,7 +38,7 @@ def test_provenance_is_complete_and_plain_json(tmp_path):
     complete = {"command", "configuration", "seed", "commit", "dirty", "versions", "device", "date", "wall_seconds"}
     assert complete <= set(found)
     assert found["seed"] == [0, 1]
-    assert found["configuration"]["training"]["steps"] == recipes.copy_mixture("smoke").training.steps
+    assert found["configuration"]["training"]["steps"] == fig1_copy_mixture.recipe("smoke").training.steps
     assert found["wall_seconds"] == 1.23
     assert found["versions"]["torch"].startswith("2.")
 

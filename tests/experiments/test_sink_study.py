@@ -53,17 +53,17 @@ def test_arms_are_kinds_of_attention_with_a_name_each():
 def test_a_study_is_the_same_from_records_and_from_its_table(tmp_path, small_text):
     folder = ResultFolder(str(tmp_path), "smoke", "fig_sinks")
     perform(sink_study.runs, TINY, folder, jobs=1, report=silent)
-    study = SinkStudy.read(TINY, folder)
-    study.save(folder)
+    study = SinkStudy.read(TINY, str(tmp_path))
+    study.save(str(tmp_path))
     for file in (folder.path / ".runs" / "fig_sinks").iterdir():
         file.unlink()
-    again = SinkStudy.read(TINY, folder)
+    again = SinkStudy.read(TINY, str(tmp_path))
     assert sink_verdict(again) == sink_verdict(study)
     pandas.testing.assert_frame_equal(again.arm_table(), study.arm_table())
     assert study.arms == ("rope", "goat")
     assert study.provenance["runs"].keys() == {"rope-seed0", "goat-seed0", "rope-seed1", "goat-seed1"}
-    assert len(study.rows("goat", "head_mass")) == 2 * 2  # seeds, and heads of the one block
-    assert set(study.rows("rope", "test_loss").length) == set(TINY.lengths)
+    assert len(study.rows("head_mass", arm="goat")) == 2 * 2  # seeds, and heads of the one block
+    assert set(study.rows("test_loss", arm="rope").length) == set(TINY.lengths)
     assert draw_sinks(study).axes[0].get_title(loc="left").startswith("RoPE")
 
 
@@ -111,7 +111,7 @@ def study_of(**values):
                 rows += [place | {"quantity": "test_loss", "length": 8, "document": document, "value": loss}]
             for removed in ("nothing", "eight_bits", "far_keys", "far_keys_but_the_first"):
                 rows += [place | {"quantity": "loss_without", "removed": removed, "value": 3.0}]
-    return SinkStudy(pandas.DataFrame(rows).assign(protocol=None), {})
+    return SinkStudy(SMOKE, pandas.DataFrame(rows).assign(protocol=None), {})
 
 
 @pytest.mark.parametrize(
@@ -138,10 +138,9 @@ def test_one_seed_decides_nothing_about_sinks():
 
 
 def test_missing_runs_and_data_are_said(tmp_path, capsys, monkeypatch):
-    folder = ResultFolder(str(tmp_path), "smoke", "fig_sinks")
     monkeypatch.delenv(DATA_VARIABLE, raising=False)
     with pytest.raises(ValueError, match="SinkStudy: folder must hold runs or a table"):
-        SinkStudy.read(TINY, folder)
+        SinkStudy.read(TINY, str(tmp_path))
     wanted = ["train", "--figure", "sinks", "--scale", "gpu", "--out", str(tmp_path)]
     assert main([*wanted, "--data", str(tmp_path / "nowhere")]) == 2
     assert "--data must be a folder that exists" in capsys.readouterr().err

@@ -9,17 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from eotattn.experiments import recipes
-from eotattn.experiments.figures import draw_copy_mixture, draw_language
+from eotattn.experiments.figures import fig1_copy_mixture, fig2_claims, fig2_language
+from eotattn.experiments.figures.fig2_claims import LanguageStudy
+from eotattn.experiments.figures.fig2_language import RateSweep
 from eotattn.experiments.networks import Decoder
 from eotattn.experiments.prior_parts import PriorParts
-from eotattn.experiments.recipes.language import RateSweep
+from eotattn.experiments.records import Record
 from eotattn.experiments.results import ResultFolder
 from eotattn.experiments.runs import perform
-from eotattn.experiments.studies import copy_mixture, language
-from eotattn.experiments.studies.copy_mixture import CopyMixtureStudy
-from eotattn.experiments.studies.language_claims import language_verdict
-from eotattn.experiments.studies.language_study import LanguageStudy, mean_formation
 from eotattn.experiments.tasks import CopyMixture
 
 
@@ -35,60 +32,74 @@ def spike(at, height, length=9):
     return height * torch.nn.functional.one_hot(torch.tensor(at), length).double()
 
 
-def test_ideal_prior_gets_full_marks():
-    ideal = CopyMixture(length=9).ideal_log_prior(floor=1e-6)
-    height = math.log((0.5 + 1e-6) / 1e-6)
-    found = copy_mixture.measure_head(parts_of(spike(0, height), spike(0, height)), ideal, 0)
-    assert found.claim_held
-    assert found.correlation == pytest.approx(1.0)
-    assert found.total_variation == pytest.approx(0.0, abs=1e-9)
-    assert found.copied_mass == pytest.approx(1.0, abs=1e-4)
-    assert found.negative_share == 1.0
-    assert found.deepest_trough < -1
-
-
-def test_uniform_prior_fails_the_claim():
-    ideal = CopyMixture(length=9).ideal_log_prior()
-    found = copy_mixture.measure_head(parts_of(spike(0, 0.0), spike(0, 0.0)), ideal, 0)
-    assert not found.claim_held
-    assert math.isnan(found.correlation)
-    assert found.total_variation == pytest.approx(found.uniform_total_variation)
-
-
-def test_prior_that_looks_at_the_wrong_key_fails_the_claim():
-    ideal = CopyMixture(length=9).ideal_log_prior()
-    found = copy_mixture.measure_head(parts_of(spike(4, 3.0), spike(2, 1.0)), ideal, 0)
-    assert (found.top_key, found.top_lag, found.claim_held) == (4, 3, False)
-    assert found.correlation < 0
-
-
 def table(folder):
     with (folder.path / f"{folder.figure}.csv").open() as file:
         return list(csv.DictReader(file))
 
 
-def test_copy_mixture_study_stores_what_it_draws(tmp_path):
-    recipe = recipes.copy_mixture("smoke")
+def test_ideal_prior_gets_full_marks():
+    ideal = CopyMixture(length=9).ideal_log_prior(floor=1e-6)
+    height = math.log((0.5 + 1e-6) / 1e-6)
+    found = fig1_copy_mixture.measure_head(parts_of(spike(0, height), spike(0, height)), ideal, 0)
+    assert (found["top_key"], found["top_lag"]) == (0, 1)
+    assert found["correlation"] == pytest.approx(1.0)
+    assert found["total_variation"] == pytest.approx(0.0, abs=1e-9)
+    assert found["copied_mass"] == pytest.approx(1.0, abs=1e-4)
+    assert found["negative_share"] == 1.0
+    assert found["deepest_trough"] < -1
+
+
+def test_uniform_prior_shows_nothing():
+    ideal = CopyMixture(length=9).ideal_log_prior()
+    found = fig1_copy_mixture.measure_head(parts_of(spike(0, 0.0), spike(0, 0.0)), ideal, 0)
+    assert found["key_gap"] == found["deepest_trough"] == 0.0
+    assert math.isnan(found["correlation"])
+    assert found["total_variation"] == pytest.approx(found["uniform_total_variation"])
+
+
+@pytest.fixture(scope="module")
+def small_mixture(tmp_path_factory):
+    recipe = fig1_copy_mixture.recipe("smoke")
     training = replace(recipe.training, steps=12, warmup_steps=2, evaluate_every=6)
     recipe = replace(recipe, training=training, seeds=(0, 1))
-    folder = ResultFolder(str(tmp_path), "smoke", "fig1_copy_mixture")
-    study = CopyMixtureStudy(recipe, perform(copy_mixture.runs, recipe, folder, jobs=1, report=lambda line: None))
-    study.save(folder)
-    figure = draw_copy_mixture(study)
+    out = str(tmp_path_factory.mktemp("mixture"))
+    folder = ResultFolder(out, "smoke", "fig1_copy_mixture")
+    perform(fig1_copy_mixture.runs, recipe, folder, jobs=1, report=lambda line: None)
+    return fig1_copy_mixture.CopyMixtureStudy.read(recipe, out)
+
+
+def changed(study, quantity, value):
+    """The study with another number in place of a finding of all heads."""
+    table = study.table.copy()
+    table.loc[(table.quantity == quantity) & (table.panel == "finding"), "value"] = value
+    return replace(study, table=table)
+
+
+def test_looking_at_the_wrong_key_or_lag_refutes_the_claim(small_mixture):
+    found = small_mixture
+    for quantity, right, gap in (("top_key", 0.0, "key_gap"), ("top_lag", 1.0, "lag_gap")):
+        what = "first token" if quantity == "top_key" else "lag one"
+        for value, word in ((right, "held"), (right + 3, "refuted")):
+            study = changed(changed(found, quantity, value), gap, 2.0)
+            assert f"highest at {'the ' if quantity == 'top_key' else ''}{what}: {word}.**" in (
+                fig1_copy_mixture.verdict(study)
+            )
+
+
+def test_copy_mixture_study_stores_what_it_draws(small_mixture, tmp_path):
+    study = small_mixture
+    folder = study.save(str(tmp_path))
+    figure = fig1_copy_mixture.draw(study)
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert sorted(title[:3] for title in titles if title) == ["(a)", "(b)", "(c)", "(d)", "(e)", "(f)"]
     plt.close(figure)
     rows = table(folder)
     assert {row["panel"] for row in rows} == {"a", "b", "c", "d", "e", "finding", "training"}
-    for reader in study.readers:
-        drawn = [float(row["value"]) for row in rows if (row["panel"], row["seed"]) == ("a", str(reader.record.seed))]
-        assert drawn == pytest.approx(reader.parts.key_only[0].tolist(), rel=1e-5)
-        last = [row["value"] for row in reader.record.rows_of("correlation")][-1]
-        assert last == pytest.approx(reader.heads[0].correlation)
-        assert reader.record.value("best_loss") < reader.record.value("loss") < math.log(16)
-    verdict = study.verdict()
-    assert ("recovered: held" in verdict) == all(reader.heads[0].claim_held for reader in study.readers)
-    assert ("in every seed: held" in verdict) == all(reader.heads[0].correlation > 0.95 for reader in study.readers)
+    curves = study.rows("correlation", panel="e")
+    for seed in (0, 1):
+        last = curves[curves.seed == seed].value.iloc[-1]
+        assert last == pytest.approx(study.findings().correlation[seed, 0])
+        assert study.of_seeds("best_loss")[seed] < study.of_seeds("loss")[seed] < math.log(16)
     assert (folder.path / "fig1_copy_mixture.json").exists()
 
 
@@ -99,7 +110,7 @@ def small_recipe(folder):
     """Four steps on small files of counted bytes."""
     for k in range(90):
         (folder / f"text_{k}.txt").write_bytes(bytes((k * j) % 251 for j in range(1200)))
-    recipe = recipes.language("smoke")
+    recipe = fig2_language.recipe("smoke")
     training = replace(recipe.training, steps=4, warmup_steps=1, log_every=2, evaluate_every=2)
     sweep = RateSweep((1e-3, 1e-2), replace(recipe.sweep.training, steps=2), windows=2)
     recipe = replace(recipe, corpus=str(folder), contrasts=recipe.contrasts[:1])
@@ -108,29 +119,31 @@ def small_recipe(folder):
 
 @pytest.fixture(scope="module")
 def small_language(tmp_path_factory):
-    folder = ResultFolder(str(tmp_path_factory.mktemp("out")), "smoke", "fig2_language")
+    out = str(tmp_path_factory.mktemp("out"))
+    folder = ResultFolder(out, "smoke", "fig2_language")
     recipe = small_recipe(tmp_path_factory.mktemp("texts"))
     lines = []
-    records = perform(language.runs, recipe, folder, jobs=1, report=lines.append)
+    perform(fig2_language.runs, recipe, folder, jobs=1, report=lines.append)
     assert len(lines) == 12 + 12 + 1  # sweeps, variants by seeds, one contrast
-    return LanguageStudy(recipe, records)
+    assert all(line.startswith("rate-") for line in lines[:12])  # all choices before any test data
+    return LanguageStudy.read(recipe, out)
 
 
 def test_language_study_measures_every_variant_seed_and_length(small_language):
-    rows = small_language.rows()
     learned = {"paper_goat", "goat", "fast_goat", "local_rotary_goat"}
     for variant in ("rope", "alibi", *learned, "interpolated_rope", "ntk_rope"):
-        found = [row for row in rows if (row["panel"], row["quantity"]) == ("a", "bits_per_byte")]
-        found = [row for row in found if row["variant"] == variant]
-        assert sorted((row["seed"], row["length"]) for row in found) == [
+        found = small_language.rows("bits_per_byte", panel="a", variant=variant)
+        assert sorted(zip(found.seed, found.length, strict=True)) == [
             (s, 32 * f) for s in (0, 1) for f in (1, 2, 4, 8, 16)
         ]
-        far = [row["value"] for row in found if row["length"] == 512]
-        assert small_language.interval(variant, 512).mean == pytest.approx(sum(far) / 2)
-    assert {row["variant"] for row in rows if row["panel"] == "c"} == learned | {"fast_paper_goat"}
-    assert {row["variant"] for row in rows if row["panel"] == "sweep"} == {"rope", "alibi"} | learned
-    assert len({frozenset(row) for row in rows}) == 1  # one set of columns
-    assert len(small_language.curve_table()) == 9 * 5
+        far = small_language.bits(variant, 512)
+        assert small_language.mean_bits(variant, 512).mean == pytest.approx(sum(far.values()) / 2)
+        windows = small_language.rows("window_bits", variant=variant, length=512, seed=1)
+        assert windows.value.mean() == pytest.approx(far[1])
+    panels = small_language.table.groupby("panel").variant.unique()
+    assert set(panels["c"]) == learned | {"fast_paper_goat"}
+    assert set(panels["sweep"]) == {"rope", "alibi"} | learned
+    assert small_language.curves().shape == (9, 5)
 
 
 def test_another_reading_is_the_same_network_and_differs_beyond_the_training_length(small_language):
@@ -141,44 +154,45 @@ def test_another_reading_is_the_same_network_and_differs_beyond_the_training_len
 
 
 def test_every_variant_trains_at_the_rate_that_validation_files_chose(small_language):
-    swept = small_language.sweep_table()
-    for decoder in small_language.decoders:
-        judged = "rope" if decoder.variant == "fast_paper_goat" else decoder.variant
-        bits = {row["learning_rate"]: row["bits_per_byte"] for row in swept if row["variant"] == judged}
-        training = decoder.record.configuration["training"]
-        factor = 10 if decoder.variant.startswith("fast_") else 1
-        assert training["learning_rate"] == min(bits, key=bits.get)
-        assert training["prior_learning_rate"] == factor * training["learning_rate"]
-    assert small_language.movable == "fast_paper_goat"
-    fast, slow = (small_language.of(name)[0] for name in ("fast_paper_goat", "rope"))
-    assert fast.reach == pytest.approx(10 * slow.reach)  # at the same rate of the content
+    records = dict.fromkeys(small_language.provenance["runs"])
+    swept = small_language.sweep()
+    for name, bits in swept.iterrows():
+        assert bits.taken == bits[[1e-3, 1e-2]].astype(float).idxmin()
+        assert f"{name}-seed1" in records
+    assert fig2_claims.LanguageStudy.rate(small_language, "fast_paper_goat") == swept.taken["rope"]
+    assert small_language.reach("fast_paper_goat") == pytest.approx(10 * small_language.reach("rope"))
     assert set(small_language.headline) == {"paper_goat", "goat", "fast_goat", "local_rotary_goat"}
-    assert sum(row["chosen"] for row in swept) == 6
 
 
-def test_unfinished_sweeps_leave_their_variant_out(small_language):
-    recipe, records = small_language.recipe, dict(small_language.records)
-    del records["rate-alibi-0.01"]
-    named = [run.name for run in language.runs(recipe, records)]
+def test_unfinished_sweeps_leave_their_variant_out(tmp_path):
+    recipe = small_recipe(tmp_path)
+    folder = ResultFolder(str(tmp_path), "smoke", "fig2_language")
+    with pytest.raises(ValueError, match="LanguageStudy: folder must hold runs or a table"):
+        LanguageStudy.read(recipe, str(tmp_path))
+    only = ["rate-rope-*", "rope-seed0", "rate-alibi-0.001"]
+    lines = []
+    records = perform(fig2_language.runs, recipe, folder, jobs=1, only=only, report=lines.append)
+    assert list(records) == ["rate-rope-0.001", "rate-rope-0.01", "rate-alibi-0.001"]
+    assert lines[-1] == "some runs wait for choices that are not stored"
+    named = [run.name for run in fig2_language.runs(recipe, records)]
     assert "rate-alibi-0.01" in named
     assert "alibi-seed0" not in named
     assert "rope-seed0" in named
+    with pytest.raises(ValueError, match=r"LanguageStudy: folder must hold \d+ runs; got '3, without rate-alibi-0\.01"):
+        LanguageStudy.read(recipe, str(tmp_path))
 
 
 def test_sinks_are_watched_from_the_start(small_language):
-    for decoder in small_language.decoders:
-        steps, mass = decoder.formation
-        assert steps.tolist() == [0, 2, 4]
-        assert mass.shape == (3, 1, 4)
-        assert ((mass > 0) & (mass < 1)).all()
-    steps, means = mean_formation(small_language.of("alibi"))
-    assert means.shape == (2, 3)
-    assert means[1, 2] == pytest.approx(small_language.of("alibi")[1].formation[1][2].mean())
+    for name in ("rope", "alibi", "goat"):
+        mass = small_language.formation(name)
+        assert mass.index.tolist() == [0, 2, 4]
+        assert mass.columns.tolist() == [0, 1]
+        assert ((mass > 0) & (mass < 1)).all(axis=None)
 
 
 def test_variants_of_one_seed_share_their_start():
     results = {}
-    for config in recipes.language("smoke").variants:
+    for config in fig2_language.recipe("smoke").variants:
         torch.manual_seed(0)
         results[config.attention] = Decoder(config).state_dict()
     for name in ("embedding.weight", "readout.weight", "blocks.0.attention.in_proj.weight"):
@@ -186,64 +200,60 @@ def test_variants_of_one_seed_share_their_start():
 
 
 def test_language_study_saves_and_draws(small_language, tmp_path):
-    folder = ResultFolder(str(tmp_path), "smoke", "fig2_language")
-    small_language.save(folder)
-    figure = draw_language(small_language)
+    folder = small_language.save(str(tmp_path))
+    figure = fig2_claims.draw(small_language)
     assert [axes.get_title(loc="left")[:3] for axes in figure.axes] == ["(a)", "(b)", "(c)", "(d)", "(e)", "(f)"]
     drawn = {line.get_label(): line for line in figure.axes[0].get_lines()}
-    means = [small_language.interval("ntk_rope", length).mean for length in small_language.recipe.lengths]
+    means = [small_language.mean_bits("ntk_rope", length).mean for length in small_language.recipe.lengths]
     assert drawn["RoPE, NTK"].get_ydata().tolist() == pytest.approx(means)
     formed = {line.get_label(): line for line in figure.axes[4].get_lines()}
-    assert formed["ALiBi"].get_ydata() == pytest.approx(mean_formation(small_language.of("alibi"))[1].mean(0))
+    assert formed["ALiBi"].get_ydata() == pytest.approx(small_language.formation("alibi").mean(axis=1).to_numpy())
     plt.close(figure)
-    assert len(table(folder)) == len(small_language.rows())
+    assert len(table(folder)) == len(small_language.table)
     assert small_language.uniform_mass == pytest.approx(sum(1 / n for n in range(17, 33)) / 16)
 
 
-def test_runs_of_two_corpora_are_not_mixed(small_language):
-    records = dict(small_language.records)
-    other = records["rope-seed0"]
-    origin = other.provenance | {"data": other.provenance["data"] | {"sha256": "another"}}
-    records["rope-seed0"] = replace(other, provenance=origin)
+def test_runs_of_two_corpora_are_not_mixed(tmp_path):
+    recipe = replace(small_recipe(tmp_path), variants=(), contrasts=())
+    origin = {"data": {"sha256": "one"}}
+    records = {name: Record(name, {}, 0, [], "", "cpu", 1.0, origin) for name in ("a", "b")}
+    records["b"] = replace(records["b"], provenance={"data": {"sha256": "another"}})
     with pytest.raises(ValueError, match="records must come from one corpus"):
-        LanguageStudy(small_language.recipe, records)
+        LanguageStudy.of(recipe, records)
 
 
-# Claims: records with invented numbers ------------------------------------------------------------------------------
+# Claims: tables with invented numbers -------------------------------------------------------------------------------
 
 
 def invented(study, bits):
     """The study with other bits per byte: name -> (near, far) of both seeds, the lengths between interpolated."""
-    records = {}
-    for name, record in study.records.items():
-        rows = []
-        for row in record.rows:
-            if row["quantity"] == "bits_per_byte" and row["panel"] == "a" and row["variant"] in bits:
-                near, far = (values[record.seed] for values in bits[row["variant"]])
-                share = math.log2(row["length"] / 32) / 4
-                row = row | {"value": near + share * (far - near)}
-            rows.append(row)
-        records[name] = replace(record, rows=rows)
-    return LanguageStudy(study.recipe, records)
+    table = study.table.copy()
+    at = (table.quantity == "bits_per_byte") & (table.panel == "a")
+    for variant, (near, far) in bits.items():
+        for seed in (0, 1):
+            mine = at & (table.variant == variant) & (table.seed == seed)
+            share = np.log2(table.loc[mine, "length"] / 32) / 4
+            table.loc[mine, "value"] = near[seed] + share * (far[seed] - near[seed])
+    return replace(study, table=table)
 
 
 GOOD = {
     "rope": ((2.0, 2.001), (5.0, 5.1)),
     "alibi": ((2.1, 2.101), (2.1, 2.1)),
-    "paper_goat": ((1.95, 1.951), (1.94, 1.945)),
-    "goat": ((1.95, 1.951), (1.94, 1.945)),
+    "paper_goat": ((1.95, 1.951), (1.94, 1.941)),
+    "goat": ((1.95, 1.951), (1.94, 1.941)),
 }
 
 
 def line_of(study, claim):
-    (line,) = [line for line in language_verdict(study).splitlines() if f"**{claim}" in line]
+    (line,) = [line for line in fig2_claims.verdict(study).splitlines() if f"**{claim}" in line]
     return line
 
 
 CLAIMS = {
     "gain": "paper_goat: at least 1% below rope",
-    "stable": "paper_goat: at 16x no worse than at 1x",
-    "far": "paper_goat: at 16x no worse than ALiBi",
+    "stable": "paper_goat: at 16x better than at 1x",
+    "far": "paper_goat: at 16x better than ALiBi",
     "diverges": "rope diverges",
 }
 
@@ -254,17 +264,18 @@ def test_claims_hold_where_the_numbers_say_so(small_language, claim):
 
 
 @pytest.mark.parametrize(
-    ("claim", "bad"),
+    ("claim", "bad", "word"),
     [
-        ("gain", ((1.99, 1.991), (1.94, 1.945))),  # half a percent
-        ("gain", ((1.90, 2.00), (1.94, 1.945))),  # intervals overlap
-        ("stable", ((1.95, 1.951), (1.96, 1.97))),
-        ("far", ((1.95, 1.951), (2.11, 2.12))),
+        ("gain", ((1.99, 1.991), (1.94, 1.945)), "refuted"),  # half a percent
+        ("gain", ((1.90, 2.00), (1.94, 1.945)), "undecided"),  # the interval holds one percent
+        ("stable", ((1.95, 1.951), (1.96, 1.961)), "refuted"),
+        ("stable", ((1.95, 1.951), (1.94, 1.97)), "undecided"),
+        ("far", ((1.95, 1.951), (2.11, 2.111)), "refuted"),
     ],
 )
-def test_claims_fail_where_the_numbers_say_so(small_language, claim, bad):
+def test_claims_fail_or_stay_open_where_the_numbers_say_so(small_language, claim, bad, word):
     study = invented(small_language, GOOD | {"paper_goat": bad})
-    assert ": did NOT hold.**" in line_of(study, CLAIMS[claim])
+    assert f": {word}.**" in line_of(study, CLAIMS[claim])
 
 
 def test_savings_are_paired_by_seed(small_language):
@@ -274,17 +285,15 @@ def test_savings_are_paired_by_seed(small_language):
 
 
 def test_four_steps_teach_nothing_and_the_verdict_says_so(small_language):
-    assert "did NOT hold" in line_of(small_language, CLAIMS["diverges"])
-    assert "2 seeds" in language_verdict(small_language)
+    assert "refuted" in line_of(small_language, CLAIMS["diverges"])
+    assert "2 seeds" in fig2_claims.verdict(small_language)
 
 
-def test_a_sink_that_grows_with_the_signal_fails_its_claim(small_language):
-    records = dict(small_language.records)
-    for falls, says in ((True, "held"), (False, "did NOT hold")):
-        for seed in (0, 1):
-            record = records[f"paper_goat-seed{seed}"]
-            mass = np.linspace(0.1, 0.9, len(record.arrays["sinks.counts"]))
-            arrays = dict(record.arrays) | {"sinks.mean_sink_mass": mass[::-1] if falls else mass}
-            records[f"paper_goat-seed{seed}"] = replace(record, arrays=arrays)
-        line = line_of(LanguageStudy(small_language.recipe, records), "paper_goat: sink mass falls")
-        assert f": {says}.**" in line
+@pytest.mark.parametrize(("sign", "word"), [(-1, "held"), (1, "refuted")])
+def test_a_sink_that_grows_with_the_signal_fails_its_claim(small_language, sign, word):
+    table = small_language.table.copy()
+    mine = (table.quantity == "sink_mass") & (table.panel == "d") & (table.variant == "paper_goat")
+    table.loc[mine, "value"] = 0.5 + sign * 0.01 * table.loc[mine, "score_range"]
+    table.loc[mine & (table.seed == 1), "value"] += sign * 1e-3 * table.loc[mine, "score_range"]
+    line = line_of(replace(small_language, table=table), "paper_goat: sink mass falls")
+    assert f": {word}.**" in line

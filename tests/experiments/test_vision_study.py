@@ -5,24 +5,22 @@ from dataclasses import asdict, replace
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas
 import pytest
 import torch
 
-from eotattn.experiments import recipes
-from eotattn.experiments.figures import draw_vision
+from eotattn.experiments.figures import fig5_vision
+from eotattn.experiments.figures.fig5_vision import VisionStudy, evaluate_images
 from eotattn.experiments.grid_prior_parts import describe_grid_log_prior, grid_log_prior
 from eotattn.experiments.networks import VisionConfig, VisionTransformer
 from eotattn.experiments.rate_sweep import best_rate, run_name, sweep_table
-from eotattn.experiments.records import Record
 from eotattn.experiments.results import ResultFolder
 from eotattn.experiments.runs import perform
-from eotattn.experiments.studies import vision
-from eotattn.experiments.studies.vision_runs import evaluate_images
 from eotattn.experiments.tasks import ImageTask
 from eotattn.experiments.tasks.images import StoredImages
 from eotattn.priors import FourierPrior, GridPrior, RecencyPrior
 
-SMALL = replace(recipes.vision("smoke"), learning_rates=(1e-3,))
+SMALL = replace(fig5_vision.recipe("smoke"), learning_rates=(1e-3,))
 
 
 def transformer(positions, **changes):
@@ -187,105 +185,102 @@ def test_the_lag_is_query_minus_key():
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    folder = ResultFolder(str(tmp_path_factory.mktemp("vision")), "smoke", vision.FIGURE)
-    return vision.VisionStudy(SMALL, perform(vision.runs, SMALL, folder, jobs=1, report=lambda line: None))
+    out = str(tmp_path_factory.mktemp("vision"))
+    perform(fig5_vision.runs, SMALL, ResultFolder(out, "smoke", "fig5_vision"), jobs=1, report=lambda line: None)
+    return VisionStudy.read(SMALL, out)
 
 
 def test_study_measures_every_variant_unit_and_resolution(study):
-    table = study.accuracy_table()
-    places = [(row["variant"], row["positions in"], row["size"]) for row in table]
-    assert len(places) == len(set(places)) == 5 + 3 + 5
-    assert ("learned", "patch", 16) not in places
-    assert study.prior("lag_map").shape == (2, 1, 2, 7, 7)  # seeds, blocks but the last, heads
+    found = study.rows("accuracy").groupby(["variant", "positions", "size"]).seed.nunique()
+    assert len(found) == 5 + 3 + 5
+    assert (found == 2).all()
+    assert ("learned", "patch", 16) not in found.index
+    assert study.table_of_accuracies().shape == (5, 3)
+    assert study.lag_maps().shape == (2, 1, 2, 7, 7)  # seeds, blocks but the last, heads
 
 
 def test_table_holds_what_is_drawn(study, tmp_path):
-    folder = ResultFolder(str(tmp_path), "smoke", vision.FIGURE)
-    study.save(folder)
-    with (folder.path / f"{vision.FIGURE}.csv").open() as file:
+    folder = study.save(str(tmp_path))
+    with (folder.path / "fig5_vision.csv").open() as file:
         rows = list(csv.DictReader(file))
     maps = [float(r["value"]) for r in rows if r["quantity"] == "log_prior_by_lag"]
-    assert np.mean(maps) == pytest.approx(float(study.prior("lag_map").mean()), abs=1e-6)
+    assert np.mean(maps) == pytest.approx(float(study.lag_maps().mean()), abs=1e-6)
     (centre,) = [
         float(r["value"])
         for r in rows
         if (r["run"], r["head"], r["row_lag"], r["column_lag"]) == ("goat-rate0.001-seed1", "1", "0", "-2")
     ]
-    assert centre == pytest.approx(float(study.prior("lag_map")[1, 0, 1, 3, 1]), rel=1e-5)
-    figure = draw_vision(study)
+    assert centre == pytest.approx(float(study.lag_maps()[1, 0, 1, 3, 1]), rel=1e-5)
+    figure = fig5_vision.draw(study)
     assert figure.axes[0].get_title(loc="left").startswith("(a)")
     plt.close(figure)
 
 
-def made_up(*, goat, learned, ratio, invariance):
+def made_up(*, goat, learned, ratio, invariance, recipe=SMALL):
     """A study with given accuracies (training resolution, higher ones) and shape of the prior."""
-    records = {}
+    rows = []
     for seed in (0, 1):
         for name, (base, high) in (("goat", goat), ("learned", learned), ("sinusoidal", learned)):
-            rows = []
+            place = {"run": run_name(name, 1e-3, seed), "variant": name, "seed": seed}
             for size, value in zip(SMALL.sizes, (base, high, high), strict=True):
                 for unit in ("image", "patch"):
-                    row = {"quantity": "accuracy", "value": value + 1e-4 * seed, "size": size, "positions": unit}
-                    rows.append(row)
-            shape = (2, 2)
-            arrays = {
-                "distance_ratio": np.full(shape, ratio + 1e-4 * seed),
-                "strength": np.ones(shape),
-                "shift_invariance": np.full(shape, invariance),
-            }
-            rows.append({"quantity": "training_loss", "value": 1.0})
-            records[run_name(name, 1e-3, seed)] = Record(name, {}, seed, rows, arrays, "", "cpu", 1.0, {})
-    return vision.VisionStudy(SMALL, records)
+                    row = {"quantity": "accuracy", "value": value + 1e-4 * seed * (size == 16), "size": size}
+                    rows.append(place | row | {"positions": unit})
+            shape = {"distance_ratio": ratio + 1e-4 * seed, "strength": 1.0, "shift_invariance": invariance}
+            heads = [{"block": b, "head": h} for b in (0, 1) for h in (0, 1)]
+            rows += [place | head | {"quantity": q, "value": v} for q, v in shape.items() for head in heads]
+    return VisionStudy(recipe, pandas.DataFrame(rows), {"runs": {}, "data": []})
 
 
 def test_all_seeds_try_all_rates_once_and_log_priors_are_faster():
-    recipe = recipes.vision("h200")
-    found = vision.runs(recipe, {})
+    recipe = fig5_vision.recipe("h200")
+    found = fig5_vision.runs(recipe, {})
     assert len({run.name for run in found}) == len(found) == 3 * len(recipe.learning_rates) * len(recipe.seeds)
     for run in found:
         training = run.configuration.training
         assert training.prior_learning_rate == pytest.approx(recipe.prior_rate_factor * training.learning_rate)
+        assert run.chooses
     assert recipe.prior_rate_factor == 10
-    ended = made_up(goat=(0.95, 0.94), learned=(0.95, 0.6), ratio=0.5, invariance=0.99).records
-    assert [run.name for run in vision.runs(SMALL, ended)] == [run.name for run in vision.runs(SMALL, {})]
+    assert len(fig5_vision.runs(SMALL, {})) == 3 * 2  # one rate, so there is nothing to choose
 
 
 def test_rates_are_chosen_on_images_that_training_did_not_see():
-    study = made_up(goat=(0.95, 0.94), learned=(0.95, 0.6), ratio=0.5, invariance=0.99)
-    recipe, records = replace(SMALL, learning_rates=(1e-3, 3e-3)), dict(study.records)
-    for seed, low, high in ((0, 1.5, 1.4), (1, 1.5, 3.0)):  # the first seed alone would choose wrongly
-        record = records[f"goat-rate0.001-seed{seed}"]
-        rows = [*record.rows, {"quantity": "choice_loss", "value": low}]
-        records[f"goat-rate0.001-seed{seed}"] = replace(record, rows=rows)
-        by_heart = [{"quantity": "training_loss", "value": 0.1}, {"quantity": "choice_loss", "value": high}]
-        records[f"goat-rate0.003-seed{seed}"] = replace(record, rows=by_heart)
-    assert best_rate(recipe, records, "goat") == 1e-3
-    (loss,) = [r["loss"] for r in sweep_table(recipe, records, ["goat"]) if r["learning rate"] == 3e-3]
-    assert loss == pytest.approx(2.2)  # their mean
-    diverged = [{"quantity": "choice_loss", "value": float("nan")}]
-    records["goat-rate0.001-seed1"] = replace(records["goat-rate0.001-seed1"], rows=diverged)
-    assert best_rate(recipe, records, "goat") == 3e-3
-    del records["goat-rate0.003-seed1"]
-    assert best_rate(recipe, records, "goat") is None
+    recipe = replace(SMALL, learning_rates=(1e-3, 3e-3))
+
+    def losses(of):
+        rows = []
+        for (rate, seed), loss in of.items():
+            name = {"run": f"choose-{run_name('goat', rate, seed)}", "variant": "goat", "seed": seed}
+            rows.append(name | {"quantity": "training_loss", "value": 0.1 if rate == 3e-3 else 1.0})  # by heart
+            rows.append(name | {"quantity": "choice_loss", "value": loss})
+        return pandas.DataFrame(rows)
+
+    # The first seed alone would choose wrongly.
+    found = {(1e-3, 0): 1.5, (1e-3, 1): 1.5, (3e-3, 0): 1.4, (3e-3, 1): 3.0}
+    assert best_rate(recipe, losses(found), "goat") == 1e-3
+    assert sweep_table(recipe, losses(found), ["goat"]).loc["goat", 3e-3] == pytest.approx(2.2)  # their mean
+    assert best_rate(recipe, losses(found | {(1e-3, 1): float("nan")}), "goat") == 3e-3
+    del found[3e-3, 1]
+    assert best_rate(recipe, losses(found), "goat") is None
 
 
 def test_verdict_says_yes_where_everything_held():
-    text = made_up(goat=(0.95, 0.94), learned=(0.95, 0.6), ratio=0.5, invariance=0.99).verdict()
-    assert "did NOT" not in text
+    text = fig5_vision.verdict(made_up(goat=(0.95, 0.94), learned=(0.95, 0.6), ratio=0.5, invariance=0.99))
+    assert text.count(": held.**") == 4 * 2 + 2
     assert "0.340" in text
 
 
 def test_verdict_says_no_where_nothing_held():
-    text = made_up(goat=(0.95, 0.6), learned=(0.95, 0.7), ratio=1.1, invariance=0.2).verdict()
-    assert text.count("did NOT hold") == 4 * 2 + 2
+    text = fig5_vision.verdict(made_up(goat=(0.95, 0.6), learned=(0.95, 0.7), ratio=1.1, invariance=0.2))
+    assert text.count(": refuted.**") == 4 * 2 + 2
 
 
 def test_recipes_share_everything_but_the_positions():
     for scale in ("smoke", "laptop", "h200", "paper"):
-        recipe = recipes.vision(scale)
+        recipe = fig5_vision.recipe(scale)
         first, *others = (asdict(variant) for variant in recipe.variants)
         for other in others:
             assert {k for k in first if first[k] != other[k]} == {"positions"}
         assert first["num_frequencies"] == 16
         assert first["train_grid"] * first["patch_size"] == recipe.sizes[0]
-    assert recipes.vision("paper").sizes == (224, 384, 512)
+    assert fig5_vision.recipe("paper").sizes == (224, 384, 512)

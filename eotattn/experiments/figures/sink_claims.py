@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,19 +11,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas
 
-from eotattn.checks import require
-from eotattn.experiments.figures.sink_study import ARMS, SinkRecipe, runs
-from eotattn.experiments.intervals import SeedInterval
-from eotattn.experiments.records import Records, RunFolder, merged_provenance
-from eotattn.experiments.results import ResultFolder
+from eotattn.experiments.figures.sink_study import ARMS, FIGURE
+from eotattn.experiments.intervals import SeedInterval, claim
 from eotattn.experiments.sink_measures import EPSILON
+from eotattn.experiments.study import Study, paired, savings
 from eotattn.plotting import line_styles, mosaic, plot_sink_heads
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["NAMES", "SinkStudy", "draw_sinks", "sink_verdict", "verdict"]
+__all__ = ["NAMES", "SinkStudy", "draw_sinks", "sink_verdict"]
 
 #: Names in tables and legends.
 NAMES = {
@@ -42,101 +39,39 @@ NAMES = {
 }
 
 
-def verdict(interval: SeedInterval) -> str:
-    """Whether a number is above zero: ``"held"``, ``"refuted"``, or ``"undecided"`` where its interval holds zero.
-
-    Example:
-        >>> [verdict(SeedInterval.of(values)) for values in ([1.0, 1.1], [-1.0, -1.1], [1.0, -1.0], [1.0])]
-        ['held', 'refuted', 'undecided', 'undecided']
-    """
-    if interval.low > 0:
-        return "held"
-    return "refuted" if interval.high < 0 else "undecided"
-
-
 @dataclass(frozen=True, eq=False)
-class SinkStudy:
-    """All runs of the study as one tidy table.
+class SinkStudy(Study):
+    """All runs of the study; columns arm, seed, quantity, value, and where it was measured."""
 
-    Attributes:
-        table: A row a measurement; columns arm, seed, quantity, value, and where it was measured.
-        provenance: Of the figure.
-    """
-
-    table: pandas.DataFrame
-    provenance: dict[str, Any]
-
-    @classmethod
-    def of(cls, recipe: SinkRecipe, records: Records) -> SinkStudy:
-        """From records of runs; all must have read one corpus."""
-        data = {record.provenance["data"]["sha256"] for record in records.values()}
-        remedy = "Make all runs with one corpus"
-        require(len(data) == 1, "SinkStudy", "records", "come from one corpus", sorted(data), remedy)
-        command = f"eotattn train --figure sinks --scale {recipe.scale}"
-        rows = [row for record in records.values() for row in record.rows]
-        return cls(pandas.DataFrame(rows), merged_provenance(records, command=command, recipe=recipe))
-
-    @classmethod
-    def read(cls, recipe: SinkRecipe, folder: ResultFolder) -> SinkStudy:
-        """From the records of finished runs, where there are some, else from the table that a study was saved as."""
-        found = {run.name: RunFolder(folder).read(run) for run in runs(recipe, {})}
-        records = {name: record for name, record in found.items() if record is not None}
-        if records:
-            return cls.of(recipe, records)
-        stored = folder.path / f"{folder.figure}.csv"
-        remedy = f"Run eotattn train --figure sinks --scale {recipe.scale}"
-        require(stored.is_file(), "SinkStudy", "folder", "hold runs or a table", folder.out, remedy)
-        provenance = json.loads(stored.with_suffix(".json").read_text(encoding="utf-8"))
-        return cls(pandas.read_csv(stored, low_memory=False), provenance)
-
-    def save(self, folder: ResultFolder) -> None:
-        """Write the table and where it comes from."""
-        filled = self.table.astype(object).where(self.table.notna(), "")
-        folder.write_table(filled.to_dict("records"))
-        folder.write_provenance(self.provenance)
+    figure = FIGURE
+    may_be_partial = True
 
     @property
     def arms(self) -> tuple[str, ...]:
         """Arms with a finished run, in the order of the recipe."""
         return tuple(arm.name for arm in ARMS if arm.name in set(self.table.arm))
 
-    def rows(self, arm: str, quantity: str, **where: Any) -> pandas.DataFrame:
-        """Rows of one quantity of one arm, at the last step where there are several."""
-        found = self.table[(self.table.arm == arm) & (self.table.quantity == quantity)]
-        for column, value in where.items():
-            found = found[found[column] == value]
+    def rows(self, quantity: str, **where: Any) -> pandas.DataFrame:
+        """Rows of one quantity, at the last step where there are several."""
+        found = super().rows(quantity, **where)
         if "step" in found and found.step.notna().any():
             found = found[found.step == found.step.max()]
         return found
 
-    def of_seeds(self, arm: str, quantity: str, **where: Any) -> dict[int, float]:
-        """Seed -> mean of a quantity; without what was undefined."""
-        found = self.rows(arm, quantity, **where).dropna(subset="value")
-        return {int(seed): float(value) for seed, value in found.groupby("seed").value.mean().items()}
-
-    def interval(self, arm: str, quantity: str, **where: Any) -> SeedInterval | None:
-        """A quantity over seeds; None where no run has it."""
-        values = list(self.of_seeds(arm, quantity, **where).values())
-        return SeedInterval.of(values) if values else None
-
     def cost(self, arm: str, removed: str, *, beyond: str = "nothing") -> dict[int, float]:
         """Seed -> nats a token that are lost when something is removed, beyond what something else costs."""
-        one, other = (self.of_seeds(arm, "loss_without", removed=name) for name in (removed, beyond))
+        one, other = (self.of_seeds("loss_without", arm=arm, removed=name) for name in (removed, beyond))
         return {seed: one[seed] - other[seed] for seed in one if seed in other}
 
     def saving(self, arm: str, *, over: str, length: int) -> tuple[SeedInterval, SeedInterval]:
         """Nats a token that ``arm`` saves over another on test documents: over common seeds, and over documents."""
-        ours, theirs = (self.rows(name, "test_loss", length=length) for name in (arm, over))
-        pairs = ours.merge(theirs, on=["seed", "document"], suffixes=("", "_other"))
-        pairs["saved"] = pairs.value_other - pairs.value
-        by_seed, by_document = (pairs.groupby(key).saved.mean().tolist() for key in ("seed", "document"))
-        return SeedInterval.of(by_seed), SeedInterval.of(by_document)
+        return savings(*(self.rows("test_loss", arm=name, length=length) for name in (arm, over)))
 
     def strongest(self, arm: str, name: str) -> dict[int, float]:
         """Seed -> a number of the head with the most mass on the first token."""
-        heads = self.rows(arm, "head_mass").set_index("seed")
+        heads = self.rows("head_mass", arm=arm).set_index("seed")
         top = {int(s): each.loc[each.value.idxmax()] for s, each in heads.reset_index().groupby("seed")}
-        rows = self.rows(arm, f"head_{name}").set_index(["seed", "block", "head"]).value
+        rows = self.rows(f"head_{name}", arm=arm).set_index(["seed", "block", "head"]).value
         return {seed: float(rows[seed, each.block, each["head"]]) for seed, each in top.items()}
 
     @property
@@ -151,15 +86,15 @@ class SinkStudy:
 
     def _row(self, arm: str) -> dict[str, str]:
         """One line of that table."""
-        row = {"arm": NAMES[arm], "seeds": str(len(self.of_seeds(arm, "sink_rate")))}
+        row = {"arm": NAMES[arm], "seeds": str(len(self.of_seeds("sink_rate", arm=arm)))}
         for length in self.lengths:
-            row[f"nats at {length}"] = _said(self.interval(arm, "test_loss", length=length), ".3f")
+            row[f"nats at {length}"] = _said(self.interval("test_loss", arm=arm, length=length), ".3f")
         for name in ("mass", "margin", "prior_margin"):
             strongest = SeedInterval.of(list(self.strongest(arm, name).values()))
             row[f"strongest head: {name.replace('_', ' ')}"] = _said(strongest, ".2f")
         columns = {"sink_rate": ".2f", "margin_of_sinks": ".2f", "prior_share": ".2f", "key_only_of_sinks": ".2f"}
         columns |= {"outside": ".2f", "massive": ".0f", "kurtosis": ".0f", "value_norm_of_sinks": ".2f"}
-        row |= {name.replace("_", " "): _said(self.interval(arm, name), spec) for name, spec in columns.items()}
+        row |= {name.replace("_", " "): _said(self.interval(name, arm=arm), spec) for name, spec in columns.items()}
         for label, removed, beyond in (
             ("8 bits cost", "eight_bits", "nothing"),
             ("u cost", "key_only", "nothing"),
@@ -182,13 +117,13 @@ def _said(interval: SeedInterval | None, spec: str) -> str:
 
 def sink_verdict(study: SinkStudy) -> str:
     """The claims, the numbers and what became of them, in Markdown; intervals are of 95 %."""
-    with_prior = [arm for arm in study.arms if study.of_seeds(arm, "key_only_of_sinks")]
+    with_prior = [arm for arm in study.arms if study.of_seeds("key_only_of_sinks", arm=arm)]
     others = [arm for arm in study.arms if arm not in ("rope", "rope_without_token")]
     lines = []
     if "rope_without_token" in study.arms:
         lines.append(_differ(study, "sinks need a first token", "rope", "rope_without_token", "sink_rate", ".2f"))
     lines += [_most_is_prior(study, arm) for arm in with_prior]
-    lines += [_strongest_is_prior(study, arm) for arm in study.arms if study.interval(arm, "key_only") is not None]
+    lines += [_strongest_is_prior(study, arm) for arm in study.arms if study.interval("key_only", arm=arm) is not None]
     lines += [_smaller(study, arm) for arm in others]
     lines += [_bits(study, arm) for arm in others]
     lines += [_first_key(study, arm) for arm in study.arms]
@@ -203,50 +138,45 @@ def sink_verdict(study: SinkStudy) -> str:
     return "\n".join(lines)
 
 
-def _line(claim: str, interval: SeedInterval, spec: str, what: str) -> str:
-    return f"- **{claim}: {verdict(interval)}.** {what} {interval:{spec}}, n = {interval.count}."
+def _line(text: str, interval: SeedInterval, spec: str, what: str) -> str:
+    return claim(text, interval, f"{what} {interval:{spec}}, n = {interval.count}.")
 
 
-def _paired(one: dict[int, float], other: dict[int, float]) -> SeedInterval:
-    """One less the other, seed by seed."""
-    return SeedInterval.of([one[seed] - other[seed] for seed in one if seed in other])
-
-
-def _differ(study: SinkStudy, claim: str, arm: str, other: str, quantity: str, spec: str) -> str:
-    ours, theirs = (study.of_seeds(name, quantity) for name in (arm, other))
+def _differ(study: SinkStudy, text: str, arm: str, other: str, quantity: str, spec: str) -> str:
+    ours, theirs = (study.of_seeds(quantity, arm=name) for name in (arm, other))
     what = f"{quantity.replace('_', ' ')}, {NAMES[arm]} less {NAMES[other]}:"
-    return _line(claim, _paired(ours, theirs), "+" + spec, what)
+    return _line(text, paired(ours, theirs), "+" + spec, what)
 
 
 def _most_is_prior(study: SinkStudy, arm: str) -> str:
-    shares = study.of_seeds(arm, "prior_share")
-    claim = f"{NAMES[arm]}: more than half of the margin of its sinks is prior"
-    return _line(claim, SeedInterval.of([share - 0.5 for share in shares.values()]), "+.2f", "Share less one half:")
+    shares = study.of_seeds("prior_share", arm=arm)
+    text = f"{NAMES[arm]}: more than half of the margin of its sinks is prior"
+    return _line(text, SeedInterval.of([share - 0.5 for share in shares.values()]), "+.2f", "Share less one half:")
 
 
 def _strongest_is_prior(study: SinkStudy, arm: str) -> str:
     margin, prior = (study.strongest(arm, name) for name in ("margin", "prior_margin"))
-    claim = f"{NAMES[arm]}: the head with the most mass on the first token owes it to the prior more than to content"
+    text = f"{NAMES[arm]}: the head with the most mass on the first token owes it to the prior more than to content"
     excess = SeedInterval.of([2 * prior[seed] - margin[seed] for seed in margin])
-    return _line(claim, excess, "+.2f", "Nats of the prior's part of its margin less the content's:")
+    return _line(text, excess, "+.2f", "Nats of the prior's part of its margin less the content's:")
 
 
 def _smaller(study: SinkStudy, arm: str) -> str:
-    rope, ours = ({s: math.log(x) for s, x in study.of_seeds(name, "massive").items()} for name in ("rope", arm))
-    claim = f"{NAMES[arm]}: the first token's activations are less massive than RoPE's"
-    return _line(claim, _paired(rope, ours), "+.2f", "Logarithm of RoPE's ratio to the median over its own:")
+    rope, ours = ({s: math.log(x) for s, x in study.of_seeds("massive", arm=name).items()} for name in ("rope", arm))
+    text = f"{NAMES[arm]}: the first token's activations are less massive than RoPE's"
+    return _line(text, paired(rope, ours), "+.2f", "Logarithm of RoPE's ratio to the median over its own:")
 
 
 def _bits(study: SinkStudy, arm: str) -> str:
-    claim = f"{NAMES[arm]}: eight bits cost less than they cost RoPE"
-    saved = _paired(study.cost("rope", "eight_bits"), study.cost(arm, "eight_bits"))
-    return _line(claim, saved, "+.4f", "Nats a token saved:")
+    text = f"{NAMES[arm]}: eight bits cost less than they cost RoPE"
+    saved = paired(study.cost("rope", "eight_bits"), study.cost(arm, "eight_bits"))
+    return _line(text, saved, "+.4f", "Nats a token saved:")
 
 
 def _first_key(study: SinkStudy, arm: str) -> str:
-    claim = f"{NAMES[arm]}: where far keys are dropped, the first one is missed"
+    text = f"{NAMES[arm]}: where far keys are dropped, the first one is missed"
     lost = SeedInterval.of(list(study.cost(arm, "far_keys", beyond="far_keys_but_the_first").values()))
-    return _line(claim, lost, "+.4f", "Nats a token lost without it:")
+    return _line(text, lost, "+.4f", "Nats a token lost without it:")
 
 
 def _falls(study: SinkStudy, protocol: str) -> str:
@@ -260,16 +190,16 @@ def _falls(study: SinkStudy, protocol: str) -> str:
 
 
 def _fall(study: SinkStudy, arm: str, protocol: str, state: str) -> SeedInterval:
-    rows = study.rows(arm, "mass_by_signal", protocol=protocol, state=state).sort_values("signal")
+    rows = study.rows("mass_by_signal", arm=arm, protocol=protocol, state=state).sort_values("signal")
     return SeedInterval.of([float(each.value.iloc[0] - each.value.iloc[-1]) for _, each in rows.groupby("seed")])
 
 
 def _saves(study: SinkStudy, arm: str, over: str, length: int) -> str:
     by_seed, by_document = study.saving(arm, over=over, length=length)
-    claim = f"{NAMES[arm]} predicts better than {NAMES[over]} at {length} tokens"
+    text = f"{NAMES[arm]} predicts better than {NAMES[over]} at {length} tokens"
     judged = by_document if by_seed.count == 1 else by_seed
     said = f"{by_seed:+.4f} over seeds; {by_document:+.4f} paired over {by_document.count} documents"
-    return f"- **{claim}: {verdict(judged)}.** Nats a token saved: {said}."
+    return claim(text, judged, f"Nats a token saved: {said}.")
 
 
 # Picture ------------------------------------------------------------------------------------------------------------
@@ -289,7 +219,7 @@ def draw_sinks(study: SinkStudy) -> Figure:
     for arm in arms:
         mass, share = (_heads(study, arm, name) for name in ("mass", "prior_share"))
         plot_sink_heads(mass, share, threshold=EPSILON, axes=axes[arm], legend=arm == arms[-1])
-        rate = _said(study.interval(arm, "sink_rate"), ".2f")
+        rate = _said(study.interval("sink_rate", arm=arm), ".2f")
         if arm not in [row[0] for row in maps]:
             axes[arm].set_ylabel("")
         axes[arm].set_title(f"{NAMES[arm]}\nsink rate {rate}", fontsize=9, loc="left")
@@ -303,7 +233,7 @@ def _heads(study: SinkStudy, arm: str, name: str) -> np.ndarray[Any, np.dtype[np
     """(blocks, heads) of the first seed: the mass, or the share of the prior in the margin, between 0 and 1."""
 
     def grid(quantity: str) -> np.ndarray[Any, np.dtype[np.float64]]:
-        rows = study.rows(arm, f"head_{quantity}")
+        rows = study.rows(f"head_{quantity}", arm=arm)
         rows = rows[rows.seed == rows.seed.min()]
         return rows.pivot(index="block", columns="head", values="value").to_numpy(dtype=np.float64)
 
@@ -321,7 +251,7 @@ def _draw_signal(study: SinkStudy, axes: Axes) -> None:
     for arm in shown:
         for protocol, line in lines.items():
             for state in ("trained", "untrained"):
-                rows = study.rows(arm, "mass_by_signal", protocol=protocol, state=state).sort_values("signal")
+                rows = study.rows("mass_by_signal", arm=arm, protocol=protocol, state=state).sort_values("signal")
                 rows = rows[rows.seed == rows.seed.min()]
                 colour = styles[arm]["color"] if state == "trained" else "0.65"
                 label = f"{NAMES[arm]}: {protocol}" if state == "trained" else None
@@ -347,7 +277,7 @@ def _bars(axes: Axes, arms: Sequence[str], intervals: Sequence[SeedInterval | No
 
 
 def _draw_outliers(study: SinkStudy, axes: Axes) -> None:
-    _bars(axes, study.arms, [study.interval(arm, "massive") for arm in study.arms])
+    _bars(axes, study.arms, [study.interval("massive", arm=arm) for arm in study.arms])
     axes.set_xlim(left=0)
     axes.set_xlabel("largest activation of the first token / median", fontsize=9)
     axes.set_title("massive activations", fontsize=9, loc="left")

@@ -21,15 +21,16 @@ from eotattn.diagnostics import SinkMassReport
 from eotattn.experiments.device import training_device
 from eotattn.experiments.interventions import in_eight_bits, keys_beyond, target_losses, without_key_only
 from eotattn.experiments.networks import ATTENTION_KINDS, Decoder, DecoderConfig
-from eotattn.experiments.records import Measurement, Records, Row, Run
+from eotattn.experiments.records import Measurement, Records, Row, Run, TrainedRun, taken_from
 from eotattn.experiments.scales import check_scale
 from eotattn.experiments.sink_measures import activation_outliers, mass_by_signal, measure_sinks
+from eotattn.experiments.study import Figure
 from eotattn.experiments.tasks.language import PYTHON_STDLIB
 from eotattn.experiments.tasks.token_text import BOOKS, TokenText, Windows, begin
 from eotattn.experiments.training import TrainingConfig, autocast, train, training_rows
 from eotattn.processes import is_first_process
 
-__all__ = ["ARMS", "RECIPES", "Arm", "SinkRecipe", "SinkRun", "measure", "recipe", "runs"]
+__all__ = ["ARMS", "FIGURE", "RECIPES", "Arm", "SinkRecipe", "SinkRun", "measure", "recipe", "runs"]
 
 # Recipe -------------------------------------------------------------------------------------------------------------
 
@@ -200,7 +201,7 @@ def recipe(scale: str = "laptop") -> SinkRecipe:
 
 
 @dataclass(frozen=True)
-class SinkRun:
+class SinkRun(TrainedRun):
     """One arm with one seed; fields as in :class:`SinkRecipe`."""
 
     corpus: str
@@ -212,32 +213,27 @@ class SinkRun:
     probe_windows: int
     bins: int
 
-    @property
-    def seed(self) -> int:
-        """Seed of weights and batches."""
-        return self.training.seed
-
 
 def runs(recipe: SinkRecipe, records: Records) -> list[Run]:
     """One run an arm and seed, the first seed of all arms first."""
     return [
         Run(
             f"{arm.name}-seed{seed}",
-            SinkRun(
-                recipe.corpus,
-                arm,
-                replace(recipe.decoder, attention=arm.attention),
-                replace(recipe.training, seed=seed),
-                recipe.lengths,
-                recipe.test_windows,
-                recipe.probe_windows,
-                recipe.bins,
+            taken_from(
+                recipe,
+                SinkRun,
+                arm=arm,
+                decoder=replace(recipe.decoder, attention=arm.attention),
+                training=replace(recipe.training, seed=seed),
             ),
             measure,
         )
         for seed in recipe.seeds
         for arm in recipe.arms
     ]
+
+
+FIGURE = Figure("fig_sinks", recipe, runs, tuple(RECIPES))
 
 
 def measure(run: SinkRun, checkpoint: Path) -> Measurement:

@@ -1,6 +1,6 @@
 """Networks of the experiments, one file a network."""
 
-from eotattn.experiments.networks.attention_kinds import ATTENTION_KINDS, AttentionKind, DecoderConfig
+from eotattn.experiments.networks.attention_kinds import ATTENTION_KINDS, AttentionKind, DecoderConfig, display_name
 from eotattn.experiments.networks.copy_reader import CopyReader, CopyReaderConfig
 from eotattn.experiments.networks.decoder import Decoder
 from eotattn.experiments.networks.vision import VisionConfig, VisionTransformer
@@ -14,4 +14,5 @@ __all__ = [
     "DecoderConfig",
     "VisionConfig",
     "VisionTransformer",
+    "display_name",
 ]

@@ -18,20 +18,22 @@ from eotattn.checks import check_choice, check_positive_int, require
 from eotattn.experiments.networks.decaying_waves import DecayingFourierPrior
 from eotattn.experiments.networks.growing_scores import GrowingScoreAttention
 from eotattn.experiments.networks.narrow_lanes import NarrowLanesPrior
-from eotattn.experiments.networks.rotations import LeadingHeadsRotary, StretchedRotary
+from eotattn.experiments.networks.rotations import LeadingHeadsRotary, StretchedRotary, YarnRotary
 from eotattn.priors import (
     ForgettingPrior,
     FourierPrior,
     HeadsPrior,
+    KerplePrior,
     LogPrior,
     RecencyPrior,
     SinkPrior,
     SumPrior,
+    T5Prior,
     goat_prior,
     num_local_heads,
 )
 
-__all__ = ["ATTENTION_KINDS", "AttentionKind", "DecoderConfig", "sinusoids"]
+__all__ = ["ATTENTION_KINDS", "AttentionKind", "DecoderConfig", "display_name", "sinusoids"]
 
 MakePrior = Callable[["DecoderConfig"], LogPrior]
 MakeRotary = Callable[["DecoderConfig"], Rotary]
@@ -94,6 +96,7 @@ class AttentionKind:
     """How one kind of attention knows positions; what is left out it does not have.
 
     Args:
+        label: Name in tables and legends; by default the one in :data:`ATTENTION_KINDS`.
         prior: Makes the log-prior of one block.
         rotary: Makes the rotation of its queries and keys.
         sinks: Makes what its queries attend to besides keys.
@@ -107,6 +110,7 @@ class AttentionKind:
             serve this one too; see :meth:`Decoder.read_as`.
     """
 
+    label: str = ""
     prior: MakePrior | None = None
     rotary: MakeRotary | None = None
     sinks: Callable[[DecoderConfig], AttentionSinks] | None = None
@@ -152,12 +156,24 @@ def _stretched_rotary(config: DecoderConfig) -> Rotary:
     return StretchedRotary(config.head_dim, train_length=config.train_length)
 
 
+def _yarn_rotary(config: DecoderConfig) -> Rotary:
+    return YarnRotary(config.head_dim, train_length=config.train_length)
+
+
 def _local_rotary(config: DecoderConfig) -> Rotary:
     return LeadingHeadsRotary(config.head_dim, num_rotated=num_local_heads(config.num_heads))
 
 
 def _alibi(config: DecoderConfig) -> LogPrior:
     return RecencyPrior(config.num_heads).freeze()
+
+
+def _t5(config: DecoderConfig) -> LogPrior:
+    return T5Prior(config.num_heads, bidirectional=False)
+
+
+def _kerple(config: DecoderConfig) -> LogPrior:
+    return KerplePrior(config.num_heads)
 
 
 def _recency(config: DecoderConfig) -> LogPrior:
@@ -272,18 +288,21 @@ def _tied_goat(config: DecoderConfig) -> LogPrior:
 #: Every attention that an experiment can name. A new one is one entry.
 ATTENTION_KINDS = {
     # What the paper compares.
-    "goat": AttentionKind(prior=_goat),
-    "paper_goat": AttentionKind(prior=_paper_goat()),
-    "alibi": AttentionKind(prior=_alibi),
-    "rope": AttentionKind(rotary=_rotary),
-    "interpolated_rope": AttentionKind(rotary=_rotary, interpolated=True, trained_as="rope"),
-    "ntk_rope": AttentionKind(rotary=_stretched_rotary, trained_as="rope"),
-    "sinusoidal": AttentionKind(embedding="sinusoidal"),
+    "goat": AttentionKind("GOAT", prior=_goat),
+    "paper_goat": AttentionKind("GOAT, paper's form", prior=_paper_goat()),
+    "alibi": AttentionKind("ALiBi", prior=_alibi),
+    "rope": AttentionKind("RoPE", rotary=_rotary),
+    "interpolated_rope": AttentionKind("RoPE, interpolated", rotary=_rotary, interpolated=True, trained_as="rope"),
+    "ntk_rope": AttentionKind("RoPE, NTK", rotary=_stretched_rotary, trained_as="rope"),
+    "yarn_rope": AttentionKind("RoPE, YaRN", rotary=_yarn_rotary, trained_as="rope"),
+    "t5": AttentionKind("T5's buckets", prior=_t5, prior_rate_factor=10.0),
+    "kerple": AttentionKind("KERPLE", prior=_kerple, prior_rate_factor=10.0),
+    "sinusoidal": AttentionKind("sinusoidal", embedding="sinusoidal"),
     "learned": AttentionKind(embedding="learned"),
-    "none": AttentionKind(),
+    "none": AttentionKind("no positions"),
     # Priors on rotary content.
-    "local_rotary_goat": AttentionKind(prior=_goat, rotary=_local_rotary),
-    "rotary_goat": AttentionKind(prior=_paper_goat(), rotary=_rotary),
+    "local_rotary_goat": AttentionKind("GOAT, local heads rotary", prior=_goat, rotary=_local_rotary),
+    "rotary_goat": AttentionKind("RoPE + GOAT", prior=_paper_goat(), rotary=_rotary),
     "rotary_recency": AttentionKind(prior=_recency, rotary=_rotary),
     # Parts alone, and the whole without one.
     "recency_only": AttentionKind(prior=_recency),
@@ -293,11 +312,13 @@ ATTENTION_KINDS = {
     "one_wave": AttentionKind(prior=_paper_goat(num_frequencies=1)),
     "sixteen_waves": AttentionKind(prior=_paper_goat(num_frequencies=16)),
     # Log-priors that can move further than content does: AdamW moves a number by its rate a step at most.
-    "fast_goat": AttentionKind(prior=_goat, prior_rate_factor=10.0),
-    "fast_paper_goat": AttentionKind(prior=_paper_goat(), prior_rate_factor=10.0),
-    "alibi_goat": AttentionKind(prior=_alibi_goat, prior_rate_factor=10.0),
-    "forgetting": AttentionKind(prior=_forgetting),
-    "alibi_goat_forgetting": AttentionKind(prior=_sum(_alibi_goat, _forgetting), prior_rate_factor=10.0),
+    "fast_goat": AttentionKind("GOAT, fast prior", prior=_goat, prior_rate_factor=10.0),
+    "fast_paper_goat": AttentionKind("paper's form, fast prior", prior=_paper_goat(), prior_rate_factor=10.0),
+    "alibi_goat": AttentionKind("GOAT, ALiBi slopes", prior=_alibi_goat, prior_rate_factor=10.0),
+    "forgetting": AttentionKind("forgetting gate", prior=_forgetting),
+    "alibi_goat_forgetting": AttentionKind(
+        "GOAT + forgetting gate", prior=_sum(_alibi_goat, _forgetting), prior_rate_factor=10.0
+    ),
     # Where a sink can live beside content.
     "rope_key_only": AttentionKind(prior=_first_token, rotary=_rotary, prior_rate_factor=10.0),
     "rope_sink_logit": AttentionKind(rotary=_rotary, sinks=_sink_logit, prior_rate_factor=10.0),
@@ -315,3 +336,13 @@ ATTENTION_KINDS = {
     "half_global": AttentionKind(prior=_sum(_half_global_recency, _first_token)),
     "growing_none": AttentionKind(scores_grow=True),
 }
+
+
+def display_name(attention: str) -> str:
+    """What tables and legends call a kind.
+
+    Example:
+        >>> display_name("rope"), display_name("one_wave")
+        ('RoPE', 'one_wave')
+    """
+    return ATTENTION_KINDS[attention].label or attention

@@ -124,12 +124,6 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Predict the token after every token.
 
-        Args:
-            tokens: (B, L) int64.
-            num_targets: How many of the last positions to read out; all of them by default.
-            caches: From :meth:`make_caches`, one a block: ``tokens`` follow those that were read with them before.
-            hidden_keys: (L, L) boolean, true where a query may not see a key, beside the later ones.
-
         Returns:
             (B, L, V) logits, or (B, num_targets, V).
         """
@@ -144,11 +138,7 @@ class Decoder(nn.Module):
         return self.readout(self.norm(hidden))
 
     def make_caches(self, batch_size: int, max_length: int) -> list[KeyValueCache]:
-        """Empty caches, one a block, for sequences of up to ``max_length`` tokens.
-
-        Raises:
-            NotImplementedError: If positions depend on the length of the whole sequence, or are embedded.
-        """
+        """Empty caches, one a block, for sequences of up to ``max_length`` tokens."""
         kind, rotary = self.config.kind, self.blocks[0].attention.rotary
         if kind.embedding is not None or kind.interpolated or isinstance(rotary, StretchedRotary):
             raise NotImplementedError(
@@ -158,11 +148,7 @@ class Decoder(nn.Module):
         return [block.attention.make_cache(batch_size, max_length) for block in self.blocks]
 
     def read_as(self, attention: str) -> Decoder:
-        """A decoder with these weights whose attention is another kind that is trained as this one.
-
-        Args:
-            attention: Name of this kind, or of one whose ``trained_as`` names it.
-        """
+        """A decoder with these weights whose attention is another kind that is trained as this one."""
         known = tuple(name for name, kind in ATTENTION_KINDS.items() if kind.trained_as == self.config.attention)
         check_choice("Decoder.read_as", "attention", attention, (self.config.attention, *known))
         reader = Decoder(replace(self.config, attention=attention))

@@ -150,10 +150,6 @@ class VisionTransformer(nn.Module):
     def forward(self, images: Tensor, *, unit: str | None = None) -> Tensor:
         """Classify images.
 
-        Args:
-            images: (B, Ch, size, size), size a multiple of the patch size.
-            unit: A name in :data:`POSITION_UNITS`, in place of the configuration's.
-
         Returns:
             (B, num_classes) logits.
         """

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from eotattn.checks import check_installed, require
+from eotattn.experiments.tasks.hub import open_data_set
 
 __all__ = ["C4Bytes", "read_c4", "to_bytes"]
 
@@ -42,17 +43,10 @@ class C4Bytes(NamedTuple):
 
 @lru_cache(maxsize=1)
 def read_c4(corpus: str) -> C4Bytes:
-    """Read as many bytes of C4 as training needs; once in a process, since every run of a study asks for them.
+    """The first bytes of ``"c4"`` on the Hub, of shards ``"c4:FOLDER"``, or so many: ``"c4:FOLDER:BYTES"``.
 
-    Args:
-        corpus: ``"c4"``, ``"c4:FOLDER"`` or ``"c4:FOLDER:BYTES"``; an empty folder stands for the Hub.
-
-    Returns:
-        The parts; validation and held-out documents are joined, because few of them are as long as a long context.
-
-    Raises:
-        ValueError: At once, if the Hub cannot be reached, or the folder holds no shards.
-        ModuleNotFoundError: Without the library ``datasets``.
+    Once in a process, since every run of a study asks for them. Validation and held-out documents are joined, because
+    few of them are as long as a long context.
     """
     _, folder, count = [*corpus.split(":"), "", ""][:3]
     plain = count.isdecimal() or not count
@@ -89,7 +83,8 @@ def _texts(folder: str, split: str) -> Iterator[str]:
         with _whole_shards(folder):
             rows: Any = datasets.load_dataset("json", data_files={split: files}, split=split, streaming=True)
     else:
-        rows = _open_hub(split)
+        remedy = "download some of its en/ files into a folder and pass 'c4:FOLDER'"
+        rows = open_data_set("read_c4", *HUB_NAME, split=split, remedy=remedy)
     return _read(rows, folder or HUB_NAME[0])
 
 
@@ -106,24 +101,6 @@ def _whole_shards(folder: str) -> Iterator[None]:
     except (EOFError, OSError, ValueError, LookupError, zlib.error) as error:
         reason = f"{folder!r} ({type(error).__name__}: {error})"
         message = f"read_c4: every shard must be whole, with a field 'text'; got {reason}. Download its files again."
-        raise ValueError(message) from error
-
-
-def _open_hub(split: str) -> Any:
-    import datasets
-    import huggingface_hub
-
-    try:
-        # Asks once, without the long patience of downloads.
-        huggingface_hub.HfApi().dataset_info(HUB_NAME[0], timeout=10)
-        return datasets.load_dataset(*HUB_NAME, split=split, streaming=True)
-    except Exception as error:  # which class it is depends on the versions of the library and of its transport
-        lines = str(error).strip().splitlines() or ["no details"]
-        message = (
-            f"read_c4: the data set {HUB_NAME[0]!r} must be reachable on the Hugging Face Hub; got "
-            f"{type(error).__name__}: {lines[0][:160]}. Connect to the network, or download some of its en/ files into "
-            f"a folder and pass 'c4:FOLDER'."
-        )
         raise ValueError(message) from error
 
 

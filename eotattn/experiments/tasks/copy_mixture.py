@@ -63,11 +63,6 @@ class CopyMixture:
     def batch(self, batch_size: int, *, seed: int, step: int) -> Batch:
         """Draw sequences.
 
-        Args:
-            batch_size: Number of sequences B.
-            seed: Seed of the stream.
-            step: Position in the stream; equal (seed, step) give equal batches.
-
         Returns:
             A :class:`Batch` of (B, L) tokens and their successors.
         """
@@ -96,9 +91,6 @@ class CopyMixture:
 
     def ideal_log_prior(self, *, floor: float = 1e-3) -> Tensor:
         """log(ideal_attention + floor), with -inf where the causal mask forbids a key.
-
-        Args:
-            floor: Probability that stands for zero, so that keys without any use have a finite log-prior.
 
         Returns:
             (L, L) float64, nats, not normalised.

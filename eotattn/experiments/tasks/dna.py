@@ -1,6 +1,6 @@
 """DNA: the next base of windows of a genome, made of isochores, read from a FASTA file or from the Hub.
 
-Legend: B batch, L tokens, M held-out blocks, N training blocks, S bases of a block, W window.
+Legend: B batch, L tokens, M held-out, V validation and N training blocks, S bases of a block, W window.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from eotattn.checks import check_positive_int, require
 from eotattn.experiments.tasks.batches import Batch, step_generator
 from eotattn.experiments.tasks.dna_records import BASES, DnaRecord, read_fasta, read_hub
 from eotattn.experiments.tasks.isochores import IsochoreModel
+from eotattn.experiments.tasks.parts import check_open
 
 __all__ = ["HUB", "DnaTask", "IsochoreGenome", "StoredGenome", "gc_fraction", "open_genome"]
 
@@ -27,24 +28,12 @@ UNKNOWN = BASES.index("N")
 
 
 def open_genome(corpus: str) -> Iterable[DnaRecord]:
-    """Find the records of a genome.
-
-    Args:
-        corpus: Path of a FASTA file, or ``"hub:"`` and what :func:`read_hub` takes, e.g. ``"hub:GenerTeam/hg38"``, the
-            human reference genome.
-
-    Raises:
-        ValueError: When the first record is asked for, if there is no such file or data set.
-    """
+    """Records of a FASTA file, or of ``"hub:"`` and what :func:`read_hub` takes."""
     return read_hub(corpus.removeprefix(HUB)) if corpus.startswith(HUB) else read_fasta(corpus)
 
 
 def gc_fraction(tokens: Tensor, window: int) -> Tensor:
-    """Share of G and C among the known bases of consecutive windows.
-
-    Args:
-        tokens: (..., L) bases, L a multiple of ``window``.
-        window: Bases a window.
+    """Share of G and C among the known bases of consecutive windows of (..., L) tokens.
 
     Returns:
         (..., L / window) float64; NaN where a window knows no base.
@@ -63,27 +52,29 @@ def gc_fraction(tokens: Tensor, window: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class DnaTask:
-    """Next-base prediction; windows for evaluation come from blocks that training never sees.
+    """Next-base prediction; windows for choices and for reports come from blocks that training never sees.
 
     Args:
         train_blocks: (N, S) uint8, each block one stretch of a genome.
-        held_out_blocks: (M, S) uint8.
+        validation_blocks: (V, S) uint8, for choices.
+        held_out_blocks: (M, S) uint8, for reports.
         length: Tokens L of a training window, below S.
 
     Example:
         >>> blocks = IsochoreModel().sample(4, 40, seed=0)
-        >>> task = DnaTask(blocks[:3], blocks[3:], length=16)
+        >>> task = DnaTask(blocks[:2], blocks[2:3], blocks[3:], length=16)
         >>> task.batch(2, seed=0, step=0).inputs.shape
         torch.Size([2, 16])
     """
 
     train_blocks: Tensor
+    validation_blocks: Tensor
     held_out_blocks: Tensor
     length: int
 
     def __post_init__(self) -> None:
         check_positive_int("DnaTask", "length", self.length)
-        for name in ("train_blocks", "held_out_blocks"):
+        for name in ("train_blocks", "validation_blocks", "held_out_blocks"):
             blocks = getattr(self, name)
             fits = blocks.dim() == 2 and blocks.shape[0] > 0 and blocks.shape[1] > self.length
             rule = f"be (blocks, bases) with more than length = {self.length} bases"
@@ -93,40 +84,39 @@ class DnaTask:
     def from_records(
         cls, records: Iterable[DnaRecord], *, length: int, block_length: int = 65_536, held_out_percent: int = 5
     ) -> DnaTask:
-        """Cut records into blocks and hold out those whose hash says so: the same ones on every machine.
+        """Cut records into blocks and set aside those whose hash says so: the same ones on every machine.
 
         What is left at the end of a record, and blocks that are unknown for more than a half, are dropped.
-
-        Args:
-            records: From :func:`open_genome`.
-            length: Tokens of a training window.
-            block_length: Bases S of a block.
-            held_out_percent: Share of the hash range that is held out, 1 to 99.
         """
         check_positive_int("DnaTask", "block_length", block_length)
         check_positive_int("DnaTask", "held_out_percent", held_out_percent)
-        require(held_out_percent < 100, "DnaTask", "held_out_percent", "be below 100", held_out_percent, "Use e.g. 5")
-        train: list[Tensor] = []
-        held_out: list[Tensor] = []
+        require(held_out_percent < 50, "DnaTask", "held_out_percent", "be below 50", held_out_percent, "Use e.g. 5")
+        parts: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
         for record in records:
             whole = record.tokens.numel() // block_length * block_length
             for k, block in enumerate(record.tokens[:whole].view(-1, block_length)):
                 if 2 * int((block == UNKNOWN).sum()) <= block_length:
-                    is_held_out = _hash_percent(f"{record.name}:{k}") < held_out_percent
-                    (held_out if is_held_out else train).append(block)
-        counts = f"{len(train)} training and {len(held_out)} held-out blocks of {block_length} bases"
+                    place = _hash_percent(f"{record.name}:{k}")
+                    parts[2 if place < held_out_percent else 1 if place < 2 * held_out_percent else 0].append(block)
+        counts = "{} training, {} validation and {} held-out blocks".format(*map(len, parts))
+        counts += f" of {block_length} bases"
         remedy = "Use a longer genome, a shorter block_length or another held_out_percent"
-        both = len(train) > 0 and len(held_out) > 0
-        require(both, "DnaTask", "records", "fill blocks on both sides of the split", counts, remedy)
-        return cls(torch.stack(train), torch.stack(held_out), length)
+        require(all(parts), "DnaTask", "records", "fill blocks of all parts of the split", counts, remedy)
+        train, validation, held_out = (torch.stack(part) for part in parts)
+        return cls(train, validation, held_out, length)
+
+    @property
+    def fingerprint(self) -> dict[str, str | int]:
+        """What identifies the data."""
+        parts = {name: getattr(self, f"{name}_blocks") for name in ("train", "validation", "held_out")}
+        digest = hashlib.sha256()
+        for blocks in parts.values():
+            digest.update(f"{tuple(blocks.shape)}".encode())
+            digest.update(blocks.contiguous().numpy().tobytes())
+        return {"sha256": digest.hexdigest()} | {f"{name}_bases": blocks.numel() for name, blocks in parts.items()}
 
     def batch(self, batch_size: int, *, seed: int, step: int) -> Batch:
         """Draw training windows from random blocks at random offsets.
-
-        Args:
-            batch_size: Number of windows B.
-            seed: Seed of the stream.
-            step: Position in the stream; equal (seed, step) give equal batches.
 
         Returns:
             A :class:`Batch` of (B, L) bases and their successors.
@@ -139,27 +129,30 @@ class DnaTask:
         return Batch(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())
 
     def held_out_windows(self, window_length: int, count: int) -> Tensor:
-        """Non-overlapping windows, each inside one held-out block; the same ones at every call.
+        """Non-overlapping windows for reports, each inside one held-out block; the same ones at every call.
 
         Blocks take turns, so that as many of them as possible are represented.
-
-        Args:
-            window_length: Predicted tokens W of a window; a window holds one base more.
-            count: Number of windows.
 
         Returns:
             (count, W + 1) int64.
         """
-        check_positive_int("DnaTask.held_out_windows", "window_length", window_length)
-        check_positive_int("DnaTask.held_out_windows", "count", count)
-        size = window_length + 1
-        turns = self.held_out_blocks.shape[1] // size
-        cut = self.held_out_blocks[:, : turns * size].view(self.held_out_blocks.shape[0], turns, size)
-        windows = cut.transpose(0, 1).flatten(0, 1)
-        rule = f"be at most the number of held-out windows of {size} bases, {windows.shape[0]}"
-        remedy = "Ask for fewer or shorter windows, or hold out more"
-        require(count <= len(windows), "DnaTask.held_out_windows", "count", rule, count, remedy)
-        return windows[:count].long()
+        check_open("DnaTask.held_out_windows")
+        return _windows(self.held_out_blocks, "DnaTask.held_out_windows", window_length, count)
+
+    def validation_windows(self, window_length: int, count: int) -> Tensor:
+        """The same for choices, from the validation blocks."""
+        return _windows(self.validation_blocks, "DnaTask.validation_windows", window_length, count)
+
+
+def _windows(blocks: Tensor, owner: str, window_length: int, count: int) -> Tensor:
+    check_positive_int(owner, "window_length", window_length)
+    check_positive_int(owner, "count", count)
+    size = window_length + 1
+    turns = blocks.shape[1] // size
+    windows = blocks[:, : turns * size].view(blocks.shape[0], turns, size).transpose(0, 1).flatten(0, 1)
+    rule = f"be at most the number of windows of {size} bases, {len(windows)}"
+    require(count <= len(windows), owner, "count", rule, count, "Ask for fewer or shorter windows, or hold out more")
+    return windows[:count].long()
 
 
 def _hash_percent(text: str) -> int:
@@ -169,14 +162,14 @@ def _hash_percent(text: str) -> int:
 
 @dataclass(frozen=True)
 class IsochoreGenome:
-    """An artificial genome; its held-out blocks are as long as a window, so that their likelihood is exact.
+    """An artificial genome; its other blocks are as long as a window, so that their likelihood is exact.
 
     Args:
         model: What the genome is made by.
         num_blocks: Training blocks.
         block_length: Bases of a training block.
         num_held_out: Held-out blocks.
-        seed: Seed of the training blocks; the held-out ones are the same for all.
+        seed: Seed of the training blocks; the others are the same for all.
     """
 
     model: IsochoreModel
@@ -192,8 +185,11 @@ class IsochoreGenome:
 
 @lru_cache(maxsize=1)
 def _isochore_task(genome: IsochoreGenome, length: int) -> DnaTask:
-    held_out = genome.model.sample(genome.num_held_out, length + 1, seed=2**31 - 1)
-    return DnaTask(genome.model.sample(genome.num_blocks, genome.block_length, seed=genome.seed), held_out, length)
+    train = genome.model.sample(genome.num_blocks, genome.block_length, seed=genome.seed)
+    held_out, validation = (
+        genome.model.sample(genome.num_held_out, length + 1, seed=seed) for seed in (2**31 - 1, 2**31 - 2)
+    )
+    return DnaTask(train, validation, held_out, length)
 
 
 @dataclass(frozen=True)
@@ -203,7 +199,7 @@ class StoredGenome:
     Args:
         corpus: As in :func:`open_genome`.
         block_length: Bases of a block, see :meth:`DnaTask.from_records`.
-        held_out_percent: Share of the blocks held out.
+        held_out_percent: Share of the blocks held out, and share that validates.
     """
 
     corpus: str

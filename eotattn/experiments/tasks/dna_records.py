@@ -9,12 +9,13 @@ import gzip
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from eotattn.checks import check_installed, fail, require
+from eotattn.checks import fail, require
+from eotattn.experiments.tasks.hub import open_data_set
 
 __all__ = ["BASES", "DnaRecord", "decode_bases", "encode_bases", "read_fasta", "read_hub"]
 
@@ -55,11 +56,6 @@ _TOKENS = _token_table()
 def encode_bases(text: bytes, *, owner: str = "encode_bases", where: str = "text") -> Tensor:
     """Letters to tokens: (n,) uint8.
 
-    Args:
-        text: Letters of the IUPAC code in either case.
-        owner: Who complains about other letters.
-        where: What ``text`` is, in the complaint.
-
     Example:
         >>> encode_bases(b"acgTNr").tolist()
         [0, 1, 2, 3, 4, 4]
@@ -90,14 +86,8 @@ def decode_bases(tokens: Tensor) -> str:
 def read_fasta(path: str | Path) -> Iterator[DnaRecord]:
     """Read a FASTA file record by record; never more than one record is in memory.
 
-    Args:
-        path: Plain or gzip-compressed text, told apart by its first bytes.
-
     Yields:
         Records in the order of the file; a name is the first word after ``>``.
-
-    Raises:
-        ValueError: With the line's number, if the file is missing, damaged or not FASTA.
     """
     file = Path(path)
     remedy = "Pass a .fa or .fa.gz file"
@@ -150,27 +140,10 @@ def read_hub(name: str) -> Iterator[DnaRecord]:
     """Stream a data set of the Hugging Face Hub, or a local folder in the same format, sequence by sequence.
 
     The human reference genome is ``"GenerTeam/hg38"``: a chromosome a row. All splits are read one after the other.
-
-    Args:
-        name: ``"owner/name"`` on the Hub, or a folder of parquet, CSV or JSON files. It must have a column
-            ``sequence`` (or ``seq``, ``text``) in any case; a column ``id`` (or ``name``) is read too.
-
-    Yields:
-        Records in the order of the data set.
-
-    Raises:
-        ValueError: At once, if the Hub or the data set cannot be reached, or has no such column.
-        ModuleNotFoundError: Without the library ``datasets``.
+    There must be a column ``sequence`` (or ``seq``, ``text``) in any case; a column ``id`` (or ``name``) is read too.
     """
-    check_installed("read_hub", "data", "datasets")
-    import datasets
-
-    if not Path(name).is_dir():
-        _check_reachable(name)
-    try:
-        splits = datasets.load_dataset(name, streaming=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        _refuse(name, error)
+    remedy = "download the genome as a FASTA file and pass its path"
+    splits = open_data_set("read_hub", name, remedy=remedy)
     count = 0
     for split, rows in splits.items():
         for row in rows:
@@ -189,22 +162,3 @@ def _columns(name: str, row: dict[str, Any]) -> tuple[str, str | None]:
     if sequence is None:
         fail("read_hub", f"the data set {name!r}", rule, sorted(row), "Rename its column in a copy of it")
     return sequence, next((known[column] for column in _NAME_COLUMNS if column in known), None)
-
-
-def _check_reachable(name: str) -> None:
-    """Ask the Hub for the data set once, without the long patience of downloads."""
-    import huggingface_hub
-
-    try:
-        huggingface_hub.HfApi().dataset_info(name, timeout=10)
-    except Exception as error:  # which class it is depends on the versions of the library and of its transport
-        _refuse(name, error)
-
-
-def _refuse(name: str, error: Exception) -> NoReturn:
-    reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no details'}"
-    message = (
-        f"read_hub: the data set {name!r} must be reachable on the Hugging Face Hub; got {reason[:200]}. "
-        f"Connect to the network, or download the genome as a FASTA file and pass its path."
-    )
-    raise ValueError(message) from error

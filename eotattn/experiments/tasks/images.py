@@ -5,6 +5,7 @@ Legend: B batch, N images, H rows, W columns of pixels, Ch channels.
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch.nn import functional
 
 from eotattn.checks import check_choice, check_installed, check_positive_int, require
 from eotattn.experiments.tasks.batches import Batch, step_generator
+from eotattn.experiments.tasks.parts import check_open
 
 __all__ = ["DIGITS", "FolderImages", "ImageSource", "ImageTask", "StoredImages", "load_digits", "open_images"]
 
@@ -41,12 +43,12 @@ class ImageSource(ABC):
 
     @abstractmethod
     def pixels(self, indices: Tensor, size: int) -> Tensor:
-        """Images as (B, Ch, size, size) float32 in [0, 1].
+        """Images as (B, Ch, size, size) float32 in [0, 1]."""
+        raise NotImplementedError
 
-        Args:
-            indices: (B,) int64.
-            size: Rows and columns.
-        """
+    @abstractmethod
+    def digest(self) -> str:
+        """A hash that identifies the images and their labels."""
         raise NotImplementedError
 
 
@@ -72,6 +74,10 @@ class StoredImages(ImageSource):
         smooth = size < min(found.shape[-2:])
         return functional.interpolate(found, size=(size, size), mode="bilinear", antialias=smooth)
 
+    def digest(self) -> str:
+        """Of all pixels."""
+        return hashlib.sha256(self.images.numpy().tobytes() + self.labels.numpy().tobytes()).hexdigest()
+
 
 @dataclass(frozen=True, eq=False)
 class FolderImages(ImageSource):
@@ -89,12 +95,7 @@ class FolderImages(ImageSource):
 
     @classmethod
     def scan(cls, folder: str | Path) -> FolderImages:
-        """Find ``folder/<class>/**/<image>``, the layout of ImageNet, in a fixed order.
-
-        Raises:
-            ValueError: If there are no two classes with images.
-            ModuleNotFoundError: Without Pillow.
-        """
+        """Find ``folder/<class>/**/<image>``, the layout of ImageNet, in a fixed order."""
         check_installed("FolderImages", "data", "PIL")
         root, remedy = Path(folder), "Pass a folder with one folder of images a class"
         require(root.is_dir(), "FolderImages", "folder", "be a folder that exists", str(folder), remedy)
@@ -108,6 +109,11 @@ class FolderImages(ImageSource):
     def pixels(self, indices: Tensor, size: int) -> Tensor:
         """Read, cropped and resized images, three channels."""
         return torch.stack([_read(self.files[int(index)], size) for index in indices])
+
+    def digest(self) -> str:
+        """Of the names and sizes of all files."""
+        listed = "".join(f"{file.parent.name}/{file.name} {file.stat().st_size}\n" for file in self.files)
+        return hashlib.sha256(listed.encode()).hexdigest()
 
 
 def _read(file: Path, size: int) -> Tensor:
@@ -130,9 +136,6 @@ def _read(file: Path, size: int) -> Tensor:
 def load_digits() -> StoredImages:
     """The digits of scikit-learn, real handwriting, (1797, 1, 8, 8).
 
-    Raises:
-        ModuleNotFoundError: Without scikit-learn.
-
     Source:
         Alpaydin and Kaynak 1998, the test set of *Optical Recognition of Handwritten Digits* (UCI).
     """
@@ -145,11 +148,7 @@ def load_digits() -> StoredImages:
 
 
 def open_images(corpus: str) -> ImageSource:
-    """Find labelled images.
-
-    Args:
-        corpus: ``"digits"``, or a folder of one folder a class.
-    """
+    """The images of ``"digits"``, or of a folder of one folder a class."""
     return load_digits() if corpus == DIGITS else FolderImages.scan(corpus)
 
 
@@ -201,13 +200,13 @@ class ImageTask:
         seen = held_out + count * self.validation_percent // 100
         return {"held_out": order[:held_out], "validation": order[held_out:seen], "train": order[seen:]}[part]
 
+    @property
+    def fingerprint(self) -> dict[str, str | int]:
+        """What identifies the data."""
+        return {"sha256": self.source.digest(), "images": len(self.source.labels)}
+
     def batch(self, batch_size: int, *, seed: int, step: int) -> Batch:
         """Draw training images at random, shifted at random.
-
-        Args:
-            batch_size: Number of images B.
-            seed: Seed of the stream.
-            step: Position in the stream; equal (seed, step) give equal batches.
 
         Returns:
             A :class:`Batch` of (B, Ch, size, size) float32 pixels and (B,) int64 labels.
@@ -228,13 +227,9 @@ class ImageTask:
         return padded[image, :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1).contiguous()
 
     def batches_of(self, part: str, size: int, batch_size: int) -> Iterator[Batch]:
-        """All images of a part once, read as they are asked for.
-
-        Args:
-            part: As in :meth:`indices`.
-            size: Rows and columns, pixels; other than the training size they are interpolated.
-            batch_size: Images a batch.
-        """
+        """All images of a part once, read as they are asked for."""
+        if part == "held_out":
+            check_open("ImageTask.batches_of")
         check_positive_int("ImageTask.batches_of", "size", size)
         check_positive_int("ImageTask.batches_of", "batch_size", batch_size)
         for indices in self.indices(part).split(batch_size):

@@ -165,9 +165,6 @@ class IsochoreModel:
     def surprisal(self, tokens: Tensor) -> Tensor:
         """-log probability of every base given all bases before it: the least loss that any model can have on average.
 
-        Args:
-            tokens: (B, L) integers 0 to 3, beginning anywhere in the genome.
-
         Returns:
             (B, L) float64, nats.
         """
@@ -229,11 +226,6 @@ class IsochoreModel:
     def sample(self, count: int, length: int, *, seed: int) -> Tensor:
         """Draw independent stretches of the genome.
 
-        Args:
-            count: Number of sequences B.
-            length: Bases L of each.
-            seed: Seed; equal arguments give equal sequences.
-
         Returns:
             (B, L) uint8.
         """
@@ -246,11 +238,6 @@ class IsochoreModel:
 
     def continuations(self, tokens: Tensor, length: int, *, seed: int) -> Tensor:
         """Draw what may follow: samples of the true distribution of the next bases given all bases so far.
-
-        Args:
-            tokens: (B, L) integers 0 to 3, beginning anywhere in the genome.
-            length: Bases to draw.
-            seed: Seed.
 
         Returns:
             (B, length) uint8.

@@ -18,6 +18,7 @@ from torch import Tensor
 from eotattn.checks import check_positive_int, require
 from eotattn.experiments.tasks.batches import Batch, step_generator
 from eotattn.experiments.tasks.c4 import read_c4, to_bytes
+from eotattn.experiments.tasks.parts import check_open
 
 __all__ = ["PYTHON_STDLIB", "LanguageTask", "TextSplit", "find_texts", "split_by_file"]
 
@@ -40,17 +41,7 @@ class TextSplit(NamedTuple):
 
 
 def find_texts(corpus: str) -> tuple[Path, list[Path]]:
-    """Find the text files of a corpus.
-
-    Args:
-        corpus: ``"python-stdlib"``, or a folder; of a folder every ``.py`` and ``.txt`` file below it is taken.
-
-    Returns:
-        The folder, and the relative paths of its files in a fixed order.
-
-    Raises:
-        ValueError: If the folder is missing or holds no such file.
-    """
+    """The folder of ``"python-stdlib"``, or the one named, and its .py and .txt files, relative, in a fixed order."""
     is_stdlib = corpus == PYTHON_STDLIB
     folder = Path(sysconfig.get_path("stdlib")) if is_stdlib else Path(corpus)
     remedy = f"Pass {PYTHON_STDLIB!r}, or a folder of .txt or .py files"
@@ -64,10 +55,6 @@ def find_texts(corpus: str) -> tuple[Path, list[Path]]:
 
 def split_by_file(texts: Iterable[Path], *, percent: int = 5) -> TextSplit:
     """Split files by a hash of their relative path, so that the split is the same on every machine.
-
-    Args:
-        texts: Relative paths.
-        percent: Share of the hash range that is held out, and share that validates, 1 to 49.
 
     Example:
         >>> split = split_by_file([Path("ast.py"), Path("json/decoder.py"), Path("heapq.py")], percent=40)
@@ -115,14 +102,7 @@ class LanguageTask:
 
     @classmethod
     def from_corpus(cls, corpus: str, *, length: int, percent: int = 5) -> LanguageTask:
-        """Read a corpus.
-
-        Args:
-            corpus: As in :func:`find_texts`; or ``"c4"`` for that data set of the Hub, ``"c4:FOLDER"`` for its shards
-                on this machine, and ``"c4:FOLDER:BYTES"`` to train on its first bytes alone.
-            length: Tokens of a training window.
-            percent: Share of files that validates, and share that is held out, as in :func:`split_by_file`.
-        """
+        """Of a corpus of :func:`find_texts` or :func:`read_c4`; ``percent`` of its files validate, as many report."""
         if corpus.partition(":")[0] == "c4":
             train_bytes, validation_text, held_out_text, fingerprint = read_c4(corpus)
             return cls(train_bytes, validation_text, held_out_text, length, fingerprint)
@@ -139,11 +119,6 @@ class LanguageTask:
     def batch(self, batch_size: int, *, seed: int, step: int) -> Batch:
         """Draw training windows at random offsets.
 
-        Args:
-            batch_size: Number of windows B.
-            seed: Seed of the stream.
-            step: Position in the stream; equal (seed, step) give equal batches.
-
         Returns:
             A :class:`Batch` of (B, L) bytes and their successors.
         """
@@ -158,17 +133,12 @@ class LanguageTask:
 
         Files take turns, so that as many files as possible are represented.
 
-        Args:
-            window_length: Predicted tokens W of a window; a window holds one byte more.
-            count: Number of windows.
-
         Returns:
             (count, W + 1) int64.
-
-        Raises:
-            ValueError: If the files are too short for so many windows.
         """
-        return _windows(self.held_out_files, "LanguageTask.held_out_windows", window_length, count)
+        owner = "LanguageTask.held_out_windows"
+        check_open(owner)
+        return _windows(self.held_out_files, owner, window_length, count)
 
     def validation_windows(self, window_length: int, count: int) -> Tensor:
         """The same for choices, from the validation files."""

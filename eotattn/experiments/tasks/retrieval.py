@@ -12,6 +12,7 @@ from torch import Tensor
 
 from eotattn.checks import check_positive_int, require
 from eotattn.experiments.tasks.batches import IGNORED, Batch, step_generator
+from eotattn.experiments.tasks.parts import check_open
 
 __all__ = ["ALPHABET", "NEEDLE", "PASSKEY", "Haystack", "RetrievalTask"]
 
@@ -120,11 +121,6 @@ class RetrievalTask:
     def batch(self, batch_size: int, *, seed: int, step: int) -> Batch:
         """Draw training sequences.
 
-        Args:
-            batch_size: Number of sequences B.
-            seed: Seed of the stream.
-            step: Position in the stream; equal (seed, step) give equal batches.
-
         Returns:
             A :class:`Batch` of (B, L) tokens and their successors, which count only where they belong to the answer.
         """
@@ -143,17 +139,12 @@ class RetrievalTask:
     def examination(self, haystack: Haystack, count: int, *, depth: float, seed: int = 0) -> Tensor:
         """Sequences to be examined on, never seen in training; their last ``answer_length`` tokens are the answer.
 
-        Args:
-            haystack: Which one.
-            count: Number of sequences B.
-            depth: Where the answer is hidden, 0 (start) to 1 (right before the question).
-            seed: Seed of the draw.
-
         Returns:
             (B, L + 1) int64 tokens: L inputs and the successor of the last one.
         """
-        check_positive_int("RetrievalTask.examination", "count", count)
         owner, remedy = "RetrievalTask.examination", "Pass a share of the text"
+        check_open(owner)
+        check_positive_int(owner, "count", count)
         require(0 <= depth <= 1, owner, "depth", "lie between 0 and 1", depth, remedy)
         generator = step_generator(_EXAMINATION + seed, round(1000 * depth))
         return _hide(haystack, self.length, torch.full((count,), depth, dtype=torch.float64), generator)

@@ -22,6 +22,7 @@ from eotattn.checks import check_choice, check_positive_int, require
 from eotattn.experiments.tasks.batches import Batch, step_generator
 from eotattn.experiments.tasks.books import BEGINNING
 from eotattn.experiments.tasks.language import PYTHON_STDLIB, LanguageTask
+from eotattn.experiments.tasks.parts import check_open
 
 __all__ = ["BOOKS", "DATA_VARIABLE", "TokenText", "Windows"]
 
@@ -128,27 +129,24 @@ class TokenText:
         """The task of training on windows of ``length`` tokens, which begin with the first token or do not."""
         return TrainingWindows(self.train, length, self.beginning if begins else None)
 
+    def check_long_enough(self, part: str, length: int) -> None:
+        """Raise unless some document of a part holds a window of ``length`` predicted tokens."""
+        longest = max(map(len, self.documents[part]), default=0)
+        rule = f"fit into a document of the {part} part, of {longest} tokens at most"
+        require(length < longest, "TokenText.windows", "length", rule, length, "Use shorter windows")
+
     def windows(self, part: Literal["validation", "test"], length: int, *, per_document: int, limit: int) -> Windows:
-        """Windows of ``length`` predicted tokens, spread evenly over every document that is long enough.
-
-        Args:
-            part: Which documents.
-            length: Tokens L of context.
-            per_document: Windows that one document gives at most.
-            limit: Windows in all at most; documents take turns, so that as many as possible are represented.
-
-        Raises:
-            ValueError: If no document is long enough.
-        """
+        """Windows of ``length`` predicted tokens, spread evenly over every document that is long enough."""
         check_choice("TokenText.windows", "part", part, ("validation", "test"))
+        if part == "test":
+            check_open("TokenText.windows")
         check_positive_int("TokenText.windows", "length", length)
+        self.check_long_enough(part, length)
         pieces: list[tuple[int, int, NDArray[Any]]] = []
         for k, document in enumerate(self.documents[part]):
             count = min(per_document, len(document) // (length + 1))
             starts = np.linspace(0, len(document) - length - 1, count + 2)[1:-1].astype(np.int64)
             pieces += [(turn, k, document[start : start + length + 1]) for turn, start in enumerate(starts)]
-        rule = f"fit into a document of the {part} part"
-        require(bool(pieces), "TokenText.windows", "length", rule, length, "Use shorter windows")
         chosen = sorted(pieces, key=lambda piece: piece[:2])[:limit]
         tokens = np.stack([piece for _, _, piece in chosen]).astype(np.int64)
         return Windows(torch.from_numpy(tokens), torch.tensor([k for _, k, _ in chosen]))
