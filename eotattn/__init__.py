@@ -4,6 +4,7 @@ The names below are the front door. The rooms behind it, from the ground up; eac
 
     eotattn.checks        argument checks and their wording
     eotattn.provenance    tables, and where numbers come from
+    eotattn.processes     what the processes of one run agree on
     eotattn.compat        private names of PyTorch and transformers
     eotattn.priors        trainable log-priors, of positions and of what tokens say, and the lanes that carry them
     eotattn.kernels       the fused kernels, tensors in and out

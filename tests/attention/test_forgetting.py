@@ -322,9 +322,9 @@ def test_bad_input(name):
 
 
 def test_combinations_without_meaning_are_refused():
-    prior, x = GridPrior(gates(), gates()), torch.ones(1, 3, E)
-    with pytest.raises(NotImplementedError, match=r"GridPrior\.read_tokens: parts must read positions alone"):
-        prior.read_tokens(Tokens(x, x))
+    x = torch.ones(1, 3, E)
+    with pytest.raises(ValueError, match="GridPrior: axes must read positions alone"):
+        GridPrior(gates(), gates())
     for parts in (slopes() + T5Prior(H), JoinedPrior(T5Prior(2), slopes())):
         with pytest.raises(NotImplementedError, match="QueryGainPrior: priors beside it must have lanes; got T5Prior"):
             parts.read_tokens(Tokens(x, x))

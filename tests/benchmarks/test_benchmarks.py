@@ -107,7 +107,7 @@ def test_the_oracle_is_attention():
 
 def test_bench_on_the_command_line(capsys):
     assert main(["bench", "decode", "--rounds", "1"]) == 0
-    assert "SDPA, no prior" in capsys.readouterr().out
+    assert "SDPA, appending to a cache" in capsys.readouterr().out
 
 
 def test_the_oracle_of_gate_gradients_is_the_derivative():
