@@ -73,7 +73,7 @@ def plot_sink_heads(
         mass: (A, H) mean mass on the first token, in [0, 1].
         prior_share: (A, H) share of the log-prior in the margin, in [0, 1]: 0 is content, drawn orange, 1 blue; NaN
             where there is no margin to share, drawn grey.
-        threshold: Heads with less mass than this are no sinks and are drawn pale.
+        threshold: Heads with more mass than this are sinks and have a rim; the others are drawn pale.
         legend: Whether a colour bar stands beside the heads.
         axes: Where to draw; a new figure by default.
     """
@@ -88,13 +88,14 @@ def plot_sink_heads(
     discs = ScalarMappable(Normalize(0, 1), colours)
     colour = np.where(np.isnan(shares)[..., None], to_rgba("0.75"), discs.to_rgba(np.nan_to_num(shares)))
     colour[..., 3] = np.where(is_sink, 1.0, 0.4)
-    axes.scatter(head, block, s=size, color=colour.reshape(-1, 4), linewidths=0)
+    rims = np.where(is_sink, 0.7, 0.0).ravel().tolist()
+    axes.scatter(head, block, s=size, facecolors=colour.reshape(-1, 4), edgecolors="0.15", linewidths=rims)
     axes.set_xlim(-0.7, heads - 0.3)
     axes.set_ylim(-0.7, blocks - 0.3)
     axes.set_xticks(range(heads), [])
     axes.set_yticks([0, blocks - 1], ["1", str(blocks)])
     axes.tick_params(length=0)
-    axes.set_xlabel("heads", fontsize=8)
+    axes.set_xlabel("heads (sinks have a rim)", fontsize=8)
     axes.set_ylabel("block", fontsize=8)
     if legend:
         bar = axes.figure.colorbar(discs, ax=axes, ticks=[0, 1], fraction=0.08)

@@ -64,6 +64,9 @@ def test_a_study_is_the_same_from_records_and_from_its_table(tmp_path, small_tex
     assert study.provenance["runs"].keys() == {"rope-seed0", "goat-seed0", "rope-seed1", "goat-seed1"}
     assert len(study.rows("head_mass", arm="goat")) == 2 * 2  # seeds, and heads of the one block
     assert set(study.rows("test_loss", arm="rope").length) == set(TINY.lengths)
+    u = study.rows("head_key_only", arm="goat").groupby("seed").value.mean()  # of every head
+    half = 12.7062 * u.std() / 2**0.5  # Student's t, one degree, 95 %
+    assert f"u(0) less the mean of the others, nats, all heads: {u.mean():+.2f} ± {half:.2f}" in sink_verdict(study)
     assert draw_sinks(study).axes[0].get_title(loc="left").startswith("RoPE")
 
 

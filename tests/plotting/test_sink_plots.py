@@ -15,6 +15,7 @@ def test_area_is_mass_and_colour_is_the_share_of_the_prior():
     assert discs.get_sizes() / discs.get_sizes()[1] == pytest.approx(mass.ravel() / 0.8)
     red, _, blue, alpha = discs.get_facecolors().T
     assert (alpha == np.where(mass.ravel() > 0.3, 1.0, 0.4)).all()
+    assert ((np.array(discs.get_linewidths()) > 0) == (mass.ravel() > 0.3)).all()
     is_prior, is_content = np.array([1, 4]), np.array([0, 2])
     assert (blue[is_prior] > red[is_prior]).all()
     assert (red[is_content] > blue[is_content]).all()

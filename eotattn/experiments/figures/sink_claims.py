@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas
 
-from eotattn.experiments.figures.sink_study import ARMS, FIGURE
+from eotattn.experiments.figures.sink_study import FIGURE
 from eotattn.experiments.intervals import SeedInterval, claim
 from eotattn.experiments.sink_measures import EPSILON
 from eotattn.experiments.study import Study, paired, savings
@@ -48,8 +48,8 @@ class SinkStudy(Study):
 
     @property
     def arms(self) -> tuple[str, ...]:
-        """Arms with a finished run, in the order of the recipe."""
-        return tuple(arm.name for arm in ARMS if arm.name in set(self.table.arm))
+        """Arms with a finished run, in the order of their names."""
+        return tuple(arm for arm in NAMES if arm in set(self.table.arm))
 
     def rows(self, quantity: str, **where: Any) -> pandas.DataFrame:
         """Rows of one quantity, at the last step where there are several."""
@@ -117,22 +117,26 @@ def _said(interval: SeedInterval | None, spec: str) -> str:
 
 def sink_verdict(study: SinkStudy) -> str:
     """The claims, the numbers and what became of them, in Markdown; intervals are of 95 %."""
+    with_u = [arm for arm in study.arms if study.interval("key_only", arm=arm) is not None]
     with_prior = [arm for arm in study.arms if study.of_seeds("key_only_of_sinks", arm=arm)]
     others = [arm for arm in study.arms if arm not in ("rope", "rope_without_token")]
     lines = []
     if "rope_without_token" in study.arms:
         lines.append(_differ(study, "sinks need a first token", "rope", "rope_without_token", "sink_rate", ".2f"))
+    lines += [_u_is_higher(study, arm) for arm in with_u]
     lines += [_most_is_prior(study, arm) for arm in with_prior]
-    lines += [_strongest_is_prior(study, arm) for arm in study.arms if study.interval("key_only", arm=arm) is not None]
+    lines += [_strongest_is_prior(study, arm) for arm in with_u]
     lines += [_smaller(study, arm) for arm in others]
     lines += [_bits(study, arm) for arm in others]
     lines += [_first_key(study, arm) for arm in study.arms]
     lines += [_falls(study, protocol) for protocol in sorted(study.table.protocol.dropna().unique())]
-    lines += [_saves(study, arm, "rope", length) for arm in others for length in (study.lengths[0], study.lengths[-1])]
+    ends = (study.lengths[0], study.lengths[-1])
+    lines += [_saves(study, arm, "rope", length) for arm in others for length in ends]
     order = ("alibi_goat_forgetting", "alibi_goat", "forgetting")
     lines += [
-        _saves(study, better, worse, study.lengths[0])
+        _saves(study, better, worse, length)
         for better, worse in pairwise(order)
+        for length in ends
         if {better, worse} <= set(study.arms)
     ]
     return "\n".join(lines)
@@ -146,6 +150,12 @@ def _differ(study: SinkStudy, text: str, arm: str, other: str, quantity: str, sp
     ours, theirs = (study.of_seeds(quantity, arm=name) for name in (arm, other))
     what = f"{quantity.replace('_', ' ')}, {NAMES[arm]} less {NAMES[other]}:"
     return _line(text, paired(ours, theirs), "+" + spec, what)
+
+
+def _u_is_higher(study: SinkStudy, arm: str) -> str:
+    text = f"{NAMES[arm]}: u is higher at the first token than at the others"
+    higher = SeedInterval.of(list(study.of_seeds("key_only", arm=arm).values()))
+    return _line(text, higher, "+.2f", "u(0) less the mean of the others, nats, all heads:")
 
 
 def _most_is_prior(study: SinkStudy, arm: str) -> str:
@@ -207,15 +217,15 @@ def _saves(study: SinkStudy, arm: str, over: str, length: int) -> str:
 
 def draw_sinks(study: SinkStudy) -> Figure:
     """Above, every head of every arm: size is mass on the first token, colour how much of its margin is prior."""
-    arms, columns = study.arms, 6 if len(study.arms) > 4 else max(3, len(study.arms))
-    count = -(-len(arms) // columns) * columns
-    cells = [*arms, *["."] * (count - len(arms))]
-    maps = [cells[start : start + columns] for start in range(0, count, columns)]
-    span = columns // 3
-    below = [name for name in ("signal", "outliers", "losses") for _ in range(span)]
-    below += ["."] * (columns - len(below))
-    height = 2.6 * len(maps) + 3.6
-    figure, axes = mosaic([*maps, below], size=(max(13.0, 2.6 * columns), height), heights=[2.6] * len(maps) + [3.6])
+    arms = study.arms
+    rows = -(-len(arms) // 6)
+    columns = max(3, -(-len(arms) // rows))
+    below = ("last block, all queries", "all blocks, late queries", "outliers", "losses")
+    cells = [*arms, *["."] * (rows * columns - len(arms))]
+    maps = [cells[start : start + columns] for start in range(0, len(cells), columns)]
+    heights = [2.6] * rows + [3.6]
+    layout = [*([arm for arm in row for _ in below] for row in maps), [name for name in below for _ in range(columns)]]
+    figure, axes = mosaic(layout, size=(max(15.0, 2.6 * columns), sum(heights)), heights=heights)
     for arm in arms:
         mass, share = (_heads(study, arm, name) for name in ("mass", "prior_share"))
         plot_sink_heads(mass, share, threshold=EPSILON, axes=axes[arm], legend=arm == arms[-1])
@@ -223,7 +233,9 @@ def draw_sinks(study: SinkStudy) -> Figure:
         if arm not in [row[0] for row in maps]:
             axes[arm].set_ylabel("")
         axes[arm].set_title(f"{NAMES[arm]}\nsink rate {rate}", fontsize=9, loc="left")
-    _draw_signal(study, axes["signal"])
+    for protocol in below[:2]:
+        _draw_signal(study, protocol, axes[protocol])
+    axes[below[0]].legend(frameon=False, fontsize=8, loc="upper right")
     _draw_outliers(study, axes["outliers"])
     _draw_losses(study, axes["losses"])
     return figure
@@ -243,24 +255,22 @@ def _heads(study: SinkStudy, arm: str, name: str) -> np.ndarray[Any, np.dtype[np
     return np.where(margin > 0, np.clip(grid("prior_margin") / margin, 0.0, 1.0), np.nan)
 
 
-def _draw_signal(study: SinkStudy, axes: Axes) -> None:
-    """Figure 2c by both protocols, and the network before training."""
+def _draw_signal(study: SinkStudy, protocol: str, axes: Axes) -> None:
+    """Figure 2c by one protocol, and the networks before training; the first seed."""
     shown = [arm for arm in ("rope", "paper_goat", "goat", "alibi_goat") if arm in study.arms]
     styles = line_styles(shown, order=list(NAMES))
-    lines = {"last block, all queries": "-", "all blocks, late queries": "--"}
-    for arm in shown:
-        for protocol, line in lines.items():
-            for state in ("trained", "untrained"):
-                rows = study.rows("mass_by_signal", arm=arm, protocol=protocol, state=state).sort_values("signal")
-                rows = rows[rows.seed == rows.seed.min()]
-                colour = styles[arm]["color"] if state == "trained" else "0.65"
-                label = f"{NAMES[arm]}: {protocol}" if state == "trained" else None
-                axes.plot(rows.signal, rows.value, line, color=colour, linewidth=1.3, label=label)
+    for state in ("trained", "untrained"):
+        for arm in shown:
+            rows = study.rows("mass_by_signal", arm=arm, protocol=protocol, state=state).sort_values("signal")
+            rows = rows[rows.seed == rows.seed.min()]
+            colour = styles[arm]["color"] if state == "trained" else "0.65"
+            label = NAMES[arm] if state == "trained" else "untrained" if arm == shown[-1] else None
+            axes.plot(rows.signal, rows.value, color=colour, linewidth=1.3, label=label)
+    axes.set_xlim(left=0)
+    axes.set_ylim(0, 1.25 * axes.get_ylim()[1])  # room for the legend
     axes.set_xlabel("signal strength ω (nats)", fontsize=9)
     axes.set_ylabel("mass on the first token", fontsize=9)
-    axes.set_title("figure 2c, two protocols; grey: untrained", fontsize=9, loc="left")
-    axes.set_ylim(0, 1.4 * axes.get_ylim()[1])  # room for the legend
-    axes.legend(frameon=False, fontsize=6.5, loc="upper right")
+    axes.set_title(f"figure 2c: {protocol}", fontsize=9, loc="left")
 
 
 def _bars(axes: Axes, arms: Sequence[str], intervals: Sequence[SeedInterval | None]) -> None:
@@ -279,7 +289,7 @@ def _bars(axes: Axes, arms: Sequence[str], intervals: Sequence[SeedInterval | No
 def _draw_outliers(study: SinkStudy, axes: Axes) -> None:
     _bars(axes, study.arms, [study.interval("massive", arm=arm) for arm in study.arms])
     axes.set_xlim(left=0)
-    axes.set_xlabel("largest activation of the first token / median", fontsize=9)
+    axes.set_xlabel("the first token's largest / median", fontsize=9)
     axes.set_title("massive activations", fontsize=9, loc="left")
 
 
@@ -288,5 +298,5 @@ def _draw_losses(study: SinkStudy, axes: Axes) -> None:
     pairs = [study.saving(arm, over="rope", length=study.lengths[0]) for arm in arms]
     _bars(axes, arms, [seeds if seeds.count > 1 else documents for seeds, documents in pairs])
     axes.axvline(0.0, color="0.45", linestyle="--", linewidth=1)
-    axes.set_xlabel(f"nats a token saved over RoPE, {study.lengths[0]} tokens", fontsize=9)
-    axes.set_title("language", fontsize=9, loc="left")
+    axes.set_xlabel("nats a token saved over RoPE", fontsize=9)
+    axes.set_title(f"language, {study.lengths[0]} tokens", fontsize=9, loc="left")
