@@ -289,8 +289,8 @@ def _bars(axes: Axes, arms: Sequence[str], intervals: Sequence[SeedInterval | No
 def _draw_outliers(study: SinkStudy, axes: Axes) -> None:
     _bars(axes, study.arms, [study.interval("massive", arm=arm) for arm in study.arms])
     axes.set_xlim(left=0)
-    axes.set_xlabel("the first token's largest / median", fontsize=9)
-    axes.set_title("massive activations", fontsize=9, loc="left")
+    axes.set_xlabel("largest activation / median", fontsize=9)
+    axes.set_title("massive activations, first token", fontsize=9, loc="left")
 
 
 def _draw_losses(study: SinkStudy, axes: Axes) -> None:
