@@ -130,19 +130,21 @@ def write(folder: Path, suite: str, rows: Sequence[Row], config: Configuration, 
     write_atomically(folder / f"bench_{suite}.json", (json.dumps(record, indent=2) + "\n").encode())
 
 
-def combine(folder: Path, name: str, suites: Sequence[str]) -> None:
+def combine(folder: Path, name: str, tables: Sequence[Path]) -> None:
     """Write what one figure is drawn from under the figure's name: the rows of several suites, and their provenance.
 
     Args:
-        folder: Where ``bench_<suite>.csv`` and ``.json`` lie.
+        folder: Where the figure lies.
         name: Name of the figure.
-        suites: Names of suites that were run.
+        tables: The ``bench_<suite>.csv``, each with its ``.json`` beside it.
     """
     rows: list[dict[str, Any]] = []
-    for suite in suites:
-        with (folder / f"bench_{suite}.csv").open(newline="") as file:
+    records: dict[str, dict[str, Any]] = {}
+    for table in tables:
+        suite = table.stem.removeprefix("bench_")
+        with table.open(newline="") as file:
             rows += [{"suite": suite, **row} for row in csv.DictReader(file)]
-    records = {suite: json.loads((folder / f"bench_{suite}.json").read_text()) for suite in suites}
+        records[suite] = json.loads(table.with_suffix(".json").read_text())
     keys = dict.fromkeys(key for record in records.values() for key in record)
     record = {key: {suite: found.get(key) for suite, found in records.items()} for key in keys}
     write_atomically(folder / f"{name}.csv", table_bytes(rows))
