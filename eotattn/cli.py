@@ -155,6 +155,9 @@ def _bench(arguments: argparse.Namespace) -> int:
     config = configure(arguments.device, arguments.dtype, arguments.sizes, arguments.rounds)
     table = bench(arguments.suite, config, out=arguments.out)
     print(table)
+    if table.failure:
+        _say(f"eotattn bench: ended by {table.failure}; the table has what was measured")
+        return 1
     if not table.is_complete:
         _say("eotattn bench: interrupted; the table has what was measured, and nothing was written")
         return INTERRUPTED

@@ -130,25 +130,22 @@ def test_every_claim_says_whether_it_holds():
 
 
 def test_speeds_are_those_of_the_stored_tables():
+    def ratios(table, **where):
+        return {r["name"]: r["ratio"] for r in rows(f"figures/{table}.csv") if where.items() <= r.items()}
+
     where = {"length": "8192", "pass": "forward+backward"}
-    of = {
-        "attention": {
-            r["name"]: r["ratio"]
-            for r in rows("figures/h200/bench_attention.csv")
-            if r["width"] == "64" and where.items() <= r.items()
-        },
-        "layer": {r["name"]: r["ratio"] for r in rows("figures/h200/bench_layer.csv") if where.items() <= r.items()},
-    }
-    step = {
-        r["variant"]: float(r["value"]) for r in rows("figures/h200/fig4_dna.csv") if r["quantity"] == "step_seconds"
-    }
+    attention = ratios("h200/bench_attention", width="64", **where)
+    layer, step = ratios("gpu/bench_layer", **where), ratios("gpu/bench_training")
+    assert step["RoPE in plain PyTorch"] == "1"
     reserved, appended = "eotattn, GOAT, 4 frequencies, reserved", "eotattn, GOAT, 4 frequencies, appended"
-    goat = [of[suite][name] for suite in ("attention", "layer") for name in (reserved, appended)]
-    goat += [step[f"GOAT, lanes {how}, compiled"] / step["RoPE, fused, compiled"] for how in ("reserved", "appended")]
-    rope = [of[suite][f"RoPE, {how}"] for suite in ("attention", "layer") for how in ("fused", "eager")]
-    others = [of["attention"]["FlexAttention, learnable key bias"], of["layer"]["goat-attention"]]
-    shown = re.findall(r"\d\.\d\d", "\n".join(line for line in SECTIONS["Speed"].splitlines() if line.startswith("|")))
-    assert shown == [f"{float(x):.2f}" for x in (*goat, *rope, *others)]
+    goat = [of[name] for of in (attention, layer) for name in (reserved, appended)]
+    goat += [layer["eotattn, recency + sink, reserved, compiled"]]
+    goat += [step[f"eotattn, GOAT, {how}"] for how in ("reserved", "appended")]
+    rope = [of[f"RoPE, {how}"] for of in (attention, layer) for how in ("fused", "eager")]
+    others = [attention["FlexAttention, learnable key bias"], layer["goat-attention"]]
+    shown = re.findall(r"\d\.\d\d", SECTIONS["Speed"])
+    told = (step["eotattn, gates, reserved"], *goat, *rope, step["eotattn, Rotary"], *others)
+    assert shown == [f"{float(x):.2f}" for x in told]
 
 
 def test_the_readme_is_short_and_narrow():

@@ -35,7 +35,9 @@ class StaticCache(KeyValueCache):
 
     In graphs: a step of several tokens, a window, or another prior than the cache's costs a mask or lanes of all slots.
     New tokens are never padding, a bias of keys or a prior that reads tokens begins with the prompt, and the caller
-    sees to it that slots suffice. Attention masks have a column for each of the S slots. For inference.
+    sees to it that slots suffice: a step beyond them writes nothing, but on a GPU it is a failed assertion of a kernel,
+    after which the process can use the GPU no more. Attention masks have a column for each of the S slots. For
+    inference.
 
     Args:
         arguments: Those of :class:`KeyValueCache`.

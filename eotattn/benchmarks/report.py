@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from eotattn.benchmarks.suites import SUITES, Configuration
-from eotattn.benchmarks.timing import Row
+from eotattn.benchmarks.timing import Row, reason
 from eotattn.checks import check_choice, check_installed, speaking_as
 from eotattn.provenance import check_writable, provenance, table_bytes, write_atomically
 
@@ -28,10 +28,12 @@ class BenchTable:
     Args:
         rows: One a candidate and size.
         is_complete: Whether the suite was run to its end.
+        failure: The error that ended it, if one did.
     """
 
     rows: tuple[Row, ...]
     is_complete: bool = True
+    failure: str | None = None
 
     def __str__(self) -> str:
         return format_table(self.rows)
@@ -65,19 +67,21 @@ def bench(suite: str, config: Configuration, *, out: str | Path | None = None) -
         out: Folder for ``.csv`` and ``.json``; files of a suite that was run to its end before are replaced by such.
 
     Returns:
-        The table. An interruption (Ctrl-C) ends the run and keeps the rows that were measured, unwritten.
+        The table. An interruption (Ctrl-C) ends the run and keeps the rows that were measured, unwritten. An error
+        after the first row (a GPU that fails takes all that follows with it) ends it with a row that says why.
 
     Raises:
         ValueError: Before any work, for an unknown suite, a folder that cannot be written, or a dtype that the suite
             lacks.
-        KeyboardInterrupt: If no row was measured.
+        Exception: Likewise what the suite raises, Ctrl-C included, if no row was measured.
     """
     check_choice("bench", "suite", suite, tuple(SUITES))
     if out is not None:
         check_writable("bench", Path(out), given=out)
     torch.manual_seed(config.seed)
-    start = datetime.now(timezone.utc)
+    start, device = datetime.now(timezone.utc), _device_name(config.device)
     rows: list[Row] = []
+    failure = None
     try:
         for row in SUITES[suite](config):
             rows.append(row)  # noqa: PERF402  (an interruption keeps what is there)
@@ -85,10 +89,15 @@ def bench(suite: str, config: Configuration, *, out: str | Path | None = None) -
         if not rows:
             raise
         return BenchTable(tuple(rows), is_complete=False)
+    except Exception as error:
+        if not rows:
+            raise
+        failure = reason(error)
+        rows.append({"name": "eotattn", "failure": failure})
     seconds = (datetime.now(timezone.utc) - start).total_seconds()
     if out is not None:
-        write(Path(out), suite, rows, config, seconds)
-    return BenchTable(tuple(rows))
+        write(Path(out), suite, rows, config, seconds, device)
+    return BenchTable(tuple(rows), failure is None, failure)
 
 
 def table_cells(rows: Sequence[Row]) -> list[list[str]]:
@@ -106,7 +115,7 @@ def format_table(rows: Sequence[Row]) -> str:
     )
 
 
-def write(folder: Path, suite: str, rows: Sequence[Row], config: Configuration, seconds: float) -> None:
+def write(folder: Path, suite: str, rows: Sequence[Row], config: Configuration, seconds: float, device: str) -> None:
     """Write ``bench_<suite>.csv`` (tidy) and ``bench_<suite>.json`` (provenance) into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     flags = f"--device {config.device} --dtype {config.dtype} --sizes {config.sizes} --rounds {config.rounds}"
@@ -114,26 +123,28 @@ def write(folder: Path, suite: str, rows: Sequence[Row], config: Configuration, 
         command=f"eotattn bench {suite} {flags}",
         configuration=config,
         seeds=[config.seed],
-        device=_device_name(config.device),
+        device=device,
         wall_seconds=seconds,
     )
     write_atomically(folder / f"bench_{suite}.csv", table_bytes(rows))
     write_atomically(folder / f"bench_{suite}.json", (json.dumps(record, indent=2) + "\n").encode())
 
 
-def combine(folder: Path, name: str, suites: Sequence[str]) -> None:
+def combine(folder: Path, name: str, tables: Sequence[Path]) -> None:
     """Write what one figure is drawn from under the figure's name: the rows of several suites, and their provenance.
 
     Args:
-        folder: Where ``bench_<suite>.csv`` and ``.json`` lie.
+        folder: Where the figure lies.
         name: Name of the figure.
-        suites: Names of suites that were run.
+        tables: The ``bench_<suite>.csv``, each with its ``.json`` beside it.
     """
     rows: list[dict[str, Any]] = []
-    for suite in suites:
-        with (folder / f"bench_{suite}.csv").open(newline="") as file:
+    records: dict[str, dict[str, Any]] = {}
+    for table in tables:
+        suite = table.stem.removeprefix("bench_")
+        with table.open(newline="") as file:
             rows += [{"suite": suite, **row} for row in csv.DictReader(file)]
-    records = {suite: json.loads((folder / f"bench_{suite}.json").read_text()) for suite in suites}
+        records[suite] = json.loads(table.with_suffix(".json").read_text())
     keys = dict.fromkeys(key for record in records.values() for key in record)
     record = {key: {suite: found.get(key) for suite, found in records.items()} for key in keys}
     write_atomically(folder / f"{name}.csv", table_bytes(rows))

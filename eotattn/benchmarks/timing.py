@@ -70,9 +70,16 @@ def measure(
     Returns:
         One row a candidate: ``name``, ``median_ms`` of a call, ``low_ms`` and ``high_ms`` (quartiles), ``ratio`` to the
         baseline's median, ``peak_mib`` above what was allocated before the call and its ``peak_ratio`` to the
-        baseline's, ``error``, ``failure``.
+        baseline's, ``error``, ``failure``. Where a candidate takes the device down, the others keep their samples.
     """
     ready: list[_Ready | Row] = [_prepare(candidate, device, warmup) for candidate in candidates]
+    _sample_in_turn(ready, device, rounds, calls)
+    baseline = ready[0] if isinstance(ready[0], _Ready) and ready[0].times else None
+    return [_row(one, baseline) if isinstance(one, _Ready) else one for one in ready]
+
+
+def _sample_in_turn(ready: list[_Ready | Row], device: torch.device, rounds: int, calls: int) -> None:
+    """Sample all that are ready; one that fails becomes a row, and if the device fails with it, that is the end."""
     for _ in range(rounds):
         for n, one in enumerate(ready):
             if isinstance(one, _Ready):
@@ -80,8 +87,8 @@ def measure(
                     one.sample(device, rounds, calls)
                 except Exception as error:  # it may fail late, too
                     ready[n] = _failed(one.candidate, error, device)
-    baseline = ready[0] if isinstance(ready[0], _Ready) else None
-    return [_row(one, baseline) if isinstance(one, _Ready) else one for one in ready]
+                    if not _answers(device):
+                        return
 
 
 def _prepare(candidate: Candidate, device: torch.device, warmup: int) -> _Ready | Row:
@@ -96,9 +103,19 @@ def _prepare(candidate: Candidate, device: torch.device, warmup: int) -> _Ready 
 
 
 def _failed(candidate: Candidate, error: Exception, device: torch.device) -> Row:
-    if device.type == "cuda":
+    if device.type == "cuda" and _answers(device):
         torch.cuda.empty_cache()
     return {"name": candidate.name, "failure": reason(error)}
+
+
+def _answers(device: torch.device) -> bool:
+    """Whether the device still works; after an illegal access of memory, no call of this process to it does."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except Exception:  # its type differs with the version of PyTorch
+        return False
+    return True
 
 
 def _peak_mib(run: Callable[[], Any], device: torch.device) -> float | None:
@@ -129,6 +146,8 @@ def _time_once(run: Callable[[], Any], device: torch.device, calls: int) -> floa
 
 
 def _row(one: _Ready, baseline: _Ready | None) -> Row:
+    if not one.times:
+        return {"name": one.candidate.name, "failure": "not measured: the device failed before"}
     middle = statistics.median(one.times)
     low, _, high = (
         statistics.quantiles(one.times, n=4, method="inclusive") if len(one.times) > 1 else (middle, middle, middle)

@@ -230,6 +230,22 @@ def test_a_graph_writes_one_row_and_copies_no_cache():
     assert "extern_kernels" not in body
 
 
+@pytest.mark.parametrize("prior", [None, "goat"])
+def test_a_step_beyond_the_slots_raises_and_writes_nothing(prior):
+    prior = prior and goat_prior(H)
+    cache = StaticCache(1, HK, 2, D, D, prior=prior)
+    new = [normal(1, n, 1, D, seed=n, dtype=torch.float32) for n in (H, HK, HK)]
+    torch._dynamo.reset()
+    step = torch.compile(lambda *new: prior_attention(*new, prior=prior, cache=cache, is_causal=True), fullgraph=True)
+    with torch.no_grad():
+        step(*new), step(*new)
+        rows = cache.keys.clone()
+        with pytest.raises(RuntimeError, match="index out of bounds"):
+            step(*(2 * side for side in new))
+    assert cache.length == 2
+    assert torch.equal(cache.keys, rows)
+
+
 def test_a_call_by_call_step_asks_little():
     """Functions of Python that a step runs; 254 and 302 before checks were made once."""
     prior = goat_prior(H)

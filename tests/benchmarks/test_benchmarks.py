@@ -105,6 +105,50 @@ def test_the_oracle_is_attention():
     assert_close(rows, output[0][:, [0, 3, 8]].detach(), tolerance=1e-6)
 
 
+def test_a_device_that_fails_ends_the_samples_and_keeps_those_that_are_taken(monkeypatch):
+    calls = []
+
+    def run(name):
+        calls.append(name)
+        if len(calls) >= 5:  # in the second round: no call works from then on
+            raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(timing, "_answers", lambda device: len(calls) < 5)
+    candidates = [Candidate(name, lambda name=name: lambda: run(name)) for name in "abc"]
+    rows = measure(candidates, device=CPU, rounds=9, warmup=0)
+    assert calls == [*"abcab"]
+    assert rows[1] == {"name": "b", "failure": "RuntimeError: an illegal memory access"}
+    assert [row["ratio"] > 0 for row in (rows[0], rows[2])] == [True, True]
+
+
+def test_a_device_that_fails_before_any_sample_leaves_rows_that_say_so(monkeypatch):
+    monkeypatch.setattr(timing, "_answers", lambda device: False)
+    rows = measure([Candidate("a", lambda: lambda: 1 / 0), Candidate("b", lambda: int)], device=CPU, warmup=0)
+    assert [row["failure"] for row in rows] == [
+        "ZeroDivisionError: division by zero",
+        "not measured: the device failed before",
+    ]
+
+
+def test_what_was_measured_before_a_suite_failed_is_printed_and_stored(monkeypatch, tmp_path, capsys):
+    def suite(config):
+        yield {"name": "before", "median_ms": 1.5}
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setitem(SUITES, "layer", suite)
+    assert main(["bench", "layer", "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert "before" in said.out
+    assert said.err == "eotattn bench: ended by RuntimeError: an illegal memory access; the table has what was measured\n"
+    with (tmp_path / "bench_layer.csv").open() as file:
+        first, last = csv.DictReader(file)
+    assert (first["name"], first["median_ms"], first["failure"]) == ("before", "1.5", "")
+    assert (last["name"], last["failure"]) == ("eotattn", "RuntimeError: an illegal memory access")
+    monkeypatch.setitem(SUITES, "layer", lambda config: iter([1 // 0]))
+    with pytest.raises(ZeroDivisionError):
+        main(["bench", "layer"])
+
+
 def test_bench_on_the_command_line(capsys):
     assert main(["bench", "decode", "--rounds", "1"]) == 0
     assert "SDPA, appending to a cache" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,21 +42,19 @@ def decode(config: Configuration) -> Iterator[Row]:
         yield from decode_step(config, shape)
 
 
-def decode_step(config: Configuration, shape: Shape) -> list[Row]:
-    """The step at one shape, in all kinds."""
+def decode_step(config: Configuration, shape: Shape) -> Iterator[Row]:
+    """The step at one shape, kind by kind."""
     heads = shape[1]
     priors = {
         "recency + sink": trained(gpt_prior(heads), config),
         "GOAT, 4 frequencies": trained(goat_prior(heads, num_frequencies=4), config),
     }
-    rows: list[Row] = []
     for kind in ("eager", "compiled", *(["recorded"] if config.place["device"].type == "cuda" else [])):
         torch.compiler.reset()
         with torch.inference_mode(kind == "eager"), torch.no_grad():
             found = measured(_candidates(config, shape, kind, priors), config)
         names = ("batch", "heads", "kv_heads", "length", "width")
-        rows += [{**dict(zip(names, shape, strict=True)), "pass": f"decode, {kind}", **row} for row in found]
-    return rows
+        yield from ({**dict(zip(names, shape, strict=True)), "pass": f"decode, {kind}", **row} for row in found)
 
 
 def _candidates(config: Configuration, shape: Shape, kind: str, priors: dict[str, LogPrior]) -> list[Candidate]:
@@ -81,34 +80,41 @@ def _candidates(config: Configuration, shape: Shape, kind: str, priors: dict[str
     return candidates
 
 
-def _stepping(kind: str, shape: Shape, attend: Callable[[], Tensor], rewind: Callable[[], Any]) -> Callable[[], Any]:
-    """The step in its kind, which begins again when the cache is full."""
+@dataclass
+class _Step:
+    """A step, over and over; begins again when the cache is full, and holds what a recorded graph reads by address."""
+
+    run: Callable[[], Any]
+    rewind: Callable[[], Any]
+    room: int
+    attend: Callable[[], Tensor]
+    count: int = 0
+
+    def __call__(self) -> Any:
+        if self.count == self.room:
+            self.rewind()
+            self.count = 0
+        self.count += 1
+        return self.run()
+
+
+def _stepping(kind: str, shape: Shape, attend: Callable[[], Tensor], rewind: Callable[[], Any]) -> _Step:
+    """The step in its kind, at the beginning."""
     on_gpu = torch.cuda.is_available() and attend().is_cuda
     rewind()
     run: Callable[[], Any] = attend
-    begin: Callable[[], Any] = lambda: None  # noqa: E731
     if kind == "compiled":
         options: dict[str, Any] = {"mode": "reduce-overhead"} if on_gpu else {"backend": "aot_eager"}
-        run, begin = torch.compile(attend, fullgraph=True, **options), torch.compiler.cudagraph_mark_step_begin
+        traced = torch.compile(attend, fullgraph=True, **options)
+        run = lambda: (torch.compiler.cudagraph_mark_step_begin(), traced())  # noqa: E731
     elif kind == "recorded":
         run = _recorded(torch.compile(attend, fullgraph=True))
         rewind()
-    room, count = _room(shape), 0
-
-    def step() -> Any:
-        nonlocal count
-        if count == room:
-            rewind()
-            count = 0
-        count += 1
-        begin()
-        return run()
-
-    return step
+    return _Step(run, rewind, _room(shape), attend)
 
 
 def _recorded(step: Callable[[], Tensor]) -> Callable[[], None]:
-    """The step as one CUDA graph."""
+    """The step as one CUDA graph, which does not keep alive what the step reads."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

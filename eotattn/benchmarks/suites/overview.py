@@ -36,11 +36,11 @@ def overview(config: Configuration) -> Iterator[Row]:
         yield {"quantity": "seconds", "name": part.__name__.strip("_"), "value": time.perf_counter() - start}
 
 
-def _guarded(part: Callable[[Configuration], Iterable[Row]], config: Configuration) -> list[Row]:
+def _guarded(part: Callable[[Configuration], Iterable[Row]], config: Configuration) -> Iterator[Row]:
     try:
-        return list(part(config))
+        yield from part(config)
     except Exception as error:  # the other parts are worth their minutes, and the table says what failed
-        return [{"quantity": part.__name__.strip("_"), "name": "eotattn", "failure": reason(error)}]
+        yield {"quantity": part.__name__.strip("_"), "name": "eotattn", "failure": reason(error)}
 
 
 def _layers(config: Configuration) -> list[Row]:
@@ -62,10 +62,10 @@ def _layers(config: Configuration) -> list[Row]:
     return rows
 
 
-def _decoding(config: Configuration) -> list[Row]:
+def _decoding(config: Configuration) -> Iterator[Row]:
     """One new token against a cache, over a fused call that appends to a cache and has no prior."""
     shapes = config.pick([(1, 4, 2, 64, 32)], [(8, 32, 8, 2048, 128), (8, 32, 8, 32768, 128)])
-    return [{"quantity": "decode", **row} for shape in shapes for row in decode_step(config, shape)]
+    yield from ({"quantity": "decode", **row} for shape in shapes for row in decode_step(config, shape))
 
 
 def _precision(config: Configuration) -> list[Row]:
