@@ -147,10 +147,10 @@ BENCH = [
 ]
 
 TEXTS = [
-    ("--text none.txt", "--texts? must be an existing file; got 'none.txt'. Check the path"),
-    ("--text others", "--texts? must be an existing file; got 'others'"),
+    ("--text none.txt", "--text must be an existing file; got 'none.txt'. Check the path"),
+    ("--text others", "--text must be an existing file; got 'others'"),
     ("--texts none.jsonl", "--texts must be an existing file; got 'none.jsonl'"),
-    ("--text latin.txt", "--texts? must be UTF-8; got 'latin.txt'"),
+    ("--text latin.txt", "--text must be UTF-8; got 'latin.txt'"),
     ("--text blank.txt", r"texts\[0\] must not be empty"),
     ("--texts empty.jsonl", "--texts must hold at least one text"),
     ("--texts broken.jsonl", """line 2 of texts must be JSON; got '{"text": '"""),

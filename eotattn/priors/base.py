@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from eotattn.checks import check_positive, check_positive_int, require
+from eotattn.checks import check_positive, check_positive_int, fail, require
 from eotattn.compat import listed
 from eotattn.priors.far_form import FarForm, Tail
 from eotattn.priors.flex_form import ScoreMod, score_mod_of
@@ -586,5 +586,11 @@ class HeadsPrior(CombinedPrior):
 
 def check_prior(owner: str, argument: str, value: object) -> None:
     """Raise unless ``value`` is a :class:`LogPrior`."""
-    is_prior = isinstance(value, LogPrior)
-    require(is_prior, owner, argument, "be a LogPrior", value, "See eotattn.priors", error=TypeError)
+    if isinstance(value, LogPrior):
+        return
+    remedy = "See eotattn.priors"
+    if isinstance(value, Tensor):
+        remedy = "Wrap numbers: DensePrior(log_prior)"
+    elif callable(value) and not isinstance(value, nn.Module):
+        remedy = f"Call it: {getattr(value, '__name__', 'it')}(num_heads)"
+    fail(owner, argument, "be a LogPrior", value, remedy, error=TypeError)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from eotattn.checks import require
 from eotattn.priors.base import LogPrior
 
 __all__ = ["split_parameters"]
@@ -30,6 +31,8 @@ def split_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Par
 
     Source: original; the ablations measured the rate.
     """
+    is_module, remedy = isinstance(module, nn.Module), "Wrap a list: nn.ModuleList"
+    require(is_module, "split_parameters", "module", "be a module", module, remedy, error=TypeError)
     of_priors = {id(p) for part in module.modules() if isinstance(part, LogPrior) for p in part.parameters()}
     trainable = [p for p in module.parameters() if p.requires_grad]
     return [p for p in trainable if id(p) not in of_priors], [p for p in trainable if id(p) in of_priors]

@@ -458,11 +458,11 @@ def test_texts_come_from_files(tmp_path):
     with pytest.raises(ValueError, match=r"read_texts: line 2 of texts must be JSON"):
         read_texts(None, tmp_path / "broken.jsonl")
     (tmp_path / "latin.txt").write_bytes("Gänse".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"read_texts: texts must be UTF-8; got '.*latin.txt'"):
+    with pytest.raises(ValueError, match=r"read_texts: text must be UTF-8; got '.*latin.txt'"):
         read_texts(tmp_path / "latin.txt", None)
     with pytest.raises(ValueError, match=r"read_texts: texts must come from one file"):
         read_texts(None, None)
-    with pytest.raises(ValueError, match=r"read_texts: texts must be an existing file; got '.*none.txt'"):
+    with pytest.raises(ValueError, match=r"read_texts: text must be an existing file; got '.*none.txt'"):
         read_texts(tmp_path / "none.txt", None)
 
 
