@@ -64,8 +64,7 @@ class Explanation:
         width: Score width of the fused call, lanes and padding to the kernel's step included.
         num_lanes: Lanes that the prior, biases of tokens and a padding mask occupy.
         error_bound: Largest error of the log-prior in the kernel's dtype, nats, beside the kernel's own rounding of
-            the content; zero where the log-prior is dense. Of ``"rebased"``, at keys with a bias less than 100 nats
-            below the largest that their call counts from.
+            the content; zero where the log-prior is dense. Of ``"rebased"``, at keys that have weight.
         times: How long this backend takes, as measured on one GPU; :data:`~eotattn.attention.measured.TIMES`.
         alternatives: The other backends, each with what it lacks, or with what it would do.
     """

@@ -88,10 +88,10 @@ def prior_attention(
             costs. A smaller one takes more lanes.
         backend: ``"auto"``, ``"sdpa"`` (lanes through stock fused calls), ``"near_far"`` (priors that are a constant,
             or have lanes, far away: near keys by blocks, far keys in stock calls), ``"rebased"`` (lanes through
-            log2(Q / 128) stock calls that count from close by: exact however far biases sum up), ``"varlen"`` (lanes
-            through the variable-length kernel; GPU, 16 bits), ``"flex"`` (GPU) or ``"reference"`` (dense). A backend
-            asked for by name is used or refused, never replaced; ``"auto"`` takes the fastest that can serve the call,
-            as measured; :func:`explain` says which, and why.
+            log2(Q / 128) stock calls that count from close by: however far biases sum up, only what they span in 128
+            tokens rounds), ``"varlen"`` (lanes through the variable-length kernel; GPU, 16 bits), ``"flex"`` (GPU) or
+            ``"reference"`` (dense). A backend asked for by name is used or refused, never replaced; ``"auto"`` takes
+            the fastest that can serve the call, as measured; :func:`explain` says which, and why.
         key_bias: A log-prior of keys that the tokens decide: (B, H, K), or (B, Hk, K) or (B, 1, K) where heads share
             it and its lanes; nats, finite, any floating dtype, with gradient. Beside a cache (B, ..., Q), of the new
             tokens, with every call or with none. Lanes carry it exactly to the last digit of float32; float64 keeps

@@ -62,15 +62,18 @@ def is_worth_it(call: AttentionCall) -> bool:
     digits = torch.finfo(torch.promote_types(call.query.dtype, torch.float32)).eps / 2
     if allowed is None or bias.numel() == 0 or refusal(call) is not None:
         return False
-    spread = bias.detach().amax(-1) - bias.detach().amin(-1)
-    return float(spread.max()) * digits > allowed
+    seen = _of_seen(bias.detach(), call.masks.padding)
+    return float((seen.amax(-1) - seen.amin(-1)).max()) * digits > allowed
 
 
 def calls(call: AttentionCall) -> Iterator[AttentionCall]:
-    """The stock calls, for a call that is not refused; their biases no lower than where keys have weight."""
+    """The stock calls, for a call that is not refused; their biases no lower than where keys have weight.
+
+    In the calls of blocks a query may see no key but those far below the largest, hence these are as they are.
+    """
     for part in _parts(call):
-        bias = part.call.key_bias
-        yield part.call if bias is None else replace(part.call, key_bias=bias.clamp(min=-NEGLIGIBLE))
+        bias, sees_all = part.call.key_bias, part.call.masks.band is None
+        yield replace(part.call, key_bias=bias.clamp(min=-NEGLIGIBLE)) if bias is not None and sees_all else part.call
 
 
 def attend(call: AttentionCall, fused: Callable[[AttentionCall], Any]) -> tuple[Tensor, Tensor]:
@@ -110,11 +113,17 @@ class _Part(NamedTuple):
 
 def _parts(call: AttentionCall) -> Iterator[_Part]:
     queries, keys, band = call.query.shape[2], call.key.shape[2], call.masks.band
+    if call.key_bias is not None:
+        call = replace(call, key_bias=_of_seen(call.key_bias, call.masks.padding))
     if band is None:
         yield _part(call, Rectangle(1, 0, queries, 0, keys, queries), None)
         return
     block = min(BLOCK, queries)
-    yield _part(call, Rectangle(-(-queries // block), 0, block, band.offset, block, queries, period=1), Band())
+    blocks = -(-queries // block)
+    if call.key_bias is not None and blocks > 1:  # what fills the last block up is no further away than its last key
+        more = call.key_bias[..., -1:].expand(-1, -1, blocks * block - queries)
+        call = replace(call, key_bias=torch.cat([call.key_bias, more], dim=-1))
+    yield _part(call, Rectangle(blocks, 0, block, band.offset, block, queries, period=1), Band())
     for place in rectangles(queries, keys, band.offset, block):
         yield _part(call, place, None)
 
@@ -137,6 +146,14 @@ def _part(call: AttentionCall, place: Rectangle, band: Band | None) -> _Part:
         query_gains=tuple(None if gain is None else place.queries(gain) for gain in call.query_gains),
     )
     return _Part(place, part if band is None else replace(part, masks=replace(part.masks, band=band)), level)
+
+
+def _of_seen(bias: Tensor, padding: Tensor | None) -> Tensor:
+    """A bias of keys (B, heads, K) in which padding, whose own may be anything, has the lowest of the other keys."""
+    if padding is None:
+        return bias
+    lowest = bias.detach().masked_fill(padding.unsqueeze(1), float("inf")).amin(-1, keepdim=True)
+    return torch.where(padding.unsqueeze(1), lowest.masked_fill(lowest.isinf(), 0.0), bias)
 
 
 def _positions(call: AttentionCall, place: Rectangle) -> tuple[Positions, Positions]:

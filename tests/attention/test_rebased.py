@@ -25,6 +25,7 @@ from eotattn.priors import DensePrior, ForgettingPrior, RecencyPrior, RelativeBi
 B, H, HK, L, D = 2, 4, 2, 77, 8
 PADDING = torch.zeros(B, L, dtype=torch.bool)
 PADDING[0, :20] = PADDING[1, 60:] = True
+SEEN = causal(torch.arange(L), torch.arange(L))
 
 PRIORS = {
     "none": lambda: None,
@@ -131,6 +132,33 @@ def test_explain_says_what_it_does():
     assert "from close by" in str(told)
     assert coarse.error_bound > 1e-5
     assert told.error_bound < coarse.error_bound / 5
+
+
+def test_padding_may_have_any_bias():
+    """Keys are counted from the largest bias that is seen, and what is not seen does not choose the backend."""
+    inputs = content(dtype=torch.float32)
+    calm = normal(B, H, L, seed=3, dtype=torch.float64)
+    wild = calm.masked_fill(PADDING[:, None], 1e20)
+    wanted, *_ = attention(*inputs, log_prior=calm[:, :, None], allowed=SEEN & ~PADDING[:, None, None])
+    options = {"is_causal": True, "key_padding_mask": PADDING}
+    output = prior_attention(*inputs, key_bias=wild, backend="rebased", **options)
+    assert (output.double() - wanted).abs().max() < 1e-5
+    assert not rebased.is_worth_it(AttentionCall.from_arguments(*inputs, key_bias=calm, **options))
+    assert not rebased.is_worth_it(AttentionCall.from_arguments(*inputs, key_bias=wild, **options))
+
+
+def test_the_bound_holds_for_queries_whose_keys_are_all_far_below_their_block():
+    query, key, _ = content(dtype=torch.float32)
+    value = torch.eye(L).expand(B, HK, L, L)  # so that outputs are weights
+    bias = 3000 * ((torch.arange(L) + 1) // 8) + normal(B, H, L, seed=3)  # the last key of a block is far above it
+    options = {"is_causal": True, "key_bias": bias, "backend": "rebased"}
+    weights = prior_attention(query, key, value, **options).double()
+    wanted, *_ = attention(query, key, value, log_prior=bias[:, :, None], allowed=SEEN)
+    chosen = (wanted > 1e-6) & (weights > 0)
+    errors = (weights.log() - wanted.log())[chosen].abs()
+    told = explain(query, key, value, **options).error_bound
+    assert errors.max() < 2 * told + 1e-5  # twice: of a weight and of the sum that it is divided by
+    assert told > 1e-4
 
 
 def test_slope_gradients_beside_a_sink_are_right_in_bfloat16(monkeypatch):
