@@ -126,37 +126,28 @@ class Sdpa:
         return fused(query, key, value, mask=mask, is_causal=False, **shared)
 
 
-class NearFar:
-    """Near keys by blocks, far keys in stock calls: a prior that is a constant, or has lanes, far away."""
+class _InStockCalls:
+    """Calls that are cut into stock calls, whose outputs merge by log-sum-exps.
 
-    name = "near_far"
+    Args:
+        name: That users ask for.
+        room: The module that cuts: ``near_far`` (near keys by blocks, far keys in stock calls, for a prior that is a
+            constant, or has lanes, far away) or ``rebased`` (rectangles whose lanes and biases count from close by).
+    """
 
-    def refusal(self, call: AttentionCall) -> str | None:
-        """Why it cannot serve the call, or ``None``."""
-        if call.return_weights or call.is_shared:
-            return NO_WEIGHTS if call.return_weights else STOCK_ONLY
-        return NO_TRANSFORMS if _is_transformed(call) else near_far.refusal(call)
-
-    def run(self, call: AttentionCall) -> Served:
-        """Output and log-sum-exp."""
-        output, lse = near_far.attend(call, Sdpa().run)
-        return Served(_without_empty_rows(call, output), lse=_of_rows_with_keys(call, lse, float("-inf")))
-
-
-class Rebased:
-    """Stock calls over rectangles whose lanes and biases count from close by: exact where one call loses digits."""
-
-    name = "rebased"
+    def __init__(self, name: str, room: Any) -> None:
+        self.name, self._room = name, room
 
     def refusal(self, call: AttentionCall) -> str | None:
         """Why it cannot serve the call, or ``None``."""
         if call.return_weights or call.is_shared:
             return NO_WEIGHTS if call.return_weights else STOCK_ONLY
-        return NO_TRANSFORMS if _is_transformed(call) else rebased.refusal(call)
+        reason: str | None = NO_TRANSFORMS if _is_transformed(call) else self._room.refusal(call)
+        return reason
 
     def run(self, call: AttentionCall) -> Served:
         """Output and log-sum-exp."""
-        output, lse = rebased.attend(call, Sdpa().run)
+        output, lse = self._room.attend(call, Sdpa().run)
         return Served(_without_empty_rows(call, output), lse=_of_rows_with_keys(call, lse, float("-inf")))
 
 
@@ -242,7 +233,15 @@ class Flex:
 
 #: Backends by the names that users ask for.
 BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (Sdpa(), NearFar(), Rebased(), Varlen(), Flex(), Reference())
+    backend.name: backend
+    for backend in (
+        Sdpa(),
+        _InStockCalls("near_far", near_far),
+        _InStockCalls("rebased", rebased),
+        Varlen(),
+        Flex(),
+        Reference(),
+    )
 }
 NO_TRANSFORMS = "the log-sum-exp of fused calls has no gradient under torch.func; use backend='reference'"
 STOCK_ONLY = "context_parallel shares stock calls between processes; use backend='sdpa'"
@@ -265,7 +264,7 @@ def choose(call: AttentionCall) -> Backend:
     """The first that can serve the call, fastest first as measured; ``rebased`` where one call is too coarse."""
     if call.return_weights:
         return BACKENDS["reference"]
-    if call.key_bias is not None and rebased.is_worth_it(call) and BACKENDS["rebased"].refusal(call) is None:
+    if rebased.is_worth_it(call) and BACKENDS["rebased"].refusal(call) is None:
         return BACKENDS["rebased"]
     names = preference(call.masks, call.query.shape[2], has_prior=call.has_log_prior)
     for name in names:

@@ -138,8 +138,8 @@ class AttentionCall:
         scale = 1 / math.sqrt(static_size(width)) if scale is None else check_positive(OWNER, "scale", scale)
         if cache is None and (key_bias is not None or query_bias is not None):  # a cache has checked what it holds
             check_biases(OWNER, query, key, key_bias, query_bias, scale)
-        none = isinstance(query_gains, tuple) and len(query_gains) == 0  # which graphs can trace
-        gains = () if none else check_gains(OWNER, query, prior, query_gains)
+        are_none = isinstance(query_gains, tuple) and len(query_gains) == 0  # ``not`` of a tuple stops graphs
+        gains = () if are_none else check_gains(OWNER, query, prior, query_gains)
         if type(return_lse) is not bool or type(return_weights) is not bool:
             _refuse_switches(return_lse=return_lse, return_weights=return_weights)
         if dropout_p != 0.0:
@@ -183,9 +183,8 @@ class AttentionCall:
         seen: Band | Tensor | None = None
         if window is not None or is_causal:
             _check_pattern(is_causal, window, on_grid=query_at.on_grid)
-            in_slots = (
-                cache is not None and cache.counts_on_host and window is None
-            )  # slots are in the order of positions, padding or not
+            # slots are in the order of positions, padding or not
+            in_slots = cache is not None and cache.counts_on_host and window is None
             seen = Band(keys - queries) if in_slots else causal_pattern(query_at, key_at, window)
         masks = _gather((batch, heads, queries, keys), query, attn_mask, key_padding_mask, seen, None)
         return cls(

@@ -36,7 +36,7 @@ def refusal(call: AttentionCall) -> str | None:
     """Why a call cannot be cut into rectangles, or ``None``."""
     masks, prior = call.masks, call.prior
     if masks.dense is not None or masks.documents is not None:
-        return "it takes no mask of pairs and no documents; say is_causal"
+        return "it takes no mask of pairs and no documents; say is_causal, with no more queries than keys"
     if masks.band is not None and masks.band.window is not None:
         return "it has no window, in which numbers are small in any case"
     if call.dropout_p:
